@@ -1,4 +1,4 @@
-"""Choose the implementation of an op: argument, then ``$CFSP_BACKEND``, then the tensor's device."""
+"""Choose an op's implementation: argument, then ``$CFSP_BACKEND``, then the tensor's device."""
 
 import os
 from typing import Literal

@@ -19,7 +19,7 @@ class BlockInfluence(NamedTuple):
     every metric is 0; where one of them is, cosine counts 1 and angular 0.5 (a right angle).
     """
 
-    count: int
+    tokens: int
     """Number of tokens."""
     angular: torch.Tensor
     """fp64 scalar, sum of arccos(cos(x, y)) / pi, each in [0, 1]."""

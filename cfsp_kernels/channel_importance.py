@@ -39,7 +39,7 @@ def _share_of_inputs(down: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """sum_j |down[j, i]| n_i / sum_i' |down[j, i']| n_i': each row of down shares out one."""
 
     def shares(rows: torch.Tensor) -> torch.Tensor:
-        weighted = rows.abs() * norms
+        weighted = rows.abs() * norms.float()
         return (weighted / weighted.sum(1, keepdim=True).clamp_min(1e-30)).sum(0)
 
     return _over_columns(down, shares)
@@ -56,10 +56,12 @@ def channel_importance_reference(
     gate: torch.Tensor | None,
     up: torch.Tensor | None,
     down: torch.Tensor | None,
-    norms: torch.Tensor | None,
-    variance: torch.Tensor | None,
+    statistic: torch.Tensor,
 ) -> torch.Tensor:
-    """The specification of every score; see :func:`channel_importance`. Returns [F] fp64."""
+    """The specification of every score; see :func:`channel_importance`. Returns [F] fp64.
+
+    ``statistic`` is what :data:`SCORES` names for the score; magnitude ignores it.
+    """
     matrices = [(m, m is down) for m in (gate, up, down) if m is not None]
     match score:
         case "magnitude":
@@ -70,22 +72,22 @@ def channel_importance_reference(
                 _channel_sum(m, is_down, torch.abs) / m.shape[0 if is_down else 1]
                 for m, is_down in matrices
             ]
-            return torch.stack(means).sum(0) * norms.double()
+            return torch.stack(means).sum(0) * statistic.double()
         case "flap":
             squares = [_channel_sum(m, is_down, torch.square) for m, is_down in matrices]
-            return torch.stack(squares).sum(0) * variance.double()
+            return torch.stack(squares).sum(0) * statistic.double()
         case "eq8":
+            ones = torch.ones_like(statistic)
+            relative = statistic.double() / statistic.double().norm().clamp_min(1e-30)
             terms = [
-                _share_of_inputs(m, torch.ones_like(norms)) * norms.double() / norms.double().norm()
-                if is_down
-                else torch.ones_like(norms, dtype=torch.float64)
+                _share_of_inputs(m, ones) * relative if is_down else ones.double()
                 for m, is_down in matrices
             ]
             return torch.stack(terms).sum(0)
         case _:  # balanced
-            relative = norms.double() / norms.double().mean().clamp_min(1e-30)
+            relative = statistic.double() / statistic.double().mean().clamp_min(1e-30)
             terms = [
-                _share_of_inputs(m, norms) if is_down else _share_of_outputs(m) * relative
+                _share_of_inputs(m, statistic) if is_down else _share_of_outputs(m) * relative
                 for m, is_down in matrices
             ]
             return torch.stack(terms).sum(0)
@@ -163,10 +165,13 @@ def channel_importance(
                 f"got {tuple(matrix.shape)} on {matrix.device}"
             )
     needed = SCORES[score]
-    statistic = {"norms": norms, "variance": variance}.get(needed or "")
-    if needed is not None:
-        if statistic is None:
+    if needed is None:
+        statistic = first.new_empty(0)
+    else:
+        given_statistic = norms if needed == "norms" else variance
+        if given_statistic is None:
             raise ValueError(f"score {score!r} needs {needed}")
+        statistic = given_statistic
         if tuple(statistic.shape) != (channels,) or statistic.device != first.device:
             raise ValueError(
                 f"{needed} must be ({channels},) on {first.device}, "
@@ -175,4 +180,4 @@ def channel_importance(
         if not statistic.dtype.is_floating_point:
             raise TypeError(f"{needed} must be floating point, got {statistic.dtype}")
     use_triton("channel_importance", first, backend)
-    return channel_importance_reference(score, gate, up, down, norms, variance).float()
+    return channel_importance_reference(score, gate, up, down, statistic).float()

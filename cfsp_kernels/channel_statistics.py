@@ -1,4 +1,4 @@
-"""Count, sum and sum of squares of every channel over tokens.
+"""Sum and sum of squares of every channel over tokens.
 
 Bytes moved: one read of x, ``T * C * itemsize``; the results are ``16 * C``.
 """
@@ -16,7 +16,7 @@ ROWS_PER_PARTIAL = 256  # tokens summed in fp32 before they join the fp64 total
 class ChannelStatistics(NamedTuple):
     """Sums over tokens; two of them over disjoint tokens add up to that of their union."""
 
-    count: int
+    tokens: int
     """Number of tokens."""
     sum: torch.Tensor
     """[C] fp64, sum of x over tokens."""
@@ -39,7 +39,7 @@ def channel_statistics_reference(x: torch.Tensor) -> ChannelStatistics:
 
 
 def channel_statistics(x: torch.Tensor, *, backend: str | None = None) -> ChannelStatistics:
-    """Count, sum and sum of squares of each channel of ``x``.
+    """Sum and sum of squares of each channel of ``x``.
 
     Args:
         x: [..., C] fp16, bf16 or fp32; unit stride along C. All other dimensions are tokens.
