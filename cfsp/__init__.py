@@ -1,0 +1,40 @@
+"""Structured FFN pruning of large language models after one calibration pass.
+
+Importing this registers the pruned architectures with transformers, so that
+``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
+"""
+
+from .checkpoint import load, register
+from .errors import CfspError
+from .evaluation import Perplexity, perplexity
+from .models import open_model
+from .pipeline import PruneResult, calibrate, plan, prune
+from .plan import PruningPlan, load_plan, save_plan
+from .recipe import Calibration, Recipe, load_recipe
+from .statistics import Statistics, load_statistics, save_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibration",
+    "CfspError",
+    "Perplexity",
+    "PruneResult",
+    "PruningPlan",
+    "Recipe",
+    "Statistics",
+    "calibrate",
+    "load",
+    "load_plan",
+    "load_recipe",
+    "load_statistics",
+    "open_model",
+    "perplexity",
+    "plan",
+    "prune",
+    "register",
+    "save_plan",
+    "save_statistics",
+]
+
+register()

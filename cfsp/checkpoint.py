@@ -1,0 +1,239 @@
+"""A folder that reloads: per-block widths in the config, the modeling file beside the weights."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from . import modeling_cfsp
+from .errors import CfspError
+from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
+from .models import pick_device, quiet_loading
+from .plan import PruningPlan, save_plan
+
+MODELING_FILE = Path(modeling_cfsp.__file__)
+MAX_SHARD_SIZE = "5GB"
+PROBE_TOKENS = 16
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
+    for model_type, layout in LAYOUTS.items():
+        config, model, causal_lm = _classes(layout)
+        AutoConfig.register(PRUNED_PREFIX + model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        config.register_for_auto_class()
+        model.register_for_auto_class("AutoModel")
+        causal_lm.register_for_auto_class("AutoModelForCausalLM")
+
+
+def _classes(layout: Layout) -> tuple[Any, Any, Any]:
+    """Config, base model and causal LM classes of a family with per-block widths."""
+    names = (f"CFSP{layout.family}{kind}" for kind in ("Config", "Model", "ForCausalLM"))
+    config, model, causal_lm = (getattr(modeling_cfsp, name) for name in names)
+    return config, model, causal_lm
+
+
+def _stock_classes(layout: Layout) -> tuple[Any, Any, Any]:
+    config, model, causal_lm = _classes(layout)
+    return config.__mro__[1], model.__mro__[2], causal_lm.__mro__[2]
+
+
+def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
+    """Give a model whose FFNs were cut the config and classes that reload it, in place.
+
+    One width for all blocks and no added bias is the stock architecture and stays it, with a
+    smaller ``intermediate_size``; anything else becomes the family's class of
+    :mod:`cfsp.modeling_cfsp`, with ``per_layer_config``.
+    """
+    widths = layout.intermediate_sizes(model)
+    blocks = layout.find_blocks(model)
+    values = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config"):
+        values.pop(key, None)
+    values.pop("allow_global_per_layer_attribute_access", None)
+    stock_config = _stock_classes(layout)[0]
+    stock_bias = getattr(model.config, "mlp_bias", False)
+    added_bias = not stock_bias and any(
+        layout.projection(block, layout.down).bias is not None for block in blocks
+    )
+    values["intermediate_size"] = max(widths)
+    values["cfsp_config"] = {**summary, "down_proj_bias": added_bias}
+    if len(set(widths)) == 1 and not added_bias:
+        classes = _stock_classes(layout)
+        config = stock_config(**values)
+    else:
+        classes = _classes(layout)
+        config = classes[0](
+            **values,
+            allow_global_per_layer_attribute_access=True,
+            per_layer_config={
+                number: {"intermediate_size": width} for number, width in enumerate(widths)
+            },
+        )
+    config.architectures = [classes[2].__name__]
+    config._attn_implementation = model.config._attn_implementation
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config and module is not model:
+            module.config = config
+    model.config = config
+    model.__class__ = classes[2]
+    model.base_model.__class__ = classes[1]
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Whether a model is an architecture of transformers itself, without our modeling file."""
+    return not model.config.model_type.startswith(PRUNED_PREFIX)
+
+
+def load(
+    folder: str | Path, *, dtype: str = "auto", device: str = "auto", **options: Any
+) -> PreTrainedModel:
+    """Load a pruned model for use.
+
+    Args:
+        folder: what ``cfsp prune`` wrote.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", "cuda:1".
+        options: handed to ``from_pretrained``.
+
+    Returns:
+        The model in eval mode.
+    """
+    where = pick_device(device)
+    if not (Path(folder) / "config.json").is_file():
+        raise CfspError(f"{folder} is not a model folder: no config.json")
+    register()
+    precision = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)
+    return model.to(where).eval()
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise."""
+    check_out(out, overwrite)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            old = out.with_name(f"{out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
+            os.replace(partial, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, out)
+    except OSError as error:
+        raise CfspError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> None:
+    """Refuse an output folder that is the input, or exists and is not to be overwritten."""
+    if source is not None and Path(source).exists() and out.exists() and out.samefile(source):
+        raise CfspError(f"output {out} is the input; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise CfspError(f"output {out} exists and is not a folder")
+    if out.exists() and not overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+    seen: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.detach()
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
+    )
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].cpu().contiguous() for name in names}
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+        (folder / filename).chmod(0o666 & ~_umask())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Config, weights, modeling file, generation config and tokenizer of a model."""
+    write_weights(model, folder)
+    config = model.config.to_diff_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config.pop("_name_or_path", None)
+    if not is_stock(model):
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        base = type(model.base_model).__name__
+        module = MODELING_FILE.stem
+        config["auto_map"] = {
+            "AutoConfig": f"{module}.{type(model.config).__name__}",
+            "AutoModel": f"{module}.{base}",
+            "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
+        }
+    else:
+        config.pop("auto_map", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits [1, 16, V] of fixed tokens: what a reloaded model must repeat to the last bit."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(PROBE_TOKENS, device=device)[None] * 7919) % model.config.vocab_size
+    return model(input_ids=ids, use_cache=False).logits.cpu()
+
+
+def verify(folder: Path, expected: torch.Tensor, device: torch.device) -> PreTrainedModel:
+    """Reload a written model and compare its logits with those of the model before it was saved.
+
+    Returns:
+        The reloaded model.
+
+    Raises:
+        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
+    """
+    with quiet_loading():
+        model = load(folder, device=str(device))
+    got = probe_logits(model)
+    if not torch.equal(got, expected):
+        worst = float((got.double() - expected.double()).abs().max())
+        raise RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
+    return model
+
+
+def write_documents(
+    folder: Path, plan: PruningPlan, recipe_document: dict[str, Any], card: str
+) -> None:
+    """plan.json, recipe.yaml and the model card."""
+    save_plan(plan, folder / "plan.json")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_document, sort_keys=False))
+    (folder / "README.md").write_text(card)

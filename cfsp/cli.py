@@ -1,0 +1,309 @@
+"""The command line: one line and exit code 2 for a user's mistake, never a traceback."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import __version__
+from .allocation import ALLOCATORS
+from .compensation import COMPENSATIONS
+from .demo import print_demo, run_demo
+from .errors import CfspError
+from .evaluation import evaluation_windows, perplexity
+from .models import open_model
+from .pipeline import (
+    EVALUATION_WINDOWS,
+    PruneResult,
+    as_calibrated,
+    block_weights,
+    calibrate,
+    check_seqlen,
+    prune,
+)
+from .plan import load_plan, make_plan, save_plan
+from .recipe import DTYPES, Calibration, Recipe, load_recipe
+from .scoring import SCORERS
+from .statistics import (
+    INFLUENCE_METRICS,
+    check_statistics,
+    load_statistics,
+    save_statistics,
+)
+from .text import BOS_CHOICES, DATASETS
+
+CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
+RECIPE_OPTIONS = tuple(
+    field.name for field in dataclasses.fields(Recipe) if field.name != "calibration"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _default(field: str) -> str:
+    return f"(default: {getattr(Recipe(), field)})"
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    default = Calibration()
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--dataset",
+        metavar="NAME|PATH",
+        help=f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file "
+        f"(default: {default.dataset})",
+    )
+    group.add_argument("--samples", type=int, help=f"windows (default: {default.samples})")
+    group.add_argument("--seqlen", type=int, help=f"tokens a window (default: {default.seqlen})")
+    group.add_argument("--seed", type=int, help=f"(default: {default.seed})")
+    group.add_argument(
+        "--bos",
+        metavar="|".join(BOS_CHOICES),
+        help=f"start windows with a BOS token (default: {default.bos}, as the tokenizer does)",
+    )
+    group.add_argument("--dtype", metavar="|".join(DTYPES), help=_default("dtype"))
+    group.add_argument(
+        "--micro-batch",
+        type=int,
+        help="windows per forward call (default: 8192 tokens on a GPU, 1 window on a CPU)",
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--recipe", metavar="FILE.yaml", help="start from this recipe's settings")
+    group.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
+    group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
+    group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
+    group.add_argument(
+        "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
+    )
+    group.add_argument(
+        "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
+    )
+    group.add_argument(
+        "--statistics", metavar="FILE", help="of an earlier `cfsp calibrate`, instead of a new one"
+    )
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """Defaults, then the recipe file, then what the command line says."""
+    path = getattr(arguments, "recipe", None)
+    recipe = load_recipe(path) if path else Recipe()
+    calibration = _given(arguments, CALIBRATION_OPTIONS)
+    if calibration and getattr(arguments, "statistics", None):
+        option = next(iter(calibration))
+        raise CfspError(f"--statistics fixes the calibration; drop --{option}")
+    return dataclasses.replace(
+        recipe,
+        **_given(arguments, RECIPE_OPTIONS),
+        calibration=dataclasses.replace(recipe.calibration, **calibration),
+    )
+
+
+def _print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:
+    if arguments.json:
+        print(json.dumps(values))
+    return bool(arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    demo = run_demo(
+        Path(arguments.out),
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    if not _print_json(arguments, demo.result.report.to_dict()):
+        print_demo(demo, Console())
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    statistics = calibrate(
+        arguments.model,
+        recipe=_recipe(arguments),
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    save_statistics(statistics, out)
+    summary = {
+        "statistics": str(out),
+        "blocks": len(statistics.blocks),
+        "tokens": statistics.blocks[0].tokens,
+        "importance": {
+            metric: statistics.importance(metric).tolist() for metric in INFLUENCE_METRICS
+        },
+    }
+    if not _print_json(arguments, summary):
+        print(f"{out}: {summary['blocks']} blocks, {summary['tokens']:,} tokens")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    if not arguments.statistics:
+        raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
+    recipe = _recipe(arguments)
+    statistics = load_statistics(arguments.statistics)
+    opened = open_model(arguments.model, recipe.dtype, arguments.device)
+    check_statistics(statistics, opened.model, opened.layout)
+    plan = make_plan(
+        statistics, block_weights(opened.model, opened.layout), as_calibrated(recipe, statistics)
+    )
+    if arguments.out:
+        save_plan(plan, arguments.out)
+    if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
+        Console().print(plan.table())
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    plan = load_plan(arguments.plan) if arguments.plan else None
+    if plan is not None:
+        for name in ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS):
+            if getattr(arguments, name, None) is not None:
+                raise CfspError(f"--plan fixes the recipe; drop --{name.replace('_', '-')}")
+    result = prune(
+        arguments.model,
+        recipe=_recipe(arguments),
+        out=arguments.out,
+        statistics=arguments.statistics,
+        plan=plan,
+        eval_dataset=arguments.eval_dataset,
+        eval_windows=arguments.eval_windows,
+        device=arguments.device,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+    )
+    if not _print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
+        _print_result(result)
+
+
+def _print_result(result: PruneResult) -> None:
+    report = result.report
+    Console().print(result.plan.table())
+    ratio = report.parameters_after / report.parameters_before
+    print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    before, after = report.perplexity_before, report.perplexity_after
+    if before is not None and after is not None:
+        print(
+            f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
+            f"({before.dataset}, {before.windows} windows of {before.seqlen})"
+        )
+    print(f"saved, reloaded and compared: {result.out}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
+    opened = open_model(arguments.model, arguments.dtype, arguments.device)
+    check_seqlen(opened.model, settings.seqlen)
+    windows = evaluation_windows(
+        opened.tokenizer, arguments.dataset, settings.seqlen, arguments.windows, settings.bos
+    )
+    measured = perplexity(
+        opened.model, windows, dataset=arguments.dataset, progress=not arguments.quiet
+    )
+    values = {"model": arguments.model, **measured.to_dict()}
+    if not _print_json(arguments, values):
+        print(
+            f"perplexity {measured.perplexity:.4f} over {measured.windows} windows of "
+            f"{measured.seqlen} ({measured.tokens:,} predicted tokens, {measured.seconds:.1f} s)"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="cfsp", description="Structured FFN pruning after one calibration pass.")
+    parser.add_argument("--version", action="version", version=f"cfsp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole job on SmolLM2-135M, offline")
+    demo.add_argument("--out", default="cfsp-demo", help="folder (default: cfsp-demo)")
+    demo.add_argument("--device", default="auto", help="(default: auto)")
+    demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    demo.set_defaults(run=_demo)
+
+    calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
+    _add_model(calibration)
+    calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    _add_calibration(calibration)
+    calibration.set_defaults(run=_calibrate)
+
+    plan = commands.add_parser("plan", help="widths and kept channels, to look at or edit")
+    _add_model(plan)
+    plan.add_argument("--out", metavar="PLAN.json", help="save the plan")
+    _add_recipe(plan)
+    plan.set_defaults(run=_plan)
+
+    pruning = commands.add_parser("prune", help="a smaller model in a new folder")
+    _add_model(pruning)
+    pruning.add_argument("--out", required=True, metavar="DIR")
+    _add_recipe(pruning)
+    pruning.add_argument("--plan", metavar="PLAN.json", help="apply a saved, perhaps edited plan")
+    _add_calibration(pruning)
+    measuring = pruning.add_argument_group("evaluation, before and after")
+    measuring.add_argument(
+        "--eval-dataset",
+        metavar="NAME|PATH",
+        help="(default: the held-out part of --dataset; builtin where that is a file)",
+    )
+    measuring.add_argument(
+        "--eval-windows",
+        type=int,
+        default=EVALUATION_WINDOWS,
+        help="0 skips it (default: %(default)s)",
+    )
+    pruning.set_defaults(run=_prune)
+
+    evaluation = commands.add_parser("evaluate", help="perplexity of a model")
+    _add_model(evaluation)
+    evaluation.add_argument("--dataset", default="wikitext2", help="(default: %(default)s)")
+    evaluation.add_argument("--seqlen", type=int, default=1024, help="(default: %(default)s)")
+    evaluation.add_argument("--windows", type=int, help="only the first N (default: all)")
+    evaluation.add_argument("--bos", default="auto", metavar="|".join(BOS_CHOICES))
+    evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
+    evaluation.set_defaults(run=_evaluate)
+
+    for command in (demo, calibration, plan, pruning, evaluation):
+        command.add_argument(
+            "--json", action="store_true", help="one JSON object as the last line of stdout"
+        )
+    for command in (demo, calibration, pruning):
+        command.add_argument("--overwrite", action="store_true", help="replace what --out names")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CfspError as error:
+        print(f"cfsp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cfsp: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,44 @@
+"""What makes up for removed channels: a new down projection for the kept ones, and a bias."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cfsp_kernels import gather_columns
+
+from .statistics import BlockStatistics
+
+
+@dataclass(frozen=True)
+class CutDown:
+    """The down projection of a pruned FFN."""
+
+    weight: torch.Tensor
+    """[D, width]."""
+    bias: torch.Tensor | None
+    """[D], to be added to the bias that the projection may have."""
+
+
+def none(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | None) -> CutDown:
+    """The kept columns as they are."""
+    return CutDown(gather_columns(down, kept), None)
+
+
+def bias(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | None) -> CutDown:
+    """A bias that puts the mean of what was removed back: W[:, removed] @ mean(x)[removed].
+
+    Source: FLAP, arXiv 2312.11983.
+    """
+    if statistics is None:
+        raise ValueError("bias compensation needs the statistics of the block")
+    mean = statistics.mean.to(down.device, copy=True)
+    mean[kept] = 0
+    return CutDown(gather_columns(down, kept), (down.float() @ mean.float()).to(down.dtype))
+
+
+COMPENSATIONS: dict[
+    str, Callable[[torch.Tensor, torch.Tensor, BlockStatistics | None], CutDown]
+] = {"none": none, "bias": bias}
+"""Compensation by name: (down [D, F], kept [width], statistics) -> the new down projection."""
+NEEDS_STATISTICS = frozenset({"bias"})

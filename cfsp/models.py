@@ -1,0 +1,172 @@
+"""Open a model by hub id, folder or GGUF file, and check that it can be pruned."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .errors import CfspError
+from .layouts import Layout, find_layout
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    layout: Layout
+    name: str
+    """What the user called it: hub id, folder or file name; for a live module, its config's."""
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU where there is one.
+
+    Raises:
+        CfspError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise CfspError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def model_layout(model: nn.Module) -> Layout:
+    """The layout of a live model.
+
+    Raises:
+        CfspError: not a transformers model, or an unsupported architecture.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
+    return find_layout(model.config.model_type)
+
+
+def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
+    """A live module as an OpenModel."""
+    layout = model_layout(model)
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return OpenModel(model, tokenizer, layout, name)
+
+
+def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
+    """Load a model with its tokenizer onto a device, in eval mode.
+
+    Args:
+        model: hub id, local folder, or path of a .gguf file.
+        dtype: "auto" (as stored; fp32 for GGUF), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", "cuda:1".
+
+    Raises:
+        CfspError: not found, no weights, corrupt weights, unsupported architecture.
+    """
+    where = pick_device(device)
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return _open_gguf(path, dtype, where)
+    if path.exists():
+        _check_folder(path)
+    elif path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+        raise CfspError(f"no such model folder: {model}")
+    name = str(model)
+    config = _load(name, AutoConfig)
+    layout = find_layout(config.model_type)
+    loaded = _load(name, AutoModelForCausalLM, dtype=_dtype(dtype))
+    tokenizer = _load(name, AutoTokenizer)
+    return OpenModel(
+        loaded.to(where).eval(), tokenizer, layout, path.name if path.exists() else name
+    )
+
+
+def _dtype(dtype: str) -> Any:
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _load(name: str, kind: Any, **options: Any) -> Any:
+    """``from_pretrained`` with the failures a user can mend in one line."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except SafetensorError as error:
+        raise CfspError(f"{name}: corrupt safetensors: {error}") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CfspError(f"cannot load {name}: {reason}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Find a folder that cannot be loaded before any work is done; name the file at fault."""
+    if not folder.is_dir():
+        raise CfspError(f"{folder} is not a folder; a model is a folder, a .gguf file or a hub id")
+    if not (folder / "config.json").is_file():
+        raise CfspError(f"{folder} is not a model folder: no config.json")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickled = sorted(folder.glob("*.bin"))
+        hint = f", only {pickled[0].name}: convert it to safetensors first" if pickled else ""
+        raise CfspError(f"{folder} has no safetensors weights{hint}")
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CfspError(f"{shard} is corrupt: {error}") from None
+
+
+def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
+    """A GGUF file, dequantised and rebuilt as an ordinary model that can be saved."""
+    if not path.is_file():
+        raise CfspError(f"no such file: {path}")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
+    folder, name = str(path.parent), path.name
+    config = _load(folder, AutoConfig, gguf_file=name)
+    layout = find_layout(config.model_type)
+    precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    loaded = _load(folder, AutoModelForCausalLM, gguf_file=name, dtype=precision)
+    tokenizer = _load(folder, AutoTokenizer, gguf_file=name)
+    return OpenModel(_as_ordinary_model(loaded).to(device).eval(), tokenizer, layout, path.stem)
+
+
+def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    return model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings while a model is loaded for a check."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

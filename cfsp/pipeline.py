@@ -1,0 +1,293 @@
+"""The whole job: calibrate, plan, prune, measure, save. Each step is also a function of its own."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .allocation import check_budget
+from .checkpoint import (
+    become_pruned_,
+    check_out,
+    is_stock,
+    new_folder,
+    probe_logits,
+    verify,
+    write_documents,
+    write_model,
+)
+from .compensation import NEEDS_STATISTICS
+from .errors import CfspError
+from .evaluation import Perplexity, evaluation_windows, perplexity
+from .layouts import FFNWeights, Layout
+from .models import OpenModel, adopt, open_model
+from .plan import PruningPlan, make_plan
+from .provenance import versions
+from .recipe import Calibration, Recipe
+from .report import PruneReport, model_card, recipe_document
+from .rewriting import check_plan, prune_model_
+from .statistics import Statistics, check_statistics, collect_statistics, load_statistics
+from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
+
+EVALUATION_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What came of a run."""
+
+    model: PreTrainedModel
+    """The pruned model, in eval mode on its device."""
+    tokenizer: Any
+    report: PruneReport
+    out: Path | None
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What every block kept."""
+        return self.report.plan
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The calibration; None where a plan was applied without any."""
+        return self.report.statistics
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
+    """Raise CfspError where a window is longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
+
+
+def _open(model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str) -> OpenModel:
+    if isinstance(model, nn.Module):
+        return adopt(model, tokenizer)
+    opened = open_model(model, dtype, device)
+    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
+
+
+def calibration_windows(
+    model: PreTrainedModel, tokenizer: Any, settings: Calibration
+) -> torch.Tensor:
+    """Token windows [samples, seqlen] that a calibration runs on.
+
+    Raises:
+        CfspError: seqlen beyond the model's positions, unknown dataset, too few tokens.
+    """
+    check_seqlen(model, settings.seqlen)
+    if tokenizer is None:
+        raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
+    tokens = tokenize(tokenizer, load_text(settings.dataset, CALIBRATE))
+    bos = bos_token(tokenizer, settings.bos)
+    return random_windows(tokens, settings.samples, settings.seqlen, settings.seed, bos)
+
+
+def _calibrate(opened: OpenModel, recipe: Recipe, progress: bool) -> Statistics:
+    windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    return collect_statistics(
+        opened.model,
+        opened.layout,
+        windows,
+        micro_batch=recipe.micro_batch,
+        provenance={
+            "model": opened.name,
+            "calibration": dataclasses.asdict(recipe.calibration),
+        },
+        progress=progress,
+    )
+
+
+def calibrate(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> Statistics:
+    """Statistics of a dense model from one forward pass over the calibration tokens.
+
+    Args:
+        model: hub id, folder, .gguf file or a live causal LM of transformers.
+        tokenizer: needed for a live model.
+        recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
+        device: for a model given by name; a live model stays where it is.
+        progress: show a bar on stderr.
+
+    Raises:
+        CfspError: bad input, in one line.
+    """
+    return _calibrate(_open(model, tokenizer, recipe.dtype, device), recipe, progress)
+
+
+def block_weights(model: nn.Module, layout: Layout) -> Callable[[int], FFNWeights]:
+    """Block number -> its FFN matrices, read when called."""
+    blocks = layout.find_blocks(model)
+    return lambda number: layout.ffn_weights(blocks[number])
+
+
+def plan(
+    statistics: Statistics, weights: Callable[[int], FFNWeights] | nn.Module, recipe: Recipe
+) -> PruningPlan:
+    """Which channels of which block stay: score, allocate, select.
+
+    Args:
+        statistics: of the dense model.
+        weights: the dense model, or a function from block number to its FFN matrices. Not
+            touched by scorers that need no weights.
+        recipe: scorer, allocator, importance, sparsity and width multiple are read.
+
+    Raises:
+        CfspError: no widths meet the sparsity.
+    """
+    if isinstance(weights, nn.Module):
+        weights = block_weights(weights, adopt(weights, None).layout)
+    return make_plan(statistics, weights, recipe)
+
+
+def _known(statistics: Statistics | None) -> Statistics:
+    if statistics is None:
+        raise ValueError("a plan needs statistics")
+    return statistics
+
+
+def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
+    """The recipe that would make these statistics: theirs is the calibration that counts."""
+    known = statistics.provenance.get("calibration")
+    calibration = Calibration(**known) if known else recipe.calibration
+    return dataclasses.replace(recipe, calibration=calibration)
+
+
+def _evaluation_tokens(
+    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
+) -> tuple[str, torch.Tensor | None]:
+    """Held-out windows to measure on. A local calibration file has no held-out part of its own,
+    so the text that ships with Python stands in unless ``dataset`` names another."""
+    if windows == 0:
+        return "", None
+    name = dataset or recipe.calibration.dataset
+    if dataset is None and name not in DATASETS:
+        name = "builtin"
+    seqlen = recipe.calibration.seqlen
+    check_seqlen(opened.model, seqlen)
+    if opened.tokenizer is None:
+        raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
+    bos = recipe.calibration.bos
+    return name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos)
+
+
+def prune(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    out: str | Path | None = None,
+    *,
+    statistics: Statistics | str | Path | None = None,
+    plan: PruningPlan | None = None,
+    eval_dataset: str | None = None,
+    eval_windows: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PruneResult:
+    """Remove FFN channels of a model after one calibration pass.
+
+    Args:
+        model: hub id, folder, .gguf file, or a live causal LM of transformers, which is pruned
+            in place and becomes an instance of the class that reloads it.
+        tokenizer: needed for a live model, unless ``statistics`` are given and nothing is
+            evaluated.
+        recipe: how to prune.
+        out: folder for the result; None keeps it in memory. It appears when it is whole.
+        statistics: of an earlier calibration of this model, instead of a new one.
+        plan: apply this one; its own recipe is then what counts.
+        eval_dataset: measure perplexity before and after on this text; None: the held-out part
+            of the calibration dataset.
+        eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
+        device: for a model given by name; a live model stays where it is.
+        overwrite: replace ``out`` where it exists.
+        progress: show bars on stderr.
+
+    Raises:
+        CfspError: bad input, in one line; the input and an existing ``out`` are untouched.
+    """
+    if plan is not None:
+        recipe = plan.recipe
+    if out is not None:
+        check_out(Path(out), overwrite, None if isinstance(model, nn.Module) else model)
+    if isinstance(statistics, str | Path):
+        statistics = load_statistics(statistics)
+    if statistics is not None and plan is None:
+        recipe = as_calibrated(recipe, statistics)
+    if eval_windows is None:
+        eval_windows = EVALUATION_WINDOWS if out is not None else 0
+
+    opened = _open(model, tokenizer, recipe.dtype, device)
+    layout = opened.layout
+    sizes = layout.intermediate_sizes(opened.model)
+    if plan is not None:
+        check_plan(plan, opened.model, layout)
+    else:
+        check_budget(sizes, (1 - recipe.sparsity) * sum(sizes), recipe.width_multiple)
+    if statistics is not None:
+        check_statistics(statistics, opened.model, layout)
+    eval_name, eval_tokens = _evaluation_tokens(opened, recipe, eval_dataset, eval_windows)
+
+    def measure(measured: PreTrainedModel) -> Perplexity | None:
+        if eval_tokens is None:
+            return None
+        return perplexity(measured, eval_tokens, dataset=eval_name, progress=progress)
+
+    if statistics is None and (plan is None or recipe.resolved_compensation in NEEDS_STATISTICS):
+        statistics = _calibrate(opened, recipe, progress)
+    if plan is None:
+        plan = make_plan(_known(statistics), block_weights(opened.model, layout), recipe)
+
+    pruned, tokenizer = opened.model, opened.tokenizer
+    training = pruned.training
+    pruned.eval()
+    parameters_before = count_parameters(pruned)
+    before = measure(pruned)
+    prune_model_(pruned, layout, plan, statistics, progress=progress)
+    summary = {
+        "scorer": recipe.scorer,
+        "allocator": recipe.resolved_allocator,
+        "compensation": recipe.resolved_compensation,
+        "sparsity": round(plan.sparsity, 6),
+    }
+    become_pruned_(pruned, layout, summary)
+    device_used = next(pruned.parameters()).device
+    report = PruneReport(
+        name=opened.name,
+        plan=plan,
+        statistics=statistics,
+        parameters_before=parameters_before,
+        parameters_after=count_parameters(pruned),
+        perplexity_before=before,
+        perplexity_after=measure(pruned),
+        stock=is_stock(pruned),
+        versions=versions(device_used),
+    )
+    if out is not None:
+        with new_folder(Path(out), overwrite) as folder:
+            write_model(pruned, tokenizer, folder)
+            write_documents(folder, plan, recipe_document(report), model_card(report))
+            expected = probe_logits(pruned)
+            if not isinstance(model, nn.Module):
+                del pruned, opened  # one model in memory at a time
+            reloaded = verify(folder, expected, device_used)
+        if not isinstance(model, nn.Module):
+            pruned = reloaded
+    pruned.train(training)
+    return PruneResult(pruned, tokenizer, report, Path(out) if out is not None else None)

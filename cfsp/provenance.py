@@ -1,0 +1,48 @@
+"""What made a result: versions, and fingerprints of models and tokens."""
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets")
+SAMPLED_VALUES = 256
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions of what computed a result, and the device it ran on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.device(device)
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    else:
+        found["device"] = f"{device.type} ({platform.machine()})"
+    return found
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, shapes and the first values of tensors, as 64 hexadecimal digits.
+
+    Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it
+    is loaded in its own precision or in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        values = tensor.detach()[0].flatten()[:SAMPLED_VALUES].to(torch.bfloat16).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokens_fingerprint(windows: torch.Tensor) -> str:
+    """SHA-256 of token windows [N, S], as 64 hexadecimal digits."""
+    digest = hashlib.sha256(f"{tuple(windows.shape)}".encode())
+    digest.update(windows.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

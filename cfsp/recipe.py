@@ -1,0 +1,134 @@
+"""What to do to a model: every choice that changes the result, in one small object."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .allocation import ALLOCATORS
+from .compensation import COMPENSATIONS
+from .errors import CfspError, unknown_name
+from .scoring import SCORERS
+from .statistics import INFLUENCE_METRICS
+from .text import BOS_CHOICES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tokens that a model is calibrated on."""
+
+    dataset: str = "wikitext2"
+    """wikitext2, c4, ptb, builtin or the path of a local file."""
+    samples: int = 128
+    """Number of windows."""
+    seqlen: int = 1024
+    """Tokens per window."""
+    seed: int = 0
+    """Of the random start of each window."""
+    bos: str = "auto"
+    """auto: each window starts with a BOS where the tokenizer itself puts one; always; never."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise CfspError(f"samples must be 1 or more, got {self.samples}")
+        if self.seqlen < 2:
+            raise CfspError(f"seqlen must be 2 or more, got {self.seqlen}")
+        if self.bos not in BOS_CHOICES:
+            raise unknown_name("bos", self.bos, BOS_CHOICES)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to prune. Two runs of one recipe on the same model and machine give the same bits."""
+
+    sparsity: float = 0.3
+    """Fraction of all FFN channels to remove, in [0, 1)."""
+    scorer: str = "cfsp"
+    allocator: str | None = None
+    """None: the scorer's own, as its authors use it."""
+    compensation: str | None = None
+    """None: the scorer's own."""
+    importance: str = "angular"
+    """Metric of the coarse block importance."""
+    width_multiple: int = 128
+    """Widths are multiples of this; 1 for exact widths."""
+    dtype: str = "auto"
+    """auto: as the checkpoint stores it."""
+    micro_batch: int | None = None
+    """Windows per forward call; None: about 8192 tokens on a GPU, one window on a CPU."""
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise CfspError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.scorer not in SCORERS:
+            raise unknown_name("scorer", self.scorer, SCORERS)
+        if self.allocator is not None and self.allocator not in ALLOCATORS:
+            raise unknown_name("allocator", self.allocator, ALLOCATORS)
+        if self.compensation is not None and self.compensation not in COMPENSATIONS:
+            raise unknown_name("compensation", self.compensation, COMPENSATIONS)
+        if self.importance not in INFLUENCE_METRICS:
+            raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
+        if self.width_multiple < 1:
+            raise CfspError(f"width_multiple must be 1 or more, got {self.width_multiple}")
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise CfspError(f"micro_batch must be 1 or more, got {self.micro_batch}")
+
+    @property
+    def resolved_allocator(self) -> str:
+        """The allocator in force."""
+        return self.allocator or SCORERS[self.scorer].allocator
+
+    @property
+    def resolved_compensation(self) -> str:
+        """The compensation in force."""
+        return self.compensation or SCORERS[self.scorer].compensation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and JSON."""
+        return dataclasses.asdict(self)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe of a mapping such as :meth:`Recipe.to_dict` gives; missing keys are defaults.
+
+    Raises:
+        CfspError: an unknown key or a value out of range.
+    """
+    values = dict(values)
+    calibration = values.pop("calibration", None) or {}
+    for name, kind, given in (
+        ("recipe", Recipe, values),
+        ("calibration", Calibration, calibration),
+    ):
+        if not isinstance(given, dict):
+            raise CfspError(f"{name} must be a mapping, got {type(given).__name__}")
+        fields = [field.name for field in dataclasses.fields(kind)]
+        for key in given:
+            if key not in fields:
+                raise unknown_name(f"{name} key", str(key), fields)
+    try:
+        return Recipe(**values, calibration=Calibration(**calibration))
+    except TypeError as error:
+        raise CfspError(f"recipe: {error}") from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from YAML: a ``recipe.yaml`` of an earlier result, or its ``recipe`` part.
+
+    Raises:
+        CfspError: no such file, not YAML, an unknown key or a value out of range.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CfspError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise CfspError(f"recipe {path} must be a mapping")
+    return recipe_from_dict(document.get("recipe", document))

@@ -1,0 +1,139 @@
+"""The record of a run, and the two documents made of it: recipe.yaml's and the model card."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .evaluation import Perplexity
+from .plan import PruningPlan
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a run did and measured."""
+
+    name: str
+    """The dense model: hub id, folder or file name."""
+    plan: PruningPlan
+    statistics: Statistics | None
+    parameters_before: int
+    parameters_after: int
+    perplexity_before: Perplexity | None
+    perplexity_after: Perplexity | None
+    stock: bool
+    """Whether the result is an architecture of transformers itself."""
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measured part, as plain values."""
+        before, after = self.perplexity_before, self.perplexity_after
+        return {
+            "sparsity": self.plan.sparsity,
+            "widths": list(self.plan.widths),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "perplexity_before": before.to_dict() if before is not None else None,
+            "perplexity_after": after.to_dict() if after is not None else None,
+        }
+
+
+def recipe_document(report: PruneReport) -> dict[str, Any]:
+    """The recipe with everything that a run depends on, for recipe.yaml."""
+    statistics = report.statistics
+    return {
+        "recipe": report.plan.recipe.to_dict(),
+        "provenance": {
+            "model": report.name,
+            "model_fingerprint": report.plan.model_fingerprint,
+            "statistics": statistics.provenance if statistics is not None else None,
+            "versions": report.versions,
+        },
+        "result": report.to_dict(),
+    }
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {name}
+tags:
+- pruned
+- cfsp
+---
+
+# {name}, {sparsity:.1%} of FFN channels removed
+
+Structured pruning with [CFSP](https://arxiv.org/abs/2409.13199): a smaller dense model, with a
+width of its own per block.
+
+| | before | after |
+|---|---:|---:|
+| parameters | {before:,} | {after:,} ({ratio:.1%}) |
+| FFN channels per block | {size_before} | {size_after} |
+{perplexity}
+
+| choice | value |
+|---|---|
+| scorer | `{recipe.scorer}` |
+| allocator | `{recipe.resolved_allocator}` |
+| compensation | `{recipe.resolved_compensation}` |
+| block importance | `{recipe.importance}` |
+| width multiple | {recipe.width_multiple} |
+| calibration | {calibration.samples} windows of {calibration.seqlen} tokens of \
+`{calibration.dataset}`, seed {calibration.seed} |
+
+`recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
+
+## Use
+
+```python
+{usage}
+```
+"""
+
+TRUSTED = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
+
+REGISTERED = """
+
+# or, with the package cfsp installed, without the trust flag:
+import cfsp
+model = cfsp.load(FOLDER)"""
+
+
+def _range(values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _perplexity_row(report: PruneReport) -> str:
+    before, after = report.perplexity_before, report.perplexity_after
+    if before is None or after is None:
+        return "| perplexity | not measured | not measured |"
+    label = f"perplexity, `{before.dataset}`, {before.windows} windows of {before.seqlen} tokens"
+    return f"| {label} | {before.perplexity:.2f} | {after.perplexity:.2f} |"
+
+
+def model_card(report: PruneReport) -> str:
+    """README.md of a result, Markdown with the hub's front matter."""
+    plan, recipe = report.plan, report.plan.recipe
+    usage = (
+        TRUSTED.replace(", trust_remote_code=True", "") if report.stock else TRUSTED + REGISTERED
+    )
+    return CARD.format(
+        name=report.name,
+        sparsity=plan.sparsity,
+        before=report.parameters_before,
+        after=report.parameters_after,
+        ratio=report.parameters_after / report.parameters_before,
+        size_before=_range(tuple(block.intermediate_size for block in plan.blocks)),
+        size_after=_range(plan.widths),
+        perplexity=_perplexity_row(report),
+        recipe=recipe,
+        calibration=recipe.calibration,
+        usage=usage,
+    )

@@ -1,0 +1,82 @@
+"""Compact tensors into a live model: block by block, in place."""
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from cfsp_kernels import gather_rows
+
+from .compensation import COMPENSATIONS, NEEDS_STATISTICS
+from .errors import CfspError
+from .layouts import Layout
+from .plan import BlockPlan, PruningPlan
+from .statistics import BlockStatistics, Statistics, model_fingerprint
+
+
+def check_plan(plan: PruningPlan, model: nn.Module, layout: Layout) -> None:
+    """Raise CfspError where the plan is for another model."""
+    sizes = layout.intermediate_sizes(model)
+    planned = tuple(block.intermediate_size for block in plan.blocks)
+    if planned != sizes:
+        raise CfspError(
+            f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
+            f"channels, the model has {len(sizes)} with up to {max(sizes)}"
+        )
+    if plan.model_fingerprint != model_fingerprint(model, layout):
+        raise CfspError("the plan is for another model: same shapes, different weights")
+
+
+def _parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=like.requires_grad)
+
+
+@torch.no_grad()
+def prune_block_(
+    block: nn.Module,
+    layout: Layout,
+    plan: BlockPlan,
+    compensation: str,
+    statistics: BlockStatistics | None,
+) -> None:
+    """Cut one block's FFN to the kept channels, in place."""
+    gate, up, down = (layout.projection(block, p) for p in (layout.gate, layout.up, layout.down))
+    kept = plan.kept.to(down.weight.device)
+    cut = COMPENSATIONS[compensation](down.weight, kept, statistics)
+    for projection in (gate, up):
+        projection.weight = _parameter(gather_rows(projection.weight, kept), projection.weight)
+        if projection.bias is not None:
+            projection.bias = _parameter(projection.bias[kept], projection.bias)
+        projection.out_features = plan.width
+    if cut.bias is not None:
+        total = cut.bias if down.bias is None else down.bias + cut.bias
+        down.bias = _parameter(total, down.weight)
+    down.weight = _parameter(cut.weight, down.weight)
+    down.in_features = plan.width
+    ffn = block.get_submodule(layout.down.rpartition(".")[0])
+    if hasattr(ffn, "intermediate_size"):
+        ffn.intermediate_size = plan.width  # type: ignore[assignment]
+
+
+def prune_model_(
+    model: nn.Module,
+    layout: Layout,
+    plan: PruningPlan,
+    statistics: Statistics | None = None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Cut every FFN of a live model to its plan, in place.
+
+    Raises:
+        CfspError: a plan for another model, or a compensation whose statistics are missing.
+            Nothing is changed then.
+    """
+    check_plan(plan, model, layout)
+    compensation = plan.recipe.resolved_compensation
+    if compensation in NEEDS_STATISTICS and statistics is None:
+        raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
+    blocks = layout.find_blocks(model)
+    bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
+    for number, block_plan in enumerate(bar):
+        block_statistics = statistics.blocks[number] if statistics is not None else None
+        prune_block_(blocks[number], layout, block_plan, compensation, block_statistics)

@@ -1,0 +1,92 @@
+"""Channel scores [F] of one block: pure functions of its statistics and, where needed, weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cfsp_kernels import channel_importance
+
+from .layouts import FFNWeights
+from .statistics import BlockStatistics
+
+ScoreFunction = Callable[[BlockStatistics, Callable[[], FFNWeights]], torch.Tensor]
+"""(statistics, weights on demand) -> scores [F] fp64 on the CPU. A function that does not call
+the second argument reads no weights, and nothing loads them for it."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way to score channels, and what its authors use it with."""
+
+    score: ScoreFunction
+    allocator: str
+    compensation: str
+    summary: str
+
+
+def activation_norm(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+    """n_i, the L2 norm of the channel's activation. Reads no weights."""
+    return statistics.norm
+
+
+def cfsp(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+    """The score of the released CFSP (three_w_one_wa with b = c = 1). Reads no weights.
+
+    It is the mean over j of (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n.
+    Every normalised column sums to one, whatever the weights: what is left is 3 / D times the
+    activation norm, and the constant changes no order.
+    """
+    return statistics.norm
+
+
+def _kernel_score(
+    name: str, statistic: str | None = None, matrices: tuple[str, ...] = ("down",)
+) -> ScoreFunction:
+    """A score of ``cfsp_kernels.channel_importance``."""
+
+    def score(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+        ffn = weights()
+        given = {m: getattr(ffn, m) for m in matrices}
+        if statistic is not None:
+            value = getattr(statistics, "norm" if statistic == "norms" else statistic)
+            given[statistic] = value.to(ffn.down.device)
+        return channel_importance(name, **given).double().cpu()
+
+    return score
+
+
+EVERY_MATRIX = ("gate", "up", "down")
+
+SCORERS: dict[str, Scorer] = {
+    "cfsp": Scorer(cfsp, "cfsp", "none", "released CFSP; equals the activation norm"),
+    "cfsp-eq8": Scorer(
+        _kernel_score("eq8", "norms", EVERY_MATRIX),
+        "cfsp",
+        "none",
+        "Eq. 8 of the paper at second hand: down normalised over channels",
+    ),
+    "cfsp-balanced": Scorer(
+        _kernel_score("balanced", "norms", EVERY_MATRIX),
+        "cfsp",
+        "none",
+        "gate, up and down all normalised over channels, so that no term is constant",
+    ),
+    "activation-norm": Scorer(activation_norm, "cfsp", "none", "L2 norm of the activation"),
+    "wanda-sp": Scorer(
+        _kernel_score("wanda", "norms"), "global", "none", "mean |W_down| times activation norm"
+    ),
+    "flap": Scorer(
+        _kernel_score("flap", "variance"),
+        "global",
+        "bias",
+        "activation variance times squared norm of the column of down",
+    ),
+    "wifn": Scorer(
+        _kernel_score("wanda", "norms"), "global", "bias", "wanda-sp with bias compensation"
+    ),
+    "magnitude-sp": Scorer(
+        _kernel_score("magnitude"), "uniform", "none", "L2 norm of the column of down"
+    ),
+}
+"""Scorer by name; each with the allocator and compensation that it is published with."""

@@ -1,0 +1,268 @@
+"""What one dense forward pass says about every block and channel, and its file."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from cfsp_kernels import block_influence, channel_statistics
+
+from .errors import CfspError
+from .layouts import Layout
+from .provenance import tensors_fingerprint, tokens_fingerprint, versions
+from .stream import default_micro_batch, record_block_calls, run_block
+
+FORMAT = "cfsp-statistics-1"
+INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Sums over the calibration tokens for one block of F channels; all on the CPU, in fp64."""
+
+    tokens: int
+    windows: int
+    sum: torch.Tensor
+    """[F], sum of the FFN activation (the input of the down projection)."""
+    sum_of_squares: torch.Tensor
+    """[F], sum of its square."""
+    influence: torch.Tensor
+    """[4], sums of the metrics of INFLUENCE_METRICS over tokens."""
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """[F], n_i: L2 norm of a channel over a window, root of the mean square per window."""
+        return (self.sum_of_squares / self.windows).sqrt()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """[F], mean activation over tokens."""
+        return self.sum / self.tokens
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """[F], variance of the activation over tokens (population)."""
+        return (self.sum_of_squares / self.tokens - self.mean.square()).clamp_min(0)
+
+    def importance(self, metric: str) -> float:
+        """Mean influence per token: angular in half turns, the others in their own units."""
+        return float(self.influence[INFLUENCE_METRICS.index(metric)]) / self.tokens
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The artefact of a calibration: serves any number of budgets, scorers and allocators."""
+
+    blocks: tuple[BlockStatistics, ...]
+    model_fingerprint: str
+    provenance: dict[str, Any]
+    """Calibration settings, tokens' hash, micro-batch, dtype and versions."""
+
+    @property
+    def intermediate_sizes(self) -> tuple[int, ...]:
+        """FFN channels of every block."""
+        return tuple(len(block.sum) for block in self.blocks)
+
+    def importance(self, metric: str) -> torch.Tensor:
+        """[L] fp64, coarse importance of every block: its mean influence per token."""
+        return torch.tensor([b.importance(metric) for b in self.blocks], dtype=torch.float64)
+
+
+def model_fingerprint(model: nn.Module, layout: Layout) -> str:
+    """Identifies a model by the shapes and a sample of the values of its FFN matrices."""
+
+    def matrices() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, block in enumerate(layout.find_blocks(model)):
+            weights = layout.ffn_weights(block)
+            yield f"{number}.up", weights.up
+            yield f"{number}.down", weights.down
+
+    return tensors_fingerprint(matrices())
+
+
+def check_statistics(statistics: Statistics, model: nn.Module, layout: Layout) -> None:
+    """Raise CfspError where the statistics were made with another model."""
+    sizes = layout.intermediate_sizes(model)
+    if statistics.intermediate_sizes != sizes:
+        raise CfspError(
+            f"the statistics are of another model: {len(statistics.blocks)} blocks with up to "
+            f"{max(statistics.intermediate_sizes)} channels, the model has {len(sizes)} with up "
+            f"to {max(sizes)}"
+        )
+    if statistics.model_fingerprint != model_fingerprint(model, layout):
+        raise CfspError("the statistics are of another model: same shapes, different weights")
+
+
+class _BlockCollector:
+    """Adds up one block's statistics on its device, without waiting for it."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.sum_of_squares = torch.zeros_like(self.sum)
+        self.influences: list[torch.Tensor] = []
+
+    def add_activation(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        part = channel_statistics(args[0])
+        self.tokens += part.tokens
+        self.sum += part.sum
+        self.sum_of_squares += part.sum_of_squares
+
+    def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        part = block_influence(before, after)
+        self.influences.append(torch.stack([getattr(part, name) for name in INFLUENCE_METRICS]))
+
+    def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
+        influences = torch.stack(self.influences).cpu()
+        broken = (~influences.isfinite().all(1)).nonzero()
+        if len(broken):
+            first = int(broken[0]) * micro_batch
+            last = min(first + micro_batch, windows) - 1
+            where = f"window {first}" if first == last else f"windows {first} to {last}"
+            raise CfspError(
+                f"block {number} gave NaN or infinite activations in calibration {where}: "
+                "check the weights of this block, or use another dtype"
+            )
+        return BlockStatistics(
+            self.tokens, windows, self.sum.cpu(), self.sum_of_squares.cpu(), influences.sum(0)
+        )
+
+
+def collect_statistics(
+    model: nn.Module,
+    layout: Layout,
+    windows: torch.Tensor,
+    *,
+    micro_batch: int | None = None,
+    provenance: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """One dense forward pass over each block, with statistics of its FFN and its influence.
+
+    Memory beside the model: the hidden states of all windows once, one micro-batch.
+
+    Args:
+        model: a causal LM on its device; left as it was found.
+        layout: where it keeps its FFNs.
+        windows: [N, S] int64 calibration tokens.
+        micro_batch: windows per forward call; None: see :func:`default_micro_batch`.
+        provenance: kept with the result.
+        progress: show a bar on stderr.
+
+    Raises:
+        CfspError: a block gives NaN or infinite activations; names it and the window.
+    """
+    device = next(model.parameters()).device
+    count, seqlen = windows.shape
+    micro_batch = micro_batch or default_micro_batch(device, seqlen)
+    blocks = layout.find_blocks(model)
+    fingerprint = model_fingerprint(model, layout)
+    training = model.training
+    model.eval()
+    results = []
+    try:
+        calls = record_block_calls(model, blocks, windows, micro_batch)
+        with tqdm(
+            total=len(blocks) * windows.numel(),
+            desc="calibrate",
+            unit="tok",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar:
+            for number, block in enumerate(blocks):
+                bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
+                down = layout.projection(block, layout.down)
+                collector = _BlockCollector(down.in_features, device)
+
+                def observe(
+                    index: int,
+                    before: torch.Tensor,
+                    after: torch.Tensor,
+                    collector: _BlockCollector = collector,
+                ) -> None:
+                    collector.add_states(index, before, after)
+                    bar.update(before.shape[0] * before.shape[1])
+
+                hook = down.register_forward_pre_hook(collector.add_activation)
+                try:
+                    run_block(block, number, calls, observe)
+                finally:
+                    hook.remove()
+                results.append(collector.result(number, count, micro_batch))
+    finally:
+        model.train(training)
+    return Statistics(
+        tuple(results),
+        fingerprint,
+        {
+            **(provenance or {}),
+            "tokens_sha256": tokens_fingerprint(windows),
+            "windows": count,
+            "seqlen": seqlen,
+            "micro_batch": micro_batch,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "versions": versions(device),
+        },
+    )
+
+
+def save_statistics(statistics: Statistics, path: str | Path) -> None:
+    """Write statistics as one safetensors file, whole or not at all."""
+    path = Path(path)
+    tensors = {}
+    for number, block in enumerate(statistics.blocks):
+        for name in ("sum", "sum_of_squares", "influence"):
+            tensors[f"block.{number:04d}.{name}"] = getattr(block, name)
+    header = {
+        "format": FORMAT,
+        "tokens": [block.tokens for block in statistics.blocks],
+        "windows": [block.windows for block in statistics.blocks],
+        "influence_metrics": INFLUENCE_METRICS,
+        "model_fingerprint": statistics.model_fingerprint,
+        "provenance": statistics.provenance,
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CfspError(f"cannot write statistics {path}: {error}") from None
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Read what :func:`save_statistics` wrote.
+
+    Raises:
+        CfspError: no such file, or not a statistics file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("cfsp", "{}"))
+            if header.get("format") != FORMAT:
+                raise CfspError(f"{path} is not a statistics file of this version ({FORMAT})")
+            blocks = tuple(
+                BlockStatistics(
+                    tokens,
+                    windows,
+                    *(
+                        file.get_tensor(f"block.{number:04d}.{name}")
+                        for name in ("sum", "sum_of_squares", "influence")
+                    ),
+                )
+                for number, (tokens, windows) in enumerate(
+                    zip(header["tokens"], header["windows"], strict=True)
+                )
+            )
+    except (OSError, SafetensorError) as error:
+        raise CfspError(f"cannot read statistics {path}: {error}") from None
+    return Statistics(blocks, header["model_fingerprint"], header["provenance"])

@@ -1,0 +1,124 @@
+"""Run a decoder one block at a time over many windows; hidden states stay, in place.
+
+The model's own forward makes everything a block is called with (masks, position embeddings,
+and whatever else the architecture passes): each block is replaced for one dry run by a stand-in
+that records its arguments and hands its input on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """What every block is called with, and the hidden states on their way through."""
+
+    hidden: torch.Tensor
+    """[N, S, D] in the model's dtype; :func:`run_block` updates it in place."""
+    micro_batch: int
+    """Windows per call."""
+    arguments: tuple[tuple[tuple[tuple[Any, ...], dict[str, Any]], ...], ...]
+    """[block][micro-batch]: positional and keyword arguments after the hidden states."""
+
+    def micro_batches(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number, view of the hidden states [b, S, D]) of every micro-batch."""
+        return enumerate(self.hidden.split(self.micro_batch))
+
+
+def default_micro_batch(device: torch.device, seqlen: int) -> int:
+    """Windows per call: about 8192 tokens fill a GPU; one window keeps a CPU in its cache."""
+    return max(1, 8192 // seqlen) if device.type != "cpu" else 1
+
+
+@contextmanager
+def _forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+    """Give each block instance another ``forward`` for a while."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = own
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """``old`` where ``new`` equals it, so that equal masks and embeddings are kept once."""
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_shared(a, b) for a, b in zip(new, old, strict=True))
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    return new
+
+
+@torch.no_grad()
+def record_block_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, micro_batch: int
+) -> BlockCalls:
+    """Embed all windows and record what each block is called with.
+
+    Args:
+        model: a causal LM of transformers.
+        blocks: its decoder blocks; each takes the hidden states first.
+        windows: [N, S] int64 tokens.
+        micro_batch: windows per call.
+    """
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
+    embedded: list[torch.Tensor] = []
+
+    def stand_in(number: int) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if number == 0:
+                embedded.append(hidden_states)
+            call: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
+            if recorded[number]:
+                call = _shared(call, recorded[number][0])
+            recorded[number].append(call)
+            return hidden_states
+
+        return forward
+
+    hidden: torch.Tensor | None = None
+    with _forwards(blocks, [stand_in(number) for number in range(len(blocks))]):
+        for number, tokens in enumerate(windows.split(micro_batch)):
+            model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
+            states = embedded.pop()
+            if hidden is None:
+                hidden = states.new_empty(len(windows), *states.shape[1:])
+            start = number * micro_batch
+            hidden[start : start + len(states)] = states
+    if hidden is None:
+        raise ValueError("no windows to run")
+    return BlockCalls(hidden, micro_batch, tuple(tuple(calls) for calls in recorded))
+
+
+@torch.no_grad()
+def run_block(
+    block: nn.Module,
+    number: int,
+    calls: BlockCalls,
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Run one block once over every micro-batch and leave its outputs in ``calls.hidden``.
+
+    ``observe(micro-batch number, block input, block output)`` sees both before the input is
+    overwritten.
+    """
+    for index, states in calls.micro_batches():
+        args, kwargs = calls.arguments[number][index]
+        output = block(states, *args, **kwargs)
+        observe(index, states, output)
+        states.copy_(output)
