@@ -54,7 +54,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
     """
     share = torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
     mean = share.mean()
-    if float(share.max() / mean) * (1 - sparsity) >= 1:
+    if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
         room = mean * (1 / (1 - sparsity) - 1)
         share = mean + (share - mean) * (room / (share.max() - mean) / 1.05)
     return share / mean * (1 - sparsity)
@@ -131,26 +131,28 @@ def apportion(
 ) -> tuple[int, ...]:
     """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
 
-    Every width is rounded down; what is then missing goes, a multiple each, to the blocks in the
-    order of their importance. A block keeps at least one multiple and at most what it has.
+    Every width is rounded down; what is then missing goes, a multiple each, to the blocks that lost
+    most by it, among equals to the more important one (the largest-remainder method). A block
+    keeps at least one multiple and at most what it has.
 
     Args:
         ideal: [L] widths, real.
         intermediate_sizes: channels of every block.
         budget: channels to keep in all.
         multiple: 1 for exact widths.
-        importance: [L]; ties by index.
+        importance: [L]; breaks ties, then the index does.
 
     Raises:
         CfspError: no widths meet the budget; says what could be.
     """
     room = [size // multiple for size in intermediate_sizes]
     wanted = check_budget(intermediate_sizes, budget, multiple)
-    units = [
-        min(max(int(width / multiple + 1e-9), 1), most)
-        for width, most in zip(ideal.tolist(), room, strict=True)
-    ]
-    order = sorted(range(len(units)), key=lambda block: (-float(importance[block]), block))
+    quotas = (ideal.double() / multiple).tolist()
+    units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
+    lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
+    order = sorted(
+        range(len(units)), key=lambda block: (-lost[block], -float(importance[block]), block)
+    )
     while (missing := wanted - sum(units)) > 0:
         open_blocks = [block for block in order if units[block] < room[block]]
         for block in open_blocks[:missing]:

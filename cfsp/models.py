@@ -59,7 +59,7 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
     """A live module as an OpenModel."""
     layout = model_layout(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return OpenModel(model, tokenizer, layout, name)
+    return OpenModel(model, tokenizer, layout, _short(name))
 
 
 def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
@@ -84,11 +84,16 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     name = str(model)
     config = _load(name, AutoConfig)
     layout = find_layout(config.model_type)
-    loaded = _load(name, AutoModelForCausalLM, dtype=_dtype(dtype))
+    loaded = _load_weights(name, dtype=_dtype(dtype))
     tokenizer = _load(name, AutoTokenizer)
     return OpenModel(
         loaded.to(where).eval(), tokenizer, layout, path.name if path.exists() else name
     )
+
+
+def _short(name: str) -> str:
+    """The last part of a local folder, which says nothing elsewhere; a hub id as it is."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _dtype(dtype: str) -> Any:
@@ -104,6 +109,18 @@ def _load(name: str, kind: Any, **options: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CfspError(f"cannot load {name}: {reason}") from error
+
+
+def _load_weights(name: str, **options: Any) -> PreTrainedModel:
+    """A causal LM with every tensor read: transformers would make up those that are missing."""
+    model, info = _load(name, AutoModelForCausalLM, output_loading_info=True, **options)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if found := sorted(str(key) for key in info[kind]):
+            raise CfspError(
+                f"{name}: {kind.replace('_', ' ')} in the weights: {', '.join(found[:3])}"
+                + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            )
+    return model
 
 
 def _check_folder(folder: Path) -> None:
@@ -137,7 +154,7 @@ def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
     config = _load(folder, AutoConfig, gguf_file=name)
     layout = find_layout(config.model_type)
     precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    loaded = _load(folder, AutoModelForCausalLM, gguf_file=name, dtype=precision)
+    loaded = _load_weights(folder, gguf_file=name, dtype=precision)
     tokenizer = _load(folder, AutoTokenizer, gguf_file=name)
     return OpenModel(_as_ordinary_model(loaded).to(device).eval(), tokenizer, layout, path.stem)
 

@@ -16,7 +16,7 @@ from .checkpoint import (
     check_out,
     is_stock,
     new_folder,
-    probe_logits,
+    take_probe,
     verify,
     write_documents,
     write_model,
@@ -232,6 +232,8 @@ def prune(
         recipe = as_calibrated(recipe, statistics)
     if eval_windows is None:
         eval_windows = EVALUATION_WINDOWS if out is not None else 0
+    if eval_windows < 0:
+        raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
     opened = _open(model, tokenizer, recipe.dtype, device)
     layout = opened.layout
@@ -283,7 +285,7 @@ def prune(
         with new_folder(Path(out), overwrite) as folder:
             write_model(pruned, tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
-            expected = probe_logits(pruned)
+            expected = take_probe(pruned)
             if not isinstance(model, nn.Module):
                 del pruned, opened  # one model in memory at a time
             reloaded = verify(folder, expected, device_used)

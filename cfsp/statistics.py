@@ -104,11 +104,13 @@ def check_statistics(statistics: Statistics, model: nn.Module, layout: Layout) -
 class _BlockCollector:
     """Adds up one block's statistics on its device, without waiting for it."""
 
-    def __init__(self, channels: int, device: torch.device) -> None:
+    def __init__(self, channels: int, micro_batches: int, device: torch.device) -> None:
         self.tokens = 0
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.sum_of_squares = torch.zeros_like(self.sum)
-        self.influences: list[torch.Tensor] = []
+        self.influences = torch.zeros(
+            micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
+        )
 
     def add_activation(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         part = channel_statistics(args[0])
@@ -118,10 +120,11 @@ class _BlockCollector:
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         part = block_influence(before, after)
-        self.influences.append(torch.stack([getattr(part, name) for name in INFLUENCE_METRICS]))
+        for column, metric in enumerate(INFLUENCE_METRICS):
+            self.influences[index, column] = getattr(part, metric)
 
     def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
-        influences = torch.stack(self.influences).cpu()
+        influences = self.influences.cpu()
         broken = (~influences.isfinite().all(1)).nonzero()
         if len(broken):
             first = int(broken[0]) * micro_batch
@@ -180,7 +183,7 @@ def collect_statistics(
             for number, block in enumerate(blocks):
                 bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
                 down = layout.projection(block, layout.down)
-                collector = _BlockCollector(down.in_features, device)
+                collector = _BlockCollector(down.in_features, len(calls.arguments[number]), device)
 
                 def observe(
                     index: int,

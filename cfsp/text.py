@@ -45,13 +45,16 @@ class HubDataset:
 
 
 def _builtin_texts(purpose: str) -> list[str]:
-    """English prose that ships with Python; every fifth topic is held out."""
+    """English prose that ships with Python, by topic; a quarter of it is held out."""
     from pydoc_data.topics import topics
 
-    ordered = [topics[name] for name in sorted(topics)]
-    if purpose == EVALUATE:
-        return ordered[4::5]
-    return [text for position, text in enumerate(ordered) if position % 5 != 4]
+    parts: dict[str, list[str]] = {CALIBRATE: [], EVALUATE: []}
+    lengths = {CALIBRATE: 0, EVALUATE: 0}
+    for name in sorted(topics):
+        part = EVALUATE if 3 * lengths[EVALUATE] < lengths[CALIBRATE] else CALIBRATE
+        parts[part].append(topics[name])
+        lengths[part] += len(topics[name])
+    return parts[purpose]
 
 
 DATASETS: dict[str, Callable[[str], list[str]]] = {

@@ -1,0 +1,122 @@
+"""Tiny random models, a byte tokenizer, and SmolLM2-135M where its package is installed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_MININTERVAL", "10")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import cfsp
+from cfsp.demo import demo_model, dense_folder
+from cfsp.errors import CfspError
+from cfsp.statistics import Statistics
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+TINY = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+def make_tiny(model_type: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random causal LM whose blocks all do something."""
+    config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.15)
+            elif "bias" in name:
+                parameter.normal_(0, 0.05)
+    return model
+
+
+def make_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte; BOS 256, EOS 257, padding 258."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    if puts_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 256)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PreTrainedModel]:
+    return make_tiny
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A tiny Llama saved with its tokenizer."""
+    folder = tmp_path / "tiny"
+    make_tiny().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """[6, 24] calibration tokens."""
+    return torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as an ordinary fp32 model folder."""
+    try:
+        demo_model()
+    except CfspError as error:
+        pytest.skip(str(error))
+    return dense_folder(tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct")
+
+
+def shared(path: str) -> Path:
+    """A data file beside the checkout; skips the test where it is absent."""
+    file = SHARED / path
+    if not file.exists():
+        pytest.skip(f"{path} is not beside the checkout")
+    return file
+
+
+@pytest.fixture(scope="session")
+def wikitext_recipe() -> cfsp.Recipe:
+    """CFSP at 30%, exact widths, on 48 windows of WikiText-2 validation."""
+    dataset = str(shared("data/wikitext2-validation.parquet"))
+    calibration = cfsp.Calibration(dataset=dataset, samples=48, seqlen=1024, seed=0)
+    return cfsp.Recipe(sparsity=0.3, width_multiple=1, calibration=calibration)
+
+
+@pytest.fixture(scope="session")
+def wikitext_statistics(smollm2: Path, wikitext_recipe: cfsp.Recipe) -> Statistics:
+    """Statistics of SmolLM2-135M for that recipe: the one long calibration of the tests."""
+    return cfsp.calibrate(smollm2, recipe=wikitext_recipe, progress=False)

@@ -1,0 +1,119 @@
+"""Widths: the published formula, the budget, ties, and what cannot be met."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfsp.allocation import (
+    ALLOCATORS,
+    AllocationProblem,
+    allocate_widths,
+    apportion,
+    cfsp_keep_fractions,
+)
+from cfsp.errors import CfspError
+
+
+def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProblem:
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 0.5
+    scores = tuple(torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return AllocationProblem(importance, scores, sparsity)
+
+
+def test_cfsp_fractions_follow_the_formula_where_nothing_is_contracted() -> None:
+    importance = torch.tensor([1000.0, 2000.0, 3000.0], dtype=torch.float64)
+    keep = cfsp_keep_fractions(importance, 0.5)
+    share = 1 / (1 + torch.exp(-(importance - 2000) / 1e4))
+    assert torch.allclose(keep, share / share.mean() * 0.5, atol=1e-15)
+
+
+def test_cfsp_fractions_are_contracted_so_that_none_reaches_one() -> None:
+    keep = cfsp_keep_fractions(torch.tensor([0.0, 0.0, 1e6], dtype=torch.float64), 0.3)
+    assert float(keep.max()) == pytest.approx(0.7 + 0.3 / 1.05)
+    assert float(keep.mean()) == pytest.approx(0.7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(40, 200), min_size=1, max_size=12),
+    sparsity=st.floats(0.0, 0.9),
+    multiple=st.sampled_from([1, 4, 7, 16]),
+    allocator=st.sampled_from(sorted(ALLOCATORS)),
+    seed=st.integers(0, 5),
+)
+def test_the_budget_is_met_to_half_a_multiple(
+    sizes: list[int], sparsity: float, multiple: int, allocator: str, seed: int
+) -> None:
+    given_problem = problem(sizes, sparsity, seed)
+    try:
+        widths = allocate_widths(given_problem, allocator, multiple)
+    except CfspError:
+        units = round(given_problem.budget / multiple)
+        assert not len(sizes) <= units <= sum(size // multiple for size in sizes)
+        return
+    assert abs(sum(widths) - given_problem.budget) <= multiple / 2 + 1e-6
+    for width, size in zip(widths, sizes, strict=True):
+        assert width % multiple == 0
+        assert multiple <= width <= size
+
+
+def test_equal_remainders_go_to_the_more_important_block_then_to_the_earlier() -> None:
+    ideal = torch.full((4,), 10.5)
+    importance = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    assert apportion(ideal, [20] * 4, 42.0, 1, importance) == (10, 11, 11, 10)
+    assert apportion(ideal, [20] * 4, 41.0, 1, importance) == (10, 11, 10, 10)
+
+
+def test_a_multiple_takes_the_nearest_width_first() -> None:
+    ideal = torch.tensor([1020.0, 1040.0, 1012.0])
+    importance = torch.tensor([1.0, 3.0, 2.0])
+    assert apportion(ideal, [1536] * 3, 3072.0, 128, importance) == (1024, 1024, 1024)
+
+
+def test_uniform_keeps_the_same_fraction_everywhere() -> None:
+    assert allocate_widths(problem([100, 50, 100], 0.3), "uniform", 1) == (70, 35, 70)
+
+
+def test_global_threshold_standardises_each_block() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0, 10.0], dtype=torch.float64)
+    same = AllocationProblem(torch.ones(2), (scores, scores * 1000), 0.5)
+    assert allocate_widths(same, "global", 1) == (2, 2)
+    spiked = AllocationProblem(torch.ones(2), (scores, torch.arange(4.0)), 0.5)
+    assert (
+        ALLOCATORS["global"](spiked).tolist() == [1.0, 3.0]
+        or sum(allocate_widths(spiked, "global", 1)) == 4
+    )
+
+
+def test_global_counts_are_those_of_the_sorted_standardised_scores() -> None:
+    given_problem = problem([30, 40, 50], 0.4)
+    z = [(s - s.mean()) / s.std() for s in given_problem.scores]
+    threshold = torch.cat(z).sort(descending=True).values[round(given_problem.budget) - 1]
+    expected = [int((block >= threshold).sum()) for block in z]
+    assert list(allocate_widths(given_problem, "global", 1)) == expected
+
+
+def test_cfsp_allocation_does_not_change_with_the_amount_of_data() -> None:
+    mean_angle = torch.tensor([0.5, 0.1, 0.1, 0.2], dtype=torch.float64)
+    scores = tuple(torch.rand(1536) for _ in range(4))
+    widths = allocate_widths(AllocationProblem(mean_angle, scores, 0.3), "cfsp", 1)
+    expected = cfsp_keep_fractions(mean_angle * 131072, 0.3) * 1536
+    assert all(abs(w - e) <= 1 for w, e in zip(widths, expected.tolist(), strict=True))
+    assert sum(widths) == round(0.7 * 4 * 1536)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "multiple", "message"),
+    [
+        (0.999, 1, "no widths meet sparsity 0.999 in multiples of 1: 4 blocks can reach 0 to"),
+        (0.1, 128, "width_multiple 128 is more than the 48 channels of block 0"),
+        (0.0, 32, "no widths meet sparsity 0 in multiples of 32"),
+    ],
+)
+def test_a_budget_that_no_width_meets_is_refused(
+    sparsity: float, multiple: int, message: str
+) -> None:
+    with pytest.raises(CfspError, match=message):
+        allocate_widths(problem([48] * 4, sparsity), "uniform", multiple)
