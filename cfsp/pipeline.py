@@ -156,12 +156,6 @@ def plan(
     return make_plan(statistics, weights, recipe)
 
 
-def _known(statistics: Statistics | None) -> Statistics:
-    if statistics is None:
-        raise ValueError("a plan needs statistics")
-    return statistics
-
-
 def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     """The recipe that would make these statistics: theirs is the calibration that counts."""
     known = statistics.provenance.get("calibration")
@@ -251,10 +245,11 @@ def prune(
             return None
         return perplexity(measured, eval_tokens, dataset=eval_name, progress=progress)
 
-    if statistics is None and (plan is None or recipe.resolved_compensation in NEEDS_STATISTICS):
-        statistics = _calibrate(opened, recipe, progress)
     if plan is None:
-        plan = make_plan(_known(statistics), block_weights(opened.model, layout), recipe)
+        statistics = statistics or _calibrate(opened, recipe, progress)
+        plan = make_plan(statistics, block_weights(opened.model, layout), recipe)
+    elif statistics is None and recipe.resolved_compensation in NEEDS_STATISTICS:
+        statistics = _calibrate(opened, recipe, progress)
 
     pruned, tokenizer = opened.model, opened.tokenizer
     training = pruned.training

@@ -195,9 +195,11 @@ def consecutive_windows(
     Raises:
         CfspError: too few tokens for one window, or for ``limit`` of them.
     """
+    if limit is not None and limit < 1:
+        raise CfspError(f"windows must be 1 or more, got {limit}")
     length = seqlen if bos is None else seqlen - 1
     available = len(tokens) // length
-    if available < max(1, limit or 1):
+    if available < (limit or 1):
         raise CfspError(
             f"the evaluation text has {len(tokens)} tokens: {available} windows of {seqlen}, "
             f"{limit or 1} needed"

@@ -129,6 +129,8 @@ def test_windows_with_bos_have_the_same_length_and_start_with_it() -> None:
 def test_consecutive_windows_do_not_overlap_and_drop_the_rest() -> None:
     assert torch.equal(consecutive_windows(torch.arange(19), 5), torch.arange(15).view(3, 5))
     assert consecutive_windows(torch.arange(19), 5, limit=2).shape == (2, 5)
+    with pytest.raises(CfspError, match="windows must be 1 or more, got 0"):
+        consecutive_windows(torch.arange(19), 5, limit=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What calibration costs on top of the plain forward pass over the same tokens.
+
+Each round times the plain forward of all blocks and then the calibration, so that both see the
+same machine; ``extra_info["overhead"]`` is the median of the rounds' ratios, less one.
+"""
+
+import statistics
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.environment import describe
+from benchmarks.timing import DEVICE, ON_GPU, ColdCache, seconds_of
+
+ROUNDS = 11
+CPU_SHAPE = {  # SmolLM2-135M, six of its thirty blocks
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+GPU_SHAPE = {  # Llama-3-8B, four of its thirty-two blocks
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+@torch.no_grad()
+def test_statistics_and_influence_on_top_of_the_plain_forward(
+    benchmark: BenchmarkFixture,
+) -> None:
+    from cfsp.layouts import LAYOUTS
+    from cfsp.statistics import collect_statistics
+    from cfsp.stream import default_micro_batch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, max_position_embeddings=1024, **(GPU_SHAPE if ON_GPU else CPU_SHAPE)
+    )
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    model = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
+    windows = torch.randint(0, 1024, (32 if ON_GPU else 4, 1024))
+    micro_batch = default_micro_batch(torch.device(DEVICE), 1024)
+    cold_cache = ColdCache()
+    plain: list[float] = []
+    calibrated: list[float] = []
+
+    def forward() -> None:
+        for tokens in windows.split(micro_batch):
+            model.base_model(input_ids=tokens.to(DEVICE), use_cache=False)
+
+    def calibrate() -> None:
+        collect_statistics(
+            model, LAYOUTS["llama"], windows, micro_batch=micro_batch, progress=False
+        )
+
+    def both() -> None:
+        plain.append(seconds_of(forward, cold_cache))
+        calibrated.append(seconds_of(calibrate, cold_cache))
+
+    benchmark.pedantic(both, rounds=ROUNDS, warmup_rounds=1)
+    plain, calibrated = plain[1:], calibrated[1:]
+    benchmark.extra_info.update(
+        plain_forward_seconds=statistics.median(plain),
+        calibration_seconds=statistics.median(calibrated),
+        overhead=statistics.median(c / p for c, p in zip(calibrated, plain, strict=True)) - 1,
+        environment=describe(),
+    )
