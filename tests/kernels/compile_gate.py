@@ -186,8 +186,7 @@ def compile_case(case: Case, target_name: str, entry: str) -> Resources:
     if "PRECISION" in names:
         constants["PRECISION"] = precision(DTYPES[case.dtype], target_name.startswith("gfx"))
     signature = {
-        name: "constexpr" if name in constants else case.pointers.get(name, "i32")
-        for name in names
+        name: "constexpr" if name in constants else case.pointers.get(name, "i32") for name in names
     }
     aligned = [n for n in names if n not in constants and n not in case.unaligned]
     source = ASTSource(

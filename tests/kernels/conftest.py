@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, settings
 GPU = torch.cuda.is_available()
 if not GPU:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("set TRITON_INTERPRET=1: triton is imported before the kernel tests")
+        raise pytest.UsageError(
+            "set TRITON_INTERPRET=1: triton is imported before the kernel tests"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
