@@ -262,7 +262,8 @@ def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, int, int]:
 def survey_case(number: int) -> list[Resources]:
     """One case with every entry of its table: on its own architecture, default on all four."""
     case = list(cases())[number]
-    ragged = case.dtype == "bf16" and not case.op.startswith("gram") or case.op == "gram_fp32"
+    ragged = case.op not in ("gram", "gram_ragged") and case.dtype == "bf16"
+    ragged = ragged or case.op == "gram_fp32"
     rows = []
     for entry in config_table()[case.op]:
         for target in SHARED_LIMIT if entry == "default" else [entry]:
