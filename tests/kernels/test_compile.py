@@ -59,7 +59,7 @@ def test_the_gate_sees_spills_and_narrow_loads():
 import dataclasses
 import compile_gate as gate
 from cfsp_kernels._configs import config_table
-config_table()["channel_statistics"]["big"] = {"BLOCK_T": 128, "BLOCK_C": 256, "num_warps": 1}
+config_table()["channel_statistics"]["big"] = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 1}
 case = next(c for c in gate.cases() if c.op == "channel_statistics")
 print(gate.faults(gate.compile_case(case, "sm_90", "big")))
 ragged = dataclasses.replace(gate.unaligned(case), wide_loads=True)
