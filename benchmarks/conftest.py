@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import environment, harness
+from benchmarks import environment, harness, timing
 from benchmarks.shapes import DEFAULT_SHAPES, SHAPES
 
 HERE = Path(__file__).parent
@@ -25,14 +25,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not {"spec", "shape", "implementation"} <= set(metafunc.fixturenames):
         return
     chosen = metafunc.config.getoption("--shapes")
-    names = chosen.split(",") if chosen else DEFAULT_SHAPES[harness.DEVICE]
+    names = chosen.split(",") if chosen else DEFAULT_SHAPES[timing.DEVICE]
     if unknown := sorted(set(names) - set(SHAPES)):
         raise pytest.UsageError(f"--shapes: unknown {unknown}, expected some of {list(SHAPES)}")
     cases = [
         (spec, SHAPES[shape], implementation)
         for spec in metafunc.module.BENCHMARKS
         for shape in names
-        for implementation in spec.names(harness.DEVICE)
+        for implementation in spec.names(timing.DEVICE)
     ]
     ids = [f"{spec.op}-{shape.name}-{name}".replace(" ", "_") for spec, shape, name in cases]
     metafunc.parametrize(("spec", "shape", "implementation"), cases, ids=ids)
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.benchmark(timer=harness.timer))
+            item.add_marker(pytest.mark.benchmark(timer=timing.timer))
 
 
 @pytest.fixture(scope="session")

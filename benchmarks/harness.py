@@ -22,13 +22,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import environment
 from .shapes import Shape
+from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
-DEVICE = environment.device_type()
-ON_GPU = DEVICE == "cuda"
 ROUNDS = (5, 50) if ON_GPU else (3, 15)
-SECONDS_PER_MEASUREMENT = 1.0
+SECONDS_PER_MEASUREMENT = 1.0 if ON_GPU else 0.5
 COMPILE_LIMIT_SECONDS = 150 if ON_GPU else 60
-FLUSH_BYTES = 512 << 20  # several times any L2; its time also hides the launch from the host
 LARGEST_COPY_BYTES = 2 << 30
 REFERENCE_IMPLEMENTATIONS = ("eager", "torch.compile", "torch op")
 
@@ -67,23 +65,6 @@ class OpBenchmark:
         return names + (["torch.compile"] if self.compiled is not None else [])
 
 
-class _Event:
-    """A point on the GPU's clock; a later one minus an earlier one is seconds."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: "_Event") -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) * 1e-3
-
-
-def timer() -> Any:
-    """A reading of the device's clock: CUDA events on a GPU, ``perf_counter`` on a CPU."""
-    return _Event() if ON_GPU else time.perf_counter()
-
-
 class Stage:
     """The inputs of the group at hand. Freed when the next group needs the memory."""
 
@@ -91,7 +72,7 @@ class Stage:
         self.key: tuple[str, str] | None = None
         self.inputs: Any = None
         self.expected: torch.Tensor | None = None
-        self.flush: torch.Tensor | None = None
+        self.cold_cache = ColdCache()
 
     def load(self, spec: OpBenchmark, shape: Shape) -> Any:
         """Inputs of (op, shape), made once, together with the digest of the reference."""
@@ -108,13 +89,6 @@ class Stage:
         """Drop the inputs."""
         self.key = self.inputs = self.expected = None
         _collect()
-
-    def cold_cache(self) -> None:
-        """Push everything out of the GPU's L2. Returns None: pedantic reads values as arguments."""
-        if ON_GPU:
-            if self.flush is None:
-                self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-            self.flush.zero_()
 
 
 def _collect() -> None:
@@ -179,7 +153,7 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
 
 
 def compile_for(inputs: Any, function: Implementation) -> tuple[Implementation, float]:
-    """``torch.compile`` of ``function`` for these inputs and the seconds it took; skips with why."""
+    """``torch.compile`` of ``function`` for these inputs and its seconds; skips with the reason."""
     torch._dynamo.reset()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "16" if ON_GPU else "1")
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
@@ -198,7 +172,7 @@ def compile_for(inputs: Any, function: Implementation) -> tuple[Implementation, 
 
 
 def make_copy(nbytes: int) -> tuple[Callable[[], Any], int]:
-    """A device copy that moves ``nbytes`` in all (at most twice the largest copy), and its bytes."""
+    """A device copy that moves ``nbytes`` (at most twice the largest copy), and its bytes."""
     half = max(1, min(nbytes // 2, LARGEST_COPY_BYTES))
     source = torch.zeros(half, dtype=torch.int8, device=DEVICE)
     goal = torch.empty_like(source)
@@ -256,10 +230,10 @@ def _measure(
             info["largest_relative_difference"] = _largest_difference(digest, stage.expected)
         del result
         peak, source = peak_extra_bytes(call)
-        seconds = _once(stage, call)
+        seconds = seconds_of(call, stage.cold_cache)
         low, high = ROUNDS
         rounds = max(low, min(high, int(SECONDS_PER_MEASUREMENT / max(seconds, 1e-9))))
-        benchmark.pedantic(call, setup=stage.cold_cache, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(call, setup=stage.cold_cache, rounds=rounds)
 
     info.update(
         op=spec.op,
@@ -284,13 +258,6 @@ def _measure(
 
 def _bind(function: Implementation, inputs: Any) -> Callable[[], Any]:
     return lambda: function(inputs)
-
-
-def _once(stage: Stage, call: Callable[[], Any]) -> float:
-    stage.cold_cache()
-    start = timer()
-    call()
-    return timer() - start
 
 
 def backend_of(spec: OpBenchmark) -> str:

@@ -32,14 +32,14 @@ SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape("tiny", 64, 64, 128, torch.float32, 64),
-        Shape("llama-3.2-1b-fp32", 4096, 2048, 8192, torch.float32, 128),
-        Shape("llama-3.2-1b-bf16", 4096, 2048, 8192, torch.bfloat16, 128),
+        Shape("tinyllama-1.1b-fp32", 2048, 2048, 5632, torch.float32, 128),
+        Shape("tinyllama-1.1b-bf16", 2048, 2048, 5632, torch.bfloat16, 128),
         Shape("llama-3-8b", 131072, 4096, 14336, torch.bfloat16, 16384),
         Shape("llama-3-70b", 131072, 8192, 28672, torch.bfloat16, 16384),
     )
 }
 
 DEFAULT_SHAPES = {
-    "cpu": ("llama-3.2-1b-fp32", "llama-3.2-1b-bf16"),
+    "cpu": ("tinyllama-1.1b-fp32", "tinyllama-1.1b-bf16"),
     "cuda": ("llama-3-8b", "llama-3-70b"),
 }

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import DEVICE, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import WINDOW, Shape
+from benchmarks.timing import DEVICE
 from cfsp_kernels import BlockInfluence, block_influence
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -22,7 +23,7 @@ def make_inputs(shape: Shape) -> Pair:
 
 
 def released(pair: Pair) -> torch.Tensor:
-    """As released with CFSP: per window all S x S products in fp32, of which the diagonal counts."""
+    """As released with CFSP: per window all S x S products in fp32, and their diagonal."""
     total = torch.zeros((), device=DEVICE)
     angular = torch.zeros((), device=DEVICE)
     for x, y in zip(pair[0].split(WINDOW), pair[1].split(WINDOW), strict=True):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import DEVICE, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import Shape
+from benchmarks.timing import DEVICE
 from cfsp_kernels import channel_importance
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import DEVICE, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import WINDOW, Shape
+from benchmarks.timing import DEVICE
 from cfsp_kernels import ChannelStatistics, channel_statistics
 
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 
 import cfsp_kernels
-from benchmarks.harness import DEVICE, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import Shape
+from benchmarks.timing import DEVICE
 from cfsp_kernels import gather_columns, gather_rows
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import DEVICE, ON_GPU, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import Shape
+from benchmarks.timing import DEVICE, ON_GPU
 from cfsp_kernels import gram
 
 Inputs = tuple[torch.Tensor, torch.Tensor]

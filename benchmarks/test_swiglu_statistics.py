@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import DEVICE, OpBenchmark
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import WINDOW, Shape
+from benchmarks.timing import DEVICE
 from cfsp_kernels import swiglu_statistics
 
 Pair = tuple[torch.Tensor, torch.Tensor]
