@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from ._triton import interpreted, triton_installed
+
 Backend = Literal["torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 
@@ -12,14 +14,26 @@ BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 def use_triton(op: str, x: torch.Tensor, backend: str | None) -> bool:
     """Whether ``op`` on ``x`` runs as a Triton kernel.
 
+    By default a tensor on a GPU does where Triton is installed (it is not on Windows), and any
+    other tensor runs in torch. "triton" is an order: it runs or it is an error.
+
     Raises:
         ValueError: the backend's name is unknown.
         RuntimeError: Triton was asked for where it cannot run.
     """
+    source = "backend" if backend else "CFSP_BACKEND"
     requested = backend or os.environ.get("CFSP_BACKEND") or None
     if requested is not None and requested not in BACKENDS:
-        source = "backend" if backend else "CFSP_BACKEND"
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {requested!r}")
-    if requested == "triton":
-        raise RuntimeError(f"{op} has no triton kernel in this version; use backend='torch'")
-    return False
+    if requested == "torch":
+        return False
+    if requested is None:
+        return x.is_cuda and triton_installed()
+    if not triton_installed():
+        raise RuntimeError(f"{op}: {source}='triton' but triton is not installed")
+    if not x.is_cuda and not interpreted():
+        raise RuntimeError(
+            f"{op}: {source}='triton' needs a tensor on a GPU, got one on {x.device}; its "
+            "interpreter runs on the CPU, with TRITON_INTERPRET=1 set before triton is imported"
+        )
+    return True

@@ -1,13 +1,19 @@
 """Sum and sum of squares of every channel over tokens.
 
-Bytes moved: one read of x, ``T * C * itemsize``; the results are ``16 * C``.
+Bytes moved: one read of x, ``T * C * itemsize``, and one fp32 pair per channel and 256 tokens
+written and read back, ``T * C / 16``: 3 % of x in bf16. The results are ``16 * C``.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
 
 import torch
 
+from ._configs import launch_config
 from ._dispatch import use_triton
+from ._partials import fold_partials
+from ._triton import Kernel, ceil_div, tl
 from ._validation import as_rows
 
 ROWS_PER_PARTIAL = 256  # tokens summed in fp32 before they join the fp64 total
@@ -24,18 +30,79 @@ class ChannelStatistics(NamedTuple):
     """[C] fp64, sum of x squared over tokens."""
 
 
-def channel_statistics_reference(x: torch.Tensor) -> ChannelStatistics:
-    """``[T, C] -> `` statistics: fp32 within 256 tokens, fp64 across them.
+def channel_statistics_reference(x: torch.Tensor, totals: torch.Tensor) -> None:
+    """Add the statistics of ``x [T, C]`` to ``totals [2, C]``: fp32 in 256 tokens, then fp64.
 
     The error of a sum is that of 256 fp32 terms, whatever T is.
     """
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    squares = torch.zeros_like(total)
     for rows in x.split(ROWS_PER_PARTIAL):
         rows = rows.float()
-        total += rows.sum(0)
-        squares += (rows * rows).sum(0)
-    return ChannelStatistics(x.shape[0], total, squares)
+        totals[0] += rows.sum(0)
+        totals[1] += torch.linalg.vecdot(rows, rows, dim=0)
+
+
+@Kernel
+@no_type_check
+def channel_statistics_kernel(
+    x_ptr,  # [T, C] fp16, bf16 or fp32, unit stride along C
+    partials_ptr,  # [ceil(T / ROWS), 2, C] fp32
+    tokens,
+    channels,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # int64 before any multiplication: T * C passes 2^31 on real models. One grid axis, as the
+    # others end at 65535 programs; neighbours are channels, so that they share DRAM pages.
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    partial = program // blocks
+    channel = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    token = partial * ROWS + tl.arange(0, BLOCK_T)
+    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for _ in range(0, ROWS, BLOCK_T):
+        mask = (token < tokens)[:, None] & inside[None, :]
+        pointers = x_ptr + token[:, None] * x_stride + channel[None, :]
+        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        total += x
+        squares += x * x
+        token += BLOCK_T
+    out = partials_ptr + partial * 2 * channels + channel
+    tl.store(out, tl.sum(total, 0), mask=inside)
+    tl.store(out + channels, tl.sum(squares, 0), mask=inside)
+
+
+@torch.library.custom_op("cfsp::channel_statistics", mutates_args=("totals",))
+def channel_statistics_op(x: torch.Tensor, totals: torch.Tensor) -> None:
+    """Add the statistics of ``x [T, C]`` to ``totals [2, C]`` fp64, partial after partial."""
+    tokens, channels = x.shape
+    if not x.numel():
+        return
+    config = launch_config("channel_statistics", x.device)
+    splits = ceil_div(tokens, ROWS_PER_PARTIAL)
+    partials = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
+    grid = (ceil_div(channels, config["BLOCK_C"]) * splits,)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of x
+        channel_statistics_kernel[grid](
+            x, partials, tokens, channels, x.stride(0), ROWS=ROWS_PER_PARTIAL, **config
+        )
+        fold_partials(partials, totals)
+
+
+@channel_statistics_op.register_fake
+def _(x: torch.Tensor, totals: torch.Tensor) -> None:
+    return None
+
+
+def accumulate(x: torch.Tensor, totals: torch.Tensor, triton: bool) -> None:
+    """Add the statistics of ``x [T, C]`` to ``totals [2, C]`` fp64 on either backend."""
+    if triton:
+        channel_statistics_op(x, totals)
+    else:
+        channel_statistics_reference(x, totals)
 
 
 def channel_statistics(x: torch.Tensor, *, backend: str | None = None) -> ChannelStatistics:
@@ -47,11 +114,13 @@ def channel_statistics(x: torch.Tensor, *, backend: str | None = None) -> Channe
 
     Returns:
         ChannelStatistics with fp64 sums [C] on the device of ``x``. No token: zeros.
+        Over n tokens either sum errs by at most 256 * 2^-24 of the sum of its absolute terms.
 
     Raises:
         TypeError, ValueError: dtype, shape or strides that the op does not read.
         RuntimeError: backend "triton" where it cannot run.
     """
     rows = as_rows("x", x)
-    use_triton("channel_statistics", x, backend)
-    return channel_statistics_reference(rows)
+    totals = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
+    accumulate(rows, totals, use_triton("channel_statistics", x, backend))
+    return ChannelStatistics(rows.shape[0], totals[0], totals[1])
