@@ -87,6 +87,15 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def launch_configurations() -> dict[str, dict[str, int]] | None:
+    """What every kernel is launched with on this device, or None without such a table."""
+    try:
+        from cfsp_kernels._configs import config_for, config_table
+    except ModuleNotFoundError:
+        return None
+    return {op: config_for(op, arch()) for op in config_table()}
+
+
 def describe() -> dict[str, object]:
     """Everything above in one dictionary that JSON takes."""
     described: dict[str, object] = {
@@ -97,6 +106,7 @@ def describe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "sources": sources_digest(),
+        "launch_configurations": launch_configurations(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()

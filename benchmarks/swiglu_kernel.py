@@ -1,5 +1,7 @@
 """silu(gate) * up as a Triton kernel without statistics: a rival, not a part of the package."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,7 @@ BLOCK = 4096
 
 
 @triton.jit
+@no_type_check
 def _swiglu_kernel(
     gate_ptr,  # [n]
     up_ptr,  # [n]

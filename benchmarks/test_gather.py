@@ -4,18 +4,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-import cfsp_kernels
 from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import Shape
 from benchmarks.timing import DEVICE
-from cfsp_kernels import gather_columns, gather_rows
+from cfsp_kernels import gather_columns, gather_ffn, gather_rows
 
 
 class Inputs(NamedTuple):
     """A matrix and what to keep of it, as indices and as a mask."""
 
     weight: torch.Tensor
-    index: torch.Tensor
+    kept: torch.Tensor
     mask: torch.Tensor
     out: torch.Tensor
 
@@ -52,12 +51,12 @@ ROWS = OpBenchmark(
     make_inputs=make_rows,
     bytes_moved=lambda i: 2 * i.out.nbytes,
     implementations={
-        "cfsp": lambda i: gather_rows(i.weight, i.index, out=i.out),
+        "cfsp": lambda i: gather_rows(i.weight, i.kept, out=i.out),
         "eager": lambda i: i.weight[torch.where(i.mask)[0]],
-        "torch op": lambda i: torch.index_select(i.weight, 0, i.index, out=i.out),
+        "torch op": lambda i: torch.index_select(i.weight, 0, i.kept, out=i.out),
     },
-    compiled=lambda i: i.weight[i.index],
-    reference=lambda i: gather_rows(i.weight, i.index, backend="torch"),
+    compiled=lambda i: i.weight[i.kept],
+    reference=lambda i: gather_rows(i.weight, i.kept, backend="torch"),
     digest=sample,
 )
 
@@ -66,12 +65,12 @@ COLUMNS = OpBenchmark(
     make_inputs=make_columns,
     bytes_moved=lambda i: i.weight.nbytes + i.out.nbytes,
     implementations={
-        "cfsp": lambda i: gather_columns(i.weight, i.index, out=i.out),
+        "cfsp": lambda i: gather_columns(i.weight, i.kept, out=i.out),
         "eager": lambda i: i.weight[:, torch.where(i.mask)[0]],
-        "torch op": lambda i: torch.index_select(i.weight, 1, i.index, out=i.out),
+        "torch op": lambda i: torch.index_select(i.weight, 1, i.kept, out=i.out),
     },
-    compiled=lambda i: i.weight[:, i.index],
-    reference=lambda i: gather_columns(i.weight, i.index, backend="torch"),
+    compiled=lambda i: i.weight[:, i.kept],
+    reference=lambda i: gather_columns(i.weight, i.kept, backend="torch"),
     digest=sample,
 )
 
@@ -82,7 +81,7 @@ class Ffn(NamedTuple):
     gate: torch.Tensor  # [F, D]
     up: torch.Tensor  # [F, D]
     down: torch.Tensor  # [D, F]
-    index: torch.Tensor
+    kept: torch.Tensor
     mask: torch.Tensor
 
 
@@ -105,37 +104,32 @@ def eager_ffn(f: Ffn) -> tuple[torch.Tensor, ...]:
 def torch_ffn(f: Ffn) -> tuple[torch.Tensor, ...]:
     """Three index_selects."""
     return (
-        torch.index_select(f.gate, 0, f.index),
-        torch.index_select(f.up, 0, f.index),
-        torch.index_select(f.down, 1, f.index),
+        torch.index_select(f.gate, 0, f.kept),
+        torch.index_select(f.up, 0, f.kept),
+        torch.index_select(f.down, 1, f.kept),
     )
 
 
 def _ffn_bytes(f: Ffn) -> int:
-    kept = f.index.numel() / f.mask.numel()
+    kept = f.kept.numel() / f.mask.numel()
     return round(kept * (2 * f.gate.nbytes + 2 * f.up.nbytes + f.down.nbytes)) + f.down.nbytes
 
 
-BENCHMARKS = [ROWS, COLUMNS]
+FFN = OpBenchmark(
+    op="gather_ffn",
+    make_inputs=make_ffn,
+    bytes_moved=_ffn_bytes,
+    implementations={
+        "cfsp": lambda f: gather_ffn(f.gate, f.up, f.down, f.kept),
+        "eager": eager_ffn,
+        "torch op": torch_ffn,
+    },
+    compiled=lambda f: (f.gate[f.kept], f.up[f.kept], f.down[:, f.kept]),
+    reference=lambda f: gather_ffn(f.gate, f.up, f.down, f.kept, backend="torch"),
+    digest=lambda result: torch.cat([sample(matrix) for matrix in result]),
+)
 
-if hasattr(cfsp_kernels, "gather_ffn"):
-    BENCHMARKS.append(
-        OpBenchmark(
-            op="gather_ffn",
-            make_inputs=make_ffn,
-            bytes_moved=_ffn_bytes,
-            implementations={
-                "cfsp": lambda f: cfsp_kernels.gather_ffn(f.gate, f.up, f.down, f.index),
-                "eager": eager_ffn,
-                "torch op": torch_ffn,
-            },
-            compiled=lambda f: (f.gate[f.index], f.up[f.index], f.down[:, f.index]),
-            reference=lambda f: cfsp_kernels.gather_ffn(
-                f.gate, f.up, f.down, f.index, backend="torch"
-            ),
-            digest=lambda result: torch.cat([sample(matrix) for matrix in result]),
-        )
-    )
+BENCHMARKS = [ROWS, COLUMNS, FFN]
 
 
 def test_gather(measure: Any, spec: Any, shape: Shape, implementation: str) -> None:

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ RESULTS = environment.ROOT / "benchmarks" / "results"
 LEAST_GAIN = 0.02  # below this a difference of medians is noise, and the table stays as it is
 TOLERANCE = 2e-3
 ROUNDS = 15
+OUT_OF_TIME = "not reached: out of time"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,37 +248,32 @@ def sweep_entry(
 
     in_force = config_for(entry, arch)
     trials: list[dict[str, Any]] = [
-        {"config": config, "seconds": {}, "error": None}
+        {"config": config, "seconds": {}, "gigabytes_per_second": {}, "error": None}
         for config in candidates(entry, in_force)[:limit]
     ]
     workload, cold = SWEEPS[entry].workload(), ColdCache()
-    for shape in shapes:
-        torch.manual_seed(0)
-        inputs, expected = workload.make_inputs(shape), None
-        for trial in trials:
-            if trial["error"] is not None:
-                continue
-            if time.monotonic() > deadline and expected is not None:
-                trial["error"] = "not reached: out of time"
-                continue
-            try:
+    torch.manual_seed(0)
+    inputs = {shape.name: workload.make_inputs(shape) for shape in shapes}
+    expected: dict[str, torch.Tensor] = {}
+    for trial in trials:
+        if time.monotonic() > deadline and expected:
+            trial["error"] = OUT_OF_TIME
+            continue
+        try:
+            for name, given in inputs.items():
                 with in_table(entry, arch, trial["config"]):
-                    seconds, digest = _time(workload, inputs, expected, rounds, cold)
-            # A candidate may ask for more registers or shared memory than there are, or fail in
-            # the compiler; each is a result of the sweep. The one in force has to run.
-            except Exception as error:
-                if expected is None:
-                    raise
-                first_line = (str(error).strip() or "no message").splitlines()[0]
-                trial["error"] = f"{type(error).__name__}: {first_line[:200]}"
-                continue
-            expected = digest if expected is None else expected
-            trial["seconds"][shape.name] = seconds
-            rate = workload.bytes_moved(inputs) / seconds / 1e9
-            trial.setdefault("gigabytes_per_second", {})[shape.name] = rate
-        del inputs, expected
-        if ON_GPU:
-            torch.cuda.empty_cache()
+                    seconds, digest = _time(workload, given, expected.get(name), rounds, cold)
+                expected.setdefault(name, digest)
+                trial["seconds"][name] = seconds
+                rate = workload.bytes_moved(given) / seconds / 1e9
+                trial["gigabytes_per_second"][name] = rate
+        # A candidate may ask for more registers or shared memory than there are, or fail in the
+        # compiler; each is a result of the sweep. The one in force has to run.
+        except Exception as error:
+            if trial is trials[0]:
+                raise
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            trial["error"] = f"{type(error).__name__}: {first_line[:200]}"
     return choose(entry, trials, [shape.name for shape in shapes])
 
 
@@ -296,7 +293,7 @@ def choose(entry: str, trials: list[dict[str, Any]], shapes: Sequence[str]) -> d
         "chosen": best["config"],
         "in_force": trials[0]["config"],
         "relative_time": best["relative_time"],
-        "complete": not any("out of time" in (trial["error"] or "") for trial in trials),
+        "complete": not any(trial["error"] == OUT_OF_TIME for trial in trials),
         "trials": trials,
     }
 
@@ -357,11 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if unknown := sorted(set(options.shapes.split(",")) - set(SHAPES)):
         parser.error(f"--shapes: unknown {', '.join(unknown)}")
-    try:
-        from cfsp_kernels._configs import config_table
-    except ModuleNotFoundError as error:
-        print(f"tune: {error}: nothing to tune", file=sys.stderr)
-        return 2
+    from cfsp_kernels._configs import config_table
+
     entries = options.op or sorted(config_table())
     if unknown := sorted(set(entries) - (set(SWEEPS) & set(config_table()))):
         print(f"tune: no sweep or no table entry for {', '.join(unknown)}", file=sys.stderr)
@@ -382,6 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["arch"], result["wall_seconds"] = arch, time.monotonic() - start
         result["environment"] = environment.describe()
         result["written"] = write_entry(options.table, entry, arch, result["chosen"])
+        if options.table.parent.resolve() != options.out.resolve():
+            # beside the sweeps as well, for a machine of which only the results come back
+            shutil.copyfile(options.table, options.out / "launch_configs.json")
         goal = options.out / f"tuning-{arch}-{entry}.json"
         goal.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         failed = sum(trial["error"] is not None for trial in result["trials"])
