@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import environment, harness, timing
@@ -19,6 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help=f"comma-separated names of {', '.join(SHAPES)} (default: by device)",
     )
+    parser.addoption(
+        "--threads",
+        type=int,
+        default=None,
+        help="threads of torch on the CPU (default: torch's own). On a shared machine 1: with more, "
+        "every parallel loop waits for whichever core is taken, and medians measure that",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    threads = config.getoption("--threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

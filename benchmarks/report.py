@@ -81,9 +81,9 @@ def row(entry: dict[str, Any]) -> list[str]:
         _number(stats["median"] * 1e3, ".4g"),
         str(stats["rounds"]),
         _number(info["gigabytes_per_second"], ".4g"),
-        _number(info.get("percent_of_copy"), ".0f"),
-        _number(info.get("speedup_over_eager"), ".2f"),
-        _number(info.get("speedup_over_torch_compile"), ".2f"),
+        _number(info.get("percent_of_copy"), ".3g"),
+        _number(info.get("speedup_over_eager"), ".3g"),
+        _number(info.get("speedup_over_torch_compile"), ".3g"),
         _number(_mebibytes(info.get("peak_extra_bytes")), ".0f"),
         _number(info.get("largest_relative_difference"), ".0e"),
     ]
@@ -95,9 +95,10 @@ def provenance(result: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in machine.get("versions", {}).items() if version
     )
+    threads = f", {machine['threads']} thread(s)" if machine.get("device") == "cpu" else ""
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     return (
-        f"{machine.get('machine', 'unknown machine')}{driver}; {versions}; "
+        f"{machine.get('machine', 'unknown machine')}{threads}{driver}; {versions}; "
         f"{result.get('datetime', '')[:10]}; sources {machine.get('sources', 'unknown')}"
     )
 

@@ -60,7 +60,7 @@ def test_table_holds_every_measurement_copy_first(result: dict[str, Any]) -> Non
         "device copy",
         "cfsp (triton)",
     ]
-    assert "| cfsp (torch) | 1000 | 5 | 50 | 50 | 4.00 |  | 3 |  |" in text
+    assert "| cfsp (torch) | 1000 | 5 | 50 | 50 | 4 |  | 3 |  |" in text
     assert "a test; torch 2.0; 2026-01-02; sources abc" in text
     assert "hip" not in text
 

@@ -119,7 +119,8 @@ def test_a_torn_result_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_step_past_its_limit_is_ended_with_its_children_and_runs_again(tmp_path: Path) -> None:
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(99)']"
+    child = f"import subprocess, sys; subprocess.run({sleep})"
     step = script("slow", f"print('begun', flush=True); {child}", limit=1)
     start = time.monotonic()
     assert gpu_suite.run([step], tmp_path, **OPTIONS) == 1
