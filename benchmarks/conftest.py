@@ -24,8 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--threads",
         type=int,
         default=None,
-        help="threads of torch on the CPU (default: torch's own). On a shared machine 1: with more, "
-        "every parallel loop waits for whichever core is taken, and medians measure that",
+        help="threads of torch on the CPU (default: torch's own). Use 1 on a shared machine: with "
+        "more, every parallel loop waits for whichever core is taken, and medians measure that",
     )
 
 

@@ -74,14 +74,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def sources_digest() -> str:
-    """A digest of the Python sources that are measured and that measure.
+def sources_digest(*more: str) -> str:
+    """A digest of the Python sources that are measured and that measure, and of folders ``more``.
 
-    Launch configurations are left out: tuning changes them between two steps of one visit.
+    Launch configurations are left out: tuning changes them between two steps of one visit. So
+    are the programs here that only read results or start others.
     """
     digest = hashlib.sha256()
-    for folder in ("cfsp_kernels", "benchmarks", "cfsp"):
+    for folder in ("cfsp_kernels", "benchmarks", *more):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if folder == "benchmarks" and path.name in ("gpu_suite.py", "report.py"):
+                continue
             digest.update(path.relative_to(ROOT).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -59,6 +59,10 @@ class Step:
     """A path below the repository that must be there, else the step is skipped."""
     skip_code: int | None = None
     """An exit code by which the command says that it could not run."""
+    sources: tuple[str, ...] = ()
+    """Folders, beside the kernels and benchmarks, whose change makes a result out of date."""
+    scratch: Path | None = None
+    """A folder that the command fills and that nobody needs afterwards."""
 
     def shown(self) -> str:
         """The command as one would type it."""
@@ -100,6 +104,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
             _python("-m", "pytest", "tests/kernels", "-q", "--benchmark-disable")
             + (("--collect-only",) if rehearsal else ()),
             path="tests/kernels",
+            sources=("tests/kernels",),
         ),
     ]
     every_op = _python("-m", "benchmarks.call_every_op")
@@ -157,13 +162,15 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                     *("--json", str(out / f"result-{model}.json")),
                 ),
                 skip_code=NOT_RUN,
+                sources=("cfsp",),
+                scratch=out / f"work-{model}",
             )
         )
     return found
 
 
-def complete(path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """The result at ``path`` if it ended, with these sources, on this card; else None."""
+def complete(step: Step, path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """The result at ``path`` if ``step`` ended, with these sources, on this card; else None."""
     try:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -171,8 +178,9 @@ def complete(path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(result, dict) or result.get("status") not in FINAL:
         return None
     then = result.get("environment", {})
-    same = all(then.get(key) == described[key] for key in ("machine", "driver", "sources"))
-    return result if same else None
+    same_card = all(then.get(key) == described[key] for key in ("machine", "driver"))
+    same_sources = result.get("sources") == environment.sources_digest(*step.sources)
+    return result if same_card and same_sources else None
 
 
 def missing(step: Step) -> str | None:
@@ -194,11 +202,18 @@ def anonymous(text: str, out: Path | None = None) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+def clear(step: Step) -> None:
+    """Remove what the command of ``step`` leaves behind when it is killed."""
+    if step.scratch is not None:
+        shutil.rmtree(step.scratch, ignore_errors=True)
+
+
 def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]:
     """Run the command of ``step``; its status, return code, seconds and the end of its output."""
     reason = missing(step)
     if reason is not None:
         return {"status": "skipped", "reason": reason, "returncode": None, "wall_seconds": 0.0}
+    clear(step)  # a run that was killed may have left its files
     variables = os.environ | dict(step.variables) | {"PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     process = subprocess.Popen(
@@ -225,6 +240,8 @@ def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise
+    finally:
+        clear(step)
     output = anonymous(output, out)
     result: dict[str, Any] = {
         "status": status,
@@ -257,12 +274,13 @@ def run(
     if rehearsal and TABLE.exists():
         shutil.copyfile(TABLE, out / "rehearsed_launch_configs.json")
     described = environment.describe()
+    del described["sources"]  # each step has its own
     deadline = time.monotonic() + budget
     bad = 0
     for number, step in enumerate(chosen, 1):
         heading = f"[{number}/{len(chosen)}] {step.name}"
         goal = out / f"{step.name}.json"
-        earlier = None if force else complete(goal, described)
+        earlier = None if force else complete(step, goal, described)
         if earlier is not None and not (retry and earlier["status"] == "failed"):
             bad += earlier["status"] == "failed"
             print(f"{heading}: {earlier['status']} earlier, not run again", flush=True)
@@ -282,6 +300,7 @@ def run(
             "rehearsal": rehearsal,
             "command": anonymous(step.shown(), out),
             "started": started,
+            "sources": environment.sources_digest(*step.sources),
             **execute(step, min(step.limit, left), out),
             "environment": described,
         }

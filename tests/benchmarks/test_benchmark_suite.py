@@ -104,7 +104,9 @@ def test_a_result_of_other_sources_or_another_card_does_not_count(tmp_path: Path
     step = counting(tmp_path)
     gpu_suite.run([step], tmp_path, **OPTIONS)
     result = read(tmp_path, "counted")
-    result["environment"][key] = "another"
+    place = result if key == "sources" else result["environment"]
+    assert place[key] != "another"
+    place[key] = "another"
     (tmp_path / "counted.json").write_text(json.dumps(result))
     gpu_suite.run([step], tmp_path, **OPTIONS)
     assert runs(tmp_path) == 2
@@ -121,13 +123,16 @@ def test_a_torn_result_does_not_count(tmp_path: Path) -> None:
 def test_a_step_past_its_limit_is_ended_with_its_children_and_runs_again(tmp_path: Path) -> None:
     sleep = "[sys.executable, '-c', 'import time; time.sleep(99)']"
     child = f"import subprocess, sys; subprocess.run({sleep})"
-    step = script("slow", f"print('begun', flush=True); {child}", limit=1)
+    scratch = tmp_path / "work"
+    fill = f"import os; os.mkdir(r'{scratch}')"
+    step = script("slow", f"{fill}; {child}", limit=1, scratch=scratch)
     start = time.monotonic()
     assert gpu_suite.run([step], tmp_path, **OPTIONS) == 1
     assert time.monotonic() - start < 20
     result = read(tmp_path, "slow")
     assert (result["status"], result["returncode"]) == ("out of time", None)
-    assert gpu_suite.complete(tmp_path / "slow.json", environment.describe()) is None
+    assert gpu_suite.complete(step, tmp_path / "slow.json", environment.describe()) is None
+    assert not scratch.exists()
 
 
 def test_nothing_starts_when_the_budget_is_spent(tmp_path: Path) -> None:
