@@ -64,22 +64,32 @@ def gram_kernel(
     column = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.arange(0, BLOCK_T)
     stride = x_stride.to(tl.int64)
-    left_ptr = x_ptr + token[:, None] * stride + row[None, :]
+    left_ptr = x_ptr + row[:, None] + token[None, :] * stride  # transposed as it is read
     right_ptr = x_ptr + token[:, None] * stride + column[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, tokens, BLOCK_T):
-        here = (token < tokens - start)[:, None]
-        left = tl.load(left_ptr, mask=here & (row < channels)[None, :], other=0.0)
-        right = tl.load(right_ptr, mask=here & (column < channels)[None, :], other=0.0)
+        here = token < tokens - start
+        left = tl.load(left_ptr, mask=(row < channels)[:, None] & here[None, :], other=0.0)
+        right = tl.load(right_ptr, mask=here[:, None] & (column < channels)[None, :], other=0.0)
         if WIDEN:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
         left_ptr += BLOCK_T * stride
         right_ptr += BLOCK_T * stride
-    out_ptr += row[:, None] * out_stride + column[None, :]
-    mask = (row < channels)[:, None] & (column[None, :] <= row[:, None])
-    tl.store(out_ptr, tl.load(out_ptr, mask=mask, other=0.0) + total, mask=mask)
+    # A part of the tile at a time: all of it, its old values and addresses overflow the registers.
+    parts = tl.reshape(total, [BLOCK_M, 2, BLOCK_N // 2])
+    first_half, second_half = tl.split(tl.permute(parts, [0, 2, 1]))
+    half = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    out_ptr += row[:, None] * out_stride
+    inside = (row < channels)[:, None]
+    mask = inside & (half[None, :] <= row[:, None])
+    pointers = out_ptr + half[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + first_half, mask=mask)
+    half += BLOCK_N // 2
+    mask = inside & (half[None, :] <= row[:, None])
+    pointers += BLOCK_N // 2
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + second_half, mask=mask)
 
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
@@ -91,14 +101,25 @@ def precision(dtype: torch.dtype, hip: bool) -> str:
     return "tf32x3" if dtype == torch.float32 and not hip else "ieee"
 
 
+def table_entry(x: torch.Tensor) -> str:
+    """The op's name in the table of launch configurations for ``x [T, C]``.
+
+    Rows that don't start at 16-byte addresses are read an element at a time, at an address each:
+    large tiles would not fit in the registers then.
+    """
+    if x.dtype == torch.float32:
+        return "gram_fp32"
+    aligned = x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+    return "gram" if aligned else "gram_ragged"
+
+
 @torch.library.custom_op("cfsp::gram", mutates_args=("out",))
 def gram_op(x: torch.Tensor, out: torch.Tensor) -> None:
     """Add the lower triangle of ``x^T x``, ``x [T, C]``, to ``out [C, C]`` fp32."""
     tokens, channels = x.shape
     if not x.numel():
         return
-    op = "gram_fp32" if x.dtype == torch.float32 else "gram"
-    config = launch_config(op, x.device)
+    config = launch_config(table_entry(x), x.device)
     grid = (ceil_div(channels, config["BLOCK_M"]) * ceil_div(channels, config["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         gram_kernel[grid](

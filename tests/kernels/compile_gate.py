@@ -1,0 +1,344 @@
+"""Compile every kernel ahead of time for every target and report what it uses. Needs no GPU.
+
+    python tests/kernels/compile_gate.py              # one line per kernel and target
+    python tests/kernels/compile_gate.py --markdown   # the coverage table of docs/kernels.md
+    python tests/kernels/compile_gate.py --json       # what test_compile.py reads
+
+Registers, spills and wide accesses are read from the machine code (SASS, AMDGCN).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: here the compiler must run
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cfsp_kernels._configs import config_for, config_table
+from cfsp_kernels._partials import fold_kernel
+from cfsp_kernels._triton import Kernel
+from cfsp_kernels.block_influence import block_influence_kernel
+from cfsp_kernels.channel_importance import column_sums_kernel, row_sums_kernel
+from cfsp_kernels.channel_statistics import ROWS_PER_PARTIAL, channel_statistics_kernel
+from cfsp_kernels.gather import gather_columns_kernel
+from cfsp_kernels.gram import gram_kernel, precision
+from cfsp_kernels.swiglu_statistics import ACTIVATIONS, swiglu_statistics_kernel
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Target -> bytes of shared memory that one program may use."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel at one dtype. Arguments are pointers by dtype, else int32."""
+
+    op: str
+    """Its name in the table of launch configurations."""
+    variant: str
+    kernel: Kernel
+    dtype: str
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    unaligned: frozenset[str] = frozenset()
+    """Arguments not divisible by 16: counts of rows always, the others where a case says so."""
+    wide_loads: bool = True
+    wide_stores: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses."""
+
+    op: str
+    variant: str
+    dtype: str
+    target: str
+    entry: str
+    """The entry of the table: "default" or an architecture."""
+    registers: int
+    spills: int
+    """Spill instructions or spilled registers, and bytes of stack."""
+    shared: int
+    """Bytes of shared memory."""
+    wide_loads: int
+    """16-byte loads from global memory."""
+    wide_stores: int
+    expect_loads: bool
+    expect_stores: bool
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at every dtype and variant that its op launches."""
+    rows = frozenset({"tokens", "rows", "partials"})
+    partial = {"ROWS": ROWS_PER_PARTIAL}
+    yield Case(
+        "fold_partials",
+        "",
+        fold_kernel,
+        "fp32",
+        {"partials_ptr": "*fp32", "total_ptr": "*fp64"},
+        {},
+        rows,
+        wide_loads=False,
+    )
+    for dtype in DTYPES:
+        x = f"*{dtype}"
+        pointers = {"x_ptr": x, "partials_ptr": "*fp32"}
+        yield Case(
+            "channel_statistics", "", channel_statistics_kernel, dtype, pointers, partial, rows
+        )
+        pointers = {"gate_ptr": x, "up_ptr": x, "product_ptr": x, "partials_ptr": "*fp32"}
+        for activation in ACTIVATIONS:
+            constants = {**partial, "ACTIVATION": activation, "ROUND_BF16": False}
+            yield Case(
+                "swiglu_statistics",
+                activation,
+                swiglu_statistics_kernel,
+                dtype,
+                pointers,
+                constants,
+                rows,
+                wide_stores=True,
+            )
+        pointers = {"x_ptr": x, "y_ptr": x, "out_ptr": "*fp32"}
+        yield Case("block_influence", "", block_influence_kernel, dtype, pointers, {})
+        for variant, constants in {
+            "square": {"SQUARE": True, "WEIGHTED": False},
+            "absolute": {"SQUARE": False, "WEIGHTED": False},
+            "weighted": {"SQUARE": False, "WEIGHTED": True},
+        }.items():
+            weight = "*fp32" if variant == "weighted" else x
+            pointers = {"matrix_ptr": x, "weight_ptr": weight, "out_ptr": "*fp32"}
+            yield Case("row_sums", variant, row_sums_kernel, dtype, pointers, constants, rows)
+            pointers = {"matrix_ptr": x, "weight_ptr": weight, "partials_ptr": "*fp32"}
+            yield Case(
+                "column_sums",
+                variant,
+                column_sums_kernel,
+                dtype,
+                pointers,
+                {**constants, **partial},
+                rows,
+            )
+        pointers = {"weight_ptr": x, "index_ptr": "*i32", "out_ptr": x}
+        yield Case(
+            "gather_columns",
+            "",
+            gather_columns_kernel,
+            dtype,
+            pointers,
+            {},
+            rows,
+            wide_loads=False,
+            wide_stores=True,
+        )
+        pointers = {"x_ptr": x, "out_ptr": "*fp32"}
+        constants = {"WIDEN": False}
+        if dtype == "fp32":
+            yield Case("gram_fp32", "", gram_kernel, dtype, pointers, constants, rows)
+        else:
+            yield Case("gram", "", gram_kernel, dtype, pointers, constants, rows)
+            case = Case("gram_ragged", "", gram_kernel, dtype, pointers, constants, rows)
+            yield dataclasses.replace(unaligned(case), variant="")
+
+
+def unaligned(case: Case) -> Case:
+    """``case`` for a ragged channel count and a padded stride: it promises no wide access."""
+    names = {n for n in case.kernel.jitted.arg_names if n not in case.pointers}
+    return dataclasses.replace(
+        case,
+        variant=f"{case.variant} ragged".strip(),
+        unaligned=frozenset(names),
+        wide_loads=False,
+        wide_stores=False,
+    )
+
+
+def target_of(name: str) -> GPUTarget:
+    """ "sm_90" or "gfx942" as a Triton target."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+def compile_case(case: Case, target_name: str, entry: str) -> Resources:
+    """Compile ``case`` for a target with one entry of the table and read its machine code."""
+    config = config_for(case.op, entry)
+    function = case.kernel.jitted
+    names = function.arg_names
+    constants = {**case.constants, **{k: v for k, v in config.items() if k not in OPTIONS}}
+    if "PRECISION" in names:
+        constants["PRECISION"] = precision(DTYPES[case.dtype], target_name.startswith("gfx"))
+    signature = {
+        name: "constexpr" if name in constants else case.pointers.get(name, "i32") for name in names
+    }
+    aligned = [n for n in names if n not in constants and n not in case.unaligned]
+    source = ASTSource(
+        function,
+        signature,
+        {(names.index(k),): v for k, v in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {k: v for k, v in config.items() if k in OPTIONS}
+    options["enable_fp_fusion"] = True
+    kernel = triton.compile(source, target=target_of(target_name), options=options)
+    registers, spills, loads, stores = _read_machine_code(kernel.asm)
+    return Resources(
+        op=case.op,
+        variant=case.variant,
+        dtype=case.dtype,
+        target=target_name,
+        entry=entry,
+        registers=registers,
+        spills=spills,
+        shared=kernel.metadata.shared,
+        wide_loads=loads,
+        wide_stores=stores,
+        expect_loads=case.wide_loads,
+        expect_stores=case.wide_stores,
+    )
+
+
+def _read_machine_code(asm: dict[str, Any]) -> list[int]:
+    """Registers, spills, wide loads and wide stores. Kept beside Triton's own cache."""
+    code = asm["cubin"] if "cubin" in asm else asm["amdgcn"].encode()
+    digest = hashlib.sha256(Path(__file__).read_bytes() + code).hexdigest()
+    kept = Path(knobs.cache.dir) / f"compile-gate-{digest}.json"
+    if not kept.exists():
+        read = _read_cubin if "cubin" in asm else _read_amdgcn
+        kept.write_text(json.dumps(read(asm)))
+    return json.loads(kept.read_text())
+
+
+def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Registers, spills, wide loads and wide stores of an NVIDIA kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(asm["cubin"])
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", text)) + stack
+    loads = len(re.findall(r"\b(?:LDG|LDGSTS)\.E[.\w]*\.128\b", text))
+    return registers, spills, loads, len(re.findall(r"\bSTG\.E[.\w]*\.128\b", text))
+
+
+def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Registers, spills, wide loads and wide stores of an AMD kernel."""
+    text = asm["amdgcn"]
+
+    def field(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+
+    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return (
+        field("vgpr_count"),
+        sum(field(key) for key in spilled),
+        len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+        len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+    )
+
+
+def survey_case(number: int) -> list[Resources]:
+    """One case with every entry of its table: on its own architecture, default on all four."""
+    case = list(cases())[number]
+    ragged = case.dtype == "bf16" and not case.op.startswith("gram") or case.op == "gram_fp32"
+    rows = []
+    for entry in config_table()[case.op]:
+        for target in SHARED_LIMIT if entry == "default" else [entry]:
+            rows.append(compile_case(case, target, entry))
+            if ragged and target in ("sm_90", "gfx942"):
+                rows.append(compile_case(unaligned(case), target, entry))
+    return rows
+
+
+def survey(only: str | None = None) -> Iterator[Resources]:
+    """Every case, or those of the ops whose name contains ``only``."""
+    numbers = [i for i, case in enumerate(cases()) if only is None or only in case.op]
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for rows in pool.map(survey_case, numbers):
+            yield from rows
+
+
+def faults(used: Resources) -> list[str]:
+    """What ``used`` breaks of what the design promises."""
+    found = []
+    if used.spills:
+        found.append(f"{used.spills} spills")
+    if used.shared > SHARED_LIMIT.get(used.target, 99 << 10):
+        found.append(f"{used.shared} bytes of shared memory")
+    if used.expect_loads and not used.wide_loads:
+        found.append("no 16-byte loads")
+    if used.expect_stores and not used.wide_stores:
+        found.append("no 16-byte stores")
+    return found
+
+
+def markdown(rows: list[Resources]) -> str:
+    """op x dtype x target: registers / KiB of shared memory / wide loads / wide stores."""
+    targets = list(SHARED_LIMIT)
+    lines = [
+        "| kernel | dtype | " + " | ".join(targets) + " |",
+        "|---|---|" + "---|" * len(targets),
+    ]
+    served = {}
+    for row in rows:
+        key = (f"{row.op} {row.variant}".strip(), row.dtype)
+        own = served.setdefault(key, {})
+        if row.entry != "default" or row.target not in own:  # what a launch there would pick
+            own[row.target] = row
+    for (name, dtype), own in served.items():
+        cells = [_cell(own.get(target)) for target in targets]
+        lines.append(f"| {name} | {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Resources | None) -> str:
+    if row is None:
+        return ""
+    fault = " **" + ", ".join(faults(row)) + "**" if faults(row) else ""
+    shared = row.shared / 1024
+    return f"{row.registers} / {shared:.3g} / {row.wide_loads} / {row.wide_stores}{fault}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
+    form.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--op", help="only kernels whose name contains this")
+    arguments = parser.parse_args()
+    rows = []
+    for row in survey(arguments.op):
+        rows.append(row)
+        if not (arguments.markdown or arguments.json):
+            name = f"{row.op} {row.variant}".strip()
+            print(f"{name:28} {row.dtype} {row.target:7} {row.entry:8} {_cell(row)}", flush=True)
+    if arguments.markdown:
+        print(markdown(rows))
+    if arguments.json:
+        print(json.dumps([{**dataclasses.asdict(row), "faults": faults(row)} for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Kernel tests run on a GPU where there is one, else under Triton's interpreter on the CPU.
+
+``TRITON_INTERPRET`` counts when Triton is first imported. It is set here, while tests are being
+collected; Triton is imported when the first kernel runs, after that, and by nothing else: neither
+torch, nor transformers, nor ``import cfsp_kernels`` does. Under it everything but Triton kernels
+works as ever, torch.compile for the CPU included, so tests elsewhere are not affected.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "set TRITON_INTERPRET=1: triton is imported before the kernel tests"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile(
+    "kernels",
+    deadline=None,
+    derandomize=True,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(autouse=True)
+def profile() -> Iterator[None]:
+    """Few examples, as the interpreter takes milliseconds per program; one thread, as OpenMP's
+    waiting costs more than it gives on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    from cfsp_kernels._triton import triton_installed
+
+    if request.param == "triton" and not triton_installed():
+        pytest.skip("triton is not installed (there is none for this system)")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised floats start as NaN, so that an element no kernel wrote can't go unnoticed."""
+
+    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

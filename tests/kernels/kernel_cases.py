@@ -1,0 +1,34 @@
+"""Tensors and bounds that the kernel tests share."""
+
+import torch
+from hypothesis import settings
+
+UNIT = 2.0**-24
+"""Unit roundoff of fp32."""
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = list(ROUNDOFF)
+few_examples = settings(settings.get_profile("kernels"))
+
+
+def random_matrix(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    padding: int = 0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Normal entries; ``padding`` NaN columns between a row and the next, which no op may read."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.full((rows, columns + padding), float("nan"))
+    matrix[:, :columns] = torch.randn(rows, columns, generator=generator)
+    return matrix.to(device, dtype)[:, :columns]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaNs too."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(integer), b.contiguous().view(integer)
+    )

@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, UNIT, few_examples, random_matrix, same_bits
+
+from cfsp_kernels import block_influence
+
+
+def exact_metrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[T, 4] fp64: angle / pi by Kahan's formula, which holds at every angle, then 1 - cos, mse,
+    mae. No row of zeros."""
+    x, y = x.cpu().double(), y.cpu().double()
+    u, v = (m / m.norm(dim=1, keepdim=True) for m in (x, y))
+    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    cosine = 2 * torch.sin(angle / 2) ** 2
+    difference = y - x
+    return torch.stack(
+        [angle / math.pi, cosine, difference.square().mean(1), difference.abs().mean(1)], 1
+    )
+
+
+def check(x, y, backend) -> None:
+    """Every sum within the bound of fp32 sums of rows.
+
+    A sum over D errs by n units, n the additions in a row of one tile. 1 - cos then errs by n
+    units of d / (2 |x| |y|), and 1 + cos, which serves past a right angle, by n units of
+    |x + y|^2 / (2 |x| |y|); an angle by that over its sine.
+    """
+    exact = exact_metrics(x, y)
+    a, b = x.cpu().double(), y.cpu().double()
+    n = 4 * (x.shape[1] / 2048 + 16) * UNIT
+    product = 2 * a.norm(dim=1) * b.norm(dim=1)
+    cosine_error = n * (b - a).square().sum(1) / product
+    nearest = torch.minimum(cosine_error, n * (b + a).square().sum(1) / product)
+    sine = torch.sin(exact[:, 0] * math.pi).clamp_min(1e-99)
+    # At an angle of 0 (or pi) the sine is 0, and the error is at most that of a square root.
+    angle_error = torch.minimum(nearest / sine, (2 * nearest).sqrt()) / math.pi
+    bounds = torch.stack(
+        [
+            angle_error + n * exact[:, 0],
+            cosine_error + n * exact[:, 1],
+            n * exact[:, 2],
+            n * exact[:, 3],
+        ],
+        1,
+    )
+    got = block_influence(x, y, backend=backend)
+    assert got.tokens == x.shape[0]
+    for value, total, bound in zip(got[1:], exact.sum(0), bounds.sum(0), strict=True):
+        assert value.dtype == torch.float64
+        assert abs(value.item() - total) <= bound
+
+
+@few_examples
+@given(
+    tokens=st.integers(1, 6),
+    width=st.sampled_from([1, 2, 63, 576, 2048, 2049, 5000]),
+    dtype=st.sampled_from(DTYPES),
+    change=st.sampled_from([1e-3, 0.1, 1.0, 100.0]),
+    paddings=st.tuples(st.sampled_from([0, 1]), st.sampled_from([0, 16])),
+)
+def test_any_shape(backend, device, tokens, width, dtype, change, paddings):
+    x = random_matrix(tokens, width, dtype, device, padding=paddings[0])
+    y = random_matrix(tokens, width, dtype, device, padding=paddings[1], seed=1)
+    y.mul_(change).add_(x)
+    check(x, y, backend)
+
+
+@pytest.mark.parametrize("angle", [3.3e-4, 1e-2, 1.0, 3.0])
+def test_small_angles_keep_their_digits(backend, device, angle):
+    x = random_matrix(8, 4096)
+    orthogonal = random_matrix(8, 4096, seed=1)
+    orthogonal -= x * (orthogonal * x).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+    orthogonal *= x.norm(dim=1, keepdim=True) / orthogonal.norm(dim=1, keepdim=True)
+    y = (x.double() * math.cos(angle) + orthogonal.double() * math.sin(angle)).float()
+    exact = exact_metrics(x, y).sum(0)
+    got = block_influence(x.to(device), y.to(device), backend=backend)
+    assert got.angular.item() == pytest.approx(exact[0].item(), rel=5e-6)
+    assert got.cosine.item() == pytest.approx(exact[1].item(), rel=1e-5)
+
+
+def test_opposite_and_equal_rows(backend, device):
+    x = random_matrix(5, 1000, torch.bfloat16, device)
+    opposite = block_influence(x, -x, backend=backend)
+    assert opposite.angular.item() == pytest.approx(5, abs=1e-6)
+    assert opposite.cosine.item() == pytest.approx(10, abs=1e-5)
+    assert [v.item() for v in block_influence(x, x, backend=backend)[1:]] == [0, 0, 0, 0]
+
+
+def test_rows_of_zeros(backend, device):
+    x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]], device=device)
+    y = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], device=device)
+    got = block_influence(x, y, backend=backend)
+    assert [v.item() for v in got[1:]] == pytest.approx([1.0, 2.0, 25.0, 7.0])
+
+
+def test_nan_propagates(backend, device):
+    x, y = random_matrix(3, 5, device=device), random_matrix(3, 5, device=device, seed=1)
+    y[1, 2] = float("nan")
+    assert all(v.isnan() for v in block_influence(x, y, backend=backend)[1:])
+    y[1, 2] = float("inf")
+    got = block_influence(x, y, backend=backend)
+    assert got.angular.isnan()
+    assert got.cosine.isnan()
+    assert got.mse.isinf()
+
+
+def test_no_token(backend, device):
+    x = torch.zeros(0, 8, device=device)
+    got = block_influence(x, x, backend=backend)
+    assert got.tokens == 0
+    assert [v.item() for v in got[1:]] == [0, 0, 0, 0]
+
+
+def test_batches_and_repeats(backend, device):
+    x, y = random_matrix(24, 40, device=device), random_matrix(24, 40, device=device, seed=1)
+    whole = block_influence(x, y, backend=backend)
+    batched = block_influence(x.view(2, 12, 40), y.view(2, 12, 40), backend=backend)
+    assert batched.tokens == 24
+    assert all(same_bits(a, b) for a, b in zip(whole[1:], batched[1:], strict=True))
+    parts = [block_influence(x[s], y[s], backend=backend) for s in (slice(7), slice(7, None))]
+    torch.testing.assert_close(parts[0].mse + parts[1].mse, whole.mse, rtol=1e-12, atol=0)
+
+
+def test_wrong_arguments_are_refused(backend):
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="shape"):
+        block_influence(x, x[:1], backend=backend)
+    with pytest.raises(ValueError, match="dtype"):
+        block_influence(x, x.half(), backend=backend)
+    with pytest.raises(ValueError, match="unit stride"):
+        block_influence(x.T, x.T, backend=backend)
