@@ -26,6 +26,7 @@ from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
 ROUNDS = (5, 50) if ON_GPU else (3, 15)
 SECONDS_PER_MEASUREMENT = 1.0 if ON_GPU else 0.5
+VERSIONS = environment.versions()
 COMPILE_LIMIT_SECONDS = 150 if ON_GPU else 60
 LARGEST_COPY_BYTES = 2 << 30
 REFERENCE_IMPLEMENTATIONS = ("eager", "torch.compile", "torch op")
@@ -244,7 +245,7 @@ def _measure(
         peak_source=source,
         compile_seconds=compile_seconds,
         device=environment.machine(),
-        versions=environment.versions(),
+        versions={name: VERSIONS[name] for name in ("python", "torch", "triton", "cuda")},
     )
     if name == "cfsp":
         info["backend"] = backend_of(spec)

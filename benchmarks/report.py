@@ -1,10 +1,14 @@
 """Tables and a chart of benchmark results.
 
 ``python -m benchmarks.report RESULT.json [...] [--markdown TABLE.md] [--chart CHART.png]``
+
+``--update DOCUMENT`` writes the tables of a document anew, each between the lines
+``<!-- results: RESULT.json -->`` and ``<!-- end of results -->``.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,9 +107,43 @@ def provenance(result: dict[str, Any]) -> str:
     )
 
 
+SUMMARY = (
+    "op",
+    "shape",
+    "ms",
+    "% of copy",
+    "x eager",
+    "x torch op",
+    "x torch.compile",
+    "extra MiB",
+)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The package's own implementation, one line per group."""
+    lines = ["| " + " | ".join(SUMMARY) + " |", "| --- | --- |" + " ---: |" * (len(SUMMARY) - 2)]
+    for entries in groups(result).values():
+        for entry in entries:
+            info = entry["extra_info"]
+            if info["implementation"] == "cfsp":
+                cells = [
+                    info["op"],
+                    info["shape"],
+                    _number(entry["stats"]["median"] * 1e3, ".4g"),
+                    _number(info.get("percent_of_copy"), ".3g"),
+                    _number(info.get("speedup_over_eager"), ".3g"),
+                    _number(info.get("speedup_over_torch_op"), ".3g"),
+                    _number(info.get("speedup_over_torch_compile"), ".3g"),
+                    _number(_mebibytes(info.get("peak_extra_bytes")), ".0f"),
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
-    """All groups of one result, a table each."""
+    """A summary of one result, then all its groups, a table each."""
     lines = [provenance(result) + ".", "", EXPLANATION, ""]
+    lines += ["The package's implementation beside each rival:", "", summary(result), ""]
     for group, entries in groups(result).items():
         info = entries[-1]["extra_info"]
         lines += [f"### {group}", "", f"{info['dtype']}, {info['bytes'] / 1e9:.4g} GB moved.", ""]
@@ -121,6 +159,19 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(row(entry)) + " |" for entry in entries]
         lines.append("")
     return "\n".join(lines)
+
+
+MARKED = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def updated(document: str, root: Path) -> str:
+    """``document`` with every marked part written anew from its result, a path below ``root``."""
+
+    def write(marked: re.Match[str]) -> str:
+        tables = markdown(load(root / marked["path"]))
+        return f"{marked[1]}\n{tables}\n{marked[3]}"
+
+    return MARKED.sub(write, document)
 
 
 def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -173,21 +224,27 @@ def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON of pytest --benchmark-json")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON of pytest --benchmark-json")
     parser.add_argument("--markdown", type=Path, help="write the tables here, not to stdout")
+    parser.add_argument("--update", type=Path, help="a document whose tables to write anew")
     parser.add_argument("--chart", type=Path, help="write a PNG of percent of copy here")
     options = parser.parse_args(arguments)
+    if not options.results and not options.update:
+        parser.error("name a result, or a document to --update")
     try:
+        if options.update:
+            document = updated(options.update.read_text("utf-8"), Path.cwd())
+            options.update.write_text(document, "utf-8")
         results = [load(path) for path in options.results]
         text = "\n".join(markdown(result) for result in results)
         if options.chart:
             chart(results, options.chart)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     if options.markdown:
         options.markdown.write_text(text, "utf-8")
-    else:
+    elif text:
         print(text)
     return 0
 

@@ -104,6 +104,16 @@ def _fold_partials() -> Workload:
     return Workload(make_inputs, call, torch.flatten, lambda partials: partials.nbytes)
 
 
+def _gram_ragged() -> Workload:
+    workload = _of_benchmark("test_gram")()
+
+    def make_inputs(shape: Shape) -> Any:
+        # rows that do not start at 16-byte addresses
+        return workload.make_inputs(dataclasses.replace(shape, intermediate=shape.intermediate - 7))
+
+    return dataclasses.replace(workload, make_inputs=make_inputs)
+
+
 def _gram_fp32() -> Workload:
     workload = _of_benchmark("test_gram")()
 
@@ -178,6 +188,18 @@ SWEEPS: dict[str, Sweep] = {
             and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
         ),
         _of_benchmark("test_gram"),
+    ),
+    "gram_ragged": Sweep(
+        {
+            "BLOCK_M": (64, 128),
+            "BLOCK_N": (64, 128),
+            "BLOCK_T": (32, 64),
+            "GROUP": (8,),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3),
+        },
+        lambda config: config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 64,
+        _gram_ragged,
     ),
     "gram_fp32": Sweep(
         {
@@ -344,11 +366,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.rehearsal:
+        if options.table.resolve() == TABLE.resolve():
+            parser.error("--rehearsal needs --table: its timings must not reach the package")
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ["CFSP_BACKEND"] = "triton"
         options.shapes, options.rounds, options.limit = "tiny", 1, 2
-        if options.table.resolve() == TABLE.resolve():
-            parser.error("--rehearsal needs --table: its timings must not reach the package")
     elif not ON_GPU:
         print("tune: no GPU is available; timings elsewhere mean nothing", file=sys.stderr)
         return 2

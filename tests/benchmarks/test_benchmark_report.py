@@ -51,7 +51,8 @@ def test_ratios_are_formed_within_a_group(result: dict[str, Any]) -> None:
 
 def test_table_holds_every_measurement_copy_first(result: dict[str, Any]) -> None:
     text = report.markdown(result)
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    tables = text[text.index("### ") :]
+    lines = [line for line in tables.splitlines() if line.startswith("| ")]
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
     assert [name for name in names if name not in ("implementation", "---")] == [
         "device copy",
@@ -63,6 +64,7 @@ def test_table_holds_every_measurement_copy_first(result: dict[str, Any]) -> Non
     assert "| cfsp (torch) | 1000 | 5 | 50 | 50 | 4 |  | 3 |  |" in text
     assert "a test; torch 2.0; 2026-01-02; sources abc" in text
     assert "hip" not in text
+    assert "| gram | tiny | 1000 | 50 | 4 |  |  | 3 |" in text
 
 
 def test_command_writes_markdown_and_chart(tmp_path: Path, result: dict[str, Any]) -> None:
@@ -72,6 +74,29 @@ def test_command_writes_markdown_and_chart(tmp_path: Path, result: dict[str, Any
     assert report.main([str(source), "--markdown", str(table), "--chart", str(chart)]) == 0
     assert "### gram tiny" in table.read_text()
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_marked_part_of_a_document_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    document = tmp_path / "d.md"
+    document.write_text("above\n<!-- results: r.json -->\nstale\n<!-- end of results -->\nbelow\n")
+    for _ in range(2):
+        assert report.main(["--update", str(document)]) == 0
+        text = document.read_text()
+        assert text.startswith("above\n<!-- results: r.json -->\n")
+        assert text.endswith("\n<!-- end of results -->\nbelow\n")
+        assert text.count("### gram tiny") == 1
+        assert "stale" not in text
+
+
+def test_the_documents_tables_are_those_of_the_committed_results() -> None:
+    root = Path(report.__file__).parents[1]
+    document = (root / "docs" / "benchmarks.md").read_text("utf-8")
+    assert report.MARKED.search(document)
+    assert report.updated(document, root) == document
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])
