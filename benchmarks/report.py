@@ -217,7 +217,7 @@ def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.margins(x=0.12)
     figure.supxlabel("percent of device copy bandwidth, same run", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=75)
     pyplot.close(figure)
 
 
