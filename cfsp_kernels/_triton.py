@@ -48,17 +48,15 @@ class Kernel:
         return functools.partial(self.jitted[grid], enable_fp_fusion=True)
 
 
-@functools.cache
 def triton_installed() -> bool:
     """Whether Triton can be imported. Looks for it without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on any device.
 
-    Asked of Triton itself and once: the variable counts when Triton is imported, not after.
+    Asked of Triton itself: the variable counts when Triton is imported, not after.
     """
     import triton.language
 

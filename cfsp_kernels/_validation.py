@@ -1,4 +1,7 @@
-"""Argument checks shared by the ops. Each raises at the door and names the offending value."""
+"""Argument checks shared by the ops. Each raises at the door and names the offending value.
+
+Tensors are detached there too: no op has a gradient, and weights of a model require one.
+"""
 
 from collections.abc import Iterator
 
@@ -23,6 +26,7 @@ def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{name} must be [..., channels] of 2 or more dimensions, got {x.ndim}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} must have unit stride along channels, got strides {x.stride()}")
+    x = x.detach()
     try:
         return x.view(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
     except RuntimeError:
@@ -32,13 +36,14 @@ def as_rows(name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
-def check_matrix(name: str, x: torch.Tensor) -> None:
-    """``x`` is a float matrix with unit stride along its last dimension."""
+def as_matrix(name: str, x: torch.Tensor) -> torch.Tensor:
+    """``x``, a float matrix with unit stride along its last dimension."""
     check_float(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
     if x.shape[1] > 1 and x.stride(1) != 1:
         raise ValueError(f"{name} must have unit stride along columns, got strides {x.stride()}")
+    return x.detach()
 
 
 def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -52,7 +57,8 @@ def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor)
 def check_index(index: torch.Tensor, size: int, weight: torch.Tensor) -> None:
     """``index`` is a vector of positions into a dimension of ``size``.
 
-    The range is checked on the CPU only: on a device the check would wait for the stream.
+    The range is checked on the CPU only, and not in a compiled graph: on a device the check would
+    wait for the stream, and in a graph it would break it.
     """
     if index.ndim != 1:
         raise ValueError(f"index must have 1 dimension, got shape {tuple(index.shape)}")
@@ -60,7 +66,7 @@ def check_index(index: torch.Tensor, size: int, weight: torch.Tensor) -> None:
         raise TypeError(f"index must be int64 or int32, got {index.dtype}")
     if index.device != weight.device:
         raise ValueError(f"index is on {index.device}, weight on {weight.device}")
-    if index.device.type == "cpu" and index.numel():
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         low, high = index.aminmax()
         if low < 0 or high >= size:
             raise IndexError(f"index spans [{low}, {high}], outside a dimension of {size}")
@@ -77,7 +83,7 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> 
         raise ValueError(f"out must have unit stride along columns, got strides {out.stride()}")
 
 
-def row_chunks(rows: int, columns: int, elements: int = 1 << 20) -> Iterator[slice]:
+def row_chunks(rows: int, columns: int, elements: int = 1 << 18) -> Iterator[slice]:
     """Slices over ``rows`` of about ``elements`` elements each: bounds every temporary."""
     step = max(1, elements // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

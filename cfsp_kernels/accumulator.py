@@ -39,7 +39,7 @@ class ChannelAccumulator:
                 number of channels, or another device, than before.
             RuntimeError: backend "triton" where it cannot run.
         """
-        rows = as_rows("x", x.detach() if isinstance(x, torch.Tensor) else x)
+        rows = as_rows("x", x)
         if self._totals is None:
             self._totals = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
         if x.shape[-1] != self._totals.shape[1] or x.device != self._totals.device:

@@ -18,7 +18,7 @@ from ._configs import launch_config
 from ._dispatch import use_triton
 from ._partials import fold_partials
 from ._triton import Kernel, ceil_div, tl
-from ._validation import check_matrix, row_chunks
+from ._validation import as_matrix, row_chunks
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -367,11 +367,10 @@ def channel_importance(
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    given = {name: m for name, m in (("gate", gate), ("up", up), ("down", down)) if m is not None}
+    matrices = (("gate", gate), ("up", up), ("down", down))
+    given = {name: as_matrix(name, m) for name, m in matrices if m is not None}
     if not given:
         raise ValueError("channel_importance needs at least one of gate, up, down")
-    for name, matrix in given.items():
-        check_matrix(name, matrix)
     first_name, first = next(iter(given.items()))
     channels = first.shape[1] if first_name == "down" else first.shape[0]
     width = first.shape[0] if first_name == "down" else first.shape[1]
@@ -389,7 +388,7 @@ def channel_importance(
         given_statistic = norms if needed == "norms" else variance
         if given_statistic is None:
             raise ValueError(f"score {score!r} needs {needed}")
-        statistic = given_statistic
+        statistic = given_statistic.detach()
         if tuple(statistic.shape) != (channels,) or statistic.device != first.device:
             raise ValueError(
                 f"{needed} must be ({channels},) on {first.device}, "
@@ -402,4 +401,4 @@ def channel_importance(
         if use_triton("channel_importance", first, backend)
         else channel_importance_reference
     )
-    return compute(score, gate, up, down, statistic).float()
+    return compute(score, given.get("gate"), given.get("up"), given.get("down"), statistic).float()

@@ -18,7 +18,7 @@ import torch
 from ._configs import launch_config
 from ._dispatch import use_triton
 from ._triton import Kernel, ceil_div, tl
-from ._validation import check_index, check_matrix, check_out
+from ._validation import as_matrix, check_index, check_out
 
 
 def gather_rows_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -28,7 +28,10 @@ def gather_rows_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.
 
 def gather_columns_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     """``out[:, k] = weight[:, index[k]]``, bit for bit."""
-    torch.index_select(weight, 1, index, out=out)
+    if weight.device.type == "cpu" and weight.element_size() == 2:  # there twice as fast
+        torch.gather(weight, 1, index.long().expand(weight.shape[0], -1), out=out)
+    else:
+        torch.index_select(weight, 1, index, out=out)
 
 
 @Kernel
@@ -109,11 +112,11 @@ def gather_rows(
         TypeError, ValueError, IndexError: dtype, shape, strides or range.
         RuntimeError: backend "triton" where it cannot run.
     """
-    check_matrix("weight", weight)
+    weight = as_matrix("weight", weight)
     check_index(index, weight.shape[0], weight)
     out = _new_or_checked(out, (index.numel(), weight.shape[1]), weight)
     use_triton("gather_rows", weight, backend)
-    gather_rows_reference(weight, index, out)
+    gather_rows_reference(weight, index, out.detach())
     return out
 
 
@@ -139,13 +142,13 @@ def gather_columns(
         TypeError, ValueError, IndexError: dtype, shape, strides or range.
         RuntimeError: backend "triton" where it cannot run.
     """
-    check_matrix("weight", weight)
+    weight = as_matrix("weight", weight)
     check_index(index, weight.shape[1], weight)
     out = _new_or_checked(out, (weight.shape[0], index.numel()), weight)
     if use_triton("gather_columns", weight, backend):
-        gather_columns_op(weight, index, out)
+        gather_columns_op(weight, index, out.detach())
     else:
-        gather_columns_reference(weight, index, out)
+        gather_columns_reference(weight, index, out.detach())
     return out
 
 
@@ -192,7 +195,7 @@ def gather_ffn(
             if name == "gate":
                 continue
             raise TypeError(f"{name} must be a tensor, got None")
-        check_matrix(name, matrix)
+        as_matrix(name, matrix)
         channels = matrix.shape[1 if name == "down" else 0]
         width = matrix.shape[0 if name == "down" else 1]
         if (channels, width) != tuple(up.shape):

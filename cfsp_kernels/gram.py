@@ -167,5 +167,5 @@ def gram(
     else:
         check_out(out, shape, like)
     compute = gram_op if use_triton("gram", x, backend) else gram_reference
-    compute(rows, out)
+    compute(rows, out.detach())
     return out

@@ -17,7 +17,12 @@ from ._dispatch import use_triton
 from ._partials import fold_partials
 from ._triton import Kernel, ceil_div, interpreted, tl
 from ._validation import as_rows, check_same
-from .channel_statistics import ROWS_PER_PARTIAL, ChannelStatistics, channel_statistics_reference
+from .channel_statistics import (
+    ROWS_PER_PARTIAL,
+    ChannelStatistics,
+    channel_statistics_reference,
+    rows_per_step,
+)
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -37,8 +42,9 @@ def swiglu_statistics_reference(
     """
     act = ACTIVATIONS[activation]
     product = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for start in range(0, gate.shape[0], ROWS_PER_PARTIAL):
-        rows = slice(start, start + ROWS_PER_PARTIAL)
+    step = rows_per_step(gate.shape[1])
+    for start in range(0, gate.shape[0], step):
+        rows = slice(start, start + step)
         torch.mul(act(gate[rows]), up[rows], out=product[rows])
         channel_statistics_reference(product[rows], totals)
     return product
