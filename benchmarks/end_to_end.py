@@ -1,0 +1,246 @@
+"""Prune a synthetic Llama checkpoint of real shapes through the public API and time it.
+
+``python -m benchmarks.end_to_end --model llama-3-8b --work DIR --json RESULT.json``
+
+Weights are random, so quality means nothing here; time, memory and widths do. Exit code 3 and a
+reason where it cannot run, as where the package ``cfsp`` lacks what is called.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import environment
+from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
+
+NOT_RUN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Llama's shapes."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    samples: int
+    seqlen: int
+
+
+MODELS = {
+    "tiny": Model(64, 256, 2, 4, 2, 512, 4, 64),
+    "llama-3-8b": Model(4096, 14336, 32, 32, 8, 128256, 128, 1024),
+    # the shapes of the 70B model in fewer blocks: 80 do not fit the disk of a rented machine
+    "llama-3-70b-8-blocks": Model(8192, 28672, 8, 64, 8, 128256, 128, 1024),
+}
+
+
+class NotRunError(Exception):
+    """Why nothing was measured."""
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes: enough to turn any text into ids of a random model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i + 2 for i, character in enumerate(alphabet)}
+    vocabulary |= {"<s>": 0, "</s>": 1}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def write_text(path: Path, characters: int) -> None:
+    """Random words, the same in each run."""
+    words = random.Random(0)
+    letters = "etaoinshrdlu"
+    pieces: list[str] = []
+    length = 0
+    while length < characters:
+        pieces.append("".join(words.choices(letters, k=words.randint(2, 9))))
+        length += len(pieces[-1]) + 1
+    path.write_text(" ".join(pieces), "utf-8")
+
+
+def write_checkpoint(folder: Path, model: Model, dtype: torch.dtype) -> None:
+    """A Llama of random weights with its tokenizer, as ``save_pretrained`` writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=model.blocks,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.key_value_heads,
+        vocab_size=model.vocabulary,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            network = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    network.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def forward_seconds(network: Any, tokens: int, rounds: int) -> float:
+    """Median seconds of one forward pass over ``tokens`` tokens."""
+    ids = torch.randint(2, 200, (1, tokens), device=DEVICE)
+    cold = ColdCache()
+    with torch.no_grad():
+        network(ids)
+        return statistics.median(
+            seconds_of(lambda: network(ids, use_cache=False), cold) for _ in range(rounds)
+        )
+
+
+def measured_step(
+    name: str, result: dict[str, Any], call: Callable[[], Any], keep: bool = False
+) -> Any:
+    """Run ``call``; put its wall seconds and peak device memory into ``result``."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    value = call()
+    if ON_GPU:
+        torch.cuda.synchronize()
+        result[f"{name}_peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    result[f"{name}_seconds"] = time.perf_counter() - start
+    print(f"{name}: {result[f'{name}_seconds']:.1f} s", flush=True)
+    return value if keep else None
+
+
+def ffn_parameters(network: Any) -> int:
+    """Parameters of all gate, up and down projections."""
+    parts = (".gate_proj.", ".up_proj.", ".down_proj.")
+    return sum(
+        parameter.numel()
+        for name, parameter in network.named_parameters()
+        if any(part in name for part in parts)
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def run(model: Model, work: Path, sparsity: float, result: dict[str, Any]) -> None:
+    """Write, prune, reload, compare. Fills ``result`` as it goes, so a failure leaves a part.
+
+    Raises:
+        NotRunError: the package does not offer what its documentation names.
+    """
+    try:
+        from cfsp import Recipe, load, prune
+    except ImportError as error:
+        # its message ends in the path of the package
+        raise NotRunError(f"{type(error).__name__}: {str(error).split(' (')[0]}") from error
+    source, goal, text = work / "dense", work / "pruned", work / "calibration.txt"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_text(text, 4 * model.samples * model.seqlen)
+    try:
+        recipe = Recipe(
+            sparsity=sparsity,
+            dataset=str(text),
+            samples=model.samples,
+            seqlen=model.seqlen,
+        )
+    except TypeError as error:
+        raise NotRunError(f"cfsp.Recipe: {error}") from error
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    measured_step("write", result, lambda: write_checkpoint(source, model, dtype))
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    result["dense_bytes"] = size_of(source)
+    measured_step("prune", result, lambda: prune(str(source), recipe=recipe, out=str(goal)))
+    result["pruned_bytes"] = size_of(goal)
+    result["calibration_tokens"] = model.samples * model.seqlen
+
+    from transformers import AutoModelForCausalLM
+
+    def dense() -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+    for name, make in (("dense", dense), ("pruned", lambda: load(str(goal)))):
+        network = make().to(DEVICE).eval()
+        result[f"{name}_ffn_parameters"] = ffn_parameters(network)
+        seconds = forward_seconds(network, min(1024, 8 * model.seqlen), 9 if ON_GPU else 3)
+        result[f"{name}_forward_seconds"] = seconds
+        del network
+        if ON_GPU:
+            torch.cuda.empty_cache()
+    kept = result["pruned_ffn_parameters"] / result["dense_ffn_parameters"]
+    result["kept_fraction"] = kept
+    result["forward_speedup"] = result["dense_forward_seconds"] / result["pruned_forward_seconds"]
+    if abs(kept - (1 - sparsity)) > 0.05:
+        raise ValueError(f"kept {kept:.3f} of the FFN parameters at a sparsity of {sparsity}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--blocks", type=int, help="fewer or more blocks than the model has")
+    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--work", type=Path, required=True, help="folder to fill and to empty")
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    options = parser.parse_args(arguments)
+    if options.work.exists() and any(options.work.iterdir()):
+        parser.error(f"--work {options.work} is not empty, and it would be removed")
+    model = MODELS[options.model]
+    if options.blocks:
+        model = dataclasses.replace(model, blocks=options.blocks)
+    result: dict[str, Any] = {
+        "model": options.model,
+        "shapes": dataclasses.asdict(model),
+        "sparsity": options.sparsity,
+        "environment": environment.describe(),
+        "run": False,
+    }
+    code = 0
+    try:
+        run(model, options.work, options.sparsity, result)
+        result["run"] = True
+    except NotRunError as error:
+        result["reason"] = str(error)
+        print(f"end_to_end: not run: {error}", file=sys.stderr)
+        code = NOT_RUN
+    finally:
+        if not options.keep:
+            shutil.rmtree(options.work, ignore_errors=True)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

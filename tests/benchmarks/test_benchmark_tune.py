@@ -1,0 +1,97 @@
+"""The tuner knows every entry of the table, changes only what it measured, and leaves no trace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import tune
+from cfsp_kernels._configs import config_for, config_table
+
+TABLE = json.loads(tune.TABLE.read_text("utf-8"))
+
+
+def trial(config: int, seconds: float, error: str | None = None) -> dict[str, Any]:
+    return {"config": {"BLOCK": config}, "seconds": {"a": seconds, "b": 2.0}, "error": error}
+
+
+def test_table_and_sweeps_name_the_same_kernels() -> None:
+    assert set(TABLE) == set(tune.SWEEPS)
+
+
+@pytest.mark.parametrize("entry", tune.SWEEPS)
+def test_candidates_start_with_the_one_in_force_and_never_repeat(entry: str) -> None:
+    for config in TABLE[entry].values():
+        found = tune.candidates(entry, config)
+        assert found[0] == config
+        assert len({tuple(sorted(candidate.items())) for candidate in found}) == len(found) > 5
+
+
+def test_a_parameter_that_the_sweep_does_not_know_is_an_error() -> None:
+    with pytest.raises(ValueError, match="UNROLLED"):
+        tune.candidates("gram", {**TABLE["gram"]["default"], "UNROLLED": 2})
+
+
+def test_table_is_as_before_after_a_candidate_failed() -> None:
+    before = json.dumps(config_table())
+
+    def launch_with_a_candidate() -> None:
+        with tune.in_table("gram", "sm_00", {"BLOCK_M": 1}):
+            assert config_for("gram", "sm_00") == {"BLOCK_M": 1}
+            raise RuntimeError("no such tile")
+
+    with pytest.raises(RuntimeError, match="no such tile"):
+        launch_with_a_candidate()
+    assert json.dumps(config_table()) == before
+
+
+def test_the_fastest_that_ran_is_chosen() -> None:
+    trials = [trial(1, 1.0), trial(2, 0.1, "RuntimeError: spills"), trial(3, 0.5)]
+    result = tune.choose("gram", trials, ["a", "b"])
+    assert result["chosen"] == {"BLOCK": 3}
+    assert result["relative_time"] == pytest.approx(0.5**0.5)
+    assert result["complete"]
+
+
+def test_a_gain_below_the_noise_changes_nothing() -> None:
+    result = tune.choose("gram", [trial(1, 1.0), trial(2, 0.97)], ["a", "b"])
+    assert result["chosen"] == {"BLOCK": 1}
+    assert result["relative_time"] == 1
+
+
+def test_a_sweep_cut_short_says_so() -> None:
+    result = tune.choose("gram", [trial(1, 1.0), trial(2, 0.0, tune.OUT_OF_TIME)], ["a", "b"])
+    assert not result["complete"]
+
+
+def test_written_table_keeps_its_form(tmp_path: Path) -> None:
+    assert tune.dump_table(TABLE) == tune.TABLE.read_text("utf-8")
+    path = tmp_path / "table.json"
+    path.write_text(tune.dump_table(TABLE))
+    config = {**TABLE["gram"]["default"], "GROUP": 64}
+    assert tune.write_entry(path, "gram", "sm_00", config)
+    assert not tune.write_entry(path, "gram", "sm_00", config)
+    written = json.loads(path.read_text())
+    assert written["gram"].pop("sm_00") == config
+    assert written == TABLE
+
+
+def test_the_default_is_not_repeated_for_an_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(tune.dump_table(TABLE))
+    assert not tune.write_entry(path, "row_sums", "sm_00", TABLE["row_sums"]["default"])
+    assert path.read_text() == tune.dump_table(TABLE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only without a GPU")
+def test_timings_without_a_gpu_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_a_rehearsal_cannot_write_the_packages_table() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--rehearsal"])
+    assert stopped.value.code == 2
