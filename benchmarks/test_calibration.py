@@ -34,8 +34,8 @@ GPU_SHAPE = {  # Llama-3-8B, four of its thirty-two blocks
 def test_statistics_and_influence_on_top_of_the_plain_forward(
     benchmark: BenchmarkFixture,
 ) -> None:
+    from cfsp.collection import collect_statistics
     from cfsp.layouts import LAYOUTS
-    from cfsp.statistics import collect_statistics
     from cfsp.stream import default_micro_batch
 
     torch.manual_seed(0)

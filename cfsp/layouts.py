@@ -5,8 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .errors import CfspError
+
+FUSED_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu2": "relu2",
+}
+"""Activation of ``cfsp_kernels.swiglu_statistics`` -> its name in transformers."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,22 @@ class Layout:
                 "(quantised models and adapters: prune the plain model first)"
             )
         return module
+
+    def ffn(self, block: nn.Module) -> nn.Module:
+        """The module that holds the three projections."""
+        return block.get_submodule(self.down.rpartition(".")[0])
+
+    def gated_activation(self, block: nn.Module) -> str | None:
+        """The name that ``cfsp_kernels.swiglu_statistics`` has for the FFN's activation, or None.
+
+        None too where the FFN's ``forward`` was replaced: what it computes is then not known.
+        """
+        ffn = self.ffn(block)
+        if "forward" in ffn.__dict__:
+            return None
+        kind = type(getattr(ffn, "act_fn", None))
+        names = (op for op, name in FUSED_ACTIVATIONS.items() if type(ACT2FN[name]) is kind)
+        return next(names, None)
 
     def intermediate_sizes(self, model: nn.Module) -> tuple[int, ...]:
         """FFN channels of every block, read from the shapes of the weights."""

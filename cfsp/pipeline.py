@@ -21,6 +21,7 @@ from .checkpoint import (
     write_documents,
     write_model,
 )
+from .collection import collect_statistics
 from .compensation import NEEDS_STATISTICS
 from .errors import CfspError
 from .evaluation import Perplexity, evaluation_windows, perplexity
@@ -31,7 +32,7 @@ from .provenance import versions
 from .recipe import Calibration, Recipe
 from .report import PruneReport, model_card, recipe_document
 from .rewriting import check_plan, prune_model_
-from .statistics import Statistics, check_statistics, collect_statistics, load_statistics
+from .statistics import Statistics, check_statistics, load_statistics
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
 
 EVALUATION_WINDOWS = 16

@@ -52,7 +52,7 @@ def prune_block_(
         down.bias = _parameter(total, down.weight)
     down.weight = _parameter(cut.weight, down.weight)
     down.in_features = plan.width
-    ffn = block.get_submodule(layout.down.rpartition(".")[0])
+    ffn = layout.ffn(block)
     if hasattr(ffn, "intermediate_size"):
         ffn.intermediate_size = plan.width  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""What one dense forward pass says about every block and channel, and its file."""
+"""What a calibration says about every block and channel, and its file."""
 
 import json
 import os
@@ -11,14 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
-
-from cfsp_kernels import block_influence, channel_statistics
 
 from .errors import CfspError
 from .layouts import Layout
-from .provenance import tensors_fingerprint, tokens_fingerprint, versions
-from .stream import default_micro_batch, record_block_calls, run_block
+from .provenance import tensors_fingerprint
 
 FORMAT = "cfsp-statistics-1"
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
@@ -99,122 +95,6 @@ def check_statistics(statistics: Statistics, model: nn.Module, layout: Layout) -
         )
     if statistics.model_fingerprint != model_fingerprint(model, layout):
         raise CfspError("the statistics are of another model: same shapes, different weights")
-
-
-class _BlockCollector:
-    """Adds up one block's statistics on its device, without waiting for it."""
-
-    def __init__(self, channels: int, micro_batches: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
-        self.sum_of_squares = torch.zeros_like(self.sum)
-        self.influences = torch.zeros(
-            micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
-        )
-
-    def add_activation(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        part = channel_statistics(args[0])
-        self.tokens += part.tokens
-        self.sum += part.sum
-        self.sum_of_squares += part.sum_of_squares
-
-    def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        part = block_influence(before, after)
-        for column, metric in enumerate(INFLUENCE_METRICS):
-            self.influences[index, column] = getattr(part, metric)
-
-    def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
-        influences = self.influences.cpu()
-        broken = (~influences.isfinite().all(1)).nonzero()
-        if len(broken):
-            first = int(broken[0]) * micro_batch
-            last = min(first + micro_batch, windows) - 1
-            where = f"window {first}" if first == last else f"windows {first} to {last}"
-            raise CfspError(
-                f"block {number} gave NaN or infinite activations in calibration {where}: "
-                "check the weights of this block, or use another dtype"
-            )
-        return BlockStatistics(
-            self.tokens, windows, self.sum.cpu(), self.sum_of_squares.cpu(), influences.sum(0)
-        )
-
-
-def collect_statistics(
-    model: nn.Module,
-    layout: Layout,
-    windows: torch.Tensor,
-    *,
-    micro_batch: int | None = None,
-    provenance: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> Statistics:
-    """One dense forward pass over each block, with statistics of its FFN and its influence.
-
-    Memory beside the model: the hidden states of all windows once, one micro-batch.
-
-    Args:
-        model: a causal LM on its device; left as it was found.
-        layout: where it keeps its FFNs.
-        windows: [N, S] int64 calibration tokens.
-        micro_batch: windows per forward call; None: see :func:`default_micro_batch`.
-        provenance: kept with the result.
-        progress: show a bar on stderr.
-
-    Raises:
-        CfspError: a block gives NaN or infinite activations; names it and the window.
-    """
-    device = next(model.parameters()).device
-    count, seqlen = windows.shape
-    micro_batch = micro_batch or default_micro_batch(device, seqlen)
-    blocks = layout.find_blocks(model)
-    fingerprint = model_fingerprint(model, layout)
-    training = model.training
-    model.eval()
-    results = []
-    try:
-        calls = record_block_calls(model, blocks, windows, micro_batch)
-        with tqdm(
-            total=len(blocks) * windows.numel(),
-            desc="calibrate",
-            unit="tok",
-            unit_scale=True,
-            disable=not progress,
-        ) as bar:
-            for number, block in enumerate(blocks):
-                bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
-                down = layout.projection(block, layout.down)
-                collector = _BlockCollector(down.in_features, len(calls.arguments[number]), device)
-
-                def observe(
-                    index: int,
-                    before: torch.Tensor,
-                    after: torch.Tensor,
-                    collector: _BlockCollector = collector,
-                ) -> None:
-                    collector.add_states(index, before, after)
-                    bar.update(before.shape[0] * before.shape[1])
-
-                hook = down.register_forward_pre_hook(collector.add_activation)
-                try:
-                    run_block(block, number, calls, observe)
-                finally:
-                    hook.remove()
-                results.append(collector.result(number, count, micro_batch))
-    finally:
-        model.train(training)
-    return Statistics(
-        tuple(results),
-        fingerprint,
-        {
-            **(provenance or {}),
-            "tokens_sha256": tokens_fingerprint(windows),
-            "windows": count,
-            "seqlen": seqlen,
-            "micro_batch": micro_batch,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "versions": versions(device),
-        },
-    )
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:

@@ -36,19 +36,19 @@ def default_micro_batch(device: torch.device, seqlen: int) -> int:
 
 
 @contextmanager
-def _forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
-    """Give each block instance another ``forward`` for a while."""
-    before = [block.__dict__.get("forward") for block in blocks]
+def forward_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+    """Give each module instance another ``forward`` for a while."""
+    before = [module.__dict__.get("forward") for module in modules]
     try:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
+        for module, own in zip(modules, before, strict=True):
             if own is None:
-                block.__dict__.pop("forward", None)
+                module.__dict__.pop("forward", None)
             else:
-                block.forward = own
+                module.forward = own
 
 
 def _shared(new: Any, old: Any) -> Any:
@@ -92,7 +92,7 @@ def record_block_calls(
         return forward
 
     hidden: torch.Tensor | None = None
-    with _forwards(blocks, [stand_in(number) for number in range(len(blocks))]):
+    with forward_instead(blocks, [stand_in(number) for number in range(len(blocks))]):
         for number, tokens in enumerate(windows.split(micro_batch)):
             model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
             states = embedded.pop()

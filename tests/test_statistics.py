@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from cfsp import collection
+from cfsp.collection import collect_statistics
 from cfsp.errors import CfspError
 from cfsp.layouts import LAYOUTS
 from cfsp.statistics import (
     INFLUENCE_METRICS,
     Statistics,
     check_statistics,
-    collect_statistics,
     load_statistics,
     save_statistics,
 )
@@ -83,6 +84,39 @@ def test_statistics_are_those_of_an_ordinary_forward(family: str, windows: torch
             assert block.importance(metric) == pytest.approx(float(expected[metric].mean()), 1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_op_and_the_plain_one_give_the_same_numbers(
+    family: str, dtype: torch.dtype, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("swiglu_statistics", "channel_statistics"):
+        op = getattr(collection, name)
+        monkeypatch.setattr(
+            collection, name, lambda *args, name=name, op=op: (calls.append(name), op(*args))[1]
+        )
+    model = make_tiny(family).to(dtype)
+    fused, plain = (collect(model, windows, fused=fused) for fused in (True, False))
+    assert calls == ["swiglu_statistics"] * 24 + ["channel_statistics"] * 24
+    for a, b in zip(fused.blocks, plain.blocks, strict=True):
+        assert torch.equal(a.sum, b.sum)
+        assert torch.equal(a.sum_of_squares, b.sum_of_squares)
+        assert torch.equal(a.influence, b.influence)
+
+
+def test_an_ffn_that_computes_something_else_is_observed_at_its_down_projection(
+    windows: torch.Tensor,
+) -> None:
+    dense, odd = make_tiny(), make_tiny()
+    for layer in odd.model.layers:
+        layer.mlp.act_fn = torch.nn.Tanh()
+    assert LLAMA.gated_activation(dense.model.layers[0]) == "silu"
+    assert LLAMA.gated_activation(odd.model.layers[0]) is None
+    activations, _ = whole_model_reference(odd, windows)
+    found = collect(odd, windows)
+    assert torch.allclose(found.blocks[3].mean, activations[3].mean(0), rtol=1e-5, atol=1e-8)
+
+
 def test_the_model_is_left_as_it_was_found(windows: torch.Tensor) -> None:
     model = make_tiny().train()
     own_forward = model.model.layers[1].forward
@@ -136,7 +170,8 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from tests.conftest import make_tiny
 from cfsp.layouts import LAYOUTS
-from cfsp.statistics import collect_statistics
+from cfsp import collection
+from cfsp.collection import collect_statistics
 torch.set_num_threads(1)
 model = make_tiny(hidden_size=256, intermediate_size=32, num_hidden_layers=3)
 windows = torch.randint(0, 256, (1, 128))
