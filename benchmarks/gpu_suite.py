@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from . import environment
-from .end_to_end import NOT_RUN
 from .tune import RESULTS, SWEEPS, TABLE, write_entry
 
 ROOT = environment.ROOT
@@ -57,8 +56,6 @@ class Step:
     """A program that must be there, else the step is skipped."""
     path: str | None = None
     """A path below the repository that must be there, else the step is skipped."""
-    skip_code: int | None = None
-    """An exit code by which the command says that it could not run."""
     sources: tuple[str, ...] = ()
     """Folders, beside the kernels and benchmarks, whose change makes a result out of date."""
     scratch: Path | None = None
@@ -161,7 +158,6 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                     *("--work", str(out / f"work-{model}")),
                     *("--json", str(out / f"result-{model}.json")),
                 ),
-                skip_code=NOT_RUN,
                 sources=("cfsp",),
                 scratch=out / f"work-{model}",
             )
@@ -230,7 +226,7 @@ def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]
     try:
         output, _ = process.communicate(timeout=limit)
         code: int | None = process.returncode
-        status = "passed" if code == 0 else "skipped" if code == step.skip_code else "failed"
+        status = "passed" if code == 0 else "failed"
     except subprocess.TimeoutExpired:
         # its children hold the GPU and the pipe: the whole group has to go
         os.killpg(process.pid, signal.SIGKILL)
@@ -243,17 +239,13 @@ def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]
     finally:
         clear(step)
     output = anonymous(output, out)
-    result: dict[str, Any] = {
+    return {
         "status": status,
         "returncode": code,
         "wall_seconds": time.monotonic() - start,
         "limit_seconds": limit,
         "output_tail": output[-TAIL_CHARACTERS:],
     }
-    if status == "skipped":
-        lines = output.strip().splitlines()
-        result["reason"] = lines[-1] if lines else "the command said that it could not run"
-    return result
 
 
 def restore_tuning(step: Step, out: Path) -> None:
