@@ -8,8 +8,7 @@ works as ever, torch.compile for the CPU included, so tests elsewhere are not af
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -57,16 +56,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floats start as NaN, so that an element no kernel wrote can't go unnoticed."""
+def poison() -> Iterator[None]:
+    """Uninitialised floats start as NaN, so that an element no kernel wrote can't go unnoticed.
 
-    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    PyTorch does so itself in its deterministic mode (torch.empty, empty_like, new_empty and all).
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if not torch.empty(1).isnan():
+        pytest.fail("torch.empty is not filled: torch.utils.deterministic changed")
+    yield
+    torch.set_deterministic_debug_mode(mode)

@@ -8,6 +8,9 @@ from kernel_cases import DTYPES, UNIT, few_examples, random_matrix, same_bits
 
 from cfsp_kernels import block_influence
 
+# NumPy, under the interpreter, reports infinities that a GPU passes on in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 
 def exact_metrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """[T, 4] fp64: angle / pi by Kahan's formula, which holds at every angle, then 1 - cos, mse,
