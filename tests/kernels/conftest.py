@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -22,19 +21,10 @@ if not GPU:
         )
     os.environ["TRITON_INTERPRET"] = "1"
 
-settings.register_profile(
-    "kernels",
-    deadline=None,
-    derandomize=True,
-    max_examples=12,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 @pytest.fixture(autouse=True)
-def profile() -> Iterator[None]:
-    """Few examples, as the interpreter takes milliseconds per program; one thread, as OpenMP's
-    waiting costs more than it gives on a shared machine."""
+def one_thread() -> Iterator[None]:
+    """OpenMP's waiting costs more than its threads give on a shared machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
