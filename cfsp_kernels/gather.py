@@ -28,8 +28,10 @@ def gather_rows_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.
 
 def gather_columns_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     """``out[:, k] = weight[:, index[k]]``, bit for bit."""
-    if weight.device.type == "cpu" and weight.element_size() == 2:  # there twice as fast
-        torch.gather(weight, 1, index.long().expand(weight.shape[0], -1), out=out)
+    if weight.device.type == "cpu" and weight.element_size() == 2:
+        # Twice as fast there; as integers, since gather changes the bits of a NaN.
+        index = index.long().expand(weight.shape[0], -1)
+        torch.gather(weight.view(torch.int16), 1, index, out=out.view(torch.int16))
     else:
         torch.index_select(weight, 1, index, out=out)
 

@@ -297,6 +297,8 @@ def markdown(rows: list[Resources]) -> str:
     ]
     served = {}
     for row in rows:
+        if row.variant.endswith("ragged"):
+            continue
         key = (f"{row.op} {row.variant}".strip(), row.dtype)
         own = served.setdefault(key, {})
         if row.entry != "default" or row.target not in own:  # what a launch there would pick

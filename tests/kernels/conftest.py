@@ -8,12 +8,10 @@ works as ever, torch.compile for the CPU included, so tests elsewhere are not af
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -23,19 +21,10 @@ if not GPU:
         )
     os.environ["TRITON_INTERPRET"] = "1"
 
-settings.register_profile(
-    "kernels",
-    deadline=None,
-    derandomize=True,
-    max_examples=12,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 @pytest.fixture(autouse=True)
-def profile() -> Iterator[None]:
-    """Few examples, as the interpreter takes milliseconds per program; one thread, as OpenMP's
-    waiting costs more than it gives on a shared machine."""
+def one_thread() -> Iterator[None]:
+    """OpenMP's waiting costs more than its threads give on a shared machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,16 +46,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised floats start as NaN, so that an element no kernel wrote can't go unnoticed."""
+def poison() -> Iterator[None]:
+    """Uninitialised floats start as NaN, so that an element no kernel wrote can't go unnoticed.
 
-    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    PyTorch does so itself in its deterministic mode (torch.empty, empty_like, new_empty and all).
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if not torch.empty(1).isnan():
+        pytest.fail("torch.empty is not filled: torch.utils.deterministic changed")
+    yield
+    torch.set_deterministic_debug_mode(mode)

@@ -1,13 +1,19 @@
 """Tensors and bounds that the kernel tests share."""
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 UNIT = 2.0**-24
 """Unit roundoff of fp32."""
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(ROUNDOFF)
-few_examples = settings(settings.get_profile("kernels"))
+# Few, as the interpreter takes milliseconds per program, and the same ones on every run.
+few_examples = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def random_matrix(

@@ -8,6 +8,9 @@ from kernel_cases import DTYPES, UNIT, few_examples, random_matrix, same_bits
 
 from cfsp_kernels import block_influence
 
+# NumPy, under the interpreter, reports infinities that a GPU passes on in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 
 def exact_metrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """[T, 4] fp64: angle / pi by Kahan's formula, which holds at every angle, then 1 - cos, mse,
@@ -69,17 +72,34 @@ def test_any_shape(backend, device, tokens, width, dtype, change, paddings):
     check(x, y, backend)
 
 
+def turned(x: torch.Tensor, angle: float, growth: float) -> torch.Tensor:
+    """``x`` turned by an angle towards a random direction, and scaled."""
+    orthogonal = random_matrix(*x.shape, seed=1).double()
+    x = x.double()
+    orthogonal -= x * (orthogonal * x).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
+    orthogonal *= x.norm(dim=1, keepdim=True) / orthogonal.norm(dim=1, keepdim=True)
+    return (growth * (x * math.cos(angle) + orthogonal * math.sin(angle))).float()
+
+
 @pytest.mark.parametrize("angle", [3.3e-4, 1e-2, 1.0, 3.0])
 def test_small_angles_keep_their_digits(backend, device, angle):
     x = random_matrix(8, 4096)
-    orthogonal = random_matrix(8, 4096, seed=1)
-    orthogonal -= x * (orthogonal * x).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
-    orthogonal *= x.norm(dim=1, keepdim=True) / orthogonal.norm(dim=1, keepdim=True)
-    y = (x.double() * math.cos(angle) + orthogonal.double() * math.sin(angle)).float()
+    y = turned(x, angle, growth=1)
     exact = exact_metrics(x, y).sum(0)
     got = block_influence(x.to(device), y.to(device), backend=backend)
     assert got.angular.item() == pytest.approx(exact[0].item(), rel=5e-6)
     assert got.cosine.item() == pytest.approx(exact[1].item(), rel=1e-5)
+
+
+def test_small_angles_survive_growth(backend, device):
+    """Most of d is radial here: it must be subtracted to more digits than two norms have."""
+    x = random_matrix(1, 4096)
+    for growth in (1.02, 1.05, 1.1, 1.2):
+        y = turned(x, 1e-3, growth)
+        exact = exact_metrics(x, y)[0]
+        got = block_influence(x.to(device), y.to(device), backend=backend)
+        d_of_angle = (growth - 1) ** 2 / (growth * 1e-6)
+        assert got.cosine.item() == pytest.approx(exact[1].item(), rel=8 * UNIT * (1 + d_of_angle))
 
 
 def test_opposite_and_equal_rows(backend, device):

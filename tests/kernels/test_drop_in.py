@@ -10,11 +10,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "drop-in.md"
 
 
 @pytest.fixture
-def poison():
-    """Not here: the document makes layers, whose initialisation is its own."""
-
-
-@pytest.fixture
 def blocks() -> list[str]:
     found = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
     assert len(found) == 5

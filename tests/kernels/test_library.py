@@ -10,11 +10,6 @@ from cfsp_kernels._triton import triton_installed
 OPS = ["channel_statistics", "swiglu_statistics", "block_influence", "channel_importance", "gram"]
 
 
-@pytest.fixture
-def poison():
-    """Not here: fake tensors are made with torch.empty too."""
-
-
 def arguments(op: str, device: torch.device) -> tuple:
     x, y = random_matrix(40, 30, device=device), random_matrix(40, 30, device=device, seed=1)
     totals = torch.zeros(2, 30, dtype=torch.float64, device=device)
