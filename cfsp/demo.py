@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .checkpoint import check_out, new_folder, write_model
 from .errors import CfspError
-from .evaluation import Generation, generate
+from .evaluation import Generation, generate_side_by_side
 from .models import open_model, quiet_loading
 from .pipeline import PruneResult, prune
 from .plots import plot_plan
@@ -63,19 +63,21 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
     pruned_folder = out / f"{NAME}-cfsp-30"
     check_out(pruned_folder, overwrite)
     dense = dense_folder(out / NAME)
-    with quiet_loading():
-        opened = open_model(dense, device=device)
-    before = generate(opened.model, opened.tokenizer, PROMPT, NEW_TOKENS)
     result = prune(
-        opened.model,
-        opened.tokenizer,
+        dense,
+        None,
         RECIPE,
         pruned_folder,
         eval_windows=EVALUATION_WINDOWS,
+        device=device,
         overwrite=overwrite,
         progress=progress,
     )
-    after = generate(result.model, result.tokenizer, PROMPT, NEW_TOKENS)
+    with quiet_loading():
+        opened = open_model(dense, device=device)
+    before, after = generate_side_by_side(
+        (opened.model, result.model), opened.tokenizer, PROMPT, NEW_TOKENS
+    )
     picture = out / "widths.png"
     plot_plan(result.plan, picture, f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed")
     return DemoResult(result, before, after, dense, picture)
@@ -99,7 +101,12 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     )
     table.add_row("perplexity (held out)", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
     table.add_row(
-        "tokens/s",
+        "tokens/s, reading",
+        f"{before.tokens / before.seconds:.0f}",
+        f"{after.tokens / after.seconds:.0f}",
+    )
+    table.add_row(
+        "tokens/s, writing",
         f"{demo.before.tokens_per_second:.1f}",
         f"{demo.after.tokens_per_second:.1f}",
     )

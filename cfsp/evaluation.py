@@ -2,7 +2,9 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -86,6 +88,20 @@ class Generation:
     text: str
     tokens: int
     tokens_per_second: float
+
+
+def generate_side_by_side(
+    models: Sequence[PreTrainedModel], tokenizer: Any, prompt: str, new_tokens: int, rounds: int = 3
+) -> list[Generation]:
+    """Greedy continuations by several models, with speeds that can be compared.
+
+    The models take turns, so that each sees the same machine; a speed is the median of the rounds.
+    """
+    turns = [[generate(m, tokenizer, prompt, new_tokens) for m in models] for _ in range(rounds)]
+    return [
+        replace(of_model[0], tokens_per_second=median(g.tokens_per_second for g in of_model))
+        for of_model in zip(*turns, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -112,4 +112,4 @@ def test_the_demo_does_the_whole_job(
     printed = console.export_text()
     assert "134,515,008" in printed
     assert "perplexity (held out)" in printed
-    assert "tokens/s" in printed
+    assert "tokens/s, writing" in printed
