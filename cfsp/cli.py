@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
 from .evaluation import evaluation_windows, perplexity
-from .models import open_model
+from .models import open_model, quiet_loading
 from .pipeline import (
     EVALUATION_WINDOWS,
     PruneResult,
@@ -299,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with quiet_loading() if arguments.quiet else nullcontext():
+            arguments.run(arguments)
     except CfspError as error:
         print(f"cfsp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -106,7 +106,7 @@ def _load(name: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except SafetensorError as error:
         raise CfspError(f"{name}: corrupt safetensors: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CfspError(f"cannot load {name}: {reason}") from error
 

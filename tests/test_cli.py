@@ -172,6 +172,15 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
             del tensors["model.layers.1.mlp.up_proj.weight"]
             save_file(tensors, weights, metadata={"format": "pt"})
             return folder, out, "model.layers.1.mlp.up_proj.weight"
+        case "wrong shapes":
+            config = json.loads((folder / "config.json").read_text())
+            config["intermediate_size"] = 64
+            (folder / "config.json").write_text(json.dumps(config))
+            return folder, out, "cannot load"
+        case "no tokenizer":
+            for file in folder.glob("token*"):
+                file.unlink()
+            return folder, out, "cannot load"
         case "unsupported architecture":
             config = json.loads((folder / "config.json").read_text())
             config["model_type"] = "gpt2"
@@ -202,7 +211,8 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
     "kind",
     [
         "absent", "not a folder", "no config", "no weights", "only pickled weights",
-        "truncated weights", "corrupt header", "missing tensor", "unsupported architecture",
+        "truncated weights", "corrupt header", "missing tensor", "wrong shapes",
+        "no tokenizer", "unsupported architecture",
         "bad json", "NaN weights", "out is the input", "out exists", "out is a file",
         "out under a file",
     ],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def mask_(model: PreTrainedModel, plan: cfsp.PruningPlan) -> PreTrainedModel:
 def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
     family: str, scorer: str
 ) -> None:
-    result = prune_tiny(make_tiny(family), cfsp.Recipe(**{**vars(RECIPE), "scorer": scorer}))
+    result = prune_tiny(make_tiny(family), replace(RECIPE, scorer=scorer))
     assert len(set(result.plan.widths)) > 1
     assert sum(result.plan.widths) == round(0.7 * 4 * 48)
     expected = logits(mask_(make_tiny(family), result.plan))
@@ -63,7 +64,7 @@ def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
 
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_every_scorer_prunes_with_its_own_defaults(scorer: str) -> None:
-    result = prune_tiny(make_tiny(), cfsp.Recipe(**{**vars(RECIPE), "scorer": scorer}))
+    result = prune_tiny(make_tiny(), replace(RECIPE, scorer=scorer))
     assert sum(result.plan.widths) == round(0.7 * 4 * 48)
     assert logits(result.model).isfinite().all()
     has_bias = result.model.model.layers[0].mlp.down_proj.bias is not None
@@ -72,14 +73,14 @@ def test_every_scorer_prunes_with_its_own_defaults(scorer: str) -> None:
 
 @pytest.mark.parametrize("metric", ["angular", "cosine", "mse", "mae"])
 def test_every_importance_metric_gives_a_plan(metric: str) -> None:
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "importance": metric})
+    recipe = replace(RECIPE, importance=metric)
     assert sum(prune_tiny(make_tiny(), recipe).plan.widths) == round(0.7 * 4 * 48)
 
 
 @pytest.mark.parametrize("mlp_bias", [False, True])
 def test_bias_compensation_puts_the_mean_back(mlp_bias: bool) -> None:
     """With it, the FFN's mean output over the calibration tokens is that of the dense FFN."""
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "scorer": "flap"})
+    recipe = replace(RECIPE, scorer="flap")
     dense = make_tiny(mlp_bias=mlp_bias)
     result = prune_tiny(make_tiny(mlp_bias=mlp_bias), recipe)
     for number, block in enumerate(result.statistics.blocks):
@@ -92,14 +93,14 @@ def test_bias_compensation_puts_the_mean_back(mlp_bias: bool) -> None:
 
 
 def test_width_multiples_meet_the_same_budget() -> None:
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "width_multiple": 8})
+    recipe = replace(RECIPE, width_multiple=8)
     widths = prune_tiny(make_tiny(), recipe).plan.widths
     assert all(width % 8 == 0 for width in widths)
     assert abs(sum(widths) - 0.7 * 4 * 48) <= 4
 
 
 def test_sparsity_zero_changes_nothing() -> None:
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "sparsity": 0.0})
+    recipe = replace(RECIPE, sparsity=0.0)
     assert torch.equal(logits(prune_tiny(make_tiny(), recipe).model), logits(make_tiny()))
 
 
@@ -127,8 +128,8 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
 
 
 def test_one_width_for_all_is_the_stock_architecture(tmp_path: Path) -> None:
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "allocator": "uniform", "width_multiple": 8})
-    recipe = cfsp.Recipe(**{**vars(recipe), "sparsity": 1 / 3})
+    recipe = replace(RECIPE, allocator="uniform", width_multiple=8)
+    recipe = replace(recipe, sparsity=1 / 3)
     result = prune_tiny(make_tiny(), recipe, tmp_path / "u", eval_windows=0)
     config = json.loads((tmp_path / "u" / "config.json").read_text())
     assert (config["model_type"], config["intermediate_size"]) == ("llama", 32)
@@ -170,7 +171,7 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("way", ["load", "registered", "trust"])
 def test_three_ways_to_load_give_the_same_bits_in_a_fresh_process(way: str, tmp_path: Path) -> None:
-    recipe = cfsp.Recipe(**{**vars(RECIPE), "scorer": "flap"})
+    recipe = replace(RECIPE, scorer="flap")
     result = prune_tiny(make_tiny(), recipe, tmp_path / "out", eval_windows=0)
     run = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "out"), way],
@@ -255,7 +256,7 @@ def test_two_budgets_from_one_file_equal_runs_from_scratch(
     statistics = cfsp.calibrate(tiny_folder, recipe=RECIPE, progress=False)
     cfsp.save_statistics(statistics, tmp_path / "s")
     for sparsity in (0.2, 0.5):
-        recipe = cfsp.Recipe(**{**vars(RECIPE), "sparsity": sparsity, "scorer": "flap"})
+        recipe = replace(RECIPE, sparsity=sparsity, scorer="flap")
         pair = []
         for name, options in (("reused", {"statistics": tmp_path / "s"}), ("scratch", {})):
             out = tmp_path / f"{name}-{sparsity}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_second_budget_from_saved_statistics_takes_seconds(
     started = time.perf_counter()
     result = cfsp.prune(
         smollm2,
-        recipe=cfsp.Recipe(**{**vars(wikitext_recipe), "sparsity": 0.5}),
+        recipe=replace(wikitext_recipe, sparsity=0.5),
         out=tmp_path / "half",
         statistics=tmp_path / "s.safetensors",
         eval_windows=0,
