@@ -1,9 +1,9 @@
 """Kernel tests run on a GPU where there is one, else under Triton's interpreter on the CPU.
 
-``TRITON_INTERPRET`` counts when Triton is first imported. It is set here, while tests are being
-collected; Triton is imported when the first kernel runs, after that, and by nothing else: neither
-torch, nor transformers, nor ``import cfsp_kernels`` does. Under it everything but Triton kernels
-works as ever, torch.compile for the CPU included, so tests elsewhere are not affected.
+``TRITON_INTERPRET`` counts when Triton is first imported. ``tests/conftest.py`` sets it before
+anything else is imported; here it is set once more, for these tests on their own. Under it
+everything but Triton kernels works as ever, torch.compile for the CPU included, so tests elsewhere
+are not affected.
 """
 
 import os
