@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from . import modeling_cfsp
@@ -21,9 +20,10 @@ from .errors import CfspError
 from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
 from .models import pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
+from .shards import ShardWriter, TensorInfo, pack_shards, write_index
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_BYTES = 5_000_000_000
 PROBE_TOKENS = 16
 
 
@@ -154,14 +154,8 @@ def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> N
         raise CfspError(f"output {out} exists; --overwrite replaces it")
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds, in order: tied tensors once, under their first name."""
     seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -169,16 +163,18 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
             continue
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.detach()
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
-    )
-    for filename, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
-        (folder / filename).chmod(0o666 & ~_umask())
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return tensors
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+    tensors = saved_tensors(model)
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    shards = pack_shards(infos, MAX_SHARD_BYTES)
+    with ShardWriter(folder, shards) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    write_index(folder, shards)
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

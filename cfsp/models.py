@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .errors import CfspError
 from .layouts import Layout, find_layout
+from .shards import read_header
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,7 @@ def _check_folder(folder: Path) -> None:
         hint = f", only {pickled[0].name}: convert it to safetensors first" if pickled else ""
         raise CfspError(f"{folder} has no safetensors weights{hint}")
     for shard in shards:
-        try:
-            with safe_open(shard, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CfspError(f"{shard} is corrupt: {error}") from None
+        read_header(shard)
 
 
 def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
