@@ -13,8 +13,13 @@ from .plan import BlockPlan, PruningPlan
 from .statistics import BlockStatistics, Statistics, model_fingerprint
 
 
-def check_plan(plan: PruningPlan, model: nn.Module, layout: Layout) -> None:
-    """Raise CfspError where the plan is for another model."""
+def check_plan(
+    plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
+) -> None:
+    """Raise CfspError where the plan is for another model.
+
+    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
+    """
     sizes = layout.intermediate_sizes(model)
     planned = tuple(block.intermediate_size for block in plan.blocks)
     if planned != sizes:
@@ -22,7 +27,7 @@ def check_plan(plan: PruningPlan, model: nn.Module, layout: Layout) -> None:
             f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
             f"channels, the model has {len(sizes)} with up to {max(sizes)}"
         )
-    if plan.model_fingerprint != model_fingerprint(model, layout):
+    if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the plan is for another model: same shapes, different weights")
 
 

@@ -1,0 +1,176 @@
+"""One block at a time: the same numbers and the same bytes as with the whole model in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cfsp.blocks import StoredBlocks
+from cfsp.collection import collect_statistics
+from cfsp.errors import CfspError
+from cfsp.models import OpenModel, open_model
+from cfsp.statistics import Statistics, model_fingerprint
+from cfsp.streaming import open_streamed
+
+from .conftest import FAMILIES, make_tiny, make_tokenizer
+
+
+def saved(folder: Path, family: str = "llama", shards: bool = False, **config: object) -> Path:
+    """A tiny model with its tokenizer, in one file or in several."""
+    dtype = config.pop("dtype", torch.float32)
+    model = make_tiny(family, **config).to(dtype)
+    model.save_pretrained(folder, **({"max_shard_size": "20KB"} if shards else {}))
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def streamed(folder: Path, **options: str) -> OpenModel:
+    opened = open_streamed(folder, **options)
+    assert opened is not None
+    return opened
+
+
+def collect(opened: OpenModel, windows: torch.Tensor) -> Statistics:
+    return collect_statistics(
+        opened.model, opened.layout, windows, micro_batch=4, progress=False, weights=opened.blocks
+    )
+
+
+def assert_equal(a: Statistics, b: Statistics) -> None:
+    assert a.model_fingerprint == b.model_fingerprint
+    assert a.provenance == b.provenance
+    assert len(a.blocks) == len(b.blocks) == 4
+    for left, right in zip(a.blocks, b.blocks, strict=True):
+        assert left.tokens == right.tokens
+        for name in ("sum", "sum_of_squares", "influence"):
+            assert torch.equal(getattr(left, name), getattr(right, name)), name
+
+
+def resident(model: PreTrainedModel) -> list[str]:
+    """Parameters of blocks that are in memory."""
+    return [n for n, p in model.model.layers.named_parameters() if p.device.type != "meta"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_statistics_are_those_of_the_model_in_memory(
+    family: str, dtype: torch.dtype, tied: bool, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m", family, True, dtype=dtype, tie_word_embeddings=tied)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    opened = streamed(folder)
+    found = collect(opened, windows)
+    whole = open_model(folder)
+    assert whole.model.dtype == opened.model.dtype == dtype
+    assert_equal(found, collect(whole, windows))
+    assert not resident(opened.model)
+    assert found.model_fingerprint == model_fingerprint(whole.model, whole.layout)
+    assert opened.name == whole.name
+    assert opened.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_dtype_is_cast_as_in_memory(
+    dtype: str, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m", dtype=torch.bfloat16)
+    assert_equal(
+        collect(streamed(folder, dtype=dtype), windows),
+        collect(open_model(folder, dtype=dtype), windows),
+    )
+
+
+def test_one_block_at_a_time_has_its_weights_and_they_are_the_checkpoints(tmp_path: Path) -> None:
+    opened = streamed(saved(tmp_path / "m", shards=True))
+    dense = make_tiny().state_dict()
+    with opened.blocks.turns() as turns:
+        for number, block in turns:
+            assert len(resident(opened.model)) == len(list(block.parameters())) == 9
+            for name, value in block.state_dict().items():
+                assert torch.equal(value, dense[f"model.layers.{number}.{name}"])
+    assert not resident(opened.model)
+
+
+def test_a_turn_cut_short_by_an_error_leaves_no_weights(tmp_path: Path) -> None:
+    opened = streamed(saved(tmp_path / "m"))
+
+    def interrupted() -> None:
+        with opened.blocks.turns() as turns:
+            next(turns)
+            assert resident(opened.model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert not resident(opened.model)
+
+
+def test_a_shard_that_vanishes_is_named_at_its_block(tmp_path: Path, windows: torch.Tensor) -> None:
+    opened = streamed(saved(tmp_path / "m"))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(CfspError, match=r"cannot read .*model\.safetensors"):
+        collect(opened, windows)
+
+
+def test_ffn_weights_are_read_alone(tmp_path: Path) -> None:
+    opened = streamed(saved(tmp_path / "m", shards=True), dtype="bfloat16")
+    assert isinstance(opened.blocks, StoredBlocks)
+    found = opened.blocks.ffn_weights(2)
+    mlp = make_tiny().to(torch.bfloat16).model.layers[2].mlp
+    for kind in ("gate", "up", "down"):
+        assert torch.equal(getattr(found, kind), getattr(mlp, f"{kind}_proj").weight)
+    assert not resident(opened.model)
+
+
+def rewrite(folder: Path, change: object) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_checkpoint_of_other_names_is_left_to_the_whole_loader(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    rewrite(folder, lambda t: t.update(more=torch.zeros(1)))
+    assert open_streamed(folder) is None
+    rewrite(folder, lambda t: t.pop("more"))
+    rewrite(
+        folder,
+        lambda t: t.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": t["lm_head.weight"][0].clone()}
+        ),
+    )
+    assert open_streamed(folder) is not None
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].double()}))
+    assert open_streamed(folder) is None
+
+
+def test_a_tied_head_that_is_stored_too_is_left_to_the_whole_loader(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", tie_word_embeddings=True)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    assert open_streamed(folder) is None
+
+
+def test_an_adapter_or_a_quantised_model_is_left_to_the_whole_loader(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    assert open_streamed(folder) is None
+    (folder / "adapter_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_streamed(folder) is None
+
+
+def test_missing_tensors_and_wrong_shapes_are_refused_without_reading(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(8)}))
+    with pytest.raises(CfspError, match=r"model\.norm\.weight is \[8\] in the weights, \[32\] by"):
+        open_streamed(folder)
+    rewrite(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(CfspError, match=r"missing keys in the weights: model\.norm\.weight"):
+        open_streamed(folder)
