@@ -180,6 +180,11 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Config, weights, modeling file, generation config and tokenizer of a model."""
     write_weights(model, folder)
+    write_settings(model, tokenizer, folder)
+
+
+def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Everything of a model's folder but the weights."""
     config = model.config.to_diff_dict()
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -203,11 +208,15 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """[1, 16] fixed tokens to which a reloaded model must say the same, to the last bit."""
+    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.vocab_size
+
+
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits [1, 16, V] of fixed tokens: what a reloaded model must repeat to the last bit."""
-    device = next(model.parameters()).device
-    ids = (torch.arange(PROBE_TOKENS, device=device)[None] * 7919) % model.config.vocab_size
+    """Logits [1, 16, V] of the probe tokens."""
+    ids = probe_tokens(model).to(next(model.parameters()).device)
     return model(input_ids=ids, use_cache=False).logits.cpu()
 
 
@@ -260,8 +269,13 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
                 stacklevel=2,
             )
             return model
-    worst = float((got.double() - expected.logits.double()).abs().max())
-    raise RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
+    raise differs(got, expected.logits)
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
+    """The error for a saved model with other logits than the pruned one had."""
+    worst = float((found.double() - expected.double()).abs().max())
+    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
 
 
 def _set_buffers(model: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:

@@ -22,7 +22,6 @@ from .pipeline import (
     EVALUATION_WINDOWS,
     PruneResult,
     as_calibrated,
-    block_weights,
     calibrate,
     check_seqlen,
     prune,
@@ -36,6 +35,7 @@ from .statistics import (
     load_statistics,
     save_statistics,
 )
+from .streaming import open_lean
 from .text import BOS_CHOICES, DATASETS
 
 CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
@@ -169,11 +169,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = _recipe(arguments)
     statistics = load_statistics(arguments.statistics)
-    opened = open_model(arguments.model, recipe.dtype, arguments.device)
-    check_statistics(statistics, opened.model, opened.layout)
-    plan = make_plan(
-        statistics, block_weights(opened.model, opened.layout), as_calibrated(recipe, statistics)
-    )
+    opened = open_lean(arguments.model, recipe.dtype, arguments.device)
+    check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):

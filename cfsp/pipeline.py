@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,35 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .allocation import check_budget
+from .blocks import StoredBlocks, empty_
 from .checkpoint import (
     become_pruned_,
     check_out,
     is_stock,
+    load,
     new_folder,
+    probe_tokens,
     take_probe,
     verify,
     write_documents,
     write_model,
+    write_settings,
 )
 from .collection import collect_statistics
 from .compensation import NEEDS_STATISTICS
 from .errors import CfspError
-from .evaluation import Perplexity, evaluation_windows, perplexity
-from .layouts import FFNWeights, Layout
-from .models import OpenModel, adopt, open_model
+from .evaluation import Perplexity, evaluation_windows, perplexity, ridden_perplexity
+from .layouts import FFNWeights
+from .models import OpenModel, adopt, open_model, quiet_loading
 from .plan import PruningPlan, make_plan
 from .provenance import versions
 from .recipe import Calibration, Recipe
 from .report import PruneReport, model_card, recipe_document
 from .rewriting import check_plan, prune_model_
+from .second_pass import prune_to_shards_
 from .statistics import Statistics, check_statistics, load_statistics
+from .stream import RidingWindows
+from .streaming import open_lean, verify_streamed
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
 
 EVALUATION_WINDOWS = 16
@@ -42,11 +50,23 @@ EVALUATION_WINDOWS = 16
 class PruneResult:
     """What came of a run."""
 
-    model: PreTrainedModel
-    """The pruned model, in eval mode on its device."""
     tokenizer: Any
     report: PruneReport
     out: Path | None
+    live: PreTrainedModel | None
+    """The pruned model where it is in memory: one that was given live, or that has no ``out``."""
+    device: torch.device
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The pruned model, in eval mode on its device; read from ``out`` when first asked for,
+        where it was pruned from disk to disk."""
+        if self.live is not None:
+            return self.live
+        if self.out is None:
+            raise ValueError("a result without a folder has a live model")
+        with quiet_loading():
+            return load(self.out, device=str(self.device))
 
     @property
     def plan(self) -> PruningPlan:
@@ -71,10 +91,13 @@ def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
         raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
 
 
-def _open(model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str) -> OpenModel:
+def _open(
+    model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str, *, streamed: bool = True
+) -> OpenModel:
+    """A live model as it is; one given by name block by block where that can be."""
     if isinstance(model, nn.Module):
         return adopt(model, tokenizer)
-    opened = open_model(model, dtype, device)
+    opened = (open_lean if streamed else open_model)(model, dtype, device)
     return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
 
 
@@ -106,6 +129,7 @@ def _calibrate(opened: OpenModel, recipe: Recipe, progress: bool) -> Statistics:
             "calibration": dataclasses.asdict(recipe.calibration),
         },
         progress=progress,
+        weights=opened.blocks,
     )
 
 
@@ -132,12 +156,6 @@ def calibrate(
     return _calibrate(_open(model, tokenizer, recipe.dtype, device), recipe, progress)
 
 
-def block_weights(model: nn.Module, layout: Layout) -> Callable[[int], FFNWeights]:
-    """Block number -> its FFN matrices, read when called."""
-    blocks = layout.find_blocks(model)
-    return lambda number: layout.ffn_weights(blocks[number])
-
-
 def plan(
     statistics: Statistics, weights: Callable[[int], FFNWeights] | nn.Module, recipe: Recipe
 ) -> PruningPlan:
@@ -153,7 +171,7 @@ def plan(
         CfspError: no widths meet the sparsity.
     """
     if isinstance(weights, nn.Module):
-        weights = block_weights(weights, adopt(weights, None).layout)
+        weights = adopt(weights, None).blocks.ffn_weights
     return make_plan(statistics, weights, recipe)
 
 
@@ -164,13 +182,20 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=calibration)
 
 
-def _evaluation_tokens(
-    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
-) -> tuple[str, torch.Tensor | None]:
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on before and after."""
+
+    dataset: str
+    tokens: torch.Tensor | None
+    """[N, S] int64; None where nothing is measured."""
+
+
+def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
     """Held-out windows to measure on. A local calibration file has no held-out part of its own,
     so the text that ships with Python stands in unless ``dataset`` names another."""
     if windows == 0:
-        return "", None
+        return HeldOut("", None)
     name = dataset or recipe.calibration.dataset
     if dataset is None and name not in DATASETS:
         name = "builtin"
@@ -179,7 +204,7 @@ def _evaluation_tokens(
     if opened.tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
     bos = recipe.calibration.bos
-    return name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos)
+    return HeldOut(name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos))
 
 
 def prune(
@@ -230,62 +255,139 @@ def prune(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
-    opened = _open(model, tokenizer, recipe.dtype, device)
+    opened = _open(model, tokenizer, recipe.dtype, device, streamed=out is not None)
     layout = opened.layout
+    fingerprint = opened.blocks.fingerprint()
     sizes = layout.intermediate_sizes(opened.model)
     if plan is not None:
-        check_plan(plan, opened.model, layout)
+        check_plan(plan, opened.model, layout, fingerprint)
     else:
         check_budget(sizes, (1 - recipe.sparsity) * sum(sizes), recipe.width_multiple)
     if statistics is not None:
-        check_statistics(statistics, opened.model, layout)
-    eval_name, eval_tokens = _evaluation_tokens(opened, recipe, eval_dataset, eval_windows)
-
-    def measure(measured: PreTrainedModel) -> Perplexity | None:
-        if eval_tokens is None:
-            return None
-        return perplexity(measured, eval_tokens, dataset=eval_name, progress=progress)
+        check_statistics(statistics, opened.model, layout, fingerprint)
+    held_out = _held_out(opened, recipe, eval_dataset, eval_windows)
 
     if plan is None:
         statistics = statistics or _calibrate(opened, recipe, progress)
-        plan = make_plan(statistics, block_weights(opened.model, layout), recipe)
+        plan = make_plan(statistics, opened.blocks.ffn_weights, recipe)
     elif statistics is None and recipe.resolved_compensation in NEEDS_STATISTICS:
         statistics = _calibrate(opened, recipe, progress)
 
-    pruned, tokenizer = opened.model, opened.tokenizer
-    training = pruned.training
-    pruned.eval()
-    parameters_before = count_parameters(pruned)
-    before = measure(pruned)
-    prune_model_(pruned, layout, plan, statistics, progress=progress)
+    if out is not None and isinstance(opened.blocks, StoredBlocks):
+        return _prune_stored(opened, plan, statistics, held_out, Path(out), overwrite, progress)
+    where = Path(out) if out is not None else None
+    given = isinstance(model, nn.Module)
+    return _prune_live(opened, plan, statistics, held_out, where, overwrite, given, progress)
+
+
+def _report(
+    opened: OpenModel,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    parameters_before: int,
+    before: Perplexity | None,
+    after: Perplexity | None,
+) -> PruneReport:
+    return PruneReport(
+        name=opened.name,
+        plan=plan,
+        statistics=statistics,
+        parameters_before=parameters_before,
+        parameters_after=count_parameters(opened.model),
+        perplexity_before=before,
+        perplexity_after=after,
+        stock=is_stock(opened.model),
+        versions=versions(next(opened.model.parameters()).device),
+    )
+
+
+def _become_pruned_(opened: OpenModel, plan: PruningPlan) -> None:
+    recipe = plan.recipe
     summary = {
         "scorer": recipe.scorer,
         "allocator": recipe.resolved_allocator,
         "compensation": recipe.resolved_compensation,
         "sparsity": round(plan.sparsity, 6),
     }
-    become_pruned_(pruned, layout, summary)
-    device_used = next(pruned.parameters()).device
-    report = PruneReport(
-        name=opened.name,
-        plan=plan,
-        statistics=statistics,
-        parameters_before=parameters_before,
-        parameters_after=count_parameters(pruned),
-        perplexity_before=before,
-        perplexity_after=measure(pruned),
-        stock=is_stock(pruned),
-        versions=versions(device_used),
-    )
+    become_pruned_(opened.model, opened.layout, summary)
+
+
+def _prune_live(
+    opened: OpenModel,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    held_out: HeldOut,
+    out: Path | None,
+    overwrite: bool,
+    given: bool,
+    progress: bool,
+) -> PruneResult:
+    """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
+
+    def measure() -> Perplexity | None:
+        if held_out.tokens is None:
+            return None
+        return perplexity(
+            opened.model, held_out.tokens, dataset=held_out.dataset, progress=progress
+        )
+
+    pruned, tokenizer = opened.model, opened.tokenizer
+    training = pruned.training
+    pruned.eval()
+    parameters_before = count_parameters(pruned)
+    before = measure()
+    prune_model_(pruned, opened.layout, plan, statistics, progress=progress)
+    _become_pruned_(opened, plan)
+    report = _report(opened, plan, statistics, parameters_before, before, measure())
+    device = next(pruned.parameters()).device
     if out is not None:
-        with new_folder(Path(out), overwrite) as folder:
+        with new_folder(out, overwrite) as folder:
             write_model(pruned, tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             expected = take_probe(pruned)
-            if not isinstance(model, nn.Module):
-                del pruned, opened  # one model in memory at a time
-            reloaded = verify(folder, expected, device_used)
-        if not isinstance(model, nn.Module):
+            if not given:
+                empty_(pruned)  # one model in memory at a time
+            reloaded = verify(folder, expected, device)
+        if not given:
             pruned = reloaded
     pruned.train(training)
-    return PruneResult(pruned, tokenizer, report, Path(out) if out is not None else None)
+    return PruneResult(tokenizer, report, out, pruned, device)
+
+
+def _prune_stored(
+    opened: OpenModel,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    held_out: HeldOut,
+    out: Path,
+    overwrite: bool,
+    progress: bool,
+) -> PruneResult:
+    """Cut a model from disk to disk, one block at a time; each is read once for everything."""
+    model, tokens = opened.model, held_out.tokens
+    blocks = opened.layout.find_blocks(model)
+    device = next(model.parameters()).device
+    parameters_before = count_parameters(model)
+    probe = RidingWindows(model, blocks, probe_tokens(model))
+    pair = [RidingWindows(model, blocks, tokens) for _ in range(2)] if tokens is not None else []
+
+    with new_folder(out, overwrite) as folder:
+        prune_to_shards_(
+            opened,
+            plan,
+            statistics,
+            folder,
+            before=pair[:1],
+            after=[*pair[1:], probe],
+            progress=progress,
+        )
+        measured = [ridden_perplexity(windows, held_out.dataset) for windows in pair]
+        before, after = measured or (None, None)
+        expected = next(probe.logits()).cpu()
+        _become_pruned_(opened, plan)
+        report = _report(opened, plan, statistics, parameters_before, before, after)
+        write_settings(model, opened.tokenizer, folder)
+        write_documents(folder, plan, recipe_document(report), model_card(report))
+        tokenizer = opened.tokenizer
+        verify_streamed(folder, expected, device)
+    return PruneResult(tokenizer, report, out, None, device)

@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from .blocks import StoredBlocks, set_parameters_
+from .checkpoint import differs, probe_tokens
 from .errors import CfspError
 from .layouts import Layout, find_layout
-from .models import OpenModel, check_folder, load_part, pick_device
+from .models import OpenModel, check_folder, load_part, open_model, pick_device, quiet_loading
 from .shards import StoredTensor, read_index, read_tensors
+from .stream import RidingWindows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -93,16 +95,19 @@ def local_folder(model: str | Path) -> Path | None:
     return folder if any(folder.glob("model*.safetensors")) else None
 
 
-def open_streamed(
-    model: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
-) -> OpenModel | None:
+def open_lean(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
+    """Open a model with as little of it in memory as can be: :func:`open_streamed`, and where that
+    cannot be :func:`cfsp.models.open_model`. Arguments and errors are theirs."""
+    return open_streamed(model, dtype, device) or open_model(model, dtype, device)
+
+
+def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel | None:
     """Open a model folder or hub id of which only one block at a time will be in memory.
 
     Args:
         model: local folder or hub id.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1".
-        tokenizer: instead of the folder's.
 
     Returns:
         The skeleton with everything but its blocks in memory; or None where the checkpoint does
@@ -138,8 +143,7 @@ def open_streamed(
     skeleton.tie_weights()
     _move_buffers_(skeleton, where)
     skeleton.generation_config = _generation_config(folder)
-    if tokenizer is None:
-        tokenizer = load_part(str(folder), AutoTokenizer)
+    tokenizer = load_part(str(folder), AutoTokenizer)
     name = folder.name if Path(model).exists() else str(model)
     blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
     return OpenModel(skeleton, tokenizer, layout, name, blocks)
@@ -158,3 +162,24 @@ def _generation_config(folder: Path) -> GenerationConfig:
     return load_part(
         str(folder), GenerationConfig, config_file_name="config.json", _from_model_config=True
     )
+
+
+def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) -> None:
+    """Open a written model anew, block by block, and compare its logits of the probe tokens, bit
+    for bit, with those [1, 16, V] that the pruned blocks gave before they were written.
+
+    Raises:
+        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
+    """
+    with quiet_loading():
+        opened = open_streamed(folder, device=str(device))
+    if opened is None:
+        raise RuntimeError(f"{folder} does not hold its parameters under their own names")
+    blocks = opened.layout.find_blocks(opened.model)
+    probe = RidingWindows(opened.model, blocks, probe_tokens(opened.model))
+    with opened.blocks.turns() as turns:
+        for number, _ in turns:
+            probe.ride(number)
+    found = next(probe.logits()).cpu()
+    if not torch.equal(found, expected):
+        raise differs(found, expected)

@@ -1,6 +1,10 @@
 """One block at a time: the same numbers and the same bytes as with the whole model in memory."""
 
+import errno
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import cfsp
+from cfsp import checkpoint, pipeline, second_pass
 from cfsp.blocks import StoredBlocks
 from cfsp.collection import collect_statistics
 from cfsp.errors import CfspError
 from cfsp.models import OpenModel, open_model
+from cfsp.shards import read_header
 from cfsp.statistics import Statistics, model_fingerprint
 from cfsp.streaming import open_streamed
 
@@ -174,3 +181,142 @@ def test_missing_tensors_and_wrong_shapes_are_refused_without_reading(tmp_path: 
     rewrite(folder, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(CfspError, match=r"missing keys in the weights: model\.norm\.weight"):
         open_streamed(folder)
+
+
+RECIPE = cfsp.Recipe(
+    sparsity=0.3,
+    width_multiple=1,
+    calibration=cfsp.Calibration(dataset="builtin", samples=4, seqlen=32),
+)
+
+
+def prune(model: object, out: Path, recipe: cfsp.Recipe = RECIPE, **options: object) -> object:
+    given = {"eval_windows": 0, "progress": False, **options}
+    return cfsp.prune(model, recipe=recipe, out=out, **given)
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Prune by path with the whole model in memory."""
+
+    def run(*arguments: object, **options: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr("cfsp.streaming.open_streamed", lambda *_, **__: None)
+            return prune(*arguments, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scorer", ["cfsp", "wanda-sp", "flap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_folder_is_that_of_the_model_in_memory_byte_for_byte(
+    family: str,
+    scorer: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    whole: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (checkpoint, second_pass):
+        monkeypatch.setattr(module, "MAX_SHARD_BYTES", 30_000)
+    folder = saved(tmp_path / "m", family, True, dtype=dtype, tie_word_embeddings=scorer == "flap")
+    recipe = replace(RECIPE, scorer=scorer)
+    result = prune(folder, tmp_path / "streamed", recipe)
+    assert result.live is None
+    assert whole(folder, tmp_path / "whole", recipe).live is not None
+    assert_same_files(tmp_path / "streamed", tmp_path / "whole")
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 1
+    assert len(set(result.plan.widths)) > 1
+
+
+def test_any_sharding_of_the_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, shards in (("one", False), ("many", True)):
+        prune(saved(tmp_path / name / "m", shards=shards), tmp_path / f"{name}-out")
+    assert_same_files(tmp_path / "one-out", tmp_path / "many-out")
+
+
+def test_a_pruned_folder_and_biased_projections_stream_too(
+    tmp_path: Path, whole: Callable[..., object]
+) -> None:
+    folder = saved(tmp_path / "m", mlp_bias=True)
+    flap = replace(RECIPE, scorer="flap")
+    prune(folder, tmp_path / "once", flap)
+    whole(folder, tmp_path / "once-whole", flap)
+    assert_same_files(tmp_path / "once", tmp_path / "once-whole")
+    folder = saved(tmp_path / "plain" / "m")
+    prune(folder, tmp_path / "a", flap)
+    assert prune(tmp_path / "a", tmp_path / "b", RECIPE).live is None
+    whole(tmp_path / "a", tmp_path / "b-whole", RECIPE)
+    assert_same_files(tmp_path / "b", tmp_path / "b-whole")
+
+
+def test_one_width_for_all_streams_to_the_stock_architecture(
+    tmp_path: Path, whole: Callable[..., object]
+) -> None:
+    folder = saved(tmp_path / "m")
+    recipe = replace(RECIPE, allocator="uniform", sparsity=0.25)
+    assert prune(folder, tmp_path / "a", recipe).report.stock
+    whole(folder, tmp_path / "b", recipe)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_perplexity_is_that_of_the_model_in_memory(
+    family: str, dtype: torch.dtype, tmp_path: Path, whole: Callable[..., object]
+) -> None:
+    folder = saved(tmp_path / "m", family, dtype=dtype)
+    pair = [
+        run(folder, tmp_path / name, eval_windows=3).report
+        for run, name in ((prune, "a"), (whole, "b"))
+    ]
+    for when in ("perplexity_before", "perplexity_after"):
+        found, expected = (replace(getattr(report, when), seconds=0) for report in pair)
+        assert found == expected
+    assert pair[0].perplexity_before.perplexity != pair[0].perplexity_after.perplexity
+    assert pair[0].perplexity_before.seconds > 0
+
+
+def test_the_model_of_a_streamed_result_is_loaded_when_asked_for(tmp_path: Path) -> None:
+    result = prune(saved(tmp_path / "m"), tmp_path / "out")
+    assert "model" not in vars(result)
+    assert type(result.model).__name__ == "CFSPLlamaForCausalLM"
+    assert result.model is result.model
+    assert sum(p.numel() for p in result.model.parameters()) == result.report.parameters_after
+
+
+def test_a_flipped_byte_in_what_was_written_is_a_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupted(folder: Path, *arguments: object) -> None:
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[read_header(file)["model.layers.1.mlp.up_proj.weight"].start + 2] ^= 0x40
+        file.write_bytes(content)
+        write(folder, *arguments)
+
+    write = pipeline.write_documents
+    monkeypatch.setattr(pipeline, "write_documents", corrupted)
+    with pytest.raises(RuntimeError, match="differs from the pruned one by"):
+        prune(saved(tmp_path / "m"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CfspError, match=r"cannot write .*out: .*No space left on device"):
+        prune(saved(tmp_path / "m"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
