@@ -111,6 +111,13 @@ class StoredBlocks:
 
         return samples_fingerprint(samples())
 
+    def checkpoint_fingerprint(self) -> str:
+        """Identifies the stored blocks by every tensor's name, shape and first values."""
+        return samples_fingerprint(
+            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
+            for name, stored in sorted(self.tensors.items())
+        )
+
 
 Blocks = LiveBlocks | StoredBlocks
 

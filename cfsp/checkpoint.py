@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from . import modeling_cfsp
-from .errors import CfspError
+from .errors import CfspError, Stopped
 from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
 from .models import pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
-from .shards import ShardWriter, TensorInfo, pack_shards, write_index
+from .resume import can_resume
+from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
 MAX_SHARD_BYTES = 5_000_000_000
@@ -121,27 +122,42 @@ def load(
     return model.to(where).eval()
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a result is until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise."""
+def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
+
+    A run that can be resumed (see :mod:`cfsp.resume`) stays as it is where it was stopped or the
+    disk failed it; one that was resumed, after any error.
+    """
     check_out(out, overwrite)
-    partial = out.with_name(f"{out.name}.partial")
+    partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
+    keep = resume
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not (resume and can_resume(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resume)
         yield partial
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            old = out.with_name(f"{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
-            os.replace(partial, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, out)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise CfspError(f"cannot write {out}: {error}") from error
+        keep = keep or can_resume(partial)
+        hint = "; --resume continues this run" if keep and can_resume(partial) else ""
+        raise CfspError(f"cannot write {out}: {error}{hint}") from error
+    except Stopped:
+        keep = keep or can_resume(partial)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> None:

@@ -1,6 +1,6 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics, swiglu_statistics
 
 from .blocks import Blocks, LiveBlocks
-from .errors import CfspError
+from .errors import CfspError, Stopped
 from .layouts import Layout
 from .provenance import tokens_fingerprint, versions
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
@@ -97,6 +97,7 @@ def collect_statistics(
     fused: bool = True,
     progress: bool = True,
     weights: Blocks | None = None,
+    stop: Callable[[], bool] = bool,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
@@ -111,9 +112,11 @@ def collect_statistics(
         fused: use the fused SwiGLU statistics where the FFN allows it; the numbers are the same.
         progress: show a bar on stderr.
         weights: where the blocks' weights are; None: in the model.
+        stop: asked before each block.
 
     Raises:
         CfspError: a block gives NaN or infinite activations; names it and the window.
+        Stopped: ``stop`` said so.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
@@ -135,6 +138,8 @@ def collect_statistics(
         )
         with bar, weights.turns() as turns:
             for number, block in turns:
+                if stop():
+                    raise Stopped
                 bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
                 channels = layout.projection(block, layout.down).in_features
                 collector = _BlockCollector(channels, len(calls.arguments[number]), device)

@@ -19,6 +19,7 @@ from .checkpoint import (
     is_stock,
     load,
     new_folder,
+    partial_folder,
     probe_tokens,
     take_probe,
     verify,
@@ -28,17 +29,18 @@ from .checkpoint import (
 )
 from .collection import collect_statistics
 from .compensation import NEEDS_STATISTICS
-from .errors import CfspError
+from .errors import CfspError, Stopped
 from .evaluation import Perplexity, evaluation_windows, perplexity, ridden_perplexity
 from .layouts import FFNWeights
 from .models import OpenModel, adopt, open_model, quiet_loading
-from .plan import PruningPlan, make_plan
-from .provenance import versions
+from .plan import PruningPlan, make_plan, plan_to_dict
+from .provenance import tokens_fingerprint, versions
 from .recipe import Calibration, Recipe
 from .report import PruneReport, model_card, recipe_document
+from .resume import begin, check_resume, end, keep_statistics, kept_statistics
 from .rewriting import check_plan, prune_model_
 from .second_pass import prune_to_shards_
-from .statistics import Statistics, check_statistics, load_statistics
+from .statistics import Statistics, check_statistics, load_statistics, statistics_fingerprint
 from .stream import RidingWindows
 from .streaming import open_lean, verify_streamed
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
@@ -117,8 +119,13 @@ def calibration_windows(
     return random_windows(tokens, settings.samples, settings.seqlen, settings.seed, bos)
 
 
-def _calibrate(opened: OpenModel, recipe: Recipe, progress: bool) -> Statistics:
-    windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+def _collect(
+    opened: OpenModel,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    progress: bool,
+    stop: Callable[[], bool] = bool,
+) -> Statistics:
     return collect_statistics(
         opened.model,
         opened.layout,
@@ -130,6 +137,7 @@ def _calibrate(opened: OpenModel, recipe: Recipe, progress: bool) -> Statistics:
         },
         progress=progress,
         weights=opened.blocks,
+        stop=stop,
     )
 
 
@@ -153,7 +161,9 @@ def calibrate(
     Raises:
         CfspError: bad input, in one line.
     """
-    return _calibrate(_open(model, tokenizer, recipe.dtype, device), recipe, progress)
+    opened = _open(model, tokenizer, recipe.dtype, device)
+    windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    return _collect(opened, recipe, windows, progress)
 
 
 def plan(
@@ -219,6 +229,8 @@ def prune(
     eval_windows: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
+    stop: Callable[[], bool] = bool,
     progress: bool = True,
 ) -> PruneResult:
     """Remove FFN channels of a model after one calibration pass.
@@ -237,10 +249,13 @@ def prune(
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
         overwrite: replace ``out`` where it exists.
+        resume: continue a run of the same model, recipe and text that was interrupted.
+        stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
         progress: show bars on stderr.
 
     Raises:
         CfspError: bad input, in one line; the input and an existing ``out`` are untouched.
+        Stopped: ``stop`` said so.
     """
     if plan is not None:
         recipe = plan.recipe
@@ -267,17 +282,62 @@ def prune(
         check_statistics(statistics, opened.model, layout, fingerprint)
     held_out = _held_out(opened, recipe, eval_dataset, eval_windows)
 
-    if plan is None:
-        statistics = statistics or _calibrate(opened, recipe, progress)
-        plan = make_plan(statistics, opened.blocks.ffn_weights, recipe)
-    elif statistics is None and recipe.resolved_compensation in NEEDS_STATISTICS:
-        statistics = _calibrate(opened, recipe, progress)
-
+    windows = None
+    compensation = recipe.resolved_compensation
+    if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
+        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    run = _Run(opened, recipe, plan, statistics, windows, held_out, overwrite, stop, progress)
     if out is not None and isinstance(opened.blocks, StoredBlocks):
-        return _prune_stored(opened, plan, statistics, held_out, Path(out), overwrite, progress)
+        return _prune_stored(run, opened.blocks, Path(out), resume)
     where = Path(out) if out is not None else None
-    given = isinstance(model, nn.Module)
-    return _prune_live(opened, plan, statistics, held_out, where, overwrite, given, progress)
+    return _prune_live(run, where, given=isinstance(model, nn.Module))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A checked job, the same whether the model is in memory or on disk."""
+
+    opened: OpenModel
+    recipe: Recipe
+    plan: PruningPlan | None
+    statistics: Statistics | None
+    windows: torch.Tensor | None
+    """[N, S] calibration tokens; None where no calibration is needed."""
+    held_out: HeldOut
+    overwrite: bool
+    stop: Callable[[], bool]
+    progress: bool
+
+    def calibrated(self) -> Statistics | None:
+        """The statistics given, or those of a pass over the calibration tokens."""
+        if self.windows is None:
+            return self.statistics
+        return _collect(self.opened, self.recipe, self.windows, self.progress, self.stop)
+
+    def planned(self, statistics: Statistics | None) -> PruningPlan:
+        """The plan given, or the one that statistics make."""
+        if self.plan is not None:
+            return self.plan
+        if statistics is None:
+            raise ValueError("a run has a plan or statistics")
+        return make_plan(statistics, self.opened.blocks.ffn_weights, self.recipe)
+
+    def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
+        """Everything that the bytes of the result follow from, as plain values."""
+
+        def tokens(windows: torch.Tensor | None) -> str | None:
+            return tokens_fingerprint(windows) if windows is not None else None
+
+        plan, statistics = self.plan, self.statistics
+        return {
+            "model": blocks.checkpoint_fingerprint(),
+            "recipe": self.recipe.to_dict(),
+            "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
+            "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
+            "calibration text": tokens(self.windows),
+            "evaluation text": tokens(self.held_out.tokens),
+            "machine or version": versions(blocks.device),
+        }
 
 
 def _report(
@@ -312,37 +372,33 @@ def _become_pruned_(opened: OpenModel, plan: PruningPlan) -> None:
     become_pruned_(opened.model, opened.layout, summary)
 
 
-def _prune_live(
-    opened: OpenModel,
-    plan: PruningPlan,
-    statistics: Statistics | None,
-    held_out: HeldOut,
-    out: Path | None,
-    overwrite: bool,
-    given: bool,
-    progress: bool,
-) -> PruneResult:
+def _prune_live(run: _Run, out: Path | None, *, given: bool) -> PruneResult:
     """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
+    opened, held_out = run.opened, run.held_out
+    statistics = run.calibrated()
+    plan = run.planned(statistics)
 
     def measure() -> Perplexity | None:
         if held_out.tokens is None:
             return None
         return perplexity(
-            opened.model, held_out.tokens, dataset=held_out.dataset, progress=progress
+            opened.model, held_out.tokens, dataset=held_out.dataset, progress=run.progress
         )
 
-    pruned, tokenizer = opened.model, opened.tokenizer
+    pruned = opened.model
     training = pruned.training
     pruned.eval()
     parameters_before = count_parameters(pruned)
     before = measure()
-    prune_model_(pruned, opened.layout, plan, statistics, progress=progress)
+    if run.stop():
+        raise Stopped
+    prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
     _become_pruned_(opened, plan)
     report = _report(opened, plan, statistics, parameters_before, before, measure())
     device = next(pruned.parameters()).device
     if out is not None:
-        with new_folder(out, overwrite) as folder:
-            write_model(pruned, tokenizer, folder)
+        with new_folder(out, run.overwrite) as folder:
+            write_model(pruned, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             expected = take_probe(pruned)
             if not given:
@@ -351,27 +407,29 @@ def _prune_live(
         if not given:
             pruned = reloaded
     pruned.train(training)
-    return PruneResult(tokenizer, report, out, pruned, device)
+    return PruneResult(opened.tokenizer, report, out, pruned, device)
 
 
-def _prune_stored(
-    opened: OpenModel,
-    plan: PruningPlan,
-    statistics: Statistics | None,
-    held_out: HeldOut,
-    out: Path,
-    overwrite: bool,
-    progress: bool,
-) -> PruneResult:
-    """Cut a model from disk to disk, one block at a time; each is read once for everything."""
+def _prune_stored(run: _Run, blocks: StoredBlocks, out: Path, resume: bool) -> PruneResult:
+    """Cut a model from disk to disk, one block at a time; pass 2 reads each once for everything."""
+    opened, held_out = run.opened, run.held_out
     model, tokens = opened.model, held_out.tokens
-    blocks = opened.layout.find_blocks(model)
-    device = next(model.parameters()).device
-    parameters_before = count_parameters(model)
-    probe = RidingWindows(model, blocks, probe_tokens(model))
-    pair = [RidingWindows(model, blocks, tokens) for _ in range(2)] if tokens is not None else []
+    identity = run.identity(blocks)
+    if resume:
+        check_resume(partial_folder(out), identity)
+    with new_folder(out, run.overwrite, resume) as folder:
+        begin(folder, identity)
+        statistics = kept_statistics(folder) or run.calibrated()
+        if statistics is not None and run.windows is not None:
+            keep_statistics(folder, statistics)
+        plan = run.planned(statistics)
 
-    with new_folder(out, overwrite) as folder:
+        modules = opened.layout.find_blocks(model)
+        parameters_before = count_parameters(model)
+        probe = RidingWindows(model, modules, probe_tokens(model))
+        pair = []
+        if tokens is not None:
+            pair = [RidingWindows(model, modules, tokens) for _ in ("before", "after")]
         prune_to_shards_(
             opened,
             plan,
@@ -379,7 +437,8 @@ def _prune_stored(
             folder,
             before=pair[:1],
             after=[*pair[1:], probe],
-            progress=progress,
+            stop=run.stop,
+            progress=run.progress,
         )
         measured = [ridden_perplexity(windows, held_out.dataset) for windows in pair]
         before, after = measured or (None, None)
@@ -388,6 +447,6 @@ def _prune_stored(
         report = _report(opened, plan, statistics, parameters_before, before, after)
         write_settings(model, opened.tokenizer, folder)
         write_documents(folder, plan, recipe_document(report), model_card(report))
-        tokenizer = opened.tokenizer
-        verify_streamed(folder, expected, device)
-    return PruneResult(tokenizer, report, out, None, device)
+        verify_streamed(folder, expected, blocks.device)
+        end(folder)
+    return PruneResult(opened.tokenizer, report, out, None, blocks.device)

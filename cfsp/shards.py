@@ -6,9 +6,11 @@ give equal bytes wherever they came from, and is known before the first tensor i
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAPPED_BYTES = 1 << 20
 MAX_CALL_BYTES = 1 << 30  # Linux moves at most 2 GiB per call
 
 
@@ -140,15 +143,26 @@ def _read_into(descriptor: int, target: torch.Tensor, start: int, file: Path) ->
         done += got
 
 
+def _room(info: TensorInfo) -> torch.Tensor:
+    """Memory for a tensor: where it is large a mapping of its own, which goes back to the system
+    when the tensor goes. A heap that threads share keeps it, in pieces, and grows with each block.
+    """
+    if info.nbytes < MAPPED_BYTES:
+        return torch.empty(info.shape, dtype=info.dtype)
+    memory = mmap.mmap(-1, info.nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
+
+
 def read_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """Read tensors into memory of their own, on the CPU, as stored; each file is opened once.
 
     Raises:
         CfspError: a file cannot be read or became shorter.
     """
-    found = {
-        name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in tensors.items()
-    }
+    found = {name: _room(stored) for name, stored in tensors.items()}
     descriptors: dict[Path, int] = {}
     try:
         for name, stored in tensors.items():
@@ -230,6 +244,18 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def finished_shards(folder: Path, shards: Iterable[Shard]) -> frozenset[str]:
+    """Names of the planned shards that are in a folder whole: they are renamed when they are."""
+    found = set()
+    for shard in shards:
+        file, header = folder / shard.name, shard.header()
+        if file.is_file() and file.stat().st_size == len(header) + shard.nbytes:
+            with file.open("rb") as stream:
+                if stream.read(len(header)) == header:
+                    found.add(shard.name)
+    return frozenset(found)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder last through a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -285,13 +311,19 @@ class _OpenShard:
 class ShardWriter:
     """Writes the tensors of planned shards, in any order; a shard has its name when it is whole.
 
-    A context manager: on the way out of an error, unfinished shards vanish.
+    A context manager: on the way out of an error, unfinished shards vanish. What belongs to a shard
+    in ``finished`` is there already, and not written again.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[Shard]) -> None:
+    def __init__(
+        self, folder: Path, shards: Iterable[Shard], finished: frozenset[str] = frozenset()
+    ) -> None:
         self.folder = folder
+        self.finished = finished
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.open: dict[str, _OpenShard] = {}
+        self.closed = 0
+        """Shards finished by this writer."""
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -320,6 +352,8 @@ class ShardWriter:
         planned, given = shard.tensors[name], TensorInfo(tensor.dtype, tuple(tensor.shape))
         if planned != given:
             raise RuntimeError(f"{name} is {given}, planned was {planned}")
+        if shard.name in self.finished:
+            return
         if shard.name not in self.open:
             self.open[shard.name] = _OpenShard(self.folder, shard)
         current = self.open[shard.name]
@@ -327,3 +361,4 @@ class ShardWriter:
         if not current.left:
             del self.open[shard.name]
             current.finish()
+            self.closed += 1

@@ -1,5 +1,6 @@
 """What a calibration says about every block and channel, and its file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def model_fingerprint(model: nn.Module, layout: Layout) -> str:
                 yield f"{number}.{kind}", tuple(tensor.shape), values
 
     return samples_fingerprint(samples())
+
+
+def statistics_fingerprint(statistics: Statistics) -> str:
+    """SHA-256 over all sums, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(statistics.model_fingerprint.encode())
+    for block in statistics.blocks:
+        digest.update(f"{block.tokens} {block.windows}".encode())
+        for sums in (block.sum, block.sum_of_squares, block.influence):
+            digest.update(sums.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_statistics(

@@ -44,6 +44,14 @@ def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
+    """Whether a tied tensor that is stored all the same is what it is tied to."""
+    if source is None or (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+        return False
+    pair = read_tensors({"tensor": tensor, "source": source})
+    return torch.equal(pair["tensor"], pair["source"])
+
+
 def _matched(
     folder: Path, model: PreTrainedModel, layout: Layout, tensors: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor] | None:
@@ -52,11 +60,14 @@ def _matched(
     Raises:
         CfspError: nothing in the checkpoint could be the missing tensor, or shapes differ.
     """
-    tied = set(model.all_tied_weights_keys)
+    tied = model.all_tied_weights_keys
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied}
     missing = sorted(wanted.keys() - tensors.keys())
     unknown = sorted(
-        name for name in tensors.keys() - wanted.keys() if not name.endswith("rotary_emb.inv_freq")
+        name
+        for name in tensors.keys() - wanted.keys()
+        if not name.endswith("rotary_emb.inv_freq")
+        and not (name in tied and _equal(tensors[name], tensors.get(tied[name])))
     )
     if missing and not unknown:
         raise CfspError(f"{folder}: missing keys in the weights: {', '.join(missing[:3])}")

@@ -1,8 +1,9 @@
 """One block at a time: the same numbers and the same bytes as with the whole model in memory."""
 
-import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ def saved(folder: Path, family: str = "llama", shards: bool = False, **config: o
     return folder
 
 
-def streamed(folder: Path, **options: str) -> OpenModel:
+def streamed(folder: Path | str, **options: str) -> OpenModel:
     opened = open_streamed(folder, **options)
     assert opened is not None
     return opened
@@ -156,8 +157,12 @@ def test_a_checkpoint_of_other_names_is_left_to_the_whole_loader(tmp_path: Path)
     assert open_streamed(folder) is None
 
 
-def test_a_tied_head_that_is_stored_too_is_left_to_the_whole_loader(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_too_streams_where_it_is_the_same(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", tie_word_embeddings=True)
+    prune(folder, tmp_path / "a")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert prune(folder, tmp_path / "b").live is None
+    assert_same_files(tmp_path / "a", tmp_path / "b")
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     assert open_streamed(folder) is None
 
@@ -181,6 +186,19 @@ def test_missing_tensors_and_wrong_shapes_are_refused_without_reading(tmp_path: 
     rewrite(folder, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(CfspError, match=r"missing keys in the weights: model\.norm\.weight"):
         open_streamed(folder)
+
+
+def test_a_hub_id_is_its_local_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "m")
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        if name != "someone/tiny":
+            raise FileNotFoundError(name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert streamed("someone/tiny").name == "someone/tiny"
+    assert open_streamed("someone/absent") is None
 
 
 RECIPE = cfsp.Recipe(
@@ -310,13 +328,37 @@ def test_a_flipped_byte_in_what_was_written_is_a_defect(
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+MEMORY = """
+import sys, torch
+torch.set_num_threads(1)
+import cfsp
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.test_streaming import prune
+def peak():  # of this process image: getrusage would carry the parent's over
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
+small, large, out = (Path(argument) for argument in sys.argv[1:])
+for name in ("first", "again"):  # warm up
+    prune(small, out / name, eval_windows=2)
+before = peak()
+prune(large, out / "large", eval_windows=2)
+print(peak() - before)
+"""
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CfspError, match=r"cannot write .*out: .*No space left on device"):
-        prune(saved(tmp_path / "m"), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    """5 and 30 blocks of 7.25 MiB: 181 MiB more of weights, at most a few blocks more of memory."""
+    shape = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
+    small, large = (
+        saved(tmp_path / str(count) / "m", num_hidden_layers=count, **shape) for count in (5, 30)
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(root=root), small, large, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert float(run.stdout) < 3 * 7.25
