@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from . import modeling_cfsp
-from .errors import CfspError
+from .errors import CfspError, Stopped
 from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
 from .models import pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
+from .resume import can_resume
+from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
-MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_BYTES = 5_000_000_000
 PROBE_TOKENS = 16
 
 
@@ -121,27 +122,42 @@ def load(
     return model.to(where).eval()
 
 
+def partial_folder(out: Path) -> Path:
+    """Where a result is until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise."""
+def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
+
+    A run that can be resumed (see :mod:`cfsp.resume`) stays as it is where it was stopped or the
+    disk failed it; one that was resumed, after any error.
+    """
     check_out(out, overwrite)
-    partial = out.with_name(f"{out.name}.partial")
+    partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
+    keep = resume
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not (resume and can_resume(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resume)
         yield partial
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            old = out.with_name(f"{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(out, old)
-            os.replace(partial, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, out)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise CfspError(f"cannot write {out}: {error}") from error
+        keep = keep or can_resume(partial)
+        hint = "; --resume continues this run" if keep and can_resume(partial) else ""
+        raise CfspError(f"cannot write {out}: {error}{hint}") from error
+    except Stopped:
+        keep = keep or can_resume(partial)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> None:
@@ -154,14 +170,8 @@ def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> N
         raise CfspError(f"output {out} exists; --overwrite replaces it")
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds, in order: tied tensors once, under their first name."""
     seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -169,21 +179,28 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
             continue
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.detach()
-    split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
-    )
-    for filename, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
-        (folder / filename).chmod(0o666 & ~_umask())
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return tensors
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+    tensors = saved_tensors(model)
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    shards = pack_shards(infos, MAX_SHARD_BYTES)
+    with ShardWriter(folder, shards) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    write_index(folder, shards)
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Config, weights, modeling file, generation config and tokenizer of a model."""
     write_weights(model, folder)
+    write_settings(model, tokenizer, folder)
+
+
+def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Everything of a model's folder but the weights."""
     config = model.config.to_diff_dict()
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -207,11 +224,15 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """[1, 16] fixed tokens to which a reloaded model must say the same, to the last bit."""
+    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.vocab_size
+
+
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits [1, 16, V] of fixed tokens: what a reloaded model must repeat to the last bit."""
-    device = next(model.parameters()).device
-    ids = (torch.arange(PROBE_TOKENS, device=device)[None] * 7919) % model.config.vocab_size
+    """Logits [1, 16, V] of the probe tokens."""
+    ids = probe_tokens(model).to(next(model.parameters()).device)
     return model(input_ids=ids, use_cache=False).logits.cpu()
 
 
@@ -264,8 +285,13 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
                 stacklevel=2,
             )
             return model
-    worst = float((got.double() - expected.logits.double()).abs().max())
-    raise RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
+    raise differs(got, expected.logits)
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
+    """The error for a saved model with other logits than the pruned one had."""
+    worst = float((found.double() - expected.double()).abs().max())
+    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
 
 
 def _set_buffers(model: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:

@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Event, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +18,13 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
-from .errors import CfspError
+from .errors import CfspError, Stopped
 from .evaluation import evaluation_windows, perplexity
 from .models import open_model, quiet_loading
 from .pipeline import (
     EVALUATION_WINDOWS,
     PruneResult,
     as_calibrated,
-    block_weights,
     calibrate,
     check_seqlen,
     prune,
@@ -36,6 +38,7 @@ from .statistics import (
     load_statistics,
     save_statistics,
 )
+from .streaming import open_lean
 from .text import BOS_CHOICES, DATASETS
 
 CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
@@ -169,15 +172,32 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = _recipe(arguments)
     statistics = load_statistics(arguments.statistics)
-    opened = open_model(arguments.model, recipe.dtype, arguments.device)
-    check_statistics(statistics, opened.model, opened.layout)
-    plan = make_plan(
-        statistics, block_weights(opened.model, opened.layout), as_calibrated(recipe, statistics)
-    )
+    opened = open_lean(arguments.model, recipe.dtype, arguments.device)
+    check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
         Console().print(plan.table())
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come. The first lets a run end in order, a second ends the process."""
+    came = Event()
+    if current_thread() is not main_thread():
+        yield came.is_set
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prune(arguments: argparse.Namespace) -> None:
@@ -186,18 +206,21 @@ def _prune(arguments: argparse.Namespace) -> None:
         for name in ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS):
             if getattr(arguments, name, None) is not None:
                 raise CfspError(f"--plan fixes the recipe; drop --{name.replace('_', '-')}")
-    result = prune(
-        arguments.model,
-        recipe=_recipe(arguments),
-        out=arguments.out,
-        statistics=arguments.statistics,
-        plan=plan,
-        eval_dataset=arguments.eval_dataset,
-        eval_windows=arguments.eval_windows,
-        device=arguments.device,
-        overwrite=arguments.overwrite,
-        progress=not arguments.quiet,
-    )
+    with _sigterm() as stop:
+        result = prune(
+            arguments.model,
+            recipe=_recipe(arguments),
+            out=arguments.out,
+            statistics=arguments.statistics,
+            plan=plan,
+            eval_dataset=arguments.eval_dataset,
+            eval_windows=arguments.eval_windows,
+            device=arguments.device,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            stop=stop,
+            progress=not arguments.quiet,
+        )
     if not _print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
         _print_result(result)
 
@@ -264,6 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(pruning)
     pruning.add_argument("--plan", metavar="PLAN.json", help="apply a saved, perhaps edited plan")
     _add_calibration(pruning)
+    pruning.add_argument(
+        "--resume", action="store_true", help="continue a run of this command that was interrupted"
+    )
     measuring = pruning.add_argument_group("evaluation, before and after")
     measuring.add_argument(
         "--eval-dataset",
@@ -305,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CfspError as error:
         print(f"cfsp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped:
+        print("cfsp: stopped; the same command with --resume continues", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("cfsp: interrupted; nothing was written", file=sys.stderr)
         return 130

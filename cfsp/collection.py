@@ -1,6 +1,6 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics, swiglu_statistics
 
-from .errors import CfspError
+from .blocks import Blocks, LiveBlocks
+from .errors import CfspError, Stopped
 from .layouts import Layout
 from .provenance import tokens_fingerprint, versions
-from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics, model_fingerprint
+from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 from .stream import default_micro_batch, forward_instead, record_block_calls, run_block
 
 
@@ -95,6 +96,8 @@ def collect_statistics(
     provenance: dict[str, Any] | None = None,
     fused: bool = True,
     progress: bool = True,
+    weights: Blocks | None = None,
+    stop: Callable[[], bool] = bool,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
@@ -108,28 +111,35 @@ def collect_statistics(
         provenance: kept with the result.
         fused: use the fused SwiGLU statistics where the FFN allows it; the numbers are the same.
         progress: show a bar on stderr.
+        weights: where the blocks' weights are; None: in the model.
+        stop: asked before each block.
 
     Raises:
         CfspError: a block gives NaN or infinite activations; names it and the window.
+        Stopped: ``stop`` said so.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
     micro_batch = micro_batch or default_micro_batch(device, seqlen)
     blocks = layout.find_blocks(model)
-    fingerprint = model_fingerprint(model, layout)
+    weights = weights or LiveBlocks(model, layout)
+    fingerprint = weights.fingerprint()
     training = model.training
     model.eval()
     results = []
     try:
         calls = record_block_calls(model, blocks, windows, micro_batch)
-        with tqdm(
+        bar = tqdm(
             total=len(blocks) * windows.numel(),
             desc="calibrate",
             unit="tok",
             unit_scale=True,
             disable=not progress,
-        ) as bar:
-            for number, block in enumerate(blocks):
+        )
+        with bar, weights.turns() as turns:
+            for number, block in turns:
+                if stop():
+                    raise Stopped
                 bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
                 channels = layout.projection(block, layout.down).in_features
                 collector = _BlockCollector(channels, len(calls.arguments[number]), device)

@@ -9,6 +9,8 @@ from cfsp_kernels import gather_columns
 
 from .statistics import BlockStatistics
 
+ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
+
 
 @dataclass(frozen=True)
 class CutDown:
@@ -34,7 +36,10 @@ def bias(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | N
         raise ValueError("bias compensation needs the statistics of the block")
     mean = statistics.mean.to(down.device, copy=True)
     mean[kept] = 0
-    return CutDown(gather_columns(down, kept), (down.float() @ mean.float()).to(down.dtype))
+    # Copies in fp64: a product over the weights where they lie depends, in its last bits, on the
+    # alignment of their memory, and so on how they were loaded.
+    added = torch.cat([rows.double() @ mean for rows in down.split(ROWS_PER_PRODUCT)])
+    return CutDown(gather_columns(down, kept), added.to(down.dtype))
 
 
 COMPENSATIONS: dict[
@@ -42,3 +47,5 @@ COMPENSATIONS: dict[
 ] = {"none": none, "bias": bias}
 """Compensation by name: (down [D, F], kept [width], statistics) -> the new down projection."""
 NEEDS_STATISTICS = frozenset({"bias"})
+ADD_BIAS = frozenset({"bias"})
+"""Compensations after which the down projection has a bias."""

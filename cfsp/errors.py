@@ -7,6 +7,10 @@ class CfspError(ValueError):
     """Bad input, told in one line: the offending value and what was expected."""
 
 
+class Stopped(Exception):
+    """A run that was asked to stop did so between two blocks."""
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> CfspError:
     """The error for a name that a registry does not hold; lists those it does."""
     return CfspError(f"unknown {what} {name!r}; valid: {', '.join(valid)}")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .stream import RidingWindows
 from .text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
 
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
@@ -48,29 +49,57 @@ def perplexity(
     """
     started = time.perf_counter()
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
     bar = tqdm(
         total=windows.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=not progress
     )
-    with bar:
+
+    def logits() -> Iterator[torch.Tensor]:
         for window in windows:
-            ids = window.to(device)
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            for rows, targets in zip(
-                logits.split(ROWS_PER_LOSS), ids[1:].split(ROWS_PER_LOSS), strict=True
-            ):
-                total += functional.cross_entropy(rows.float(), targets, reduction="sum").double()
+            yield model(input_ids=window[None].to(device), use_cache=False).logits
             bar.update(len(window))
+
+    with bar:
+        measured = perplexity_of_logits(logits(), windows, dataset=dataset)
+    return replace(measured, seconds=time.perf_counter() - started)
+
+
+@torch.no_grad()
+def perplexity_of_logits(
+    logits: Iterable[torch.Tensor], windows: torch.Tensor, *, dataset: str = ""
+) -> Perplexity:
+    """:func:`perplexity` from what a model says to each window, however it was run.
+
+    Args:
+        logits: [1, S, V] of every window in order, asked for one at a time.
+        windows: [N, S] int64.
+        dataset: kept with the result.
+    """
+    total: float | torch.Tensor = 0.0
+    for window, of_window in zip(windows, logits, strict=True):
+        targets_of_window = window[1:].to(of_window.device)
+        for rows, targets in zip(
+            of_window[0, :-1].split(ROWS_PER_LOSS),
+            targets_of_window.split(ROWS_PER_LOSS),
+            strict=True,
+        ):
+            total += functional.cross_entropy(rows.float(), targets, reduction="sum").double()
     count, seqlen = windows.shape
     tokens = count * (seqlen - 1)
+    mean = float(total) / tokens
     return Perplexity(
-        math.exp(min(float(total) / tokens, 700.0)) if not math.isnan(float(total)) else math.nan,
+        math.nan if math.isnan(mean) else math.exp(min(mean, 700.0)),
         count,
         tokens,
         seqlen,
         dataset,
-        time.perf_counter() - started,
+        seconds=0.0,
     )
+
+
+def ridden_perplexity(windows: RidingWindows, dataset: str = "") -> Perplexity:
+    """:func:`perplexity` of windows that have gone through every block."""
+    measured = perplexity_of_logits(windows.logits(), windows.windows, dataset=dataset)
+    return replace(measured, seconds=windows.seconds)
 
 
 def evaluation_windows(

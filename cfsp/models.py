@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .blocks import Blocks, LiveBlocks
 from .errors import CfspError
 from .layouts import Layout, find_layout
+from .shards import read_header
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model in memory with its tokenizer."""
+    """A model with its tokenizer, in memory whole or one block at a time."""
 
     model: PreTrainedModel
     tokenizer: Any
     layout: Layout
     name: str
     """What the user called it: hub id, folder or file name; for a live module, its config's."""
+    blocks: Blocks
+    """Where the weights of its blocks are."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -59,7 +63,7 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
     """A live module as an OpenModel."""
     layout = model_layout(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return OpenModel(model, tokenizer, layout, _short(name))
+    return OpenModel(model, tokenizer, layout, _short(name), LiveBlocks(model, layout))
 
 
 def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
@@ -78,17 +82,17 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     if path.suffix == ".gguf":
         return _open_gguf(path, dtype, where)
     if path.exists():
-        _check_folder(path)
+        check_folder(path)
     elif path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise CfspError(f"no such model folder: {model}")
     name = str(model)
-    config = _load(name, AutoConfig)
+    config = load_part(name, AutoConfig)
     layout = find_layout(config.model_type)
     loaded = _load_weights(name, dtype=_dtype(dtype))
-    tokenizer = _load(name, AutoTokenizer)
-    return OpenModel(
-        loaded.to(where).eval(), tokenizer, layout, path.name if path.exists() else name
-    )
+    tokenizer = load_part(name, AutoTokenizer)
+    loaded = loaded.to(where).eval()
+    short = path.name if path.exists() else name
+    return OpenModel(loaded, tokenizer, layout, short, LiveBlocks(loaded, layout))
 
 
 def _short(name: str) -> str:
@@ -100,7 +104,7 @@ def _dtype(dtype: str) -> Any:
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
-def _load(name: str, kind: Any, **options: Any) -> Any:
+def load_part(name: str, kind: Any, **options: Any) -> Any:
     """``from_pretrained`` with the failures a user can mend in one line."""
     try:
         return kind.from_pretrained(name, **options)
@@ -113,7 +117,7 @@ def _load(name: str, kind: Any, **options: Any) -> Any:
 
 def _load_weights(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM with every tensor read: transformers would make up those that are missing."""
-    model, info = _load(name, AutoModelForCausalLM, output_loading_info=True, **options)
+    model, info = load_part(name, AutoModelForCausalLM, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if found := sorted(str(key) for key in info[kind]):
             raise CfspError(
@@ -123,7 +127,7 @@ def _load_weights(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Find a folder that cannot be loaded before any work is done; name the file at fault."""
     if not folder.is_dir():
         raise CfspError(f"{folder} is not a folder; a model is a folder, a .gguf file or a hub id")
@@ -135,11 +139,7 @@ def _check_folder(folder: Path) -> None:
         hint = f", only {pickled[0].name}: convert it to safetensors first" if pickled else ""
         raise CfspError(f"{folder} has no safetensors weights{hint}")
     for shard in shards:
-        try:
-            with safe_open(shard, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CfspError(f"{shard} is corrupt: {error}") from None
+        read_header(shard)
 
 
 def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
@@ -151,12 +151,13 @@ def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
     except ImportError:
         raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
     folder, name = str(path.parent), path.name
-    config = _load(folder, AutoConfig, gguf_file=name)
+    config = load_part(folder, AutoConfig, gguf_file=name)
     layout = find_layout(config.model_type)
     precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     loaded = _load_weights(folder, gguf_file=name, dtype=precision)
-    tokenizer = _load(folder, AutoTokenizer, gguf_file=name)
-    return OpenModel(_as_ordinary_model(loaded).to(device).eval(), tokenizer, layout, path.stem)
+    tokenizer = load_part(folder, AutoTokenizer, gguf_file=name)
+    rebuilt = _as_ordinary_model(loaded).to(device).eval()
+    return OpenModel(rebuilt, tokenizer, layout, path.stem, LiveBlocks(rebuilt, layout))
 
 
 def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:

@@ -1,20 +1,28 @@
 """Compact tensors into a live model: block by block, in place."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from cfsp_kernels import gather_rows
 
-from .compensation import COMPENSATIONS, NEEDS_STATISTICS
+from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
+from .shards import TensorInfo
 from .statistics import BlockStatistics, Statistics, model_fingerprint
 
 
-def check_plan(plan: PruningPlan, model: nn.Module, layout: Layout) -> None:
-    """Raise CfspError where the plan is for another model."""
+def check_plan(
+    plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
+) -> None:
+    """Raise CfspError where the plan is for another model.
+
+    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
+    """
     sizes = layout.intermediate_sizes(model)
     planned = tuple(block.intermediate_size for block in plan.blocks)
     if planned != sizes:
@@ -22,8 +30,15 @@ def check_plan(plan: PruningPlan, model: nn.Module, layout: Layout) -> None:
             f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
             f"channels, the model has {len(sizes)} with up to {max(sizes)}"
         )
-    if plan.model_fingerprint != model_fingerprint(model, layout):
+    if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the plan is for another model: same shapes, different weights")
+
+
+def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
+    """Raise CfspError where the plan's compensation needs statistics that are not there."""
+    compensation = plan.recipe.resolved_compensation
+    if compensation in NEEDS_STATISTICS and statistics is None:
+        raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
 
 
 def _parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
@@ -72,11 +87,40 @@ def prune_model_(
             Nothing is changed then.
     """
     check_plan(plan, model, layout)
+    check_compensation(plan, statistics)
     compensation = plan.recipe.resolved_compensation
-    if compensation in NEEDS_STATISTICS and statistics is None:
-        raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
     blocks = layout.find_blocks(model)
     bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
     for number, block_plan in enumerate(bar):
         block_statistics = statistics.blocks[number] if statistics is not None else None
         prune_block_(blocks[number], layout, block_plan, compensation, block_statistics)
+
+
+def planned_tensors(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, plan: PruningPlan
+) -> dict[str, TensorInfo]:
+    """What the pruned model's checkpoint holds, in order, from what the dense one's does.
+
+    Args:
+        tensors: the dense checkpoint in order; only shapes and dtypes are read.
+        layout: where the FFNs are.
+        plan: what they keep.
+    """
+    widths: dict[str, tuple[int, int]] = {}
+    down = {f"{layout.blocks}.{n}.{layout.down}" for n in range(len(plan.blocks))}
+    for number, block in enumerate(plan.blocks):
+        prefix = f"{layout.blocks}.{number}."
+        for path in (layout.gate, layout.up):
+            widths[f"{prefix}{path}.weight"] = widths[f"{prefix}{path}.bias"] = (0, block.width)
+        widths[f"{prefix}{layout.down}.weight"] = (1, block.width)
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if name in widths:
+            dimension, width = widths[name]
+            shape[dimension] = width
+        found[name] = TensorInfo(tensor.dtype, tuple(shape))
+        module = name.removesuffix(".weight")
+        if module in down and plan.recipe.resolved_compensation in ADD_BIAS:
+            found[f"{module}.bias"] = TensorInfo(tensor.dtype, tuple(tensor.shape[:1]))
+    return found

@@ -1,5 +1,6 @@
 """What a calibration says about every block and channel, and its file."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import nn
 
 from .errors import CfspError
 from .layouts import Layout
-from .provenance import tensors_fingerprint
+from .provenance import SAMPLED_VALUES, samples_fingerprint
 
 FORMAT = "cfsp-statistics-1"
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
@@ -75,17 +76,33 @@ class Statistics:
 def model_fingerprint(model: nn.Module, layout: Layout) -> str:
     """Identifies a model by the shapes and a sample of the values of its FFN matrices."""
 
-    def matrices() -> Iterator[tuple[str, torch.Tensor]]:
+    def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         for number, block in enumerate(layout.find_blocks(model)):
             weights = layout.ffn_weights(block)
-            yield f"{number}.up", weights.up
-            yield f"{number}.down", weights.down
+            for kind, tensor in (("up", weights.up), ("down", weights.down)):
+                values = tensor.detach()[0].flatten()[:SAMPLED_VALUES]
+                yield f"{number}.{kind}", tuple(tensor.shape), values
 
-    return tensors_fingerprint(matrices())
+    return samples_fingerprint(samples())
 
 
-def check_statistics(statistics: Statistics, model: nn.Module, layout: Layout) -> None:
-    """Raise CfspError where the statistics were made with another model."""
+def statistics_fingerprint(statistics: Statistics) -> str:
+    """SHA-256 over all sums, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(statistics.model_fingerprint.encode())
+    for block in statistics.blocks:
+        digest.update(f"{block.tokens} {block.windows}".encode())
+        for sums in (block.sum, block.sum_of_squares, block.influence):
+            digest.update(sums.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_statistics(
+    statistics: Statistics, model: nn.Module, layout: Layout, fingerprint: str | None = None
+) -> None:
+    """Raise CfspError where the statistics were made with another model.
+
+    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
+    """
     sizes = layout.intermediate_sizes(model)
     if statistics.intermediate_sizes != sizes:
         raise CfspError(
@@ -93,7 +110,7 @@ def check_statistics(statistics: Statistics, model: nn.Module, layout: Layout) -
             f"{max(statistics.intermediate_sizes)} channels, the model has {len(sizes)} with up "
             f"to {max(sizes)}"
         )
-    if statistics.model_fingerprint != model_fingerprint(model, layout):
+    if statistics.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the statistics are of another model: same shapes, different weights")
 
 

@@ -5,9 +5,11 @@ and whatever else the architecture passes): each block is replaced for one dry r
 that records its arguments and hands its input on.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,3 +124,50 @@ def run_block(
         output = block(states, *args, **kwargs)
         observe(index, states, output)
         states.copy_(output)
+
+
+class RidingWindows:
+    """Windows that go through the blocks as these come into memory, one window per call.
+
+    What comes out is what the model gives when it is run on each window alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.windows = windows
+        self.seconds = 0.0
+        """Time spent on these windows, without the loading of blocks."""
+        started = time.perf_counter()
+        self.calls = record_block_calls(model, blocks, windows, micro_batch=1)
+        self._count(started)
+
+    def _count(self, started: float) -> None:
+        if self.calls.hidden.device.type == "cuda":
+            torch.cuda.synchronize(self.calls.hidden.device)
+        self.seconds += time.perf_counter() - started
+
+    def ride(self, number: int) -> None:
+        """Go through one block, whose weights are in memory."""
+        started = time.perf_counter()
+        run_block(self.blocks[number], number, self.calls, lambda *_: None)
+        self._count(started)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[torch.Tensor]:
+        """[1, S, V] of every window, after its last block."""
+        for index, states in self.calls.micro_batches():
+            started = time.perf_counter()
+            tokens = self.windows[index : index + 1].to(states.device)
+            ends = [partial(_states, states)] * len(self.blocks)
+            with forward_instead(self.blocks, ends):
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+            self._count(started)
+            yield logits
+
+
+def _states(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """A block's forward that says what the blocks have already said."""
+    return states

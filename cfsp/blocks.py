@@ -1,0 +1,137 @@
+"""Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .layouts import FFNWeights, Layout
+from .provenance import SAMPLED_VALUES, samples_fingerprint
+from .shards import StoredTensor, first_values, read_tensors
+from .statistics import model_fingerprint
+
+
+@dataclass(frozen=True)
+class LiveBlocks:
+    """The blocks of a model that is in memory whole."""
+
+    model: nn.Module
+    layout: Layout
+
+    @contextmanager
+    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block) of every block in order."""
+        yield enumerate(self.layout.find_blocks(self.model))
+
+    def ffn_weights(self, number: int) -> FFNWeights:
+        """The FFN matrices of a block; no copy."""
+        return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
+
+    def fingerprint(self) -> str:
+        """See :func:`cfsp.statistics.model_fingerprint`."""
+        return model_fingerprint(self.model, self.layout)
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """The blocks of a skeleton, without weights but for the one whose turn it is.
+
+    The next block is read while one has its turn: two are in memory at a time.
+    """
+
+    model: nn.Module
+    """Parameters of blocks on meta; everything else in memory, on its device."""
+    layout: Layout
+    tensors: Mapping[str, StoredTensor]
+    """Every parameter of every block by its name in the model."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def _read(self, number: int) -> dict[str, torch.Tensor]:
+        prefix = f"{self.layout.blocks}.{number}."
+        wanted = {
+            name.removeprefix(prefix): stored
+            for name, stored in self.tensors.items()
+            if name.startswith(prefix)
+        }
+        return {name: self._placed(tensor) for name, tensor in read_tensors(wanted).items()}
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).to(self.device)
+
+    def _turns(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, nn.Module]]:
+        blocks = self.layout.find_blocks(self.model)
+        coming: Future[dict[str, torch.Tensor]] | None = pool.submit(self._read, 0)
+        for number, block in enumerate(blocks):
+            if coming is None:
+                break
+            weights = coming.result()
+            coming = pool.submit(self._read, number + 1) if number + 1 < len(blocks) else None
+            set_parameters_(block, weights)
+            del weights
+            try:
+                yield number, block
+            finally:
+                empty_(block)
+
+    @contextmanager
+    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block with its weights) of every block in order; they go when the next comes.
+
+        Raises, at a block's turn:
+            CfspError: its shard cannot be read.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            turns = self._turns(pool)
+            try:
+                yield turns
+            finally:
+                turns.close()  # type: ignore[attr-defined]
+
+    def ffn_weights(self, number: int) -> FFNWeights:
+        """The FFN matrices of a block, read from disk."""
+        paths = {kind: getattr(self.layout, kind) for kind in ("gate", "up", "down")}
+        prefix = f"{self.layout.blocks}.{number}."
+        stored = {kind: self.tensors[f"{prefix}{path}.weight"] for kind, path in paths.items()}
+        return FFNWeights(**{k: self._placed(t) for k, t in read_tensors(stored).items()})
+
+    def fingerprint(self) -> str:
+        """That of the model in memory, from a few values of each matrix."""
+
+        def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+            for number in range(len(self.layout.find_blocks(self.model))):
+                for kind in ("up", "down"):
+                    path = f"{self.layout.blocks}.{number}.{getattr(self.layout, kind)}.weight"
+                    stored = self.tensors[path]
+                    values = first_values(stored, SAMPLED_VALUES).to(self.dtype)
+                    yield f"{number}.{kind}", stored.shape, values
+
+        return samples_fingerprint(samples())
+
+    def checkpoint_fingerprint(self) -> str:
+        """Identifies the stored blocks by every tensor's name, shape and first values."""
+        return samples_fingerprint(
+            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
+            for name, stored in sorted(self.tensors.items())
+        )
+
+
+Blocks = LiveBlocks | StoredBlocks
+
+
+def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these parameters, as they are, without a copy."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def empty_(module: nn.Module) -> None:
+    """Drop the values of a module's parameters; their shapes stay, on meta."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(part, name, nn.Parameter(empty, requires_grad=False))
