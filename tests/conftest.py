@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
     # Counts when Triton is first imported, which some module may do long before a kernel test.
     os.environ["TRITON_INTERPRET"] = "1"
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Threads that wait for a core cost far more than they give.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 

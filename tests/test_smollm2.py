@@ -18,7 +18,8 @@ from cfsp.statistics import Statistics
 
 from .conftest import shared
 
-pytestmark = pytest.mark.smollm2
+# One worker for all: they share one long calibration. The largest group starts first.
+pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
 WINDOWS, SEQLEN, CHANNELS = 32, 1024, 1536
 
 
