@@ -1,6 +1,7 @@
 """A visit to a GPU can be cut off anywhere and goes on where it was."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -164,7 +165,11 @@ REHEARSED = (
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the visit itself is the better test")
-def test_rehearsal_runs_each_kind_of_step_under_the_interpreter(tmp_path: Path) -> None:
+def test_rehearsal_runs_each_kind_of_step_under_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)  # the benchmarks that it starts are no part of this test run
     arguments = ["--cpu-rehearsal", "--out", str(tmp_path)]
     for name in REHEARSED:
         arguments += ["--step", name]
