@@ -45,7 +45,7 @@ def test_perplexity_of_the_dense_model(smollm2: Path) -> None:
 def test_perplexity_of_the_pruned_model(
     smollm2: Path, wikitext_recipe: cfsp.Recipe, wikitext_statistics: Statistics
 ) -> None:
-    """WikiText-2 test, first 32 windows of 1024 tokens; the figure is an independent measurement."""
+    """WikiText-2 test, first 32 windows of 1024 tokens; an independently measured figure."""
     opened = open_model(smollm2)
     cfsp.prune(
         opened.model,
