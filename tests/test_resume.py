@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cfsp
-from cfsp import checkpoint, pipeline, second_pass, shards
+from cfsp import checkpoint, runs, second_pass, shards
 from cfsp.cli import main
 from cfsp.errors import CfspError, Stopped
 
@@ -56,7 +56,7 @@ def test_a_run_stopped_in_the_second_pass_keeps_shards_and_statistics(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(pipeline, "collect_statistics", again)
+    monkeypatch.setattr(runs, "collect_statistics", again)
     prune(folder, tmp_path / "out", resume=True)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
     assert done.items() <= finished(tmp_path / "out").items()
