@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,20 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from . import modeling_cfsp
 from .errors import CfspError, Stopped
 from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
-from .models import pick_device, quiet_loading
+from .models import build_skeleton, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
 from .resume import can_resume
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
@@ -30,68 +38,98 @@ PROBE_TOKENS = 16
 
 def register() -> None:
     """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
-    for model_type, layout in LAYOUTS.items():
-        config, model, causal_lm = _classes(layout)
-        AutoConfig.register(PRUNED_PREFIX + model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-        config.register_for_auto_class()
-        model.register_for_auto_class("AutoModel")
-        causal_lm.register_for_auto_class("AutoModelForCausalLM")
+    for model_type in LAYOUTS:
+        if model_type in CONFIG_MAPPING:
+            register_family(model_type)
 
 
-def _classes(layout: Layout) -> tuple[Any, Any, Any]:
-    """Config, base model and causal LM classes of a family with per-block widths."""
-    names = (f"CFSP{layout.family}{kind}" for kind in ("Config", "Model", "ForCausalLM"))
-    config, model, causal_lm = (getattr(modeling_cfsp, name) for name in names)
-    return config, model, causal_lm
+def register_family(model_type: str) -> None:
+    """The same for one family of transformers."""
+    stock = CONFIG_MAPPING[model_type]
+    config = _pruned_class(stock)
+    model = _pruned_class(MODEL_MAPPING[stock])
+    causal_lm = _pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")
 
 
-def _stock_classes(layout: Layout) -> tuple[Any, Any, Any]:
-    config, model, causal_lm = _classes(layout)
-    return config.__mro__[1], model.__mro__[2], causal_lm.__mro__[2]
+def _pruned_class(stock: type) -> Any:
+    """The class with per-block widths of a class of transformers."""
+    return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
 
 
 def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
     """Give a model whose FFNs were cut the config and classes that reload it, in place.
 
-    One width for all blocks and no added bias is the stock architecture and stays it, with a
-    smaller ``intermediate_size``; anything else becomes the family's class of
-    :mod:`cfsp.modeling_cfsp`, with ``per_layer_config``.
+    Where the family's own class builds exactly these parameters, with smaller widths in its
+    config, it is that class; anything else becomes one of :mod:`cfsp.modeling_cfsp`, with
+    ``per_layer_config``.
     """
-    widths = layout.intermediate_sizes(model)
-    blocks = layout.find_blocks(model)
     values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config"):
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "cfsp_config"):
         values.pop(key, None)
     values.pop("allow_global_per_layer_attribute_access", None)
-    stock_config = _stock_classes(layout)[0]
-    stock_bias = getattr(model.config, "mlp_bias", False)
-    added_bias = not stock_bias and any(
-        layout.projection(block, layout.down).bias is not None for block in blocks
-    )
-    values["intermediate_size"] = max(widths)
-    values["cfsp_config"] = {**summary, "down_proj_bias": added_bias}
-    if len(set(widths)) == 1 and not added_bias:
-        classes = _stock_classes(layout)
-        config = stock_config(**values)
-    else:
-        classes = _classes(layout)
-        config = classes[0](
+    stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
+    widths = _block_widths(model, layout)
+    values.update({name: max(w.get(name, 0) for w in widths) for w in widths for name in w})
+    config = stock_type(**values, cfsp_config=summary)
+    stock = build_skeleton(config, model.dtype)
+    own, stock_own = (_shapes(m) for m in (model, stock))
+    classes: tuple[type, type] = (type(stock), type(stock.base_model))
+    if own != stock_own:
+        classes = (_pruned_class(classes[0]), _pruned_class(classes[1]))
+        config = _pruned_class(stock_type)(
             **values,
             allow_global_per_layer_attribute_access=True,
-            per_layer_config={
-                number: {"intermediate_size": width} for number, width in enumerate(widths)
-            },
+            per_layer_config=dict(enumerate(widths)),
+            cfsp_config={**summary, **_description(model, layout, own.keys() - stock_own.keys())},
         )
-    config.architectures = [classes[2].__name__]
+    config.architectures = [classes[0].__name__]
     config._attn_implementation = model.config._attn_implementation
     for module in model.modules():
         if getattr(module, "config", None) is model.config and module is not model:
             module.config = config
     model.config = config
-    model.__class__ = classes[2]
+    model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _block_widths(model: nn.Module, layout: Layout) -> list[dict[str, int]]:
+    """Widths of every block under the names that the config has for them."""
+    return [
+        {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
+        for block in layout.find_blocks(model)
+    ]
+
+
+def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dict[str, Any]:
+    """What :mod:`cfsp.modeling_cfsp` has to know about a family and its ``added`` parameters."""
+    blocks = layout.find_blocks(model)
+    present = {name for block in blocks for name, _ in block.named_parameters()}
+    ffns = [ffn for ffn in layout.ffns if present.issuperset(ffn.weight_names)]
+    return {
+        "blocks": layout.blocks.removeprefix(f"{model.base_model_prefix}."),
+        "channels": {
+            name: [ffn.width, axis.dimension, axis.copies]
+            for ffn in ffns
+            for name, axis in ffn.channels.items()
+            if name in present
+        },
+        "added_bias": sorted(
+            ffn.down for ffn in ffns if any(name.endswith(f".{ffn.down}.bias") for name in added)
+        ),
+    }
 
 
 def is_stock(model: PreTrainedModel) -> bool:

@@ -1,40 +1,54 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics, swiglu_statistics
+from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
 from .errors import CfspError, Stopped
+from .ffns import ChannelGroup
 from .layouts import Layout
 from .provenance import tokens_fingerprint, versions
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
-from .stream import default_micro_batch, forward_instead, record_block_calls, run_block
+from .stream import default_micro_batch, record_block_calls, run_block
 
 
 class _BlockCollector:
     """Adds up one block's statistics on its device, without waiting for it."""
 
-    def __init__(self, channels: int, micro_batches: int, device: torch.device) -> None:
+    def __init__(
+        self, groups: tuple[ChannelGroup, ...], micro_batches: int, device: torch.device
+    ) -> None:
+        self.groups = groups
+        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        self.ranges = [
+            slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
         self.tokens = 0
-        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.expert_tokens = [0] * len(sizes)
+        self.sum = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self.sum_of_squares = torch.zeros_like(self.sum)
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
 
-    def add_channels(self, part: ChannelStatistics) -> None:
-        self.tokens += part.tokens
-        self.sum += part.sum
-        self.sum_of_squares += part.sum_of_squares
+    def add_channels(self, first: int, expert: int, part: ChannelStatistics) -> None:
+        """``expert`` counts from the ``first`` of its FFN among all of the block."""
+        channels = self.ranges[first + expert]
+        self.expert_tokens[first + expert] += part.tokens
+        self.sum[channels] += part.sum
+        self.sum_of_squares[channels] += part.sum_of_squares
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self.tokens += before.shape[:-1].numel()
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
             self.influences[index, column] = getattr(part, metric)
@@ -50,8 +64,16 @@ class _BlockCollector:
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
+        if not any(self.expert_tokens):
+            raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
-            self.tokens, windows, self.sum.cpu(), self.sum_of_squares.cpu(), influences.sum(0)
+            self.tokens,
+            windows,
+            self.sum.cpu(),
+            self.sum_of_squares.cpu(),
+            influences.sum(0),
+            self.groups,
+            tuple(self.expert_tokens),
         )
 
 
@@ -59,31 +81,13 @@ class _BlockCollector:
 def _observed(
     block: nn.Module, layout: Layout, collector: _BlockCollector, fused: bool
 ) -> Iterator[None]:
-    """Hand the statistics of the block's FFN activation to the collector while it runs.
-
-    A gated FFN computes down(act(gate(x)) * up(x)). Where its activation is one that the fused op
-    knows, the product and its statistics are made in one pass; elsewhere the input of down is
-    read once more. Both round where the model does and give the same numbers.
-    """
-    activation = layout.gated_activation(block) if fused else None
-    down = layout.projection(block, layout.down)
-    if activation is None:
-        hook = down.register_forward_pre_hook(
-            lambda module, args: collector.add_channels(channel_statistics(args[0]))
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
-        return
-    gate, up = layout.projection(block, layout.gate), layout.projection(block, layout.up)
-
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        product, part = swiglu_statistics(gate(hidden_states), up(hidden_states), activation)
-        collector.add_channels(part)
-        return down(product)
-
-    with forward_instead([layout.ffn(block)], [forward]):
+    """Hand the statistics of every FFN of the block to the collector while it runs."""
+    expert = 0
+    with ExitStack() as stack:
+        for ffn in layout.block_ffns(block):
+            collect = partial(collector.add_channels, expert)
+            stack.enter_context(ffn.observed(block, collect, fused))
+            expert += ffn.group(block).experts
         yield
 
 
@@ -141,8 +145,8 @@ def collect_statistics(
                 if stop():
                     raise Stopped
                 bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
-                channels = layout.projection(block, layout.down).in_features
-                collector = _BlockCollector(channels, len(calls.arguments[number]), device)
+                batches = len(calls.arguments[number])
+                collector = _BlockCollector(layout.groups(block), batches, device)
 
                 def observe(
                     index: int,

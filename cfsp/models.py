@@ -162,17 +162,23 @@ def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
 
 def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
-    from accelerate import init_empty_weights
-
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model = build_skeleton(config, loaded.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
     return model
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 @contextmanager

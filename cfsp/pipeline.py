@@ -1,7 +1,7 @@
 """The whole job: calibrate, plan, prune, measure, save. Each step is also a function of its own."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .checkpoint import (
 from .compensation import NEEDS_STATISTICS
 from .errors import CfspError
 from .evaluation import evaluation_windows
-from .layouts import FFNWeights
+from .ffns import FFNWeights
 from .models import OpenModel, adopt, open_model
 from .plan import PruningPlan, make_plan
 from .recipe import Calibration, Recipe
@@ -89,13 +89,16 @@ def calibrate(
 
 
 def plan(
-    statistics: Statistics, weights: Callable[[int], FFNWeights] | nn.Module, recipe: Recipe
+    statistics: Statistics,
+    weights: Callable[[int], Sequence[FFNWeights]] | nn.Module,
+    recipe: Recipe,
 ) -> PruningPlan:
     """Which channels of which block stay: score, allocate, select.
 
     Args:
         statistics: of the dense model.
-        weights: the dense model, or a function from block number to its FFN matrices. Not
+        weights: the dense model, or a function from block number to the matrices of its FFNs, one
+            :class:`cfsp.ffns.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
         recipe: scorer, allocator, importance, sparsity and width multiple are read.
 
@@ -186,11 +189,16 @@ def prune(
     opened = _open(model, tokenizer, recipe.dtype, device, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
-    sizes = layout.intermediate_sizes(opened.model)
+    groups = [g for block in layout.find_blocks(opened.model) for g in layout.groups(block)]
     if plan is not None:
         check_plan(plan, opened.model, layout, fingerprint)
     else:
-        check_budget(sizes, (1 - recipe.sparsity) * sum(sizes), recipe.width_multiple)
+        check_budget(
+            [group.channels for group in groups],
+            (1 - recipe.sparsity) * sum(group.total for group in groups),
+            recipe.width_multiple,
+            [group.experts for group in groups],
+        )
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
     held_out = _held_out(opened, recipe, eval_dataset, eval_windows)

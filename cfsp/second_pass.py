@@ -76,7 +76,7 @@ def prune_to_shards_(
     check_compensation(plan, statistics)
     compensation = plan.recipe.resolved_compensation
     dense = saved_tensors(model)
-    planned = planned_tensors(dense, layout, plan)
+    planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
     total = sum(shard.nbytes for shard in shards)
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)

@@ -4,21 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .blocks import StoredBlocks, set_parameters_
 from .checkpoint import differs, probe_tokens
 from .errors import CfspError
 from .layouts import Layout, find_layout
-from .models import OpenModel, check_folder, load_part, open_model, pick_device, quiet_loading
+from .models import (
+    OpenModel,
+    build_skeleton,
+    check_folder,
+    load_part,
+    open_model,
+    pick_device,
+    quiet_loading,
+)
 from .shards import StoredTensor, read_index, read_tensors
 from .stream import RidingWindows
 
@@ -35,13 +36,6 @@ def _dtype(
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return tensors[names[0]].dtype
-
-
-def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
@@ -141,7 +135,7 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     if not floats:
         return None
     precision = _dtype(dtype, config, tensors, floats)
-    skeleton = _skeleton(config, precision)
+    skeleton = build_skeleton(config, precision)
     found = _matched(folder, skeleton, layout, tensors)
     if found is None:
         return None

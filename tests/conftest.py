@@ -28,6 +28,7 @@ from cfsp.statistics import Statistics
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""For tests of what families share; tests/test_families.py goes through all of them."""
 TINY = {
     "vocab_size": 260,
     "hidden_size": 32,
@@ -50,7 +51,7 @@ def make_tiny(model_type: str = "llama", seed: int = 0, **overrides: object) -> 
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.05)

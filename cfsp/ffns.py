@@ -1,0 +1,243 @@
+"""The FFN of a block: where its channels lie in the weights, how it is observed, how it is cut."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from cfsp_kernels import (
+    ChannelStatistics,
+    channel_statistics,
+    gather_columns,
+    gather_rows,
+    swiglu_statistics,
+)
+
+from .errors import CfspError
+from .forwards import forward_instead
+from .modeling_cfsp import set_parameter
+
+FUSED_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu2": "relu2",
+}
+"""Activation of ``cfsp_kernels.swiglu_statistics`` -> its name in transformers."""
+
+Collect = Callable[[int, ChannelStatistics], None]
+"""Takes (number of the expert, 0 in a plain FFN; statistics of its activation)."""
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """The matrices of one FFN, torch Linear layout. F channels, D hidden size."""
+
+    gate: torch.Tensor | None
+    """[F, D], or None where the FFN has no gate."""
+    up: torch.Tensor
+    """[F, D]."""
+    down: torch.Tensor
+    """[D, F]."""
+
+
+@dataclass(frozen=True)
+class CutDown:
+    """The down projection of a pruned FFN."""
+
+    weight: torch.Tensor
+    """[D, width]."""
+    bias: torch.Tensor | None
+    """[D], to be added to the bias that the projection may have."""
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that share one width: those of an FFN, or of each of a number of experts."""
+
+    channels: int
+    """F, of one expert."""
+    experts: int = 1
+
+    @property
+    def total(self) -> int:
+        """Channels of all experts."""
+        return self.channels * self.experts
+
+
+@dataclass(frozen=True)
+class ChannelAxis:
+    """The dimension of a parameter along which channels lie."""
+
+    dimension: int
+    copies: int = 1
+    """How often all channels come in turn: 2 where gate and up are one matrix."""
+
+    def index(self, kept: torch.Tensor, channels: int) -> torch.Tensor:
+        """Positions of the kept channels, [copies * width]."""
+        return torch.cat([kept + copy * channels for copy in range(self.copies)])
+
+    def cut(self, tensor: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """A vector or matrix with only the kept channels [width] int64."""
+        index = self.index(kept.to(tensor.device), tensor.shape[self.dimension] // self.copies)
+        if tensor.dim() == 1:
+            return tensor[index]
+        return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index)
+
+
+def parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter that is trained where the other is."""
+    return nn.Parameter(data, requires_grad=like.requires_grad)
+
+
+@dataclass(frozen=True)
+class FFN:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate: each a Linear of its own.
+
+    All paths are those of modules in a block.
+    """
+
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    gate: str | None = "mlp.gate_proj"
+    activation: str = "act_fn"
+    """Attribute of the module that holds the projections."""
+    width: str = "intermediate_size"
+    """What the config calls the number of channels."""
+    projection_class: str = "Linear"
+
+    @property
+    def channels(self) -> dict[str, ChannelAxis]:
+        """Every parameter of a block with channels in it; biases that may be absent included."""
+        out, into = ChannelAxis(0), ChannelAxis(1)
+        found = {}
+        for path in (self.gate, self.up):
+            if path is not None:
+                found.update({f"{path}.weight": out, f"{path}.bias": out})
+        return {**found, f"{self.down}.weight": into}
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The parameters that :meth:`weights` reads."""
+        return tuple(name for name in self.channels if not name.endswith(".bias"))
+
+    @property
+    def down_bias(self) -> str | None:
+        """The parameter that a compensation may add to or create; None where there can be none."""
+        return f"{self.down}.bias"
+
+    def is_in(self, block: nn.Module) -> bool:
+        """Whether a block has this FFN."""
+        parameters = {name for name, _ in block.named_parameters()}
+        return parameters.issuperset(self.weight_names)
+
+    def projection(self, block: nn.Module, path: str) -> nn.Linear:
+        """The projection at ``path``. Raises CfspError for a module of another class."""
+        module = block.get_submodule(path)
+        kind = type(module)
+        known = kind.__module__.startswith(("torch.nn.", "transformers."))
+        if kind.__name__ != self.projection_class or not known:
+            raise CfspError(
+                f"{path} is a {kind.__name__}, expected {self.projection_class} "
+                "(quantised models and adapters: prune the plain model first)"
+            )
+        return module  # type: ignore[return-value]
+
+    def group(self, block: nn.Module) -> ChannelGroup:
+        """The FFN's channels, read from the shapes of its weights, which may be on meta."""
+        axis = self.channels[f"{self.down}.weight"]
+        return ChannelGroup(self.projection(block, self.down).weight.shape[axis.dimension])
+
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
+        """The matrices of every expert (of the FFN itself, where it has none); no copy.
+
+        ``parameters`` are those of a block by name, at least the ones in ``weight_names``.
+        """
+        gate = parameters[f"{self.gate}.weight"] if self.gate is not None else None
+        up, down = (parameters[f"{path}.weight"] for path in (self.up, self.down))
+        return (FFNWeights(gate, up, down),)
+
+    def module(self, block: nn.Module) -> nn.Module:
+        """The module that holds the projections."""
+        return block.get_submodule(self.down.rpartition(".")[0])
+
+    def gated_activation(self, block: nn.Module) -> str | None:
+        """The name that ``cfsp_kernels.swiglu_statistics`` has for the FFN's activation, or None.
+
+        None too without a gate, and where the ``forward`` of the FFN was replaced: what it
+        computes is then not known.
+        """
+        module = self.module(block)
+        if self.gate is None or "forward" in module.__dict__:
+            return None
+        kind = type(getattr(module, self.activation, None))
+        names = (op for op, name in FUSED_ACTIVATIONS.items() if type(ACT2FN[name]) is kind)
+        return next(names, None)
+
+    def gate_and_up(
+        self, block: nn.Module
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """x [..., D] -> gate(x), up(x), [..., F] each. For an FFN with a gate."""
+        if self.gate is None:
+            raise ValueError("an FFN without a gate")
+        gate, up = self.projection(block, self.gate), self.projection(block, self.up)
+        return lambda x: (gate(x), up(x))
+
+    @contextmanager
+    def _hooked(self, block: nn.Module, collect: Collect) -> Iterator[None]:
+        hook = self.projection(block, self.down).register_forward_pre_hook(
+            lambda module, args: collect(0, channel_statistics(args[0]))
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def observed(
+        self, block: nn.Module, collect: Collect, fused: bool = True
+    ) -> AbstractContextManager[None]:
+        """While it lasts, each run of the block hands statistics of its FFN activation over.
+
+        Where the FFN is gated by an activation that the fused op knows, the product and its
+        statistics are made in one pass; elsewhere the input of down is read once more. Both
+        round where the model does and give the same numbers.
+        """
+        activation = self.gated_activation(block) if fused else None
+        if activation is None:
+            return self._hooked(block, collect)
+        gate_and_up, down = self.gate_and_up(block), self.projection(block, self.down)
+
+        def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+            product, part = swiglu_statistics(*gate_and_up(hidden_states), activation)
+            collect(0, part)
+            return down(product)
+
+        return forward_instead([self.module(block)], [forward])
+
+    def cut_(self, block: nn.Module, kept: torch.Tensor, downs: Iterator[CutDown]) -> None:
+        """Cut the FFN in place.
+
+        Args:
+            block: the block it is in.
+            kept: [experts, width] int64, ascending.
+            downs: the new down projection of each expert, made as it is asked for.
+        """
+        parameters = dict(block.named_parameters())
+        cut = next(downs)
+        down = f"{self.down}.weight"
+        for name, axis in self.channels.items():
+            old = parameters.get(name)
+            if old is not None:
+                new = self._as_stored(cut.weight) if name == down else axis.cut(old.data, kept[0])
+                set_parameter(block, name, parameter(new, old))
+        if cut.bias is not None:
+            bias = parameters.get(f"{self.down}.bias")
+            total = cut.bias if bias is None else bias.data + cut.bias
+            set_parameter(block, f"{self.down}.bias", parameter(total, parameters[down]))
+
+    def _as_stored(self, down: torch.Tensor) -> torch.Tensor:
+        """[D, width] as the down projection keeps it."""
+        return down

@@ -1,0 +1,227 @@
+"""Every family: cut equals masked, streamed equals in memory, and the folder reloads anywhere."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import cfsp
+from cfsp.blocks import StoredBlocks
+from cfsp.layouts import LAYOUTS
+from cfsp.models import open_model
+from cfsp.streaming import open_streamed
+
+from .conftest import make_tiny, make_tokenizer
+
+pytestmark = pytest.mark.xdist_group("families")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model of a family, and where it has its FFN as its own code says it."""
+
+    down: tuple[str, ...] = ("mlp.down_proj",)
+    """Modules in a block whose input are the channels."""
+    blocks: str = "model.layers"
+    config: tuple[tuple[str, object], ...] = ()
+
+
+def family(*down: str, blocks: str = "model.layers", **config: object) -> Family:
+    return Family(down or ("mlp.down_proj",), blocks, tuple(config.items()))
+
+
+SLIDING = ["sliding_attention", "full_attention"] * 2
+ALL = {
+    "llama": family(),
+    "mistral": family(),
+    "qwen2": family(),
+    "qwen3": family(),
+    "gemma": family(),
+    "gemma2": family(sliding_window=8),
+    "gemma3_text": family(sliding_window=8, layer_types=SLIDING),
+    "olmo2": family(),
+    "granite": family(mlp_bias=True, residual_multiplier=0.5),
+    "cohere2": family(sliding_window=8),
+    "smollm3": family(mlp_bias=True),
+    "stablelm": family(),
+}
+SCORERS = ("cfsp", "flap")
+RECIPE = cfsp.Recipe(
+    sparsity=0.3,
+    width_multiple=1,
+    micro_batch=2,
+    calibration=cfsp.Calibration(dataset=__file__, samples=4, seqlen=16),
+)
+
+
+def make(name: str, seed: int = 0) -> PreTrainedModel:
+    return make_tiny(name, seed, **dict(ALL[name].config))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=torch.arange(24)[None] * 11 % 256, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A family's dense folder and what came of it, in memory and from disk to disk."""
+
+    dense: Path
+    in_memory: cfsp.PruneResult
+    streamed: cfsp.PruneResult
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pruned]:
+    root = tmp_path_factory.mktemp("families")
+
+    @cache
+    def dense(name: str) -> Path:
+        make(name).save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+        return root / name
+
+    @cache
+    def prune(name: str, scorer: str) -> Pruned:
+        recipe = cfsp.Recipe(**{**vars(RECIPE), "scorer": scorer})
+        options = {"recipe": recipe, "eval_windows": 0, "progress": False}
+        opened = open_model(dense(name))
+        out = root / f"{name}-{scorer}"
+        return Pruned(
+            dense(name),
+            cfsp.prune(opened.model, opened.tokenizer, out=out, **options),
+            cfsp.prune(dense(name), out=root / f"{name}-{scorer}-streamed", **options),
+        )
+
+    return prune
+
+
+@contextmanager
+def masked(model: PreTrainedModel, name: str, result: cfsp.PruneResult) -> Iterator[None]:
+    """Removed channels are zero, or their mean where the plan puts it back."""
+    compensated = result.plan.recipe.resolved_compensation == "bias"
+
+    def hook(module: object, args: tuple[torch.Tensor], removed: object, fill: object) -> tuple:
+        x = args[0].clone()
+        x[..., removed] = fill
+        return (x,)
+
+    with ExitStack() as stack:
+        blocks = model.get_submodule(ALL[name].blocks)
+        for number, (block, plan) in enumerate(zip(blocks, result.plan.blocks, strict=True)):
+            mean = result.statistics.blocks[number].mean[plan.removed].float()
+            fill = mean if compensated else 0.0
+            for path in ALL[name].down:
+                down = block.get_submodule(path)
+                handle = down.register_forward_pre_hook(
+                    partial(hook, removed=plan.removed, fill=fill)
+                )
+                stack.callback(handle.remove)
+        yield
+
+
+def test_every_layout_is_tested() -> None:
+    assert set(ALL) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("name", ALL)
+def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
+    name: str, scorer: str, pruned: Callable[[str, str], Pruned]
+) -> None:
+    result = pruned(name, scorer).in_memory
+    total = sum(block.intermediate_size for block in result.plan.blocks)
+    assert sum(result.plan.widths) == round(0.7 * total)
+    assert len(set(result.plan.widths)) > 1
+    dense = make(name)
+    whole = logits(dense)
+    with masked(dense, name, result):
+        expected = logits(dense)
+    assert torch.allclose(logits(result.model), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole, expected, atol=1e-3)
+    assert sum(p.numel() for p in result.model.parameters()) < sum(
+        p.numel() for p in dense.parameters()
+    )
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("name", ALL)
+def test_from_disk_to_disk_gives_the_same_bytes(
+    name: str, scorer: str, pruned: Callable[[str, str], Pruned]
+) -> None:
+    case = pruned(name, scorer)
+    opened = open_streamed(case.dense)
+    assert opened is not None
+    assert isinstance(opened.blocks, StoredBlocks)
+    a, b = case.in_memory.out, case.streamed.out
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    for file in {*names} - {"README.md", "recipe.yaml", "tokenizer_config.json"}:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+FRESH = """
+import sys, torch
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cfsp", "cfsp_kernels"):
+            raise ImportError("cfsp is not installed here")
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModel, AutoModelForCausalLM
+ids = torch.arange(24)[None] * 11 % 256
+@torch.no_grad()
+def logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    return model, model(input_ids=ids, use_cache=False).logits
+for folder in sys.argv[1:]:
+    try:
+        model, first = logits(folder)
+        torch.save(first, folder + ".logits")
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        model.save_pretrained(folder + "-again")
+        assert torch.equal(first, logits(folder + "-again")[1]), "another model after a re-save"
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        assert type(base).__name__.startswith("CFSP"), type(base)
+    except Exception as error:
+        raise RuntimeError(folder) from error
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(
+    pruned: Callable[[str, str], Pruned], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], torch.Tensor]:
+    """Logits of every result as another process without cfsp has them; one process for all."""
+    folders = {(n, s): str(pruned(n, s).streamed.out) for n in ALL for s in SCORERS}
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, *folders.values()],
+        capture_output=True,
+        text=True,
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "",
+            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return lambda name, scorer: torch.load(f"{folders[name, scorer]}.logits")
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("name", ALL)
+def test_it_reloads_to_the_last_bit_where_cfsp_is_not_installed(
+    name: str,
+    scorer: str,
+    pruned: Callable[[str, str], Pruned],
+    fresh: Callable[[str, str], torch.Tensor],
+) -> None:
+    assert torch.equal(fresh(name, scorer), logits(pruned(name, scorer).in_memory.model))
