@@ -110,6 +110,11 @@ class FFN:
     projection_class: str = "Linear"
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the up projection's output is multiplied by the activation of a gate's."""
+        return self.gate is not None
+
+    @property
     def channels(self) -> dict[str, ChannelAxis]:
         """Every parameter of a block with channels in it; biases that may be absent included."""
         out, into = ChannelAxis(0), ChannelAxis(1)
@@ -171,7 +176,7 @@ class FFN:
         computes is then not known.
         """
         module = self.module(block)
-        if self.gate is None or "forward" in module.__dict__:
+        if not self.is_gated or "forward" in module.__dict__:
             return None
         kind = type(getattr(module, self.activation, None))
         names = (op for op, name in FUSED_ACTIVATIONS.items() if type(ACT2FN[name]) is kind)
@@ -241,3 +246,63 @@ class FFN:
     def _as_stored(self, down: torch.Tensor) -> torch.Tensor:
         """[D, width] as the down projection keeps it."""
         return down
+
+
+@dataclass(frozen=True)
+class FusedFFN(FFN):
+    """A gated FFN whose gate and up are one Linear [2F, D], gate first."""
+
+    up: str = "mlp.gate_up_proj"
+    gate: None = None
+    activation: str = "activation_fn"
+
+    @property
+    def is_gated(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def channels(self) -> dict[str, ChannelAxis]:
+        """See :attr:`FFN.channels`."""
+        both = ChannelAxis(0, copies=2)
+        plain = super().channels
+        return {**plain, f"{self.up}.weight": both, f"{self.up}.bias": both}
+
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
+        """See :meth:`FFN.weights`."""
+        gate, up = parameters[f"{self.up}.weight"].chunk(2)
+        return (FFNWeights(gate, up, parameters[f"{self.down}.weight"]),)
+
+    def gate_and_up(
+        self, block: nn.Module
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """See :meth:`FFN.gate_and_up`."""
+        both = self.projection(block, self.up)
+        return lambda x: both(x).chunk(2, dim=-1)
+
+
+@dataclass(frozen=True)
+class Conv1DFFN(FFN):
+    """An FFN without a gate whose projections are transformers' Conv1D: weight [in, out]."""
+
+    up: str = "mlp.c_fc"
+    down: str = "mlp.c_proj"
+    gate: None = None
+    projection_class: str = "Conv1D"
+
+    @property
+    def channels(self) -> dict[str, ChannelAxis]:
+        """See :attr:`FFN.channels`."""
+        return {
+            f"{self.up}.weight": ChannelAxis(1),
+            f"{self.up}.bias": ChannelAxis(0),
+            f"{self.down}.weight": ChannelAxis(0),
+        }
+
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
+        """See :meth:`FFN.weights`; copies, for they are transposed."""
+        up, down = (parameters[f"{path}.weight"].T.contiguous() for path in (self.up, self.down))
+        return (FFNWeights(None, up, down),)
+
+    def _as_stored(self, down: torch.Tensor) -> torch.Tensor:
+        return down.T.contiguous()

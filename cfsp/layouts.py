@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import CfspError
-from .ffns import FFN, ChannelGroup, FFNWeights
+from .ffns import FFN, ChannelGroup, Conv1DFFN, FFNWeights, FusedFFN
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,15 @@ class Layout:
         )
 
 
+def _ungated(
+    blocks: str, up: str, down: str, width: str = "intermediate_size", linear: str = "Linear"
+) -> Layout:
+    return Layout(blocks, (FFN(up, down, gate=None, width=width, projection_class=linear),))
+
+
 GATED = Layout()
+FUSED = Layout(ffns=(FusedFFN(),))
+H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 LAYOUTS: dict[str, Layout] = {
     "llama": GATED,
@@ -81,6 +89,15 @@ LAYOUTS: dict[str, Layout] = {
     "cohere2": GATED,
     "smollm3": GATED,
     "stablelm": GATED,
+    "phi3": FUSED,
+    "glm4": FUSED,
+    "phi": _ungated("model.layers", "mlp.fc1", "mlp.fc2"),
+    "starcoder2": _ungated("model.layers", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": _ungated("gpt_neox.layers", *H_TO_4H),
+    "falcon": _ungated("transformer.h", *H_TO_4H, "ffn_hidden_size", "FalconLinear"),
+    "bloom": _ungated("transformer.h", *H_TO_4H),
+    "opt": _ungated("model.decoder.layers", "fc1", "fc2", "ffn_dim"),
+    "gpt2": Layout("transformer.h", (Conv1DFFN(width="n_inner"),)),
 }
 """``model_type`` of a transformers config -> its layout."""
 

@@ -45,8 +45,9 @@ TINY = {
 
 
 def make_tiny(model_type: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A random causal LM whose blocks all do something."""
-    config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    """A random causal LM whose blocks all do something; None leaves a value to the family."""
+    values = {key: value for key, value in {**TINY, **overrides}.items() if value is not None}
+    config = AutoConfig.for_model(model_type, **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

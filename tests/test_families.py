@@ -51,6 +51,17 @@ ALL = {
     "cohere2": family(sliding_window=8),
     "smollm3": family(mlp_bias=True),
     "stablelm": family(),
+    "phi3": family(),
+    "glm4": family(),
+    "phi": family("mlp.fc2"),
+    "starcoder2": family("mlp.c_proj"),
+    "gpt_neox": family("mlp.dense_4h_to_h", blocks="gpt_neox.layers"),
+    "falcon": family(
+        "mlp.dense_4h_to_h", blocks="transformer.h", ffn_hidden_size=48, bias=True, head_dim=None
+    ),
+    "bloom": family("mlp.dense_4h_to_h", blocks="transformer.h"),
+    "opt": family("fc2", blocks="model.decoder.layers", ffn_dim=48, word_embed_proj_dim=32),
+    "gpt2": family("mlp.c_proj", blocks="transformer.h", n_inner=48),
 }
 SCORERS = ("cfsp", "flap")
 RECIPE = cfsp.Recipe(
