@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import modeling_cfsp
 from .errors import CfspError, Stopped
@@ -76,7 +77,10 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     widths = _block_widths(model, layout)
     values.update({name: max(w.get(name, 0) for w in widths) for w in widths for name in w})
-    config = stock_type(**values, cfsp_config=summary)
+    known = {
+        name: value for name, value in values.items() if name not in _unknown(stock_type, widths)
+    }
+    config = stock_type(**known, cfsp_config=summary)
     stock = build_skeleton(config, model.dtype)
     own, stock_own = (_shapes(m) for m in (model, stock))
     classes: tuple[type, type] = (type(stock), type(stock.base_model))
@@ -89,13 +93,20 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
             cfsp_config={**summary, **_description(model, layout, own.keys() - stock_own.keys())},
         )
     config.architectures = [classes[0].__name__]
-    config._attn_implementation = model.config._attn_implementation
+    for choice in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, choice, getattr(model.config, choice))
     for module in model.modules():
         if getattr(module, "config", None) is model.config and module is not model:
             module.config = config
     model.config = config
     model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
+
+
+def _unknown(stock_type: type, widths: list[dict[str, int]]) -> set[str]:
+    """Names of widths that a family has no config value for: they follow from others there."""
+    default = stock_type()
+    return {name for block in widths for name in block if not hasattr(default, name)}
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -220,9 +231,18 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model under the names and in the shapes of its family's checkpoints.
+
+    Most families' are those of their modules; experts are apart there.
+    """
+    found = revert_weight_conversion(model, dict(tensors))
+    return tensors if found.keys() == tensors.keys() else found
+
+
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
     """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
-    tensors = saved_tensors(model)
+    tensors = converted(model, saved_tensors(model))
     infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     shards = pack_shards(infos, MAX_SHARD_BYTES)
     with ShardWriter(folder, shards) as writer:

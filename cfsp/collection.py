@@ -1,6 +1,7 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
@@ -91,6 +92,16 @@ def _observed(
         yield
 
 
+def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
+    idle = [number for number, block in enumerate(blocks) for n in block.expert_tokens if n == 0]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
+            "tells their channels apart; calibrate on more, or other, text",
+            stacklevel=3,
+        )
+
+
 def collect_statistics(
     model: nn.Module,
     layout: Layout,
@@ -162,6 +173,7 @@ def collect_statistics(
                 results.append(collector.result(number, count, micro_batch))
     finally:
         model.train(training)
+    _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),
         fingerprint,

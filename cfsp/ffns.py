@@ -18,7 +18,7 @@ from cfsp_kernels import (
 
 from .errors import CfspError
 from .forwards import forward_instead
-from .modeling_cfsp import set_parameter
+from .modeling_cfsp import set_parameter, set_width
 
 FUSED_ACTIVATIONS = {
     "silu": "silu",
@@ -66,6 +66,19 @@ class ChannelGroup:
     def total(self) -> int:
         """Channels of all experts."""
         return self.channels * self.experts
+
+
+EXPERT_WIDTH_MULTIPLE = 8
+"""Widths of experts: their grouped matrix products take rows of whole 16 bytes only."""
+
+
+def check_expert_width(width: int, experts: int, name: str = "width_multiple") -> None:
+    """Raise CfspError for a width, or multiple of widths, at which experts cannot run."""
+    if experts > 1 and width % EXPERT_WIDTH_MULTIPLE:
+        raise CfspError(
+            f"{name} {width} is no multiple of {EXPERT_WIDTH_MULTIPLE}, as the grouped matrix "
+            "products of experts need it"
+        )
 
 
 @dataclass(frozen=True)
@@ -238,6 +251,7 @@ class FFN:
             if old is not None:
                 new = self._as_stored(cut.weight) if name == down else axis.cut(old.data, kept[0])
                 set_parameter(block, name, parameter(new, old))
+        set_width(block, down, kept.shape[1])
         if cut.bias is not None:
             bias = parameters.get(f"{self.down}.bias")
             total = cut.bias if bias is None else bias.data + cut.bias

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .errors import CfspError
+from .experts import ExpertsFFN
 from .ffns import FFN, ChannelGroup, Conv1DFFN, FFNWeights, FusedFFN
 
 
@@ -74,6 +75,12 @@ def _ungated(
 
 GATED = Layout()
 FUSED = Layout(ffns=(FusedFFN(),))
+SHARED = FFN(
+    "mlp.shared_experts.up_proj",
+    "mlp.shared_experts.down_proj",
+    "mlp.shared_experts.gate_proj",
+    width="shared_intermediate_size",
+)
 H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 LAYOUTS: dict[str, Layout] = {
@@ -97,6 +104,9 @@ LAYOUTS: dict[str, Layout] = {
     "falcon": _ungated("transformer.h", *H_TO_4H, "ffn_hidden_size", "FalconLinear"),
     "bloom": _ungated("transformer.h", *H_TO_4H),
     "opt": _ungated("model.decoder.layers", "fc1", "fc2", "ffn_dim"),
+    "mixtral": Layout(ffns=(ExpertsFFN(width="intermediate_size"),)),
+    "qwen3_moe": Layout(ffns=(ExpertsFFN(), FFN())),
+    "deepseek_v3": Layout(ffns=(ExpertsFFN(), SHARED, FFN())),
     "gpt2": Layout("transformer.h", (Conv1DFFN(width="n_inner"),)),
 }
 """``model_type`` of a transformers config -> its layout."""

@@ -18,6 +18,10 @@ A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transfor
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "CFSP"
@@ -79,6 +83,18 @@ class PerBlockWidths:
         self.post_init()
 
 
+def register_conversions(own, stock):
+    """Where checkpoints of a family have other names or shapes than its modules, so have ours."""
+    config, stock_config = own.config_class, stock.config_class
+    for mine, theirs in (
+        (own.__name__, stock.__name__),
+        (config.model_type, stock_config.model_type),
+    ):
+        conversions = get_checkpoint_conversion_mapping(theirs)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(mine, conversions, overwrite=True)
+
+
 def __getattr__(name):
     """The class of transformers of the same name without the prefix, with per-block widths."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
@@ -90,5 +106,7 @@ def __getattr__(name):
         own_config = globals().get(PREFIX + stock.config_class.__name__)
         own_config = own_config or __getattr__(PREFIX + stock.config_class.__name__)
         bases, values = (PerBlockWidths, stock), {"config_class": own_config}
-    globals()[name] = type(name, bases, {**values, "__module__": __name__})
-    return globals()[name]
+    own = globals()[name] = type(name, bases, {**values, "__module__": __name__})
+    if issubclass(own, PerBlockWidths):
+        register_conversions(own, stock)
+    return own

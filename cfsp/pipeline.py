@@ -17,11 +17,11 @@ from .checkpoint import (
 from .compensation import NEEDS_STATISTICS
 from .errors import CfspError
 from .evaluation import evaluation_windows
-from .ffns import FFNWeights
+from .ffns import FFNWeights, check_expert_width
 from .models import OpenModel, adopt, open_model
 from .plan import PruningPlan, make_plan
 from .recipe import Calibration, Recipe
-from .rewriting import check_plan
+from .rewriting import check_biases, check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_statistics, load_statistics
 from .streaming import open_lean
@@ -190,9 +190,12 @@ def prune(
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     groups = [g for block in layout.find_blocks(opened.model) for g in layout.groups(block)]
+    check_biases(opened.model, layout, recipe.resolved_compensation)
     if plan is not None:
         check_plan(plan, opened.model, layout, fingerprint)
     else:
+        for group in groups:
+            check_expert_width(recipe.width_multiple, group.experts)
         check_budget(
             [group.channels for group in groups],
             (1 - recipe.sparsity) * sum(group.total for group in groups),

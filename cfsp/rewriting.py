@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
+from .ffns import check_expert_width
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
 from .shards import TensorInfo
@@ -29,6 +30,9 @@ def check_plan(
             f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
             f"channels, the model has {len(sizes)} with up to {max(sizes)}"
         )
+    for number, block in enumerate(plan.blocks):
+        for kept in block.kept_by_group:
+            check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
     if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the plan is for another model: same shapes, different weights")
 
@@ -38,6 +42,18 @@ def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None
     compensation = plan.recipe.resolved_compensation
     if compensation in NEEDS_STATISTICS and statistics is None:
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
+
+
+def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
+    """Raise CfspError where a compensation adds a bias to a projection that can have none."""
+    if compensation in ADD_BIAS:
+        for block in layout.find_blocks(model):
+            for ffn in layout.block_ffns(block):
+                if ffn.down_bias is None:
+                    raise CfspError(
+                        f"compensation {compensation!r} adds a bias, and {ffn.down} can have none: "
+                        "use compensation 'none'"
+                    )
 
 
 @torch.no_grad()
