@@ -1,7 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from .layouts import FFNWeights, Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
+from .reading import BlockReader
 from .shards import StoredTensor, first_values, read_tensors
 from .statistics import model_fingerprint
 
@@ -50,46 +50,34 @@ class StoredBlocks:
     dtype: torch.dtype
     device: torch.device
 
-    def _read(self, number: int) -> dict[str, torch.Tensor]:
+    def _stored(self, number: int) -> dict[str, StoredTensor]:
+        """A block's tensors by their names in the block."""
         prefix = f"{self.layout.blocks}.{number}."
-        wanted = {
+        return {
             name.removeprefix(prefix): stored
             for name, stored in self.tensors.items()
             if name.startswith(prefix)
         }
-        return {name: self._placed(tensor) for name, tensor in read_tensors(wanted).items()}
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype).to(self.device)
-
-    def _turns(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, nn.Module]]:
-        blocks = self.layout.find_blocks(self.model)
-        coming: Future[dict[str, torch.Tensor]] | None = pool.submit(self._read, 0)
-        for number, block in enumerate(blocks):
-            if coming is None:
-                break
-            weights = coming.result()
-            coming = pool.submit(self._read, number + 1) if number + 1 < len(blocks) else None
-            set_parameters_(block, weights)
-            del weights
-            try:
-                yield number, block
-            finally:
-                empty_(block)
 
     @contextmanager
     def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block with its weights) of every block in order; they go when the next comes.
+        """(number, block with its weights) of every block in order; they go when the next comes,
+        whose weights take their memory.
 
         Raises, at a block's turn:
             CfspError: its shard cannot be read.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            turns = self._turns(pool)
+        blocks = self.layout.find_blocks(self.model)
+        stored = [self._stored(number) for number in range(len(blocks))]
+        with BlockReader(stored, self.dtype, self.device) as reader:
+            turns = _turns(blocks, reader)
             try:
                 yield turns
             finally:
-                turns.close()  # type: ignore[attr-defined]
+                turns.close()
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).to(self.device)
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block, read from disk."""
@@ -117,6 +105,18 @@ class StoredBlocks:
             (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
             for name, stored in sorted(self.tensors.items())
         )
+
+
+def _turns(
+    blocks: Sequence[nn.Module], reader: BlockReader
+) -> Generator[tuple[int, nn.Module], None, None]:
+    for number, block in enumerate(blocks):
+        set_parameters_(block, reader.weights(number))
+        try:
+            yield number, block
+        finally:
+            empty_(block)
+            reader.release(number)
 
 
 Blocks = LiveBlocks | StoredBlocks
