@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.memory --checkpoint DIR --work DIR --limit-gib 8 --json RESULT.json``
 
-Two processes under the same limit of their address space (``RLIMIT_AS``, which nothing gets around):
+Two processes under one limit of their address space (``RLIMIT_AS``, which nothing gets around):
 one loads the checkpoint with transformers and must fail for want of memory, one prunes it. The
-resident memory of the second at its peak (``VmHWM``) is set beside two blocks, the hidden states and
+resident memory of the second at its peak (``VmHWM``) is set beside two blocks, hidden states and
 1.5 GB. With several ``--checkpoint`` it is told for each, smaller ones first.
 """
 
@@ -52,7 +52,7 @@ def limited(code: str, *arguments: str, limit: int) -> tuple[int, str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=under_limit,  # noqa: PLW1509 - no threads here
+        preexec_fn=under_limit,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     lines = run.stderr.strip().splitlines()
