@@ -1,6 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ class LiveBlocks:
     layout: Layout
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block) of every block in order."""
-        yield enumerate(self.layout.find_blocks(self.model))
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block) of every wanted block in order; None: of all."""
+        yield iter(_wanted(self.layout.find_blocks(self.model), wanted))
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block; no copy."""
@@ -62,14 +64,22 @@ class StoredBlocks:
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype).to(self.device)
 
-    def _turns(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, nn.Module]]:
-        blocks = self.layout.find_blocks(self.model)
-        coming: Future[dict[str, torch.Tensor]] | None = pool.submit(self._read, 0)
-        for number, block in enumerate(blocks):
+    def _turns(
+        self, pool: ThreadPoolExecutor, wanted: Container[int] | None
+    ) -> Iterator[tuple[int, nn.Module]]:
+        blocks = _wanted(self.layout.find_blocks(self.model), wanted)
+        numbers = iter([number for number, _ in blocks])
+
+        def read_next() -> Future[dict[str, torch.Tensor]] | None:
+            number = next(numbers, None)
+            return pool.submit(self._read, number) if number is not None else None
+
+        coming = read_next()
+        for number, block in blocks:
             if coming is None:
                 break
             weights = coming.result()
-            coming = pool.submit(self._read, number + 1) if number + 1 < len(blocks) else None
+            coming = read_next()
             set_parameters_(block, weights)
             del weights
             try:
@@ -78,14 +88,17 @@ class StoredBlocks:
                 empty_(block)
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block with its weights) of every block in order; they go when the next comes.
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block with its weights) of every wanted block in order; they go when the next
+        comes. None: of all; others are not read.
 
         Raises, at a block's turn:
             CfspError: its shard cannot be read.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            turns = self._turns(pool)
+            turns = self._turns(pool, wanted)
             try:
                 yield turns
             finally:
@@ -120,6 +133,12 @@ class StoredBlocks:
 
 
 Blocks = LiveBlocks | StoredBlocks
+
+
+def _wanted(
+    blocks: Sequence[nn.Module], wanted: Container[int] | None
+) -> list[tuple[int, nn.Module]]:
+    return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
 
 
 def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
