@@ -197,7 +197,8 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(str(error).partition("] ")[2] or str(error)) from error
+        where, _, reason = str(error).partition("] ")  # [file of gloo:line] reason. Advice.
+        raise RankLost((reason or where).partition(". ")[0]) from error
 
 
 def launched() -> bool:
