@@ -1,6 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,9 +22,11 @@ class LiveBlocks:
     layout: Layout
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block) of every block in order."""
-        yield enumerate(self.layout.find_blocks(self.model))
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block) of every wanted block in order; None: of all."""
+        yield iter(_wanted(self.layout.find_blocks(self.model), wanted))
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block; no copy."""
@@ -60,15 +62,17 @@ class StoredBlocks:
         }
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block with its weights) of every block in order; they go when the next comes,
-        whose weights take their memory.
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block with its weights) of every wanted block in order; they go when the next
+        comes, whose weights take their memory. None: of all; others are not read.
 
         Raises, at a block's turn:
             CfspError: its shard cannot be read.
         """
-        blocks = self.layout.find_blocks(self.model)
-        stored = [self._stored(number) for number in range(len(blocks))]
+        blocks = _wanted(self.layout.find_blocks(self.model), wanted)
+        stored = [self._stored(number) for number, _ in blocks]
         with BlockReader(stored, self.dtype, self.device) as reader:
             turns = _turns(blocks, reader)
             try:
@@ -108,18 +112,24 @@ class StoredBlocks:
 
 
 def _turns(
-    blocks: Sequence[nn.Module], reader: BlockReader
+    blocks: Sequence[tuple[int, nn.Module]], reader: BlockReader
 ) -> Generator[tuple[int, nn.Module], None, None]:
-    for number, block in enumerate(blocks):
-        set_parameters_(block, reader.weights(number))
+    for position, (number, block) in enumerate(blocks):
+        set_parameters_(block, reader.weights(position))
         try:
             yield number, block
         finally:
             empty_(block)
-            reader.release(number)
+            reader.release(position)
 
 
 Blocks = LiveBlocks | StoredBlocks
+
+
+def _wanted(
+    blocks: Sequence[nn.Module], wanted: Container[int] | None
+) -> list[tuple[int, nn.Module]]:
+    return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
 
 
 def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ from .evaluation import evaluation_windows
 from .layouts import FFNWeights
 from .models import OpenModel, adopt, open_model
 from .plan import PruningPlan, make_plan
+from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
@@ -70,6 +71,7 @@ def calibrate(
     *,
     device: str = "auto",
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of a dense model from one forward pass over the calibration tokens.
 
@@ -79,13 +81,15 @@ def calibrate(
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
         device: for a model given by name; a live model stays where it is.
         progress: show a bar on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments and gets the same statistics.
 
     Raises:
         CfspError: bad input, in one line.
     """
-    opened = _open(model, tokenizer, recipe.dtype, device)
+    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    return collect(opened, recipe, windows, progress)
+    return collect(opened, recipe, windows, progress and ranks.first, ranks=ranks)
 
 
 def plan(
@@ -145,6 +149,7 @@ def prune(
     resume: bool = False,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Remove FFN channels of a model after one calibration pass.
 
@@ -165,6 +170,8 @@ def prune(
         resume: continue a run of the same model, recipe and text that was interrupted.
         stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
         progress: show bars on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments, and ``out`` is on a file system that all see.
 
     Raises:
         CfspError: bad input, in one line; the input and an existing ``out`` are untouched.
@@ -183,7 +190,8 @@ def prune(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
-    opened = _open(model, tokenizer, recipe.dtype, device, streamed=out is not None)
+    where = ranks.device(device)
+    opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     sizes = layout.intermediate_sizes(opened.model)
@@ -199,8 +207,19 @@ def prune(
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    run = Run(opened, recipe, plan, statistics, windows, held_out, overwrite, stop, progress)
+    run = Run(
+        opened,
+        recipe,
+        plan,
+        statistics,
+        windows,
+        held_out,
+        overwrite,
+        stop,
+        progress and ranks.first,
+        ranks,
+    )
     if out is not None and isinstance(opened.blocks, StoredBlocks):
         return prune_stored(run, opened.blocks, Path(out), resume)
-    where = Path(out) if out is not None else None
-    return prune_live(run, where, given=isinstance(model, nn.Module))
+    folder = Path(out) if out is not None else None
+    return prune_live(run, folder, given=isinstance(model, nn.Module))

@@ -49,11 +49,13 @@ class BlockReader:
         self.blocks = blocks
         self.dtype = dtype
         self.device = device
-        largest = max(sum(aligned(t.nbytes) for t in block.values()) for block in blocks)
+        sizes = [sum(aligned(stored.nbytes) for stored in block.values()) for block in blocks]
+        largest = max(sizes, default=0)
         self.buffers = [_Buffer(largest, device) for _ in range(min(BUFFERS, len(blocks)))]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self.coming: Future[dict[str, torch.Tensor]] = self.pool.submit(self._read, 0)
+        self.coming: Future[dict[str, torch.Tensor]] | None = None
+        self._begin(0)
 
     def __enter__(self) -> "BlockReader":
         return self
@@ -68,16 +70,21 @@ class BlockReader:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def _buffer(self, number: int) -> _Buffer:
-        return self.buffers[number % len(self.buffers)]
+    def _begin(self, position: int) -> None:
+        """Read a block, if there is one at this position."""
+        if position < len(self.blocks):
+            self.coming = self.pool.submit(self._read, position)
 
-    def _read(self, number: int) -> dict[str, torch.Tensor]:
+    def _buffer(self, position: int) -> _Buffer:
+        return self.buffers[position % len(self.buffers)]
+
+    def _read(self, position: int) -> dict[str, torch.Tensor]:
         """Fill a buffer; on a GPU the copy is only ordered when this returns."""
-        buffer = self._buffer(number)
+        buffer = self._buffer(position)
         if buffer.arrived is not None:
             buffer.arrived.synchronize()
         buffer.host.clear()
-        tensors = read_tensors(self.blocks[number], buffer.host.take)
+        tensors = read_tensors(self.blocks[position], buffer.host.take)
         if buffer.device is not None and self.stream is not None:
             with torch.cuda.stream(self.stream):
                 if buffer.left is not None:
@@ -87,20 +94,21 @@ class BlockReader:
                 buffer.arrived = self.stream.record_event()
         return {name: buffer.on_device(tensor) for name, tensor in tensors.items()}
 
-    def weights(self, number: int) -> dict[str, torch.Tensor]:
+    def weights(self, position: int) -> dict[str, torch.Tensor]:
         """The weights of the next block, which are valid until its :meth:`release`.
 
         Raises:
             CfspError: its shard cannot be read.
         """
+        if self.coming is None:
+            raise IndexError(position)
         tensors = self.coming.result()
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._buffer(number).arrived)
-        if number + 1 < len(self.blocks):
-            self.coming = self.pool.submit(self._read, number + 1)
+            torch.cuda.current_stream(self.device).wait_event(self._buffer(position).arrived)
+        self._begin(position + 1)
         return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
 
-    def release(self, number: int) -> None:
+    def release(self, position: int) -> None:
         """Let the buffer of a block be filled anew, once the device has done what it was told."""
         if self.stream is not None:
-            self._buffer(number).left = torch.cuda.current_stream(self.device).record_event()
+            self._buffer(position).left = torch.cuda.current_stream(self.device).record_event()

@@ -17,8 +17,9 @@ from .checkpoint import MAX_SHARD_BYTES, saved_tensors
 from .errors import Stopped
 from .models import OpenModel
 from .plan import PruningPlan
+from .ranks import ALONE, Ranks
 from .rewriting import check_compensation, check_plan, planned_tensors, prune_block_
-from .shards import Room, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
+from .shards import Room, Shard, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
 from .statistics import Statistics
 from .stream import RidingWindows
 
@@ -87,6 +88,20 @@ def _largest_block(planned: Mapping[str, TensorInfo], blocks: str) -> int:
     return max(sizes.values())
 
 
+def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard]:
+    """This rank's part of the shards that are not in the folder yet."""
+    finished = ranks.of_first(lambda: finished_shards(folder, shards))
+    left = [shard for shard in shards if shard.name not in finished]
+    return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
+
+
+def _blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+    """Numbers of the blocks with tensors in these shards."""
+    names = [name for shard in shards for name in shard.tensors]
+    inside = [name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}.")]
+    return {int(name.partition(".")[0]) for name in inside}
+
+
 def prune_to_shards_(
     opened: OpenModel,
     plan: PruningPlan,
@@ -97,18 +112,24 @@ def prune_to_shards_(
     after: Sequence[RidingWindows] = (),
     stop: Callable[[], bool] = bool,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the weights of the pruned model, the bytes that a pruned live model's would be.
 
+    Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
+
     Args:
-        opened: the dense model; its skeleton has the pruned shapes afterwards.
+        opened: the dense model; its skeleton has the pruned shapes afterwards, in blocks that were
+            read.
         plan: what each block keeps.
         statistics: for compensations that need them.
         folder: where the shards go; those that an earlier run finished there stay as they are.
         before: windows that go through the dense blocks.
         after: windows that go through the pruned blocks.
-        stop: asked after each block; shards that are being written are finished first.
+        stop: asked after each block; shards that are being written are finished first. Ranks stop
+            each on their own.
         progress: show a bar on stderr.
+        ranks: those that share the shards.
 
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be
@@ -123,6 +144,10 @@ def prune_to_shards_(
     dense = saved_tensors(model)
     planned = planned_tensors(dense, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
+    mine = _to_write(shards, folder, ranks)
+    others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
+    riding = any(len(windows.windows) for windows in (*before, *after))
+    wanted = None if riding else _blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     aside = _Aside(
         _largest_block(planned, f"{layout.blocks}."), model.get_input_embeddings().weight.device
@@ -130,9 +155,9 @@ def prune_to_shards_(
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     with (
         bar,
-        ShardWriter(folder, shards, finished_shards(folder, shards)) as writer,
+        ShardWriter(folder, shards, others) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
-        opened.blocks.turns() as turns,
+        opened.blocks.turns(wanted) as turns,
     ):
         head, tail = _around_blocks(dense, f"{layout.blocks}.")
         writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
@@ -162,4 +187,5 @@ def prune_to_shards_(
         writing.result()
         _write_all(writer, tail, lambda: None)
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
-    write_index(folder, shards)
+    if ranks.first:
+        write_index(folder, shards)

@@ -338,14 +338,14 @@ class ShardWriter:
     """Writes the tensors of planned shards, in any order; a shard has its name when it is whole.
 
     A context manager: on the way out of an error, unfinished shards vanish. What belongs to a shard
-    in ``finished`` is there already, and not written again.
+    in ``others`` is not written: it is there already, or another process does it.
     """
 
     def __init__(
-        self, folder: Path, shards: Iterable[Shard], finished: frozenset[str] = frozenset()
+        self, folder: Path, shards: Iterable[Shard], others: frozenset[str] = frozenset()
     ) -> None:
         self.folder = folder
-        self.finished = finished
+        self.others = others
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.open: dict[str, _OpenShard] = {}
         self.closed = 0
@@ -378,7 +378,7 @@ class ShardWriter:
         planned, given = shard.tensors[name], TensorInfo(tensor.dtype, tuple(tensor.shape))
         if planned != given:
             raise RuntimeError(f"{name} is {given}, planned was {planned}")
-        if shard.name in self.finished:
+        if shard.name in self.others:
             return
         if shard.name not in self.open:
             self.open[shard.name] = _OpenShard(self.folder, shard)
