@@ -50,7 +50,7 @@ def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard
     return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
 
 
-def _blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
     """Numbers of the blocks with tensors in these shards."""
     names = [name for shard in shards for name in shard.tensors]
     inside = [name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}.")]
@@ -102,7 +102,7 @@ def prune_to_shards_(
     mine = _to_write(shards, folder, ranks)
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
     riding = any(len(windows.windows) for windows in (*before, *after))
-    wanted = None if riding else _blocks_of(mine, layout.blocks)
+    wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     with (

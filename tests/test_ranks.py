@@ -14,15 +14,17 @@ import pytest
 import torch
 
 import cfsp
+from cfsp import blocks, second_pass
 from cfsp.cli import main
 from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.models import open_model
 from cfsp.pipeline import calibration_windows
 from cfsp.ranks import ALONE, Ranks, joined
-from cfsp.shards import read_index
+from cfsp.shards import Shard, StoredTensor, read_index, read_tensors
+from cfsp.streaming import open_streamed
 from cfsp.text import load_text
 
-from .rank_driver import prune_live, small_shards
+from .rank_driver import ROWS, prune_live, small_shards
 from .test_streaming import assert_same_files, prune, rewrite, saved
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -198,6 +200,9 @@ def four(here: Here) -> Driven:
     ]
     live = {"live": str(here.folder / "live-4"), "dataset": str(here.text)}
     given.insert(5, {"name": "live", **live})
+    given.insert(0, {"name": "exchange", "exchange": str(here.folder / "own")})
+    theirs = {"exchange": str(here.folder / "theirs"), "initialised": True}
+    given.insert(1, {"name": "theirs", **theirs})
     return here.drive("four", 4, given)
 
 
@@ -231,6 +236,20 @@ def test_only_the_first_rank_prints(here: Here, four: Driven) -> None:
         assert not any(line.out or line.err for line in others)
     result = json.loads(four.lines["qwen"][0].out.splitlines()[-1])
     assert result["perplexity_before"]["windows"] == 3
+
+
+def test_sums_are_added_in_the_order_of_one_process(here: Here, four: Driven) -> None:
+    assert four.codes("exchange") == four.codes("theirs") == [0] * 4
+    expected = torch.zeros_like(ROWS[0])
+    for row in ROWS:
+        expected += row
+    parts = [sum(ROWS[Ranks(rank, 4).share(len(ROWS))]) for rank in range(4)]
+    assert not torch.equal(sum(parts), expected)  # the order shows
+    for name in [f"{group}-{rank}" for group in ("own", "theirs") for rank in range(4)]:
+        found = torch.load(here.folder / name)
+        assert torch.equal(found["sum"], expected)
+        assert torch.equal(found["rows"], ROWS)
+        assert found["others"] == [0, 3, 4]
 
 
 def test_statistics_and_perplexity_are_those_of_one_process(
@@ -318,6 +337,32 @@ def test_sigterm_to_torchrun_stops_all_ranks_in_order(here: Here) -> None:
     assert (here.folder / "terminated.partial" / ".cfsp-run" / "statistics.safetensors").exists()
     assert main(here.prune(here.llama, "terminated", LLAMA, "--resume")) == 0
     assert_same_files(here.folder / "terminated", here.folder / "llama-1")
+
+
+def test_only_blocks_that_are_wanted_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_streamed(saved(tmp_path / "m"))
+    assert opened is not None
+    read: list[StoredTensor] = []
+
+    def recorded(tensors: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+        read.extend(tensors.values())
+        return read_tensors(tensors)
+
+    monkeypatch.setattr(blocks, "read_tensors", recorded)
+    stored = opened.blocks.tensors
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 3)]
+    shard = Shard(
+        "s", {name: stored[name] for name in names} | {"lm_head.weight": stored[names[0]]}
+    )
+    wanted = second_pass.blocks_of([shard], "model.layers")
+    with opened.blocks.turns(wanted) as turns:
+        assert [number for number, _ in turns] == [1, 3]
+    inside = ("model.layers.1.", "model.layers.3.")
+    expected = [tensor for name, tensor in stored.items() if name.startswith(inside)]
+    assert len(read) == 18
+    assert all(tensor in expected for tensor in read)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
