@@ -1,7 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from .layouts import FFNWeights, Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
+from .reading import BlockReader
 from .shards import StoredTensor, first_values, read_tensors
 from .statistics import model_fingerprint
 
@@ -52,57 +52,39 @@ class StoredBlocks:
     dtype: torch.dtype
     device: torch.device
 
-    def _read(self, number: int) -> dict[str, torch.Tensor]:
+    def _stored(self, number: int) -> dict[str, StoredTensor]:
+        """A block's tensors by their names in the block."""
         prefix = f"{self.layout.blocks}.{number}."
-        wanted = {
+        return {
             name.removeprefix(prefix): stored
             for name, stored in self.tensors.items()
             if name.startswith(prefix)
         }
-        return {name: self._placed(tensor) for name, tensor in read_tensors(wanted).items()}
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype).to(self.device)
-
-    def _turns(
-        self, pool: ThreadPoolExecutor, wanted: Container[int] | None
-    ) -> Iterator[tuple[int, nn.Module]]:
-        blocks = _wanted(self.layout.find_blocks(self.model), wanted)
-        numbers = iter([number for number, _ in blocks])
-
-        def read_next() -> Future[dict[str, torch.Tensor]] | None:
-            number = next(numbers, None)
-            return pool.submit(self._read, number) if number is not None else None
-
-        coming = read_next()
-        for number, block in blocks:
-            if coming is None:
-                break
-            weights = coming.result()
-            coming = read_next()
-            set_parameters_(block, weights)
-            del weights
-            try:
-                yield number, block
-            finally:
-                empty_(block)
 
     @contextmanager
     def turns(
         self, wanted: Container[int] | None = None
     ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
         """(number, block with its weights) of every wanted block in order; they go when the next
-        comes. None: of all; others are not read.
+        comes, whose weights take their memory. None: of all; others are not read.
 
         Raises, at a block's turn:
             CfspError: its shard cannot be read.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            turns = self._turns(pool, wanted)
+        blocks = _wanted(self.layout.find_blocks(self.model), wanted)
+        if not blocks:
+            yield iter(())
+            return
+        stored = [self._stored(number) for number, _ in blocks]
+        with BlockReader(stored, self.dtype, self.device) as reader:
+            turns = _turns(blocks, reader)
             try:
                 yield turns
             finally:
-                turns.close()  # type: ignore[attr-defined]
+                turns.close()
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).to(self.device)
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block, read from disk."""
@@ -130,6 +112,18 @@ class StoredBlocks:
             (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
             for name, stored in sorted(self.tensors.items())
         )
+
+
+def _turns(
+    blocks: Sequence[tuple[int, nn.Module]], reader: BlockReader
+) -> Generator[tuple[int, nn.Module], None, None]:
+    for position, (number, block) in enumerate(blocks):
+        set_parameters_(block, reader.weights(position))
+        try:
+            yield number, block
+        finally:
+            empty_(block)
+            reader.release(position)
 
 
 Blocks = LiveBlocks | StoredBlocks

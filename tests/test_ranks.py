@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cfsp
-from cfsp import blocks, second_pass
+from cfsp import reading, second_pass
 from cfsp.cli import main
 from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.models import open_model
@@ -346,11 +346,11 @@ def test_only_blocks_that_are_wanted_are_read(
     assert opened is not None
     read: list[StoredTensor] = []
 
-    def recorded(tensors: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    def recorded(tensors: dict[str, StoredTensor], *more: object) -> dict[str, torch.Tensor]:
         read.extend(tensors.values())
-        return read_tensors(tensors)
+        return read_tensors(tensors, *more)
 
-    monkeypatch.setattr(blocks, "read_tensors", recorded)
+    monkeypatch.setattr(reading, "read_tensors", recorded)
     stored = opened.blocks.tensors
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 3)]
     shard = Shard(
@@ -359,6 +359,8 @@ def test_only_blocks_that_are_wanted_are_read(
     wanted = second_pass.blocks_of([shard], "model.layers")
     with opened.blocks.turns(wanted) as turns:
         assert [number for number, _ in turns] == [1, 3]
+    with opened.blocks.turns(set()) as turns:
+        assert not list(turns)
     inside = ("model.layers.1.", "model.layers.3.")
     expected = [tensor for name, tensor in stored.items() if name.startswith(inside)]
     assert len(read) == 18
@@ -399,10 +401,13 @@ def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_has_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     ranks = Ranks(rank=9, size=12, local_rank=1)
     assert [ranks.device(name) for name in ("auto", "cuda", "cpu", "cuda:0")] == [
         "cuda:1", "cuda:1", "cpu", "cuda:0",
     ]  # fmt: skip
+    assert current == [1, 1]
     with pytest.raises(CfspError, match="rank 9 has no GPU of its own: 2 on this machine"):
         Ranks(rank=9, size=12, local_rank=2).device("auto")
     assert issubclass(RankLost, Stopped)
