@@ -69,6 +69,8 @@ class Ranks:
     def device(self, name: str) -> str:
         """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank.
 
+        That becomes the current one, so that nothing is put on another's.
+
         Raises:
             CfspError: more ranks than GPUs on this machine.
         """
@@ -79,6 +81,7 @@ class Ranks:
                 f"rank {self.rank} has no GPU of its own: {torch.cuda.device_count()} on this "
                 "machine; give torchrun that --nproc-per-node"
             )
+        torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
     def ordered_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

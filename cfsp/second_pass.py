@@ -36,6 +36,7 @@ class _Aside:
     """Where a cut block waits to be written while its own memory takes the next one."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.arena = Arena(nbytes, torch.device("cpu"), pinned=self.on_gpu)
 
@@ -60,7 +61,7 @@ class _Aside:
         found = {name: here(tensor) for name, tensor in tensors.items()}
         if not self.on_gpu:
             return found, lambda: None
-        return found, torch.cuda.current_stream().record_event().synchronize
+        return found, torch.cuda.current_stream(self.device).record_event().synchronize
 
 
 def _around_blocks(
@@ -95,7 +96,7 @@ def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard
     return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
 
 
-def _blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
     """Numbers of the blocks with tensors in these shards."""
     names = [name for shard in shards for name in shard.tensors]
     inside = [name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}.")]
@@ -147,7 +148,7 @@ def prune_to_shards_(
     mine = _to_write(shards, folder, ranks)
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
     riding = any(len(windows.windows) for windows in (*before, *after))
-    wanted = None if riding else _blocks_of(mine, layout.blocks)
+    wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     aside = _Aside(
         _largest_block(planned, f"{layout.blocks}."), model.get_input_embeddings().weight.device

@@ -10,6 +10,8 @@ a line {"name", "code", "out", "err"} to FOLDER/rank-N.jsonl for each.
   cfsp for the nth time it sends a signal to itself or to its parent, torchrun.
 * "full": that rank finds the disk full.
 * "live": a live model is pruned into this folder instead; "dataset" is what it is calibrated on.
+* "exchange": the ranks sum and gather ROWS instead; what each has then goes to this file, with "-N"
+  behind. "initialised": by a program that uses torch.distributed itself.
 """
 
 import errno
@@ -25,6 +27,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import cfsp
 from cfsp.cli import main
@@ -32,6 +36,7 @@ from cfsp.ranks import joined
 from tests.conftest import make_tiny, make_tokenizer
 
 SHARD_BYTES = 20_000
+ROWS = torch.randn(11, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def small_shards(patch: pytest.MonkeyPatch) -> None:
@@ -68,10 +73,32 @@ def prune_live(dataset: str, out: str) -> None:
         cfsp.prune(make_tiny(), make_tokenizer(), recipe, out, ranks=ranks, **options)
 
 
+def exchange(file: str, initialised: bool) -> None:
+    """Sum the rows over ranks, and gather them, where each begins with its share."""
+    if initialised:
+        dist.init_process_group("gloo")
+    with joined() as ranks:
+        own = ranks.share(len(ROWS))
+        rows = torch.zeros_like(ROWS)
+        rows[own] = ROWS[own]
+        found = {
+            "sum": ranks.ordered_sum(list(ROWS[own]), ROWS[0]),
+            "rows": ranks.fill_(rows),
+            "others": [ranks.of_first(lambda: ranks.rank), ranks.most(ranks.rank), ranks.total(1)],
+        }
+    torch.save(found, f"{file}-{ranks.rank}")
+    assert dist.is_initialized() == initialised
+    if initialised:
+        dist.destroy_process_group()
+
+
 def _run(command: dict[str, object], rank: int) -> int | str | None:
     try:
         if "live" in command:
             prune_live(str(command["dataset"]), str(command["live"]))
+            return 0
+        if "exchange" in command:
+            exchange(str(command["exchange"]), "initialised" in command)
             return 0
         return main([str(argument).format(rank=rank) for argument in command["arguments"]])
     except SystemExit as stop:

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 import cfsp
+from cfsp import reading, second_pass
 from cfsp.cli import main
 from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.models import open_model
 from cfsp.pipeline import calibration_windows
 from cfsp.ranks import ALONE, Ranks, joined
-from cfsp.shards import read_index
+from cfsp.shards import Shard, StoredTensor, read_index, read_tensors
+from cfsp.streaming import open_streamed
 from cfsp.text import load_text
 
-from .rank_driver import prune_live, small_shards
+from .rank_driver import ROWS, prune_live, small_shards
 from .test_streaming import assert_same_files, prune, rewrite, saved
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -198,6 +200,9 @@ def four(here: Here) -> Driven:
     ]
     live = {"live": str(here.folder / "live-4"), "dataset": str(here.text)}
     given.insert(5, {"name": "live", **live})
+    given.insert(0, {"name": "exchange", "exchange": str(here.folder / "own")})
+    theirs = {"exchange": str(here.folder / "theirs"), "initialised": True}
+    given.insert(1, {"name": "theirs", **theirs})
     return here.drive("four", 4, given)
 
 
@@ -231,6 +236,20 @@ def test_only_the_first_rank_prints(here: Here, four: Driven) -> None:
         assert not any(line.out or line.err for line in others)
     result = json.loads(four.lines["qwen"][0].out.splitlines()[-1])
     assert result["perplexity_before"]["windows"] == 3
+
+
+def test_sums_are_added_in_the_order_of_one_process(here: Here, four: Driven) -> None:
+    assert four.codes("exchange") == four.codes("theirs") == [0] * 4
+    expected = torch.zeros_like(ROWS[0])
+    for row in ROWS:
+        expected += row
+    parts = [sum(ROWS[Ranks(rank, 4).share(len(ROWS))]) for rank in range(4)]
+    assert not torch.equal(sum(parts), expected)  # the order shows
+    for name in [f"{group}-{rank}" for group in ("own", "theirs") for rank in range(4)]:
+        found = torch.load(here.folder / name)
+        assert torch.equal(found["sum"], expected)
+        assert torch.equal(found["rows"], ROWS)
+        assert found["others"] == [0, 3, 4]
 
 
 def test_statistics_and_perplexity_are_those_of_one_process(
@@ -320,6 +339,34 @@ def test_sigterm_to_torchrun_stops_all_ranks_in_order(here: Here) -> None:
     assert_same_files(here.folder / "terminated", here.folder / "llama-1")
 
 
+def test_only_blocks_that_are_wanted_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_streamed(saved(tmp_path / "m"))
+    assert opened is not None
+    read: list[StoredTensor] = []
+
+    def recorded(tensors: dict[str, StoredTensor], *more: object) -> dict[str, torch.Tensor]:
+        read.extend(tensors.values())
+        return read_tensors(tensors, *more)
+
+    monkeypatch.setattr(reading, "read_tensors", recorded)
+    stored = opened.blocks.tensors
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 3)]
+    shard = Shard(
+        "s", {name: stored[name] for name in names} | {"lm_head.weight": stored[names[0]]}
+    )
+    wanted = second_pass.blocks_of([shard], "model.layers")
+    with opened.blocks.turns(wanted) as turns:
+        assert [number for number, _ in turns] == [1, 3]
+    with opened.blocks.turns(set()) as turns:
+        assert not list(turns)
+    inside = ("model.layers.1.", "model.layers.3.")
+    expected = [tensor for name, tensor in stored.items() if name.startswith(inside)]
+    assert len(read) == 18
+    assert all(tensor in expected for tensor in read)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 16])
 def test_shares_are_contiguous_and_cover_everything(size: int, count: int) -> None:
@@ -354,10 +401,13 @@ def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_has_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     ranks = Ranks(rank=9, size=12, local_rank=1)
     assert [ranks.device(name) for name in ("auto", "cuda", "cpu", "cuda:0")] == [
         "cuda:1", "cuda:1", "cpu", "cuda:0",
     ]  # fmt: skip
+    assert current == [1, 1]
     with pytest.raises(CfspError, match="rank 9 has no GPU of its own: 2 on this machine"):
         Ranks(rank=9, size=12, local_rank=2).device("auto")
     assert issubclass(RankLost, Stopped)
