@@ -26,6 +26,10 @@ class LiveBlocks:
         """(number, block) of every block in order."""
         yield enumerate(self.layout.find_blocks(self.model))
 
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that a block's turn reads from disk."""
+        return 0
+
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block; no copy."""
         return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
@@ -90,6 +94,11 @@ class StoredBlocks:
                 yield turns
             finally:
                 turns.close()  # type: ignore[attr-defined]
+
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that a block's turn reads from disk."""
+        prefix = f"{self.layout.blocks}.{number}."
+        return sum(x.nbytes for name, x in self.tensors.items() if name.startswith(prefix))
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block, read from disk."""

@@ -13,6 +13,7 @@ from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics,
 from .blocks import Blocks, LiveBlocks
 from .errors import CfspError, Stopped
 from .layouts import Layout
+from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 from .stream import default_micro_batch, forward_instead, record_block_calls, run_block
@@ -136,11 +137,12 @@ def collect_statistics(
             unit_scale=True,
             disable=not progress,
         )
+        shown = BlockProgress(bar, len(blocks))
         with bar, weights.turns() as turns:
             for number, block in turns:
                 if stop():
                     raise Stopped
-                bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
+                shown.turn(number, weights.stored_bytes(number))
                 channels = layout.projection(block, layout.down).in_features
                 collector = _BlockCollector(channels, len(calls.arguments[number]), device)
 

@@ -92,6 +92,7 @@ def collect(
     opened: OpenModel,
     recipe: Recipe,
     windows: torch.Tensor,
+    micro_batch: int,
     progress: bool,
     stop: Callable[[], bool] = bool,
 ) -> Statistics:
@@ -100,7 +101,7 @@ def collect(
         opened.model,
         opened.layout,
         windows,
-        micro_batch=recipe.micro_batch,
+        micro_batch=micro_batch,
         provenance={
             "model": opened.name,
             "calibration": dataclasses.asdict(recipe.calibration),
@@ -121,6 +122,8 @@ class Run:
     statistics: Statistics | None
     windows: torch.Tensor | None
     """[N, S] calibration tokens; None where no calibration is needed."""
+    micro_batch: int
+    """Windows per forward call of calibration."""
     held_out: HeldOut
     overwrite: bool
     stop: Callable[[], bool]
@@ -130,7 +133,9 @@ class Run:
         """The statistics given, or those of a pass over the calibration tokens."""
         if self.windows is None:
             return self.statistics
-        return collect(self.opened, self.recipe, self.windows, self.progress, self.stop)
+        return collect(
+            self.opened, self.recipe, self.windows, self.micro_batch, self.progress, self.stop
+        )
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
@@ -147,9 +152,12 @@ class Run:
             return tokens_fingerprint(windows) if windows is not None else None
 
         plan, statistics = self.plan, self.statistics
+        recipe = self.recipe.to_dict()
+        del recipe["micro_batch"]  # what it asks for; the one in force counts
         return {
             "model": blocks.checkpoint_fingerprint(),
-            "recipe": self.recipe.to_dict(),
+            "recipe": recipe,
+            "micro-batch": self.micro_batch,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
@@ -265,6 +273,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
         report = _report(opened, plan, statistics, parameters_before, before, after)
         write_settings(model, opened.tokenizer, folder)
         write_documents(folder, plan, recipe_document(report), model_card(report))
+        empty_(model)  # one model's embeddings in memory at a time
         verify_streamed(folder, expected, blocks.device)
         end(folder)
     return PruneResult(opened.tokenizer, report, out, None, blocks.device)
