@@ -180,9 +180,11 @@ class Workload:
                     "blocks": 2 * pruned,
                     "hidden states": 2 * self._states(evaluated),
                 }
-        if self.device != "cpu":
-            for parts in found.values():
+        for parts in found.values():
+            if self.device != "cpu":
                 parts["allocator"] = WORKSPACE_BYTES + math.ceil(SLACK * sum(parts.values()))
+            else:  # a heap keeps what calls of changing sizes leave: measured, about as much again
+                parts["allocator"] = parts.get("micro-batch", 0)
         return found
 
     def device_parts(self) -> tuple[str, dict[str, int]]:
