@@ -28,6 +28,10 @@ class LiveBlocks:
         """(number, block) of every wanted block in order; None: of all."""
         yield iter(_wanted(self.layout.find_blocks(self.model), wanted))
 
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that a block's turn reads from disk."""
+        return 0
+
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block; no copy."""
         return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
@@ -82,6 +86,11 @@ class StoredBlocks:
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype).to(self.device)
+
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that a block's turn reads from disk."""
+        prefix = f"{self.layout.blocks}.{number}."
+        return sum(x.nbytes for name, x in self.tensors.items() if name.startswith(prefix))
 
     def ffn_weights(self, number: int) -> FFNWeights:
         """The FFN matrices of a block, read from disk."""

@@ -12,17 +12,16 @@ from rich.console import Console
 
 from . import __version__
 from .allocation import ALLOCATORS
+from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
-from .evaluation import evaluation_windows, perplexity
-from .models import open_model
+from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
+from .models import check_seqlen, open_model
 from .pipeline import (
-    EVALUATION_WINDOWS,
     PruneResult,
     as_calibrated,
     calibrate,
-    check_seqlen,
     prune,
 )
 from .plan import load_plan, make_plan, save_plan
@@ -59,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no estimate, no progress bars")
 
 
 def _default(field: str) -> str:
@@ -154,6 +153,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         arguments.model,
         recipe=_recipe(arguments),
         device=arguments.device,
+        max_memory=arguments.max_memory,
         progress=not arguments.quiet,
         ranks=arguments.ranks,
     )
@@ -187,6 +187,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _prune(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        if arguments.plan or arguments.statistics:
+            raise CfspError("--dry-run estimates a whole run; drop --plan and --statistics")
+        dry_run(arguments, _recipe(arguments))
+        return
+    check_no_dry_run(arguments)
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
         for name in ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS):
@@ -202,6 +208,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             eval_dataset=arguments.eval_dataset,
             eval_windows=arguments.eval_windows,
             device=arguments.device,
+            max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
             stop=stop,
@@ -269,6 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
     _add_calibration(calibration)
+    add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)
 
     plan = commands.add_parser("plan", help="widths and kept channels, to look at or edit")
@@ -279,10 +287,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     pruning = commands.add_parser("prune", help="a smaller model in a new folder")
     _add_model(pruning)
-    pruning.add_argument("--out", required=True, metavar="DIR")
+    pruning.add_argument("--out", metavar="DIR", help="needed but for --dry-run")
     _add_recipe(pruning)
     pruning.add_argument("--plan", metavar="PLAN.json", help="apply a saved, perhaps edited plan")
     _add_calibration(pruning)
+    add_memory(pruning)
+    add_dry_run(pruning)
     pruning.add_argument(
         "--resume", action="store_true", help="continue a run of this command that was interrupted"
     )

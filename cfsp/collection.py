@@ -13,6 +13,7 @@ from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics,
 from .blocks import Blocks, LiveBlocks
 from .errors import CfspError, Stopped
 from .layouts import Layout
+from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
@@ -166,11 +167,12 @@ def collect_statistics(
         )
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
+        shown = BlockProgress(bar, len(blocks))
         with bar, needed as turns:
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
-                bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
+                shown.turn(number, weights.stored_bytes(number))
                 channels = layout.projection(block, layout.down).in_features
                 collector = _BlockCollector(channels, micro_batches, device, ranks)
 

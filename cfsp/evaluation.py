@@ -16,6 +16,7 @@ from .ranks import ALONE, Ranks
 from .stream import RidingWindows
 from .text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
 
+EVALUATION_WINDOWS = 16
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
 
 

@@ -94,6 +94,7 @@ def collect(
     opened: OpenModel,
     recipe: Recipe,
     windows: torch.Tensor,
+    micro_batch: int,
     progress: bool,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
@@ -103,7 +104,7 @@ def collect(
         opened.model,
         opened.layout,
         windows,
-        micro_batch=recipe.micro_batch,
+        micro_batch=micro_batch,
         provenance={
             "model": opened.name,
             "calibration": dataclasses.asdict(recipe.calibration),
@@ -125,6 +126,8 @@ class Run:
     statistics: Statistics | None
     windows: torch.Tensor | None
     """[N, S] calibration tokens; None where no calibration is needed."""
+    micro_batch: int
+    """Windows per forward call of calibration."""
     held_out: HeldOut
     overwrite: bool
     stop: Callable[[], bool]
@@ -135,7 +138,15 @@ class Run:
         """The statistics given, or those of a pass over the calibration tokens."""
         if self.windows is None:
             return self.statistics
-        return collect(self.opened, self.recipe, self.windows, self.progress, self.stop, self.ranks)
+        return collect(
+            self.opened,
+            self.recipe,
+            self.windows,
+            self.micro_batch,
+            self.progress,
+            self.stop,
+            self.ranks,
+        )
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
@@ -153,9 +164,12 @@ class Run:
             return tokens_fingerprint(windows) if windows is not None else None
 
         plan, statistics = self.plan, self.statistics
+        recipe = self.recipe.to_dict()
+        del recipe["micro_batch"]  # what it asks for; the one in force counts
         return {
             "model": blocks.checkpoint_fingerprint(),
-            "recipe": self.recipe.to_dict(),
+            "recipe": recipe,
+            "micro-batch": self.micro_batch,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
@@ -278,6 +292,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             )
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
+            empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, second.probe, blocks.device)
             end(folder)
             return report

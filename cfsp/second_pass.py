@@ -17,6 +17,7 @@ from .checkpoint import MAX_SHARD_BYTES, saved_tensors
 from .errors import Stopped
 from .models import OpenModel
 from .plan import PruningPlan
+from .progress import BlockProgress
 from .ranks import ALONE, Ranks
 from .rewriting import check_compensation, check_plan, planned_tensors, prune_block_
 from .shards import Room, Shard, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
@@ -154,6 +155,7 @@ def prune_to_shards_(
         _largest_block(planned, f"{layout.blocks}."), model.get_input_embeddings().weight.device
     )
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
+    shown = BlockProgress(bar, len(plan.blocks))
     with (
         bar,
         ShardWriter(folder, shards, others) as writer,
@@ -165,7 +167,7 @@ def prune_to_shards_(
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
         for number, block in turns:
-            bar.set_postfix_str(f"block {number + 1}/{len(plan.blocks)}")
+            shown.turn(number, opened.blocks.stored_bytes(number))
             for windows in before:
                 windows.ride(number)
             block_statistics = statistics.blocks[number] if statistics is not None else None

@@ -37,7 +37,7 @@ def _dtype(
     return tensors[names[0]].dtype
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -141,7 +141,7 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     if not floats:
         return None
     precision = _dtype(dtype, config, tensors, floats)
-    skeleton = _skeleton(config, precision)
+    skeleton = make_skeleton(config, precision)
     found = _matched(folder, skeleton, layout, tensors)
     if found is None:
         return None
