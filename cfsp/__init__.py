@@ -5,7 +5,9 @@ Importing this registers the pruned architectures with transformers, so that
 """
 
 from .checkpoint import load, register
+from .dry_run import estimate
 from .errors import CfspError
+from .estimate import Estimate
 from .evaluation import Perplexity, perplexity
 from .models import open_model
 from .pipeline import PruneResult, calibrate, plan, prune
@@ -18,12 +20,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "CfspError",
+    "Estimate",
     "Perplexity",
     "PruneResult",
     "PruningPlan",
     "Recipe",
     "Statistics",
     "calibrate",
+    "estimate",
     "load",
     "load_plan",
     "load_recipe",

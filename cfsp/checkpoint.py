@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from . import modeling_cfsp
 from .errors import CfspError, Stopped
 from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
-from .models import build_skeleton, pick_device, quiet_loading
+from .models import make_skeleton, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
 from .resume import can_resume
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
@@ -81,7 +81,7 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
         name: value for name, value in values.items() if name not in _unknown(stock_type, widths)
     }
     config = stock_type(**known, cfsp_config=summary)
-    stock = build_skeleton(config, model.dtype)
+    stock = make_skeleton(config, model.dtype)
     own, stock_own = (_shapes(m) for m in (model, stock))
     classes: tuple[type, type] = (type(stock), type(stock.base_model))
     if own != stock_own:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,45 +17,65 @@ from .blocks import Blocks, LiveBlocks
 from .errors import CfspError, Stopped
 from .ffns import ChannelGroup
 from .layouts import Layout
+from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
+from .ranks import ALONE, Ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 from .stream import default_micro_batch, record_block_calls, run_block
 
 
 class _BlockCollector:
-    """Adds up one block's statistics on its device, without waiting for it."""
+    """Adds up one block's statistics on its device, without waiting for it.
+
+    The first rank adds as it goes. The others keep what each micro-batch gives, to be added after
+    those of the ranks before them.
+    """
 
     def __init__(
-        self, groups: tuple[ChannelGroup, ...], micro_batches: int, device: torch.device
+        self,
+        groups: tuple[ChannelGroup, ...],
+        micro_batches: int,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.groups = groups
         sizes = [group.channels for group in groups for _ in range(group.experts)]
         self.ranges = [
             slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
+        self.ranks = ranks
         self.tokens = 0
-        self.expert_tokens = [0] * len(sizes)
-        self.sum = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.sum_of_squares = torch.zeros_like(self.sum)
+        self.expert_tokens = torch.zeros(len(sizes), dtype=torch.float64)
+        self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
+        self.sums: list[torch.Tensor] = []
+        """Each [2, F] fp64: sum and sum of squares."""
+        self.begun = False
+        """Whether the last of them is of the micro-batch that is running."""
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
+        self.own_influences = self.influences[ranks.share(micro_batches)]
 
     def add_channels(self, first: int, expert: int, part: ChannelStatistics) -> None:
         """``expert`` counts from the ``first`` of its FFN among all of the block."""
-        channels = self.ranges[first + expert]
+        if not self.sums or not (self.ranks.first or self.begun):
+            self.sums.append(self.zeros.clone())
+        self.begun = True
         self.expert_tokens[first + expert] += part.tokens
-        self.sum[channels] += part.sum
-        self.sum_of_squares[channels] += part.sum_of_squares
+        channels = self.ranges[first + expert]
+        self.sums[-1][0, channels] += part.sum
+        self.sums[-1][1, channels] += part.sum_of_squares
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.tokens += before.shape[:-1].numel()
+        self.begun = False
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
-            self.influences[index, column] = getattr(part, metric)
+            self.own_influences[index, column] = getattr(part, metric)
 
     def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
-        influences = self.influences.cpu()
+        ranks = self.ranks
+        influences = ranks.fill_(self.influences.cpu())
         broken = (~influences.isfinite().all(1)).nonzero()
         if len(broken):
             first = int(broken[0]) * micro_batch
@@ -65,16 +85,18 @@ class _BlockCollector:
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
-        if not any(self.expert_tokens):
+        sums = ranks.ordered_sum([part.cpu() for part in self.sums], self.zeros)
+        expert_tokens = ranks.ordered_sum([self.expert_tokens], self.expert_tokens)
+        if not expert_tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
-            self.tokens,
+            ranks.total(self.tokens),
             windows,
-            self.sum.cpu(),
-            self.sum_of_squares.cpu(),
+            sums[0].clone(),
+            sums[1].clone(),
             influences.sum(0),
             self.groups,
-            tuple(self.expert_tokens),
+            tuple(int(tokens) for tokens in expert_tokens),
         )
 
 
@@ -113,10 +135,12 @@ def collect_statistics(
     progress: bool = True,
     weights: Blocks | None = None,
     stop: Callable[[], bool] = bool,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
-    Memory beside the model: the hidden states of all windows once, one micro-batch.
+    Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
+    ranks other than the first, [2, F] fp64 for each of their micro-batches.
 
     Args:
         model: a causal LM on its device; left as it was found.
@@ -128,36 +152,50 @@ def collect_statistics(
         progress: show a bar on stderr.
         weights: where the blocks' weights are; None: in the model.
         stop: asked before each block.
+        ranks: each runs its share of the micro-batches; all get the same result, which does not
+            depend on how many they are.
 
     Raises:
-        CfspError: a block gives NaN or infinite activations; names it and the window.
-        Stopped: ``stop`` said so.
+        CfspError: a block gives NaN or infinite activations; names it and the window. Ranks with
+            another model, text or version than the first.
+        Stopped: ``stop`` said so, on any rank.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
-    micro_batch = micro_batch or default_micro_batch(device, seqlen)
+    given = micro_batch
+    micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
+    micro_batches = -(-count // micro_batch)
+    mine = ranks.share(micro_batches)
+    own_windows = windows[mine.start * micro_batch : mine.stop * micro_batch]
     blocks = layout.find_blocks(model)
     weights = weights or LiveBlocks(model, layout)
-    fingerprint = weights.fingerprint()
+    identity = {
+        "model": weights.fingerprint(),
+        "calibration text": tokens_fingerprint(windows),
+        "machine or version": versions(device),
+    }
+    ranks.check_same(identity)
     training = model.training
     model.eval()
     results = []
     try:
-        calls = record_block_calls(model, blocks, windows, micro_batch)
+        calls = record_block_calls(model, blocks, own_windows, micro_batch)
         bar = tqdm(
-            total=len(blocks) * windows.numel(),
+            total=len(blocks) * own_windows.numel(),
             desc="calibrate",
             unit="tok",
             unit_scale=True,
             disable=not progress,
         )
-        with bar, weights.turns() as turns:
+        # a rank without windows needs no weights, but takes part in every sum
+        needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
+        shown = BlockProgress(bar, len(blocks))
+        with bar, needed as turns:
             for number, block in turns:
-                if stop():
+                if ranks.any(stop()):
                     raise Stopped
-                bar.set_postfix_str(f"block {number + 1}/{len(blocks)}")
-                batches = len(calls.arguments[number])
-                collector = _BlockCollector(layout.groups(block), batches, device)
+                shown.turn(number, weights.stored_bytes(number))
+                collector = _BlockCollector(layout.groups(block), micro_batches, device, ranks)
 
                 def observe(
                     index: int,
@@ -176,14 +214,14 @@ def collect_statistics(
     _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),
-        fingerprint,
+        str(identity["model"]),
         {
             **(provenance or {}),
-            "tokens_sha256": tokens_fingerprint(windows),
+            "tokens_sha256": identity["calibration text"],
             "windows": count,
             "seqlen": seqlen,
             "micro_batch": micro_batch,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "versions": versions(device),
+            "versions": identity["machine or version"],
         },
     )

@@ -1,6 +1,6 @@
 """Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ from torch.nn.functional import linear
 
 from cfsp_kernels import ChannelStatistics, channel_statistics, swiglu_statistics
 
-from .ffns import FFN, ChannelAxis, ChannelGroup, Collect, CutDown, FFNWeights, parameter
+from .ffns import FFN, ChannelAxis, ChannelGroup, Collect, Compensate, FFNWeights, parameter
 from .forwards import forward_instead
 from .modeling_cfsp import set_parameter, set_width
+from .shards import Room
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,20 @@ class ExpertsFFN(FFN):
 
         return unfused
 
-    def cut_(self, block: nn.Module, kept: torch.Tensor, downs: Iterator[CutDown]) -> None:
+    def cut_(
+        self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
+    ) -> None:
         """See :meth:`cfsp.ffns.FFN.cut_`. One expert at a time: the tensors are large."""
         gate_up, down = (block.get_parameter(name) for name in (self.up, self.down))
         experts, width = kept.shape
-        new_gate_up = gate_up.new_empty(experts, 2 * width, gate_up.shape[2])
-        new_down = down.new_empty(experts, down.shape[1], width)
+        place = room or (lambda shape, dtype: down.new_empty(shape, dtype=dtype))
+        new_gate_up = place((experts, 2 * width, gate_up.shape[2]), gate_up.dtype)
+        new_down = place((experts, down.shape[1], width), down.dtype)
         rows = ChannelAxis(0, copies=2)
-        for expert, cut in enumerate(downs):
-            if cut.bias is not None:
+        for expert in range(experts):
+            rows.cut(gate_up.data[expert], kept[expert], new_gate_up[expert])
+            if compensate(expert, down.data[expert], new_down[expert]).bias is not None:
                 raise ValueError("experts have no bias to put a mean into")
-            new_gate_up[expert] = rows.cut(gate_up.data[expert], kept[expert])
-            new_down[expert] = cut.weight
         set_parameter(block, self.up, parameter(new_gate_up, gate_up))
         set_parameter(block, self.down, parameter(new_down, down))
         set_width(block, self.down, width)

@@ -19,6 +19,7 @@ from cfsp_kernels import (
 from .errors import CfspError
 from .forwards import forward_instead
 from .modeling_cfsp import set_parameter, set_width
+from .shards import Room
 
 FUSED_ACTIVATIONS = {
     "silu": "silu",
@@ -52,6 +53,10 @@ class CutDown:
     """[D, width]."""
     bias: torch.Tensor | None
     """[D], to be added to the bias that the projection may have."""
+
+
+Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]
+"""Takes (number of the expert, its down [D, F], where [D, width] of it may go)."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,14 @@ class ChannelAxis:
         """Positions of the kept channels, [copies * width]."""
         return torch.cat([kept + copy * channels for copy in range(self.copies)])
 
-    def cut(self, tensor: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """A vector or matrix with only the kept channels [width] int64."""
+    def cut(
+        self, tensor: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A vector or matrix with only the kept channels [width] int64; in ``out``, a matrix."""
         index = self.index(kept.to(tensor.device), tensor.shape[self.dimension] // self.copies)
         if tensor.dim() == 1:
             return tensor[index]
-        return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index)
+        return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index, out=out)
 
 
 def parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
@@ -235,31 +242,49 @@ class FFN:
 
         return forward_instead([self.module(block)], [forward])
 
-    def cut_(self, block: nn.Module, kept: torch.Tensor, downs: Iterator[CutDown]) -> None:
+    def cut_(
+        self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
+    ) -> None:
         """Cut the FFN in place.
 
         Args:
             block: the block it is in.
             kept: [experts, width] int64, ascending.
-            downs: the new down projection of each expert, made as it is asked for.
+            compensate: gives the new down projections.
+            room: gives the memory of the new matrices; None: it is new.
         """
         parameters = dict(block.named_parameters())
-        cut = next(downs)
-        down = f"{self.down}.weight"
+        down, width = f"{self.down}.weight", kept.shape[1]
+        cut = self._cut_down(parameters, width, compensate, room)
         for name, axis in self.channels.items():
             old = parameters.get(name)
-            if old is not None:
-                new = self._as_stored(cut.weight) if name == down else axis.cut(old.data, kept[0])
-                set_parameter(block, name, parameter(new, old))
-        set_width(block, down, kept.shape[1])
+            if old is None:
+                continue
+            new = cut.weight
+            if name != down:
+                shape = list(old.shape)
+                shape[axis.dimension] = axis.copies * width
+                out = room(tuple(shape), old.dtype) if room is not None and len(shape) > 1 else None
+                new = axis.cut(old.data, kept[0], out)
+            set_parameter(block, name, parameter(new, old))
+        set_width(block, down, width)
         if cut.bias is not None:
             bias = parameters.get(f"{self.down}.bias")
             total = cut.bias if bias is None else bias.data + cut.bias
             set_parameter(block, f"{self.down}.bias", parameter(total, parameters[down]))
 
-    def _as_stored(self, down: torch.Tensor) -> torch.Tensor:
-        """[D, width] as the down projection keeps it."""
-        return down
+    def _cut_down(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        width: int,
+        compensate: Compensate,
+        room: Room | None,
+    ) -> CutDown:
+        """The new down projection as its module keeps it."""
+        (weights,) = self.weights(parameters)
+        shape = (weights.down.shape[0], width)
+        out = room(shape, weights.down.dtype) if room is not None else None
+        return compensate(0, weights.down, out)
 
 
 @dataclass(frozen=True)
@@ -318,5 +343,15 @@ class Conv1DFFN(FFN):
         up, down = (parameters[f"{path}.weight"].T.contiguous() for path in (self.up, self.down))
         return (FFNWeights(None, up, down),)
 
-    def _as_stored(self, down: torch.Tensor) -> torch.Tensor:
-        return down.T.contiguous()
+    def _cut_down(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        width: int,
+        compensate: Compensate,
+        room: Room | None,
+    ) -> CutDown:
+        (weights,) = self.weights(parameters)
+        cut = compensate(0, weights.down, None)
+        shape = (width, weights.down.shape[0])
+        place = room(shape, cut.weight.dtype) if room is not None else cut.weight.new_empty(shape)
+        return CutDown(place.copy_(cut.weight.T), cut.bias)

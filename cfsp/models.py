@@ -48,6 +48,18 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
+    """Raise CfspError where a window is longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
+
+
+def model_device(model: PreTrainedModel) -> torch.device:
+    """Where a model computes; of a skeleton too."""
+    return model.get_input_embeddings().weight.device
+
+
 def model_layout(model: nn.Module) -> Layout:
     """The layout of a live model.
 
@@ -142,14 +154,19 @@ def check_folder(folder: Path) -> None:
         read_header(shard)
 
 
-def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
-    """A GGUF file, dequantised and rebuilt as an ordinary model that can be saved."""
-    if not path.is_file():
-        raise CfspError(f"no such file: {path}")
+def require_gguf() -> None:
+    """Raise CfspError where the package that reads GGUF files is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
+
+
+def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
+    """A GGUF file, dequantised and rebuilt as an ordinary model that can be saved."""
+    if not path.is_file():
+        raise CfspError(f"no such file: {path}")
+    require_gguf()
     folder, name = str(path.parent), path.name
     config = load_part(folder, AutoConfig, gguf_file=name)
     layout = find_layout(config.model_type)
@@ -165,14 +182,14 @@ def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = build_skeleton(config, loaded.dtype)
+    model = make_skeleton(config, loaded.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
     return model
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
     from accelerate import init_empty_weights
 

@@ -1,6 +1,7 @@
 """The whole job: calibrate, plan, prune, measure, save. Each step is also a function of its own."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,21 @@ from .checkpoint import (
     check_out,
 )
 from .compensation import NEEDS_STATISTICS
+from .dry_run import Job, estimate_opened
 from .errors import CfspError
-from .evaluation import evaluation_windows
+from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .ffns import FFNWeights, check_expert_width
-from .models import OpenModel, adopt, open_model
+from .hardware import device_capped
+from .memory import MemoryBudget, parse_budget
+from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
+from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
 from .rewriting import check_biases, check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_statistics, load_statistics
 from .streaming import open_lean
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
-
-EVALUATION_WINDOWS = 16
-
-
-def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
-    """Raise CfspError where a window is longer than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and seqlen > limit:
-        raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
 
 
 def _open(
@@ -63,13 +59,31 @@ def calibration_windows(
     return random_windows(tokens, settings.samples, settings.seqlen, settings.seed, bos)
 
 
+def _count(windows: torch.Tensor | None) -> int:
+    return len(windows) if windows is not None else 0
+
+
+def _announced(
+    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
+) -> int:
+    """Windows per forward call, the same on every rank, after the estimate was printed and found to
+    fit the budget."""
+    estimate = estimate_opened(opened, job, budget, measure=progress)
+    if progress:
+        print(estimate.summary(), file=sys.stderr)
+    estimate.check(budget)
+    return -int(ranks.most(-estimate.micro_batch))
+
+
 def calibrate(
     model: nn.Module | str | Path,
     tokenizer: Any = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     *,
     device: str = "auto",
+    max_memory: str | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of a dense model from one forward pass over the calibration tokens.
 
@@ -78,14 +92,22 @@ def calibrate(
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
         device: for a model given by name; a live model stays where it is.
-        progress: show a bar on stderr.
+        max_memory: see :func:`prune`.
+        progress: show an estimate and a bar on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments and gets the same statistics.
 
     Raises:
         CfspError: bad input, in one line.
     """
-    opened = _open(model, tokenizer, recipe.dtype, device)
+    budget = parse_budget(max_memory)
+    progress = progress and ranks.first
+    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    return collect(opened, recipe, windows, progress)
+    job = Job(recipe, len(windows), prunes=False, ranks=ranks.size)
+    micro_batch = _announced(opened, job, budget, progress, ranks)
+    with device_capped(model_device(opened.model), budget.device):
+        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks)
 
 
 def plan(
@@ -144,10 +166,12 @@ def prune(
     eval_dataset: str | None = None,
     eval_windows: int | None = None,
     device: str = "auto",
+    max_memory: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Remove FFN channels of a model after one calibration pass.
 
@@ -164,15 +188,22 @@ def prune(
             of the calibration dataset.
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
+        max_memory: what the run may take: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a
+            CPU both are the process's memory. The micro-batch, where the recipe has none, is the
+            largest that fits, up to the default.
         overwrite: replace ``out`` where it exists.
         resume: continue a run of the same model, recipe and text that was interrupted.
         stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
-        progress: show bars on stderr.
+        progress: show an estimate and bars on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments, and ``out`` is on a file system that all see.
 
     Raises:
-        CfspError: bad input, in one line; the input and an existing ``out`` are untouched.
+        CfspError: bad input or too little memory, in one line; the input and an existing ``out``
+            are untouched.
         Stopped: ``stop`` said so.
     """
+    budget = parse_budget(max_memory)
     if plan is not None:
         recipe = plan.recipe
     if out is not None:
@@ -186,7 +217,8 @@ def prune(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
-    opened = _open(model, tokenizer, recipe.dtype, device, streamed=out is not None)
+    where = ranks.device(device)
+    opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     groups = [g for block in layout.find_blocks(opened.model) for g in layout.groups(block)]
@@ -210,8 +242,24 @@ def prune(
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    run = Run(opened, recipe, plan, statistics, windows, held_out, overwrite, stop, progress)
-    if out is not None and isinstance(opened.blocks, StoredBlocks):
-        return prune_stored(run, opened.blocks, Path(out), resume)
-    where = Path(out) if out is not None else None
-    return prune_live(run, where, given=isinstance(model, nn.Module))
+    progress = progress and ranks.first
+    job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
+    micro_batch = _announced(opened, job, budget, progress, ranks)
+    run = Run(
+        opened,
+        recipe,
+        plan,
+        statistics,
+        windows,
+        micro_batch,
+        held_out,
+        overwrite,
+        stop,
+        progress,
+        ranks,
+    )
+    folder = Path(out) if out is not None else None
+    with device_capped(model_device(opened.model), budget.device):
+        if folder is not None and isinstance(opened.blocks, StoredBlocks):
+            return prune_stored(run, opened.blocks, folder, resume)
+        return prune_live(run, folder, given=isinstance(model, nn.Module))

@@ -129,7 +129,9 @@ def make_plan(
     for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))
     blocks = tuple(
-        BlockPlan(len(block.sum), _flat(kept[number], block.groups), float(value), block.groups)
+        BlockPlan(
+            len(block.sum), flat_channels(kept[number], block.groups), float(value), block.groups
+        )
         for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
     return PruningPlan(blocks, statistics.model_fingerprint, recipe)
@@ -150,7 +152,7 @@ def _block_scores(
     return [torch.cat(of_experts[start:end]) for start, end in pairwise(starts)]
 
 
-def _flat(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
+def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
     """What :attr:`BlockPlan.kept_by_group` takes apart."""
     groups = groups or (ChannelGroup(0),)
     flat, start = [], 0

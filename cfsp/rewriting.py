@@ -1,7 +1,6 @@
 """Compact tensors into a live model: block by block, in place."""
 
-from collections.abc import Mapping
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -9,10 +8,10 @@ from tqdm import tqdm
 
 from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
-from .ffns import check_expert_width
+from .ffns import CutDown, check_expert_width
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
-from .shards import TensorInfo
+from .shards import Room, TensorInfo
 from .statistics import BlockStatistics, Statistics, model_fingerprint
 
 
@@ -63,19 +62,26 @@ def prune_block_(
     plan: BlockPlan,
     compensation: str,
     statistics: BlockStatistics | None,
+    room: Room | None = None,
 ) -> None:
-    """Cut the FFNs of one block to the kept channels, in place."""
-    compensate = COMPENSATIONS[compensation]
+    """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
+    or what ``room`` gives."""
+    cut = COMPENSATIONS[compensation]
     known = statistics.ffns() if statistics is not None else None
     first = 0
     for ffn, kept in zip(layout.block_ffns(block), plan.kept_by_group, strict=True):
-        part = known[first : first + len(kept)] if known is not None else repeat(None)
-        weights = ffn.weights(dict(block.named_parameters()))
-        downs = (
-            compensate(w.down, k.to(w.down.device), s)
-            for w, k, s in zip(weights, kept, part, strict=False)
-        )
-        ffn.cut_(block, kept, downs)
+        own = known[first : first + len(kept)] if known is not None else [None] * len(kept)
+
+        def compensate(
+            expert: int,
+            down: torch.Tensor,
+            out: torch.Tensor | None,
+            kept: torch.Tensor = kept,
+            own: Sequence[BlockStatistics | None] = own,
+        ) -> CutDown:
+            return cut(down, kept[expert].to(down.device), own[expert], out)
+
+        ffn.cut_(block, kept, compensate, room)
         first += len(kept)
 
 

@@ -23,6 +23,7 @@ class Scorer:
     allocator: str
     compensation: str
     summary: str
+    reads_weights: bool = True
 
 
 def activation_norm(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
@@ -59,7 +60,7 @@ def _kernel_score(
 EVERY_MATRIX = ("gate", "up", "down")
 
 SCORERS: dict[str, Scorer] = {
-    "cfsp": Scorer(cfsp, "cfsp", "none", "released CFSP; equals the activation norm"),
+    "cfsp": Scorer(cfsp, "cfsp", "none", "released CFSP; equals the activation norm", False),
     "cfsp-eq8": Scorer(
         _kernel_score("eq8", "norms", EVERY_MATRIX),
         "cfsp",
@@ -72,7 +73,7 @@ SCORERS: dict[str, Scorer] = {
         "none",
         "gate, up and down all normalised over channels, so that no term is constant",
     ),
-    "activation-norm": Scorer(activation_norm, "cfsp", "none", "L2 norm of the activation"),
+    "activation-norm": Scorer(activation_norm, "cfsp", "none", "L2 norm of the activation", False),
     "wanda-sp": Scorer(
         _kernel_score("wanda", "norms"), "global", "none", "mean |W_down| times activation norm"
     ),

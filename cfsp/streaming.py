@@ -13,9 +13,9 @@ from .errors import CfspError
 from .layouts import Layout, find_layout
 from .models import (
     OpenModel,
-    build_skeleton,
     check_folder,
     load_part,
+    make_skeleton,
     open_model,
     pick_device,
     quiet_loading,
@@ -135,7 +135,7 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     if not floats:
         return None
     precision = _dtype(dtype, config, tensors, floats)
-    skeleton = build_skeleton(config, precision)
+    skeleton = make_skeleton(config, precision)
     found = _matched(folder, skeleton, layout, tensors)
     if found is None:
         return None

@@ -1,0 +1,248 @@
+"""Estimates of runs: from a config alone, or of a model that has been opened for one."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .allocation import apportion, check_budget
+from .checkpoint import MAX_SHARD_BYTES
+from .costs import ModelCosts, Tensors, costs_of
+from .descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
+from .errors import CfspError, unknown_name
+from .estimate import Estimate
+from .evaluation import EVALUATION_WINDOWS
+from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .layouts import Layout
+from .memory import MemoryBudget, parse_budget
+from .models import OpenModel, check_seqlen, model_device, pick_device
+from .plan import BlockPlan, PruningPlan, flat_channels
+from .recipe import Recipe
+from .rewriting import planned_tensors
+from .scoring import SCORERS
+from .shards import TensorInfo, pack_shards
+from .stream import default_micro_batch
+from .workload import TEXT_BYTES, Workload
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a model."""
+
+    recipe: Recipe
+    windows: int
+    """Of calibration; 0 where statistics or a plan are at hand."""
+    evaluation_windows: int = 0
+    prunes: bool = True
+    """False: only the statistics are wanted."""
+    plan: PruningPlan | None = None
+    ranks: int = 1
+    nodes: int = 1
+
+
+def _uniform_plan(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> PruningPlan:
+    """A plan of about equal widths; the output of any other of this sparsity is as large."""
+    blocks = [layout.groups(block) for block in layout.find_blocks(model)]
+    groups = [group for block in blocks for group in block]
+    sizes, experts = [g.channels for g in groups], [g.experts for g in groups]
+    budget = (1 - recipe.sparsity) * sum(group.total for group in groups)
+    check_budget(sizes, budget, recipe.width_multiple, experts)
+    ideal = (1 - recipe.sparsity) * torch.tensor(sizes, dtype=torch.float64)
+    even = torch.zeros(len(sizes))
+    widths = iter(apportion(ideal, sizes, budget, recipe.width_multiple, even, experts))
+    plans = []
+    for block in blocks:
+        kept = [torch.arange(next(widths)).expand(group.experts, -1) for group in block]
+        total = sum(group.total for group in block)
+        plans.append(BlockPlan(total, flat_channels(kept, block), 0.0, block))
+    return PruningPlan(tuple(plans), "", recipe)
+
+
+def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> Tensors:
+    """About what pruning would leave of an architecture whose layout is not known."""
+    inner = {
+        f"{blocks}.{number}.{name}": 1 if info.shape[-1] != costs.hidden_size else 2
+        for number, block in enumerate(costs.blocks)
+        for name, info in block.ffn().items()
+    }
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        shape = list(info.shape)
+        if name in inner:
+            shape[-inner[name]] = round(shape[-inner[name]] * (1 - sparsity))
+        found[name] = TensorInfo(info.dtype, tuple(shape))
+    return found
+
+
+def _after(
+    described: Description, costs: ModelCosts, tensors: Mapping[str, torch.Tensor], job: Job
+) -> Tensors:
+    """What the pruned model's checkpoint will hold."""
+    layout = described.layout
+    if layout is None:
+        return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
+    plan = job.plan or _uniform_plan(described.model, layout, job.recipe)
+    return planned_tensors(tensors, described.model, layout, plan)
+
+
+def _file_bytes(tensors: Tensors) -> int:
+    """Size of the safetensors files that hold these tensors."""
+    shards = pack_shards(tensors, MAX_SHARD_BYTES)
+    return sum(len(shard.header()) + shard.nbytes for shard in shards)
+
+
+def _workload(described: Description, job: Job, device: str) -> Workload:
+    model, recipe = described.model, job.recipe
+    tensors = kept_tensors(model.state_dict(), model)
+    parameters = {name for name, _ in model.named_parameters()}
+    counted = {name: info for name, info in tensor_infos(tensors).items() if name in parameters}
+    itemsize = model.dtype.itemsize
+
+    def costs(of: Tensors, size: int = itemsize) -> ModelCosts:
+        return costs_of(model.config, of, described.blocks, size)
+
+    dense = costs(counted)
+    pruned, output_bytes = None, 0
+    if job.prunes:
+        left = _after(described, dense, tensors, job)
+        pruned, output_bytes = costs(left), _file_bytes(left)
+    widths = [info.dtype.itemsize for info in described.stored.values()]
+    micro_batch = recipe.micro_batch
+    return Workload(
+        dense,
+        costs(described.stored, max(widths, key=widths.count)),
+        pruned,
+        output_bytes,
+        job.windows,
+        job.evaluation_windows,
+        recipe.calibration.seqlen,
+        micro_batch or default_micro_batch(torch.device(device), recipe.calibration.seqlen),
+        SCORERS[recipe.scorer].reads_weights and job.plan is None,
+        described.streamed,
+        job.ranks,
+        job.nodes,
+        device,
+    )
+
+
+def _fitted(workload: Workload, room: int | None) -> Workload:
+    """With as many windows per call, up to what the workload has, as a device has room for."""
+    if room is None:
+        return workload
+    for micro_batch in range(workload.micro_batch, 1, -1):
+        fewer = dataclasses.replace(workload, micro_batch=micro_batch)
+        if sum(fewer.device_parts()[1].values()) <= room:
+            return fewer
+    return dataclasses.replace(workload, micro_batch=1)
+
+
+def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
+    """Bytes for what a run holds on the device; None: no limit but what the user asks for."""
+    if hardware.device != "cpu":
+        return min(hardware.device_memory, budget.device or hardware.device_memory)
+    stated = [size for size in (budget.device, budget.host) if size is not None]
+    return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
+
+
+def _estimate(
+    described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
+) -> Estimate:
+    workload = _workload(described, job, hardware.device)
+    if job.recipe.micro_batch is None:
+        workload = _fitted(workload, _room(hardware, budget))
+    stage, parts = workload.device_parts()
+    costs, pruned = workload.costs, workload.pruned
+    return Estimate(
+        model=described.name,
+        architecture=described.model.config.model_type,
+        supported=described.layout is not None,
+        streamed=workload.streamed,
+        parameters=costs.parameters,
+        parameters_after=(pruned or costs).parameters,
+        blocks=len(costs.blocks),
+        largest_block_bytes=costs.largest_block,
+        largest_stored_block_bytes=workload.stored.largest_block,
+        dtype=str(described.model.dtype).removeprefix("torch."),
+        ranks=job.ranks,
+        windows=job.windows,
+        evaluation_windows=job.evaluation_windows,
+        seqlen=workload.seqlen,
+        micro_batch=workload.micro_batch,
+        stages=workload.stages(hardware),
+        device_stage=stage,
+        device_parts=parts,
+        host_parts=workload.host_parts(resident_bytes()),
+        hardware=hardware,
+    )
+
+
+def estimate_opened(
+    opened: OpenModel, job: Job, budget: MemoryBudget, *, measure: bool = True
+) -> Estimate:
+    """The estimate of a job on a model that was opened for it, on this machine.
+
+    Args:
+        opened: the model; no more of its weights is read.
+        job: what to do.
+        measure: find out how fast the device is; otherwise compute takes no time.
+        budget: the micro-batch, where the recipe has none, is the largest up to the default that
+            fits into it and into a GPU's free memory.
+
+    Raises:
+        CfspError: the sparsity cannot be reached.
+    """
+    described, model = describe_opened(opened), opened.model
+    hardware = this_machine(model_device(model), model.dtype, measure=measure)
+    return _estimate(described, job, hardware, budget)
+
+
+def estimate(
+    model: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    *,
+    eval_windows: int = EVALUATION_WINDOWS,
+    max_memory: str | None = None,
+    ranks: int = 1,
+    nodes: int = 1,
+    device: str = "auto",
+    hardware: Hardware | str | None = None,
+    tflops: float | None = None,
+    disk_gbps: float | None = None,
+) -> Estimate:
+    """What :func:`cfsp.prune` will take of a model, from its config alone; weights are not read.
+
+    Args:
+        model: hub id, folder, config.json or .gguf file, of any causal LM of transformers.
+        recipe: how to prune.
+        eval_windows: windows to measure perplexity on, before and after.
+        max_memory: see :func:`cfsp.prune`.
+        ranks: processes of the job, each with a device of its own.
+        nodes: machines that they run on.
+        device: of this machine; its speed is measured for a moment.
+        hardware: another machine instead, or the name of one in ``cfsp.hardware.HARDWARE``.
+        tflops: 1e12 FLOP/s that a device sustains, instead.
+        disk_gbps: 1e9 bytes/s that the disk of a node sustains, instead.
+
+    Raises:
+        CfspError: no config, seqlen beyond the model's positions, no widths meet the sparsity.
+    """
+    if not 1 <= nodes <= ranks:
+        raise CfspError(f"ranks must be at least nodes, and nodes 1, got {ranks} and {nodes}")
+    if eval_windows < 0:
+        raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
+    budget = parse_budget(max_memory)
+    if isinstance(hardware, str):
+        if hardware not in HARDWARE:
+            raise unknown_name("hardware", hardware, HARDWARE)
+        hardware = HARDWARE[hardware]
+    where = pick_device(device if hardware is None else "cpu")
+    described = describe(model, recipe)
+    calibration = recipe.calibration
+    check_seqlen(described.model, calibration.seqlen)
+    if hardware is None:
+        hardware = this_machine(where, described.model.dtype, measure=tflops is None)
+    job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes)
+    return _estimate(described, job, hardware.stated(tflops, disk_gbps), budget)

@@ -1,0 +1,206 @@
+"""A run in numbers: what its stages read, write and compute, and what memory holds meanwhile."""
+
+import math
+from dataclasses import dataclass
+
+from .costs import ModelCosts
+from .evaluation import ROWS_PER_LOSS
+from .hardware import Hardware
+
+TEXT_BYTES = 300 << 20
+"""Host memory of the tokenizer, the text and its tokens."""
+SLACK = 0.05
+"""Share of a GPU's memory that its allocator loses between tensors."""
+WORKSPACE_BYTES = 256 << 20
+"""Of a GPU's libraries."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run whose reading, computing and writing overlap."""
+
+    name: str
+    bytes_read: int
+    """From disk, by each node."""
+    bytes_written: int
+    """By all ranks together."""
+    flops: float
+    """By all ranks together."""
+    seconds: float
+    bound: str
+    """What takes these seconds: compute, read, write or copy."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run on which model.
+
+    Bytes and FLOPs follow :mod:`cfsp.runs`: a model that is streamed is read once for the
+    statistics, its FFNs once more for scorers that read weights, once for the cut, and the output
+    once to be verified.
+    """
+
+    costs: ModelCosts
+    """In the run's dtype."""
+    stored: ModelCosts
+    """As the checkpoint has it."""
+    pruned: ModelCosts | None
+    """What is left; None: nothing is cut."""
+    output_bytes: int
+    windows: int
+    """Of calibration; 0: none."""
+    evaluation_windows: int
+    seqlen: int
+    micro_batch: int
+    """Windows per forward call of calibration."""
+    reads_weights: bool
+    """Whether the scorer does."""
+    streamed: bool
+    """One block at a time; otherwise the model is in memory whole."""
+    ranks: int
+    nodes: int
+    device: str
+    """cpu or cuda."""
+
+    def _windows_of_rank(self) -> int:
+        """Calibration windows of the busiest rank: whole micro-batches are shared out."""
+        calls = math.ceil(self.windows / self.micro_batch)
+        return min(self.windows, math.ceil(calls / self.ranks) * self.micro_batch)
+
+    def _evaluation_windows_of_rank(self) -> int:
+        return math.ceil(self.evaluation_windows / self.ranks)
+
+    def calibration_flops(self) -> float:
+        """Of all windows through all blocks; the head does not run."""
+        return self.windows * self.seqlen * self.costs.block_flops(self.seqlen)
+
+    def evaluation_flops(self) -> float:
+        """Of all windows through the model, before and after."""
+        if self.pruned is None:
+            return 0.0
+        models = (self.costs, self.pruned)
+        per_token = sum(m.block_flops(self.seqlen) + m.head_flops() for m in models)
+        return self.evaluation_windows * self.seqlen * per_token
+
+    def _stage(
+        self,
+        name: str,
+        hardware: Hardware,
+        read: int = 0,
+        written: int = 0,
+        flops: float = 0.0,
+        busiest: float = 0.0,
+        copied: int = 0,
+    ) -> Stage:
+        """``busiest``: share of the FLOPs that the busiest rank does."""
+        seconds = {
+            "compute": flops * busiest / hardware.flops,
+            "read": read / hardware.disk_read,
+            "write": written / self.nodes / hardware.disk_write,
+            "copy": copied / hardware.copy if self.device != "cpu" else 0.0,
+        }
+        bound = max(seconds, key=lambda kind: seconds[kind])
+        return Stage(name, read, written, flops, seconds[bound], bound)
+
+    def stages(self, hardware: Hardware) -> tuple[Stage, ...]:
+        """The stages in order."""
+        blocks, outer = self.stored.block_bytes, self.stored.outer_bytes
+        opened = outer if self.streamed else outer + blocks
+        per_pass = blocks if self.streamed else 0
+        found = [self._stage("open", hardware, read=opened, copied=opened)]
+        if self.windows:
+            share = self._windows_of_rank() / self.windows
+            flops = self.calibration_flops()
+            found.append(
+                self._stage("calibrate", hardware, per_pass, 0, flops, share, copied=per_pass)
+            )
+        if self.pruned is None:
+            return tuple(found)
+        if self.reads_weights and self.streamed:
+            read = self.stored.ffn_bytes
+            found.append(self._stage("score", hardware, read, copied=read))
+        share = self._evaluation_windows_of_rank() / max(1, self.evaluation_windows)
+        found.append(
+            self._stage(
+                "prune",
+                hardware,
+                per_pass,
+                self.output_bytes,
+                self.evaluation_flops(),
+                share,
+                copied=per_pass + self.pruned.block_bytes,
+            )
+        )
+        found.append(self._stage("verify", hardware, self.output_bytes, copied=self.output_bytes))
+        return tuple(found)
+
+    def _states(self, windows: int) -> int:
+        """Hidden states of windows."""
+        return windows * self.seqlen * self.costs.hidden_size * self.costs.itemsize
+
+    def _blocks_at_work(self) -> int:
+        """Weights of blocks on the device: the one at work and the next."""
+        if not self.streamed:
+            return self.costs.block_bytes
+        cast = self.costs.itemsize != self.stored.itemsize
+        waiting = self.stored.largest_block if self.device == "cpu" and cast else 0
+        return 2 * self.costs.largest_block + waiting
+
+    def moments(self) -> dict[str, dict[str, int]]:
+        """What the device holds, part by part, when most is held in each stage."""
+        costs, outer = self.costs, self.costs.outer_bytes
+        found: dict[str, dict[str, int]] = {}
+        if self.windows:
+            found["calibrate"] = {
+                "embeddings, norm, head": outer,
+                "blocks": self._blocks_at_work(),
+                "hidden states": self._states(self._windows_of_rank()),
+                "micro-batch": costs.working_bytes(self.micro_batch, self.seqlen, self.device),
+            }
+        if self.pruned is not None:
+            pruned = self.pruned.largest_block
+            evaluated = self._evaluation_windows_of_rank()
+            working = costs.working_bytes(1, self.seqlen, self.device) if evaluated else 0
+            logits = costs.logits_bytes(self.seqlen, ROWS_PER_LOSS) if evaluated else 0
+            found["prune"] = {
+                "embeddings, norm, head": outer,
+                "blocks": self._blocks_at_work(),
+                "pruned blocks": 2 * pruned if self.streamed else pruned,
+                "hidden states": 2 * self._states(evaluated) if self.streamed else 0,
+                "micro-batch": max(working, 0 if self.streamed else logits),
+            }
+            if self.streamed:
+                found["evaluate"] = {
+                    "embeddings, norm, head": outer,
+                    "hidden states": 2 * self._states(evaluated),
+                    "logits": logits,
+                }
+                found["verify"] = {
+                    "embeddings, norm, head": outer,
+                    "blocks": 2 * pruned,
+                    "hidden states": 2 * self._states(evaluated),
+                }
+        for parts in found.values():
+            if self.device != "cpu":
+                parts["allocator"] = WORKSPACE_BYTES + math.ceil(SLACK * sum(parts.values()))
+            else:  # a heap keeps what calls of changing sizes leave: measured, about as much again
+                parts["allocator"] = parts.get("micro-batch", 0)
+        return found
+
+    def device_parts(self) -> tuple[str, dict[str, int]]:
+        """(stage, parts) of the moment when the device holds most."""
+        moments = self.moments()
+        stage = max(moments, key=lambda name: sum(moments[name].values()))
+        return stage, moments[stage]
+
+    def host_parts(self, process: int) -> dict[str, int]:
+        """What the host holds at most, part by part; ``process``: what it does now."""
+        parts = {"process": process, "text": TEXT_BYTES}
+        if self.device == "cpu":
+            return {**parts, **self.device_parts()[1]}
+        if not self.streamed:
+            return {**parts, "model": self.stored.block_bytes + self.stored.outer_bytes}
+        parts["blocks read ahead"] = 2 * self.stored.largest_block
+        if self.pruned is not None:
+            parts["block written behind"] = self.pruned.largest_block
+        return parts
