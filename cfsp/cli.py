@@ -211,6 +211,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
+            verify=arguments.verify,
             stop=stop,
             progress=not arguments.quiet,
             ranks=arguments.group,
@@ -295,6 +296,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_dry_run(pruning)
     pruning.add_argument(
         "--resume", action="store_true", help="continue a run of this command that was interrupted"
+    )
+    pruning.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the SHA-256 of the model's files, by SHA256SUMS or the hub's cache, and list "
+        "those of the result",
     )
     measuring = pruning.add_argument_group("evaluation, before and after")
     measuring.add_argument(
