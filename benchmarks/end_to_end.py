@@ -8,7 +8,6 @@ Weights are random, so quality means nothing here; time, memory and widths do.
 import argparse
 import dataclasses
 import json
-import random
 import shutil
 import statistics
 import time
@@ -19,83 +18,8 @@ from typing import Any
 import torch
 
 from . import environment
+from .synthetic import MODELS, Model, llama_config, write_checkpoint, write_text
 from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A Llama's shapes."""
-
-    hidden: int
-    intermediate: int
-    blocks: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    samples: int
-    seqlen: int
-
-
-MODELS = {
-    "tiny": Model(64, 256, 2, 4, 2, 512, 4, 64),
-    "llama-3-8b": Model(4096, 14336, 32, 32, 8, 128256, 128, 1024),
-    # the shapes of the 70B model in fewer blocks: 80 do not fit the disk of a rented machine
-    "llama-3-70b-8-blocks": Model(8192, 28672, 8, 64, 8, 128256, 128, 1024),
-}
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes: enough to turn any text into ids of a random model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i + 2 for i, character in enumerate(alphabet)}
-    vocabulary |= {"<s>": 0, "</s>": 1}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
-
-
-def write_text(path: Path, characters: int) -> None:
-    """Random words, the same in each run."""
-    words = random.Random(0)
-    letters = "etaoinshrdlu"
-    pieces: list[str] = []
-    length = 0
-    while length < characters:
-        pieces.append("".join(words.choices(letters, k=words.randint(2, 9))))
-        length += len(pieces[-1]) + 1
-    path.write_text(" ".join(pieces), "utf-8")
-
-
-def write_checkpoint(folder: Path, model: Model, dtype: torch.dtype) -> None:
-    """A Llama of random weights with its tokenizer, as ``save_pretrained`` writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.blocks,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.key_value_heads,
-        vocab_size=model.vocabulary,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(DEVICE):
-            network = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    network.save_pretrained(folder)
-    write_tokenizer(folder)
 
 
 def forward_seconds(network: Any, tokens: int, rounds: int) -> float:
@@ -156,9 +80,7 @@ def run(model: Model, work: Path, sparsity: float, result: dict[str, Any]) -> No
         calibration=calibration,
     )
     dtype = torch.bfloat16 if ON_GPU else torch.float32
-    measured_step("write", result, lambda: write_checkpoint(source, model, dtype))
-    if ON_GPU:
-        torch.cuda.empty_cache()
+    measured_step("write", result, lambda: write_checkpoint(source, llama_config(model), dtype))
     result["dense_bytes"] = size_of(source)
     measured_step("prune", result, lambda: prune(source, recipe=recipe, out=goal, eval_windows=0))
     result["pruned_bytes"] = size_of(goal)

@@ -1,7 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from .layouts import FFNWeights, Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
+from .reading import BlockReader
 from .shards import StoredTensor, first_values, read_tensors
 from .statistics import model_fingerprint
 
@@ -22,9 +22,11 @@ class LiveBlocks:
     layout: Layout
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block) of every block in order."""
-        yield enumerate(self.layout.find_blocks(self.model))
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block) of every wanted block in order; None: of all."""
+        yield iter(_wanted(self.layout.find_blocks(self.model), wanted))
 
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
@@ -54,46 +56,36 @@ class StoredBlocks:
     dtype: torch.dtype
     device: torch.device
 
-    def _read(self, number: int) -> dict[str, torch.Tensor]:
+    def _stored(self, number: int) -> dict[str, StoredTensor]:
+        """A block's tensors by their names in the block."""
         prefix = f"{self.layout.blocks}.{number}."
-        wanted = {
+        return {
             name.removeprefix(prefix): stored
             for name, stored in self.tensors.items()
             if name.startswith(prefix)
         }
-        return {name: self._placed(tensor) for name, tensor in read_tensors(wanted).items()}
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype).to(self.device)
-
-    def _turns(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, nn.Module]]:
-        blocks = self.layout.find_blocks(self.model)
-        coming: Future[dict[str, torch.Tensor]] | None = pool.submit(self._read, 0)
-        for number, block in enumerate(blocks):
-            if coming is None:
-                break
-            weights = coming.result()
-            coming = pool.submit(self._read, number + 1) if number + 1 < len(blocks) else None
-            set_parameters_(block, weights)
-            del weights
-            try:
-                yield number, block
-            finally:
-                empty_(block)
 
     @contextmanager
-    def turns(self) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block with its weights) of every block in order; they go when the next comes.
+    def turns(
+        self, wanted: Container[int] | None = None
+    ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
+        """(number, block with its weights) of every wanted block in order; they go when the next
+        comes, whose weights take their memory. None: of all; others are not read.
 
         Raises, at a block's turn:
             CfspError: its shard cannot be read.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            turns = self._turns(pool)
+        blocks = _wanted(self.layout.find_blocks(self.model), wanted)
+        stored = [self._stored(number) for number, _ in blocks]
+        with BlockReader(stored, self.dtype, self.device) as reader:
+            turns = _turns(blocks, reader)
             try:
                 yield turns
             finally:
-                turns.close()  # type: ignore[attr-defined]
+                turns.close()
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).to(self.device)
 
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
@@ -128,7 +120,25 @@ class StoredBlocks:
         )
 
 
+def _turns(
+    blocks: Sequence[tuple[int, nn.Module]], reader: BlockReader
+) -> Generator[tuple[int, nn.Module], None, None]:
+    for position, (number, block) in enumerate(blocks):
+        set_parameters_(block, reader.weights(position))
+        try:
+            yield number, block
+        finally:
+            empty_(block)
+            reader.release(position)
+
+
 Blocks = LiveBlocks | StoredBlocks
+
+
+def _wanted(
+    blocks: Sequence[nn.Module], wanted: Container[int] | None
+) -> list[tuple[int, nn.Module]]:
+    return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
 
 
 def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -3,13 +3,9 @@
 import argparse
 import dataclasses
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Event, current_thread, main_thread
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -19,9 +15,9 @@ from .allocation import ALLOCATORS
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
-from .errors import CfspError, Stopped
+from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
-from .models import check_seqlen, open_model, quiet_loading
+from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
     as_calibrated,
@@ -29,6 +25,8 @@ from .pipeline import (
     prune,
 )
 from .plan import load_plan, make_plan, save_plan
+from .process import ended, quiet, sigterm
+from .ranks import Ranks, joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
 from .scoring import SCORERS
 from .statistics import (
@@ -47,10 +45,14 @@ RECIPE_OPTIONS = tuple(
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, told by one rank."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if own_rank() == 0:
+            super()._print_message(message, file)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +155,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
+        ranks=arguments.group,
     )
+    if not arguments.group.first:
+        return
     save_statistics(statistics, out)
     summary = {
         "statistics": str(out),
@@ -181,25 +186,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         Console().print(plan.table())
 
 
-@contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come. The first lets a run end in order, a second ends the process."""
-    came = Event()
-    if current_thread() is not main_thread():
-        yield came.is_set
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        came.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield came.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _prune(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         if arguments.plan or arguments.statistics:
@@ -212,7 +198,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         for name in ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS):
             if getattr(arguments, name, None) is not None:
                 raise CfspError(f"--plan fixes the recipe; drop --{name.replace('_', '-')}")
-    with _sigterm() as stop:
+    with sigterm() as stop:
         result = prune(
             arguments.model,
             recipe=_recipe(arguments),
@@ -225,9 +211,13 @@ def _prune(arguments: argparse.Namespace) -> None:
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
+            verify=arguments.verify,
             stop=stop,
             progress=not arguments.quiet,
+            ranks=arguments.group,
         )
+    if not arguments.group.first:
+        return
     if not _print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
         _print_result(result)
 
@@ -248,14 +238,21 @@ def _print_result(result: PruneResult) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
-    opened = open_model(arguments.model, arguments.dtype, arguments.device)
+    ranks: Ranks = arguments.group
+    opened = open_model(arguments.model, arguments.dtype, ranks.device(arguments.device))
     check_seqlen(opened.model, settings.seqlen)
     windows = evaluation_windows(
         opened.tokenizer, arguments.dataset, settings.seqlen, arguments.windows, settings.bos
     )
     measured = perplexity(
-        opened.model, windows, dataset=arguments.dataset, progress=not arguments.quiet
+        opened.model,
+        windows,
+        dataset=arguments.dataset,
+        progress=ranks.first and not arguments.quiet,
+        ranks=ranks,
     )
+    if not ranks.first:
+        return
     values = {"model": arguments.model, **measured.to_dict()}
     if not _print_json(arguments, values):
         print(
@@ -281,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
     _add_calibration(calibration)
     add_memory(calibration)
-    calibration.set_defaults(run=_calibrate)
+    calibration.set_defaults(run=_calibrate, shared=True)
 
     plan = commands.add_parser("plan", help="widths and kept channels, to look at or edit")
     _add_model(plan)
@@ -300,6 +297,12 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.add_argument(
         "--resume", action="store_true", help="continue a run of this command that was interrupted"
     )
+    pruning.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the SHA-256 of the model's files, by SHA256SUMS or the hub's cache, and list "
+        "those of the result",
+    )
     measuring = pruning.add_argument_group("evaluation, before and after")
     measuring.add_argument(
         "--eval-dataset",
@@ -312,7 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=EVALUATION_WINDOWS,
         help="0 skips it (default: %(default)s)",
     )
-    pruning.set_defaults(run=_prune)
+    pruning.set_defaults(run=_prune, shared=True)
 
     evaluation = commands.add_parser("evaluate", help="perplexity of a model")
     _add_model(evaluation)
@@ -321,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--windows", type=int, help="only the first N (default: all)")
     evaluation.add_argument("--bos", default="auto", metavar="|".join(BOS_CHOICES))
     evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
-    evaluation.set_defaults(run=_evaluate)
+    evaluation.set_defaults(run=_evaluate, shared=True)
 
     for command in (demo, calibration, plan, pruning, evaluation):
         command.add_argument(
@@ -332,19 +335,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.group.size > 1 and not getattr(arguments, "shared", False):
+        raise CfspError(f"cfsp {arguments.command} is for one process; start it without torchrun")
+    with quiet(arguments.group, arguments.quiet):
+        arguments.run(arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        with quiet_loading() if arguments.quiet else nullcontext():
-            arguments.run(arguments)
+        with joined() as arguments.group:
+            code, message = ended(lambda: _run(arguments))
+            if message and arguments.group.speaks():
+                print(message, file=sys.stderr)
+            return code
     except CfspError as error:
-        print(f"cfsp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"cfsp: error: {error}", file=sys.stderr)
         return 2
-    except Stopped:
-        print("cfsp: stopped; the same command with --resume continues", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print("cfsp: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0

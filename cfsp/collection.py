@@ -1,7 +1,7 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,33 +15,46 @@ from .errors import CfspError, Stopped
 from .layouts import Layout
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
+from .ranks import ALONE, Ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 from .stream import default_micro_batch, forward_instead, record_block_calls, run_block
 
 
 class _BlockCollector:
-    """Adds up one block's statistics on its device, without waiting for it."""
+    """Adds up one block's statistics on its device, without waiting for it.
 
-    def __init__(self, channels: int, micro_batches: int, device: torch.device) -> None:
+    The first rank adds as it goes. The others keep what each micro-batch gives, to be added after
+    those of the ranks before them.
+    """
+
+    def __init__(
+        self, channels: int, micro_batches: int, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
         self.tokens = 0
-        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
-        self.sum_of_squares = torch.zeros_like(self.sum)
+        self.zeros = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.sums: list[torch.Tensor] = []
+        """Each [2, F] fp64: sum and sum of squares."""
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
+        self.own_influences = self.influences[ranks.share(micro_batches)]
 
     def add_channels(self, part: ChannelStatistics) -> None:
         self.tokens += part.tokens
-        self.sum += part.sum
-        self.sum_of_squares += part.sum_of_squares
+        if not self.sums or not self.ranks.first:
+            self.sums.append(self.zeros.clone())
+        self.sums[-1][0] += part.sum
+        self.sums[-1][1] += part.sum_of_squares
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
-            self.influences[index, column] = getattr(part, metric)
+            self.own_influences[index, column] = getattr(part, metric)
 
     def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
-        influences = self.influences.cpu()
+        ranks = self.ranks
+        influences = ranks.fill_(self.influences.cpu())
         broken = (~influences.isfinite().all(1)).nonzero()
         if len(broken):
             first = int(broken[0]) * micro_batch
@@ -51,8 +64,9 @@ class _BlockCollector:
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
+        sums = ranks.ordered_sum([part.cpu() for part in self.sums], self.zeros)
         return BlockStatistics(
-            self.tokens, windows, self.sum.cpu(), self.sum_of_squares.cpu(), influences.sum(0)
+            ranks.total(self.tokens), windows, sums[0].clone(), sums[1].clone(), influences.sum(0)
         )
 
 
@@ -99,10 +113,12 @@ def collect_statistics(
     progress: bool = True,
     weights: Blocks | None = None,
     stop: Callable[[], bool] = bool,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
-    Memory beside the model: the hidden states of all windows once, one micro-batch.
+    Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
+    ranks other than the first, [2, F] fp64 for each of their micro-batches.
 
     Args:
         model: a causal LM on its device; left as it was found.
@@ -114,37 +130,51 @@ def collect_statistics(
         progress: show a bar on stderr.
         weights: where the blocks' weights are; None: in the model.
         stop: asked before each block.
+        ranks: each runs its share of the micro-batches; all get the same result, which does not
+            depend on how many they are.
 
     Raises:
-        CfspError: a block gives NaN or infinite activations; names it and the window.
-        Stopped: ``stop`` said so.
+        CfspError: a block gives NaN or infinite activations; names it and the window. Ranks with
+            another model, text or version than the first.
+        Stopped: ``stop`` said so, on any rank.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
-    micro_batch = micro_batch or default_micro_batch(device, seqlen)
+    given = micro_batch
+    micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
+    micro_batches = -(-count // micro_batch)
+    mine = ranks.share(micro_batches)
+    own_windows = windows[mine.start * micro_batch : mine.stop * micro_batch]
     blocks = layout.find_blocks(model)
     weights = weights or LiveBlocks(model, layout)
-    fingerprint = weights.fingerprint()
+    identity = {
+        "model": weights.fingerprint(),
+        "calibration text": tokens_fingerprint(windows),
+        "machine or version": versions(device),
+    }
+    ranks.check_same(identity)
     training = model.training
     model.eval()
     results = []
     try:
-        calls = record_block_calls(model, blocks, windows, micro_batch)
+        calls = record_block_calls(model, blocks, own_windows, micro_batch)
         bar = tqdm(
-            total=len(blocks) * windows.numel(),
+            total=len(blocks) * own_windows.numel(),
             desc="calibrate",
             unit="tok",
             unit_scale=True,
             disable=not progress,
         )
+        # a rank without windows needs no weights, but takes part in every sum
+        needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
-        with bar, weights.turns() as turns:
+        with bar, needed as turns:
             for number, block in turns:
-                if stop():
+                if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
                 channels = layout.projection(block, layout.down).in_features
-                collector = _BlockCollector(channels, len(calls.arguments[number]), device)
+                collector = _BlockCollector(channels, micro_batches, device, ranks)
 
                 def observe(
                     index: int,
@@ -162,14 +192,14 @@ def collect_statistics(
         model.train(training)
     return Statistics(
         tuple(results),
-        fingerprint,
+        str(identity["model"]),
         {
             **(provenance or {}),
-            "tokens_sha256": tokens_fingerprint(windows),
+            "tokens_sha256": identity["calibration text"],
             "windows": count,
             "seqlen": seqlen,
             "micro_batch": micro_batch,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "versions": versions(device),
+            "versions": identity["machine or version"],
         },
     )

@@ -22,12 +22,22 @@ class CutDown:
     """[D], to be added to the bias that the projection may have."""
 
 
-def none(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | None) -> CutDown:
+def none(
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    statistics: BlockStatistics | None,
+    out: torch.Tensor | None = None,
+) -> CutDown:
     """The kept columns as they are."""
-    return CutDown(gather_columns(down, kept), None)
+    return CutDown(gather_columns(down, kept, out=out), None)
 
 
-def bias(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | None) -> CutDown:
+def bias(
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    statistics: BlockStatistics | None,
+    out: torch.Tensor | None = None,
+) -> CutDown:
     """A bias that puts the mean of what was removed back: W[:, removed] @ mean(x)[removed].
 
     Source: FLAP, arXiv 2312.11983.
@@ -39,13 +49,15 @@ def bias(down: torch.Tensor, kept: torch.Tensor, statistics: BlockStatistics | N
     # Copies in fp64: a product over the weights where they lie depends, in its last bits, on the
     # alignment of their memory, and so on how they were loaded.
     added = torch.cat([rows.double() @ mean for rows in down.split(ROWS_PER_PRODUCT)])
-    return CutDown(gather_columns(down, kept), added.to(down.dtype))
+    return CutDown(gather_columns(down, kept, out=out), added.to(down.dtype))
 
 
-COMPENSATIONS: dict[
-    str, Callable[[torch.Tensor, torch.Tensor, BlockStatistics | None], CutDown]
-] = {"none": none, "bias": bias}
-"""Compensation by name: (down [D, F], kept [width], statistics) -> the new down projection."""
+Compensation = Callable[
+    [torch.Tensor, torch.Tensor, BlockStatistics | None, torch.Tensor | None], CutDown
+]
+"""(down [D, F], kept [width], statistics, memory for the new weight or None) -> the new down
+projection."""
+COMPENSATIONS: dict[str, Compensation] = {"none": none, "bias": bias}
 NEEDS_STATISTICS = frozenset({"bias"})
 ADD_BIAS = frozenset({"bias"})
 """Compensations after which the down projection has a bias."""

@@ -11,6 +11,10 @@ class Stopped(Exception):
     """A run that was asked to stop did so between two blocks."""
 
 
+class RankLost(Stopped):
+    """Another rank of the job has ended, so that this one cannot go on; what is done is kept."""
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> CfspError:
     """The error for a name that a registry does not hold; lists those it does."""
     return CfspError(f"unknown {what} {name!r}; valid: {', '.join(valid)}")

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .ranks import ALONE, Ranks
 from .stream import RidingWindows
 from .text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
 
@@ -38,7 +39,12 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, *, dataset: str = "", progress: bool = True
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    dataset: str = "",
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """exp of the mean negative log likelihood over all predicted tokens.
 
@@ -47,46 +53,49 @@ def perplexity(
         windows: [N, S] int64; each is read on its own, and predicts its last S - 1 tokens.
         dataset: kept with the result.
         progress: show a bar on stderr.
+        ranks: each reads its share of the windows; the perplexity does not depend on how many.
     """
     started = time.perf_counter()
     device = next(model.parameters()).device
+    own = windows[ranks.share(len(windows))]
     bar = tqdm(
-        total=windows.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=not progress
+        total=own.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=not progress
     )
 
     def logits() -> Iterator[torch.Tensor]:
-        for window in windows:
+        for window in own:
             yield model(input_ids=window[None].to(device), use_cache=False).logits
             bar.update(len(window))
 
     with bar:
-        measured = perplexity_of_logits(logits(), windows, dataset=dataset)
-    return replace(measured, seconds=time.perf_counter() - started)
+        measured = perplexity_of_logits(logits(), windows, dataset=dataset, ranks=ranks)
+    return replace(measured, seconds=ranks.most(time.perf_counter() - started))
 
 
 @torch.no_grad()
 def perplexity_of_logits(
-    logits: Iterable[torch.Tensor], windows: torch.Tensor, *, dataset: str = ""
+    logits: Iterable[torch.Tensor],
+    windows: torch.Tensor,
+    *,
+    dataset: str = "",
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """:func:`perplexity` from what a model says to each window, however it was run.
 
     Args:
-        logits: [1, S, V] of every window in order, asked for one at a time.
-        windows: [N, S] int64.
+        logits: [1, S, V] of every window of this rank's share in order, asked for one at a time.
+        windows: [N, S] int64, those of all ranks.
         dataset: kept with the result.
+        ranks: those that share the windows.
     """
-    total: float | torch.Tensor = 0.0
-    for window, of_window in zip(windows, logits, strict=True):
-        targets_of_window = window[1:].to(of_window.device)
-        for rows, targets in zip(
-            of_window[0, :-1].split(ROWS_PER_LOSS),
-            targets_of_window.split(ROWS_PER_LOSS),
-            strict=True,
-        ):
-            total += functional.cross_entropy(rows.float(), targets, reduction="sum").double()
     count, seqlen = windows.shape
     tokens = count * (seqlen - 1)
-    mean = float(total) / tokens
+    own = ranks.share(count)
+    found = [_loss(*pair) for pair in zip(logits, windows[own], strict=True)]
+    losses = torch.zeros(count, dtype=torch.float64)
+    if found:
+        losses[own] = torch.stack(found).cpu()
+    mean = math.fsum(ranks.fill_(losses).tolist()) / tokens
     return Perplexity(
         math.nan if math.isnan(mean) else math.exp(min(mean, 700.0)),
         count,
@@ -97,10 +106,30 @@ def perplexity_of_logits(
     )
 
 
-def ridden_perplexity(windows: RidingWindows, dataset: str = "") -> Perplexity:
-    """:func:`perplexity` of windows that have gone through every block."""
-    measured = perplexity_of_logits(windows.logits(), windows.windows, dataset=dataset)
-    return replace(measured, seconds=windows.seconds)
+def _loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood of a window [S] after its first token, from [1, S, V]: fp64 []."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    targets_of_window = window[1:].to(logits.device)
+    for rows, targets in zip(
+        logits[0, :-1].split(ROWS_PER_LOSS), targets_of_window.split(ROWS_PER_LOSS), strict=True
+    ):
+        total += functional.cross_entropy(rows.float(), targets, reduction="sum").double()
+    return total
+
+
+def ridden_perplexity(
+    riding: RidingWindows, windows: torch.Tensor, *, dataset: str = "", ranks: Ranks = ALONE
+) -> Perplexity:
+    """:func:`perplexity` of windows [N, S] that have gone through every block.
+
+    Args:
+        riding: this rank's share of them.
+        windows: those of all ranks.
+        dataset: kept with the result.
+        ranks: those that share the windows.
+    """
+    measured = perplexity_of_logits(riding.logits(), windows, dataset=dataset, ranks=ranks)
+    return replace(measured, seconds=ranks.most(riding.seconds))
 
 
 def evaluation_windows(

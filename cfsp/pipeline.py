@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 
 from .allocation import check_budget
 from .blocks import StoredBlocks
-from .checkpoint import (
-    check_out,
-)
+from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .hardware import device_capped
+from .hashes import check_hashes, known_hashes, weight_files
 from .layouts import FFNWeights
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
+from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
@@ -62,13 +62,16 @@ def _count(windows: torch.Tensor | None) -> int:
     return len(windows) if windows is not None else 0
 
 
-def _announced(opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool) -> int:
-    """Windows per forward call, after the estimate was printed and found to fit the budget."""
+def _announced(
+    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
+) -> int:
+    """Windows per forward call, the same on every rank, after the estimate was printed and found to
+    fit the budget."""
     estimate = estimate_opened(opened, job, budget, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)
     estimate.check(budget)
-    return estimate.micro_batch
+    return -int(ranks.most(-estimate.micro_batch))
 
 
 def calibrate(
@@ -79,6 +82,7 @@ def calibrate(
     device: str = "auto",
     max_memory: str | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of a dense model from one forward pass over the calibration tokens.
 
@@ -89,16 +93,20 @@ def calibrate(
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments and gets the same statistics.
 
     Raises:
         CfspError: bad input, in one line.
     """
     budget = parse_budget(max_memory)
-    opened = _open(model, tokenizer, recipe.dtype, device)
+    progress = progress and ranks.first
+    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    micro_batch = _announced(opened, Job(recipe, len(windows), prunes=False), budget, progress)
+    job = Job(recipe, len(windows), prunes=False, ranks=ranks.size)
+    micro_batch = _announced(opened, job, budget, progress, ranks)
     with device_capped(model_device(opened.model), budget.device):
-        return collect(opened, recipe, windows, micro_batch, progress)
+        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks)
 
 
 def plan(
@@ -143,6 +151,17 @@ def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: i
     return HeldOut(name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos))
 
 
+def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
+    """Raise CfspError on every rank where a weight file is not what it should be."""
+    problem = None
+    try:
+        known = list(known_hashes(weight_files(model)).items())
+        check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
+    except CfspError as error:
+        problem = str(error)
+    ranks.check(problem)
+
+
 def prune(
     model: nn.Module | str | Path,
     tokenizer: Any = None,
@@ -157,8 +176,10 @@ def prune(
     max_memory: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    verify: bool = False,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> PruneResult:
     """Remove FFN channels of a model after one calibration pass.
 
@@ -180,8 +201,12 @@ def prune(
             largest that fits, up to the default.
         overwrite: replace ``out`` where it exists.
         resume: continue a run of the same model, recipe and text that was interrupted.
+        verify: compare the SHA-256 of the model's weight files with what is known of them (see
+            :func:`cfsp.hashes.known_hashes`), and list those of the result in ``SHA256SUMS``.
         stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
         progress: show an estimate and bars on stderr.
+        ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
+            this with the same arguments, and ``out`` is on a file system that all see.
 
     Raises:
         CfspError: bad input or too little memory, in one line; the input and an existing ``out``
@@ -202,7 +227,10 @@ def prune(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
-    opened = _open(model, tokenizer, recipe.dtype, device, streamed=out is not None)
+    if verify and not isinstance(model, nn.Module):
+        _check_files(model, progress and ranks.first, ranks)
+    where = ranks.device(device)
+    opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     sizes = layout.intermediate_sizes(opened.model)
@@ -218,13 +246,25 @@ def prune(
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan)
-    micro_batch = _announced(opened, job, budget, progress)
+    progress = progress and ranks.first
+    job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
+    micro_batch = _announced(opened, job, budget, progress, ranks)
     run = Run(
-        opened, recipe, plan, statistics, windows, micro_batch, held_out, overwrite, stop, progress
+        opened,
+        recipe,
+        plan,
+        statistics,
+        windows,
+        micro_batch,
+        held_out,
+        overwrite,
+        verify,
+        stop,
+        progress,
+        ranks,
     )
-    where = Path(out) if out is not None else None
+    folder = Path(out) if out is not None else None
     with device_capped(model_device(opened.model), budget.device):
-        if where is not None and isinstance(opened.blocks, StoredBlocks):
-            return prune_stored(run, opened.blocks, where, resume)
-        return prune_live(run, where, given=isinstance(model, nn.Module))
+        if folder is not None and isinstance(opened.blocks, StoredBlocks):
+            return prune_stored(run, opened.blocks, folder, resume)
+        return prune_live(run, folder, given=isinstance(model, nn.Module))

@@ -38,8 +38,15 @@ class PruneReport:
 
 
 def recipe_document(report: PruneReport) -> dict[str, Any]:
-    """The recipe with everything that a run depends on, for recipe.yaml."""
+    """The recipe with everything that a run depends on, for recipe.yaml.
+
+    What was measured is in it but for times: equal runs give equal documents.
+    """
     statistics = report.statistics
+    result = report.to_dict()
+    for measured in (result["perplexity_before"], result["perplexity_after"]):
+        if measured is not None:
+            del measured["seconds"]
     return {
         "recipe": report.plan.recipe.to_dict(),
         "provenance": {
@@ -48,7 +55,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
             "statistics": statistics.provenance if statistics is not None else None,
             "versions": report.versions,
         },
-        "result": report.to_dict(),
+        "result": result,
     }
 
 

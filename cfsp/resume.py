@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .errors import CfspError
 from .plan import write_json
+from .ranks import Ranks
 from .statistics import Statistics, load_statistics, save_statistics
 
 FORMAT = "cfsp-run-1"
@@ -53,6 +55,25 @@ def begin(partial: Path, identity: dict[str, Any]) -> None:
     if not can_resume(partial):
         (partial / STATE_FOLDER).mkdir(exist_ok=True)
         write_json(partial / STATE_FOLDER / MANIFEST, {"format": FORMAT, "identity": identity})
+
+
+def check_shared(partial: Path, ranks: Ranks) -> None:
+    """Raise CfspError on every rank where one does not see the folder that the first has begun."""
+    if ranks.size == 1:
+        return
+    mark = partial / STATE_FOLDER / ranks.of_first(lambda: uuid4().hex)
+    if ranks.first:
+        mark.touch()
+    ranks.barrier()
+    seen = mark.exists()
+    ranks.check(
+        None
+        if seen
+        else f"rank {ranks.rank} does not see {partial}, which rank 0 made; "
+        "--out must be on a file system that all ranks share"
+    )
+    if ranks.first:
+        mark.unlink()
 
 
 def kept_statistics(partial: Path) -> Statistics | None:

@@ -12,7 +12,7 @@ from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
-from .shards import TensorInfo
+from .shards import Room, TensorInfo
 from .statistics import BlockStatistics, Statistics, model_fingerprint
 
 
@@ -52,13 +52,21 @@ def prune_block_(
     plan: BlockPlan,
     compensation: str,
     statistics: BlockStatistics | None,
+    room: Room | None = None,
 ) -> None:
-    """Cut one block's FFN to the kept channels, in place."""
+    """Cut one block's FFN to the kept channels, in place; the new matrices are new memory, or
+    what ``room`` gives."""
     gate, up, down = (layout.projection(block, p) for p in (layout.gate, layout.up, layout.down))
     kept = plan.kept.to(down.weight.device)
-    cut = COMPENSATIONS[compensation](down.weight, kept, statistics)
+
+    def out(*shape: int) -> torch.Tensor | None:
+        return room(shape, down.weight.dtype) if room is not None else None
+
+    new_down = out(down.out_features, plan.width)
+    cut = COMPENSATIONS[compensation](down.weight, kept, statistics, new_down)
     for projection in (gate, up):
-        projection.weight = _parameter(gather_rows(projection.weight, kept), projection.weight)
+        rows = gather_rows(projection.weight, kept, out=out(plan.width, projection.in_features))
+        projection.weight = _parameter(rows, projection.weight)
         if projection.bias is not None:
             projection.bias = _parameter(projection.bias[kept], projection.bias)
         projection.out_features = plan.width

@@ -1,7 +1,8 @@
 """A job whose input is checked: in memory or from disk to disk, with what comes of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +27,16 @@ from .checkpoint import (
     write_settings,
 )
 from .collection import collect_statistics
-from .errors import Stopped
+from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
+from .hashes import write_hashes
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, make_plan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
+from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .report import PruneReport, model_card, recipe_document
-from .resume import begin, check_resume, end, keep_statistics, kept_statistics
+from .resume import begin, check_resume, check_shared, end, keep_statistics, kept_statistics
 from .rewriting import prune_model_
 from .second_pass import prune_to_shards_
 from .statistics import Statistics, statistics_fingerprint
@@ -95,6 +98,7 @@ def collect(
     micro_batch: int,
     progress: bool,
     stop: Callable[[], bool] = bool,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of a calibration pass, with where they come from."""
     return collect_statistics(
@@ -109,6 +113,7 @@ def collect(
         progress=progress,
         weights=opened.blocks,
         stop=stop,
+        ranks=ranks,
     )
 
 
@@ -126,15 +131,23 @@ class Run:
     """Windows per forward call of calibration."""
     held_out: HeldOut
     overwrite: bool
+    verify: bool
     stop: Callable[[], bool]
     progress: bool
+    ranks: Ranks
 
     def calibrated(self) -> Statistics | None:
         """The statistics given, or those of a pass over the calibration tokens."""
         if self.windows is None:
             return self.statistics
         return collect(
-            self.opened, self.recipe, self.windows, self.micro_batch, self.progress, self.stop
+            self.opened,
+            self.recipe,
+            self.windows,
+            self.micro_batch,
+            self.progress,
+            self.stop,
+            self.ranks,
         )
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
@@ -143,7 +156,8 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        return make_plan(statistics, self.opened.blocks.ffn_weights, self.recipe)
+        weights = self.opened.blocks.ffn_weights
+        return self.ranks.of_first(lambda: make_plan(statistics, weights, self.recipe))
 
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
@@ -208,7 +222,11 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
         if held_out.tokens is None:
             return None
         return perplexity(
-            opened.model, held_out.tokens, dataset=held_out.dataset, progress=run.progress
+            opened.model,
+            held_out.tokens,
+            dataset=held_out.dataset,
+            progress=run.progress,
+            ranks=run.ranks,
         )
 
     pruned = opened.model
@@ -216,13 +234,13 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned.eval()
     parameters_before = count_parameters(pruned)
     before = measure()
-    if run.stop():
+    if run.ranks.any(run.stop()):
         raise Stopped
     prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
     _become_pruned_(opened, plan)
     report = _report(opened, plan, statistics, parameters_before, before, measure())
     device = next(pruned.parameters()).device
-    if out is not None:
+    if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
             write_model(pruned, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
@@ -230,32 +248,96 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
             if not given:
                 empty_(pruned)  # one model in memory at a time
             reloaded = verify(folder, expected, device)
+            if run.verify:
+                write_hashes(folder, progress=run.progress)
         if not given:
             pruned = reloaded
+    run.ranks.barrier()
     pruned.train(training)
     return PruneResult(opened.tokenizer, report, out, pruned, device)
 
 
+@contextmanager
+def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> Iterator[Path]:
+    """:func:`new_folder` of the first rank, for all to fill."""
+    if ranks.first:
+        with new_folder(out, overwrite, resume) as folder:
+            yield folder
+    else:
+        try:
+            yield partial_folder(out)
+        except OSError as error:
+            hint = "--resume continues this run"
+            raise CfspError(f"cannot write {out}: {error}; {hint}") from error
+    ranks.barrier()
+
+
 def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> PruneResult:
     """Cut a model from disk to disk, one block at a time; pass 2 reads each once for everything."""
-    opened, held_out = run.opened, run.held_out
-    model, tokens = opened.model, held_out.tokens
+    opened, ranks = run.opened, run.ranks
     identity = run.identity(blocks)
+    ranks.check_same(identity)
     if resume:
-        check_resume(partial_folder(out), identity)
-    with new_folder(out, run.overwrite, resume) as folder:
-        begin(folder, identity)
-        statistics = kept_statistics(folder) or run.calibrated()
-        if statistics is not None and run.windows is not None:
+        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
+    with _shared_folder(out, run.overwrite, resume, ranks) as folder:
+        if ranks.first:
+            begin(folder, identity)
+        check_shared(folder, ranks)
+        statistics = ranks.of_first(lambda: kept_statistics(folder)) or run.calibrated()
+        if statistics is not None and run.windows is not None and ranks.first:
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
+        second = _second_pass(run, plan, statistics, folder)
 
-        modules = opened.layout.find_blocks(model)
-        parameters_before = count_parameters(model)
-        probe = RidingWindows(model, modules, probe_tokens(model))
-        pair = []
-        if tokens is not None:
-            pair = [RidingWindows(model, modules, tokens) for _ in ("before", "after")]
+        def finish() -> PruneReport:
+            _become_pruned_(opened, plan)
+            report = _report(
+                opened, plan, statistics, second.parameters_before, second.before, second.after
+            )
+            write_settings(opened.model, opened.tokenizer, folder)
+            write_documents(folder, plan, recipe_document(report), model_card(report))
+            empty_(opened.model)  # one model's embeddings in memory at a time
+            verify_streamed(folder, second.probe, blocks.device)
+            if run.verify:
+                write_hashes(folder, progress=run.progress)
+            end(folder)
+            return report
+
+        report = ranks.of_first(finish)
+    return PruneResult(opened.tokenizer, report, out, None, blocks.device)
+
+
+@dataclass(frozen=True)
+class _SecondPass:
+    """What pass 2 measured."""
+
+    parameters_before: int
+    before: Perplexity | None
+    after: Perplexity | None
+    probe: torch.Tensor
+    """Logits [1, 16, V] of the probe tokens, on the first rank; the others have none."""
+
+
+def _second_pass(
+    run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path
+) -> _SecondPass:
+    """Write the shards, with each rank's share of the windows riding along; the probe rides on the
+    first.
+
+    Raises:
+        Stopped: on every rank, after each has finished its shards or stopped between two.
+    """
+    opened, held_out, ranks = run.opened, run.held_out, run.ranks
+    model, modules = opened.model, opened.layout.find_blocks(opened.model)
+    parameters_before = count_parameters(model)
+    own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
+    probe = RidingWindows(model, modules, own_probe)
+    pair, tokens = [], held_out.tokens
+    if tokens is not None:
+        own = tokens[ranks.share(len(tokens))]
+        pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
+    stopped = False
+    try:
         prune_to_shards_(
             opened,
             plan,
@@ -265,15 +347,17 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             after=[*pair[1:], probe],
             stop=run.stop,
             progress=run.progress,
+            ranks=ranks,
         )
-        measured = [ridden_perplexity(windows, held_out.dataset) for windows in pair]
-        before, after = measured or (None, None)
-        expected = next(probe.logits()).cpu()
-        _become_pruned_(opened, plan)
-        report = _report(opened, plan, statistics, parameters_before, before, after)
-        write_settings(model, opened.tokenizer, folder)
-        write_documents(folder, plan, recipe_document(report), model_card(report))
-        empty_(model)  # one model's embeddings in memory at a time
-        verify_streamed(folder, expected, blocks.device)
-        end(folder)
-    return PruneResult(opened.tokenizer, report, out, None, blocks.device)
+    except Stopped:
+        stopped = True
+    if ranks.any(stopped):
+        raise Stopped
+    before = after = None
+    if tokens is not None:
+        before, after = (
+            ridden_perplexity(riding, tokens, dataset=held_out.dataset, ranks=ranks)
+            for riding in pair
+        )
+    logits = next(probe.logits(), torch.empty(0)).cpu()
+    return _SecondPass(parameters_before, before, after, logits)

@@ -4,6 +4,7 @@ Each block is read once more, ahead of its turn. At its turn it is cut exactly a
 is, windows that measure the model go through it before and after, and a thread behind writes it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,20 +12,57 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .arena import Arena, aligned
 from .checkpoint import MAX_SHARD_BYTES, saved_tensors
 from .errors import Stopped
 from .models import OpenModel
 from .plan import PruningPlan
 from .progress import BlockProgress
+from .ranks import ALONE, Ranks
 from .rewriting import check_compensation, check_plan, planned_tensors, prune_block_
-from .shards import ShardWriter, finished_shards, pack_shards, write_index
+from .shards import Room, Shard, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
 from .statistics import Statistics
 from .stream import RidingWindows
 
 
-def _write_all(writer: ShardWriter, tensors: Mapping[str, torch.Tensor]) -> None:
+def _write_all(
+    writer: ShardWriter, tensors: Mapping[str, torch.Tensor], ready: Callable[[], None]
+) -> None:
+    ready()
     for name, tensor in tensors.items():
         writer.write(name, tensor)
+
+
+class _Aside:
+    """Where a cut block waits to be written while its own memory takes the next one."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.arena = Arena(nbytes, torch.device("cpu"), pinned=self.on_gpu)
+
+    def room(self) -> Room | None:
+        """Where the cut matrices of the next block go at once: on a CPU, here."""
+        self.arena.clear()
+        return None if self.on_gpu else self.arena.take
+
+    def put(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        """The tensors here, and what to call before they are read."""
+        memory = self.arena.memory
+        inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
+
+        def here(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_cuda and tensor.data_ptr() in inside:
+                return tensor
+            place = self.arena.take(tuple(tensor.shape), tensor.dtype)
+            return place.copy_(tensor, non_blocking=True)
+
+        found = {name: here(tensor) for name, tensor in tensors.items()}
+        if not self.on_gpu:
+            return found, lambda: None
+        return found, torch.cuda.current_stream(self.device).record_event().synchronize
 
 
 def _around_blocks(
@@ -43,6 +81,29 @@ def _around_blocks(
     return head, tail
 
 
+def _largest_block(planned: Mapping[str, TensorInfo], blocks: str) -> int:
+    """Bytes of memory for the largest of the planned blocks, whose names begin with ``blocks``."""
+    sizes: Counter[str] = Counter()
+    for name, info in planned.items():
+        if name.startswith(blocks):
+            sizes[name.removeprefix(blocks).partition(".")[0]] += aligned(info.nbytes)
+    return max(sizes.values())
+
+
+def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard]:
+    """This rank's part of the shards that are not in the folder yet."""
+    finished = ranks.of_first(lambda: finished_shards(folder, shards))
+    left = [shard for shard in shards if shard.name not in finished]
+    return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
+
+
+def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+    """Numbers of the blocks with tensors in these shards."""
+    names = [name for shard in shards for name in shard.tensors]
+    inside = [name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}.")]
+    return {int(name.partition(".")[0]) for name in inside}
+
+
 def prune_to_shards_(
     opened: OpenModel,
     plan: PruningPlan,
@@ -53,18 +114,24 @@ def prune_to_shards_(
     after: Sequence[RidingWindows] = (),
     stop: Callable[[], bool] = bool,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the weights of the pruned model, the bytes that a pruned live model's would be.
 
+    Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
+
     Args:
-        opened: the dense model; its skeleton has the pruned shapes afterwards.
+        opened: the dense model; its skeleton has the pruned shapes afterwards, in blocks that were
+            read.
         plan: what each block keeps.
         statistics: for compensations that need them.
         folder: where the shards go; those that an earlier run finished there stay as they are.
         before: windows that go through the dense blocks.
         after: windows that go through the pruned blocks.
-        stop: asked after each block; shards that are being written are finished first.
+        stop: asked after each block; shards that are being written are finished first. Ranks stop
+            each on their own.
         progress: show a bar on stderr.
+        ranks: those that share the shards.
 
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be
@@ -79,17 +146,24 @@ def prune_to_shards_(
     dense = saved_tensors(model)
     planned = planned_tensors(dense, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
+    mine = _to_write(shards, folder, ranks)
+    others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
+    riding = any(len(windows.windows) for windows in (*before, *after))
+    wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
+    aside = _Aside(
+        _largest_block(planned, f"{layout.blocks}."), model.get_input_embeddings().weight.device
+    )
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     shown = BlockProgress(bar, len(plan.blocks))
     with (
         bar,
-        ShardWriter(folder, shards, finished_shards(folder, shards)) as writer,
+        ShardWriter(folder, shards, others) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
-        opened.blocks.turns() as turns,
+        opened.blocks.turns(wanted) as turns,
     ):
         head, tail = _around_blocks(dense, f"{layout.blocks}.")
-        writing: Future[None] = behind.submit(_write_all, writer, head)
+        writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
         for number, block in turns:
@@ -97,13 +171,14 @@ def prune_to_shards_(
             for windows in before:
                 windows.ride(number)
             block_statistics = statistics.blocks[number] if statistics is not None else None
-            prune_block_(block, layout, plan.blocks[number], compensation, block_statistics)
+            writing.result()  # at most one block waits to be written
+            block_plan, room = plan.blocks[number], aside.room()
+            prune_block_(block, layout, block_plan, compensation, block_statistics, room)
             for windows in after:
                 windows.ride(number)
-            writing.result()  # at most one block waits to be written
             prefix = f"{layout.blocks}.{number}."
-            pruned = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-            writing = behind.submit(_write_all, writer, pruned)
+            pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
+            writing = behind.submit(_write_all, writer, pruned, ready)
             bar.update(sum(tensor.nbytes for tensor in pruned.values()))
             del pruned
             if stop_after is None and stop():
@@ -113,6 +188,7 @@ def prune_to_shards_(
                 writing.result()
                 raise Stopped
         writing.result()
-        _write_all(writer, tail)
+        _write_all(writer, tail, lambda: None)
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
-    write_index(folder, shards)
+    if ranks.first:
+        write_index(folder, shards)

@@ -6,11 +6,10 @@ give equal bytes wherever they came from, and is known before the first tensor i
 
 import json
 import math
-import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .arena import mapped_bytes
 from .errors import CfspError
 
 DTYPES = {
@@ -40,6 +40,11 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 1 << 20
 MAX_CALL_BYTES = 1 << 30  # Linux moves at most 2 GiB per call
+READ_BYTES = 32 << 20  # per call, so that threads share one matrix
+READERS = min(8, os.cpu_count() or 1)  # a fast disk wants several requests at a time
+
+Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""(shape, dtype) -> a tensor to fill."""
 
 
 @dataclass(frozen=True)
@@ -134,44 +139,65 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read_into(descriptor: int, target: torch.Tensor, start: int, file: Path) -> None:
-    view, done = _bytes(target), 0
-    while done < len(view):
-        got = os.preadv(descriptor, [view[done : done + MAX_CALL_BYTES]], start + done)
-        if got == 0:
-            raise CfspError(f"{file} is corrupt: it ends at byte {start + done}")
-        done += got
+def _read_chunk(descriptor: int, view: memoryview, start: int, file: Path) -> None:
+    done = 0
+    try:
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done:]], start + done)
+            if got == 0:
+                raise CfspError(f"{file} is corrupt: it ends at byte {start + done}")
+            done += got
+    except OSError as error:
+        raise CfspError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _room(info: TensorInfo) -> torch.Tensor:
+def _new_room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for a tensor: where it is large a mapping of its own, which goes back to the system
-    when the tensor goes. A heap that threads share keeps it, in pieces, and grows with each block.
-    """
-    if info.nbytes < MAPPED_BYTES:
-        return torch.empty(info.shape, dtype=info.dtype)
-    memory = mmap.mmap(-1, info.nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
+    when the tensor goes. A heap that threads share keeps it, in pieces."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return mapped_bytes(nbytes).view(dtype).view(shape)
 
 
-def read_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """Read tensors into memory of their own, on the CPU, as stored; each file is opened once.
+def _chunks(
+    found: Mapping[str, torch.Tensor], tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[memoryview, int, Path]]:
+    """(memory, first byte in the file, file) of what one call reads at most."""
+    for name, stored in tensors.items():
+        if stored.nbytes:
+            view = _bytes(found[name])
+            for done in range(0, len(view), READ_BYTES):
+                yield view[done : done + READ_BYTES], stored.start + done, stored.file
+
+
+def read_tensors(
+    tensors: Mapping[str, StoredTensor], room: Room = _new_room
+) -> dict[str, torch.Tensor]:
+    """Read tensors into CPU memory, as stored; several threads read, each file is opened once.
+
+    Args:
+        tensors: where they lie.
+        room: gives the contiguous memory of a tensor; new memory unless told otherwise.
 
     Raises:
         CfspError: a file cannot be read or became shorter.
     """
-    found = {name: _room(stored) for name, stored in tensors.items()}
+    found = {name: room(stored.shape, stored.dtype) for name, stored in tensors.items()}
     descriptors: dict[Path, int] = {}
     try:
-        for name, stored in tensors.items():
-            if stored.file not in descriptors:
-                descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
-            if stored.nbytes:
-                _read_into(descriptors[stored.file], found[name], stored.start, stored.file)
+        for file in {stored.file: None for stored in tensors.values()}:
+            descriptors[file] = os.open(file, os.O_RDONLY)
+        chunks = [(descriptors[file], view, at, file) for view, at, file in _chunks(found, tensors)]
+        if len(chunks) <= 1 or sum(stored.nbytes for stored in tensors.values()) < READ_BYTES:
+            for chunk in chunks:
+                _read_chunk(*chunk)
+        else:
+            with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+                for reading in [pool.submit(_read_chunk, *chunk) for chunk in chunks]:
+                    reading.result()
     except OSError as error:
-        raise CfspError(f"cannot read {error.filename or stored.file}: {error.strerror}") from None
+        raise CfspError(f"cannot read {error.filename}: {error.strerror}") from None
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -312,14 +338,14 @@ class ShardWriter:
     """Writes the tensors of planned shards, in any order; a shard has its name when it is whole.
 
     A context manager: on the way out of an error, unfinished shards vanish. What belongs to a shard
-    in ``finished`` is there already, and not written again.
+    in ``others`` is not written: it is there already, or another process does it.
     """
 
     def __init__(
-        self, folder: Path, shards: Iterable[Shard], finished: frozenset[str] = frozenset()
+        self, folder: Path, shards: Iterable[Shard], others: frozenset[str] = frozenset()
     ) -> None:
         self.folder = folder
-        self.finished = finished
+        self.others = others
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.open: dict[str, _OpenShard] = {}
         self.closed = 0
@@ -352,7 +378,7 @@ class ShardWriter:
         planned, given = shard.tensors[name], TensorInfo(tensor.dtype, tuple(tensor.shape))
         if planned != given:
             raise RuntimeError(f"{name} is {given}, planned was {planned}")
-        if shard.name in self.finished:
+        if shard.name in self.others:
             return
         if shard.name not in self.open:
             self.open[shard.name] = _OpenShard(self.folder, shard)

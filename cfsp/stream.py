@@ -29,7 +29,7 @@ class BlockCalls:
 
     def micro_batches(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, view of the hidden states [b, S, D]) of every micro-batch."""
-        return enumerate(self.hidden.split(self.micro_batch))
+        return enumerate(self.hidden.split(self.micro_batch) if len(self.hidden) else ())
 
 
 def default_micro_batch(device: torch.device, seqlen: int) -> int:
@@ -74,7 +74,7 @@ def record_block_calls(
     Args:
         model: a causal LM of transformers.
         blocks: its decoder blocks; each takes the hidden states first.
-        windows: [N, S] int64 tokens.
+        windows: [N, S] int64 tokens; there may be none.
         micro_batch: windows per call.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -93,17 +93,15 @@ def record_block_calls(
 
         return forward
 
-    hidden: torch.Tensor | None = None
+    hidden = torch.empty(0, device=device)
     with forward_instead(blocks, [stand_in(number) for number in range(len(blocks))]):
-        for number, tokens in enumerate(windows.split(micro_batch)):
+        for number, tokens in enumerate(windows.split(micro_batch) if len(windows) else ()):
             model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
             states = embedded.pop()
-            if hidden is None:
+            if number == 0:
                 hidden = states.new_empty(len(windows), *states.shape[1:])
             start = number * micro_batch
             hidden[start : start + len(states)] = states
-    if hidden is None:
-        raise ValueError("no windows to run")
     return BlockCalls(hidden, micro_batch, tuple(tuple(calls) for calls in recorded))
 
 

@@ -1,0 +1,251 @@
+"""The processes of one job, as ``torchrun`` starts them: what is whose, and what they exchange.
+
+Work is split into contiguous parts in order of ranks, and sums are added in the order of one
+process, so that what a job gives does not depend on how many there are. Everything exchanged is
+small and on the CPU, over gloo.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+
+from .errors import CfspError, RankLost
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
+PATIENCE = timedelta(
+    days=7
+)  # a dead rank closes its connections; one that waits for a disk is slow
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a job; without arguments the only one.
+
+    Methods that exchange something are called by every rank, in the same order.
+
+    Raises, in those methods:
+        RankLost: another rank has ended.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the ranks of this machine."""
+    group: "ProcessGroup | None" = None
+    """None: torch.distributed's default."""
+    store: "Store | None" = None
+    """Outlives any rank; see :meth:`speaks`."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints what there is only one of."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` equal pieces of work are this rank's."""
+        return self._share(self.rank, count)
+
+    def _share(self, rank: int, count: int) -> slice:
+        return slice(-(-count * rank // self.size), -(-count * (rank + 1) // self.size))
+
+    def weighted_share(self, weights: Sequence[int]) -> list[int]:
+        """The positions of this rank's pieces of work, of about the same total for every rank."""
+        total, before, found = max(1, sum(weights)), 0, []
+        for position, weight in enumerate(weights):
+            owner = self.size * (2 * before + weight) // (2 * total)  # where its middle lies
+            if min(owner, self.size - 1) == self.rank:
+                found.append(position)
+            before += weight
+        return found
+
+    def device(self, name: str) -> str:
+        """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank.
+
+        That becomes the current one, so that nothing is put on another's.
+
+        Raises:
+            CfspError: more ranks than GPUs on this machine.
+        """
+        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+            return name
+        if self.local_rank >= torch.cuda.device_count():
+            raise CfspError(
+                f"rank {self.rank} has no GPU of its own: {torch.cuda.device_count()} on this "
+                "machine; give torchrun that --nproc-per-node"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return f"cuda:{self.local_rank}"
+
+    def ordered_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Zeros plus every part of rank 0, plus every part of rank 1, and so on, one by one.
+
+        Each rank adds its own to what the one before it hands on: the additions of one process in
+        its order, hence its bits. Only one tensor travels from rank to rank.
+
+        Args:
+            parts: this rank's, of the shape and dtype of ``like``, on the CPU.
+            like: shape and dtype of the sum.
+        """
+        import torch.distributed as dist
+
+        total = torch.zeros_like(like, device="cpu")
+        with _exchange():
+            if self.size > 1 and self.rank > 0:
+                dist.recv(total, self.rank - 1, group=self.group)
+            for part in parts:
+                total += part
+            if self.size > 1:
+                if self.rank + 1 < self.size:
+                    dist.send(total, self.rank + 1, group=self.group)
+                dist.broadcast(total, self.size - 1, group=self.group)
+        return total
+
+    def fill_(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give every rank all rows, in place, where each has those of its :meth:`share`."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _exchange():
+                for rank in range(self.size):
+                    part = rows[self._share(rank, len(rows))]
+                    if len(part):
+                        dist.broadcast(part, rank, group=self.group)
+        return rows
+
+    def total(self, value: int) -> int:
+        """Sum of every rank's value."""
+        return sum(self._everyones(value))
+
+    def most(self, value: float) -> float:
+        """The largest of every rank's values."""
+        return max(self._everyones(value))
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is up on any rank."""
+        return any(self._everyones(flag))
+
+    def _everyones(self, value: Value) -> list[Value]:
+        """The value of every rank, in order."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Value] = [value] * self.size
+        with _exchange():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def of_first(self, make: Callable[[], Value]) -> Value:
+        """What rank 0 makes, a plain value; the others wait for it."""
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        values = [make()] if self.first else [None]
+        with _exchange():
+            dist.broadcast_object_list(values, 0, group=self.group)
+        return cast(Value, values[0])
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _exchange():
+                dist.barrier(self.group)
+
+    def check(self, problem: str | None) -> None:
+        """Raise CfspError on every rank where one has a problem: the first one's."""
+        problems = [found for found in self._everyones(problem) if found is not None]
+        if problems:
+            raise CfspError(problems[0])
+
+    def check_same(self, identity: Mapping[str, object]) -> None:
+        """Raise CfspError on every rank where one does not have rank 0's values; names which."""
+        reference = self.of_first(lambda: dict(identity))
+        differing = sorted(key for key in reference if reference[key] != identity[key])
+        self.check(
+            f"rank {self.rank} has another {', '.join(differing)} than rank 0"
+            if differing
+            else None
+        )
+
+    def speaks(self) -> bool:
+        """Whether this rank is the one that tells the user why the job ends: the first that asks.
+
+        Nothing is waited for, and no other rank needs to be alive.
+        """
+        if self.store is None:
+            return self.first
+        try:
+            return bool(self.store.add("spoken", 1) == 1)
+        except RuntimeError:  # the launcher is gone: better told twice than not at all
+            return True
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """gloo says only that a connection failed, and as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        where, _, reason = str(error).partition("] ")  # [file of gloo:line] reason. Advice.
+        raise RankLost((reason or where).partition(". ")[0]) from error
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def own_rank() -> int:
+    """The rank of this process, known before it has joined the others."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`.
+
+    Where the program has already initialised torch.distributed, its ranks are these, with a group
+    of their own.
+
+    Raises:
+        CfspError: the others cannot be reached.
+    """
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if dist.is_initialized():
+        group = dist.new_group(timeout=PATIENCE, backend="gloo")
+        try:
+            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, group)
+        finally:
+            dist.destroy_process_group(group)
+        return
+    try:
+        common, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        time = common.add(f"cfsp/joined/{rank}", 1)  # joining again must not find old addresses
+        store = dist.PrefixStore(f"cfsp/{time}", common)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CfspError(f"cannot reach the other ranks of torchrun: {reason}") from None
+    try:
+        yield Ranks(rank, size, local_rank, store=store)
+    finally:
+        dist.destroy_process_group()
