@@ -155,9 +155,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
-        ranks=arguments.ranks,
+        ranks=arguments.group,
     )
-    if not arguments.ranks.first:
+    if not arguments.group.first:
         return
     save_statistics(statistics, out)
     summary = {
@@ -211,11 +211,12 @@ def _prune(arguments: argparse.Namespace) -> None:
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
+            verify=arguments.verify,
             stop=stop,
             progress=not arguments.quiet,
-            ranks=arguments.ranks,
+            ranks=arguments.group,
         )
-    if not arguments.ranks.first:
+    if not arguments.group.first:
         return
     if not _print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
         _print_result(result)
@@ -237,7 +238,7 @@ def _print_result(result: PruneResult) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
-    ranks: Ranks = arguments.ranks
+    ranks: Ranks = arguments.group
     opened = open_model(arguments.model, arguments.dtype, ranks.device(arguments.device))
     check_seqlen(opened.model, settings.seqlen)
     windows = evaluation_windows(
@@ -296,6 +297,12 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.add_argument(
         "--resume", action="store_true", help="continue a run of this command that was interrupted"
     )
+    pruning.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the SHA-256 of the model's files, by SHA256SUMS or the hub's cache, and list "
+        "those of the result",
+    )
     measuring = pruning.add_argument_group("evaluation, before and after")
     measuring.add_argument(
         "--eval-dataset",
@@ -329,9 +336,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.ranks.size > 1 and not getattr(arguments, "shared", False):
+    if arguments.group.size > 1 and not getattr(arguments, "shared", False):
         raise CfspError(f"cfsp {arguments.command} is for one process; start it without torchrun")
-    with quiet(arguments.ranks, arguments.quiet):
+    with quiet(arguments.group, arguments.quiet):
         arguments.run(arguments)
 
 
@@ -339,9 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        with joined() as arguments.ranks:
+        with joined() as arguments.group:
             code, message = ended(lambda: _run(arguments))
-            if message and arguments.ranks.speaks():
+            if message and arguments.group.speaks():
                 print(message, file=sys.stderr)
             return code
     except CfspError as error:

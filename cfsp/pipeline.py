@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 
 from .allocation import check_budget
 from .blocks import StoredBlocks
-from .checkpoint import (
-    check_out,
-)
+from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .ffns import FFNWeights, check_expert_width
 from .hardware import device_capped
+from .hashes import check_hashes, known_hashes, weight_files
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
@@ -155,6 +154,17 @@ def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: i
     return HeldOut(name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos))
 
 
+def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
+    """Raise CfspError on every rank where a weight file is not what it should be."""
+    problem = None
+    try:
+        known = list(known_hashes(weight_files(model)).items())
+        check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
+    except CfspError as error:
+        problem = str(error)
+    ranks.check(problem)
+
+
 def prune(
     model: nn.Module | str | Path,
     tokenizer: Any = None,
@@ -169,6 +179,7 @@ def prune(
     max_memory: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    verify: bool = False,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
@@ -193,6 +204,8 @@ def prune(
             largest that fits, up to the default.
         overwrite: replace ``out`` where it exists.
         resume: continue a run of the same model, recipe and text that was interrupted.
+        verify: compare the SHA-256 of the model's weight files with what is known of them (see
+            :func:`cfsp.hashes.known_hashes`), and list those of the result in ``SHA256SUMS``.
         stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
         progress: show an estimate and bars on stderr.
         ranks: of :func:`cfsp.ranks.joined`, where several processes share the work; each calls
@@ -217,6 +230,8 @@ def prune(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
 
+    if verify and not isinstance(model, nn.Module):
+        _check_files(model, progress and ranks.first, ranks)
     where = ranks.device(device)
     opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
@@ -254,6 +269,7 @@ def prune(
         micro_batch,
         held_out,
         overwrite,
+        verify,
         stop,
         progress,
         ranks,

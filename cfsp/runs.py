@@ -29,6 +29,7 @@ from .checkpoint import (
 from .collection import collect_statistics
 from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
+from .hashes import write_hashes
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, make_plan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
@@ -130,6 +131,7 @@ class Run:
     """Windows per forward call of calibration."""
     held_out: HeldOut
     overwrite: bool
+    verify: bool
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
@@ -246,6 +248,8 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
             if not given:
                 empty_(pruned)  # one model in memory at a time
             reloaded = verify(folder, expected, device)
+            if run.verify:
+                write_hashes(folder, progress=run.progress)
         if not given:
             pruned = reloaded
     run.ranks.barrier()
@@ -294,6 +298,8 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             write_documents(folder, plan, recipe_document(report), model_card(report))
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, second.probe, blocks.device)
+            if run.verify:
+                write_hashes(folder, progress=run.progress)
             end(folder)
             return report
 

@@ -132,7 +132,7 @@ def test_bad_options_are_one_line_and_leave_nothing(
 def check_refusal(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[object], message: str
 ) -> None:
-    before = sorted(path.name for path in tmp_path.rglob("*"))
+    before = contents(tmp_path)
     code, printed, error = run(capsys, *arguments)
     lines = [line for line in error.splitlines() if "error:" in line]
     assert code == 2
@@ -140,7 +140,15 @@ def check_refusal(
     assert message in lines[0]
     assert not printed
     assert "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
@@ -222,6 +230,16 @@ def test_bad_models_and_outputs_are_one_line_and_leave_nothing(
 ) -> None:
     model, out, message = broken(kind, tiny_folder, tmp_path)
     check_refusal(capsys, tmp_path, ["prune", model, "--out", out, *EXACT, *SMALL], message)
+
+
+@pytest.mark.parametrize("kind", ["truncated weights", "corrupt header", "NaN weights"])
+def test_a_bad_model_leaves_a_finished_output_as_it_was(
+    kind: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = ["prune", tiny_folder, "--out", tmp_path / "out", *EXACT, *SMALL]
+    assert run(capsys, *finished)[0] == 0
+    _, _, message = broken(kind, tiny_folder, tmp_path)
+    check_refusal(capsys, tmp_path, [*finished, "--overwrite"], message)
 
 
 def test_bad_statistics_are_one_line(
