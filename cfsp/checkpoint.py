@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +13,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from . import modeling_cfsp
+from .classes import is_stock
 from .errors import CfspError, Stopped
-from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
-from .models import make_skeleton, pick_device, quiet_loading
+from .models import load_config, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
 from .resume import can_resume
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
@@ -35,117 +27,6 @@ from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_ind
 MODELING_FILE = Path(modeling_cfsp.__file__)
 MAX_SHARD_BYTES = 5_000_000_000
 PROBE_TOKENS = 16
-
-
-def register() -> None:
-    """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
-    for model_type in LAYOUTS:
-        if model_type in CONFIG_MAPPING:
-            register_family(model_type)
-
-
-def register_family(model_type: str) -> None:
-    """The same for one family of transformers."""
-    stock = CONFIG_MAPPING[model_type]
-    config = _pruned_class(stock)
-    model = _pruned_class(MODEL_MAPPING[stock])
-    causal_lm = _pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-    config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    causal_lm.register_for_auto_class("AutoModelForCausalLM")
-
-
-def _pruned_class(stock: type) -> Any:
-    """The class with per-block widths of a class of transformers."""
-    return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
-
-
-def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
-    """Give a model whose FFNs were cut the config and classes that reload it, in place.
-
-    Where the family's own class builds exactly these parameters, with smaller widths in its
-    config, it is that class; anything else becomes one of :mod:`cfsp.modeling_cfsp`, with
-    ``per_layer_config``.
-    """
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "cfsp_config"):
-        values.pop(key, None)
-    values.pop("allow_global_per_layer_attribute_access", None)
-    stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
-    widths = _block_widths(model, layout)
-    values.update({name: max(w.get(name, 0) for w in widths) for w in widths for name in w})
-    known = {
-        name: value for name, value in values.items() if name not in _unknown(stock_type, widths)
-    }
-    config = stock_type(**known, cfsp_config=summary)
-    stock = make_skeleton(config, model.dtype)
-    own, stock_own = (_shapes(m) for m in (model, stock))
-    classes: tuple[type, type] = (type(stock), type(stock.base_model))
-    if own != stock_own:
-        classes = (_pruned_class(classes[0]), _pruned_class(classes[1]))
-        config = _pruned_class(stock_type)(
-            **values,
-            allow_global_per_layer_attribute_access=True,
-            per_layer_config=dict(enumerate(widths)),
-            cfsp_config={**summary, **_description(model, layout, own.keys() - stock_own.keys())},
-        )
-    config.architectures = [classes[0].__name__]
-    for choice in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, choice, getattr(model.config, choice))
-    for module in model.modules():
-        if getattr(module, "config", None) is model.config and module is not model:
-            module.config = config
-    model.config = config
-    model.__class__ = classes[0]
-    model.base_model.__class__ = classes[1]
-
-
-def _unknown(stock_type: type, widths: list[dict[str, int]]) -> set[str]:
-    """Names of widths that a family has no config value for: they follow from others there."""
-    default = stock_type()
-    return {name for block in widths for name in block if not hasattr(default, name)}
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def _block_widths(model: nn.Module, layout: Layout) -> list[dict[str, int]]:
-    """Widths of every block under the names that the config has for them."""
-    return [
-        {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
-        for block in layout.find_blocks(model)
-    ]
-
-
-def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dict[str, Any]:
-    """What :mod:`cfsp.modeling_cfsp` has to know about a family and its ``added`` parameters."""
-    blocks = layout.find_blocks(model)
-    present = {name for block in blocks for name, _ in block.named_parameters()}
-    ffns = [ffn for ffn in layout.ffns if present.issuperset(ffn.weight_names)]
-    return {
-        "blocks": layout.blocks.removeprefix(f"{model.base_model_prefix}."),
-        "channels": {
-            name: [ffn.width, axis.dimension, axis.copies]
-            for ffn in ffns
-            for name, axis in ffn.channels.items()
-            if name in present
-        },
-        "added_bias": sorted(
-            ffn.down for ffn in ffns if any(name.endswith(f".{ffn.down}.bias") for name in added)
-        ),
-    }
-
-
-def is_stock(model: PreTrainedModel) -> bool:
-    """Whether a model is an architecture of transformers itself, without our modeling file."""
-    return not model.config.model_type.startswith(PRUNED_PREFIX)
 
 
 def load(
@@ -165,7 +46,7 @@ def load(
     where = pick_device(device)
     if not (Path(folder) / "config.json").is_file():
         raise CfspError(f"{folder} is not a model folder: no config.json")
-    register()
+    load_config(str(folder))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)
     return model.to(where).eval()

@@ -118,16 +118,18 @@ TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
 """Classes of blocks that return their hidden states in a tuple."""
 
 
-def find_layout(model_type: str) -> Layout:
-    """The layout of an architecture, pruned or not.
+def known_layout(model_type: str) -> Layout | None:
+    """The layout that is written down here for an architecture, pruned or not."""
+    return LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
 
-    Raises:
-        CfspError: an architecture that is not supported; names it and those that are.
-    """
-    layout = LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
-    if layout is None:
-        raise CfspError(f"unsupported architecture {model_type!r}; supported: {', '.join(LAYOUTS)}")
-    return layout
+
+def unsupported(model_type: str, reason: str = "") -> CfspError:
+    """The error for an architecture that cannot be pruned: why, and which can."""
+    why = f": {reason}" if reason else ""
+    return CfspError(
+        f"unsupported architecture {model_type!r}{why}; supported: {', '.join(LAYOUTS)}, and any "
+        "whose blocks have one gated FFN of three Linear"
+    )
 
 
 def as_block_output(block: nn.Module, hidden_states: torch.Tensor) -> Any:

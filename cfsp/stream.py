@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import CfspError
 from .forwards import forward_instead
 from .layouts import as_block_output, hidden_states_of
 
@@ -71,6 +72,11 @@ def record_block_calls(
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if number == 0:
                 embedded.append(hidden_states)
+            elif hidden_states.shape != embedded[-1].shape:
+                raise CfspError(
+                    f"{type(blocks[number]).__name__} is not given the hidden states as the block "
+                    "before returned them: blocks of this architecture cannot be run one by one"
+                )
             call: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
             if recorded[number]:
                 call = _shared(call, recorded[number][0])

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .blocks import StoredBlocks, set_parameters_
 from .checkpoint import differs, probe_tokens
 from .errors import CfspError
-from .layouts import Layout, find_layout
+from .layouts import Layout
 from .models import (
     OpenModel,
     check_folder,
+    find_layout,
+    load_config,
     load_part,
     make_skeleton,
     open_model,
@@ -126,8 +128,8 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     folder = local_folder(model)
     if folder is None or (folder / "adapter_config.json").exists():
         return None
-    config = load_part(str(folder), AutoConfig)
-    layout = find_layout(config.model_type)
+    config = load_config(str(folder))
+    layout = find_layout(config)
     if getattr(config, "quantization_config", None) is not None:
         return None
     tensors = read_index(folder)
