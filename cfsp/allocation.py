@@ -188,6 +188,26 @@ def apportion(
     return tuple(count * multiple for count in units)
 
 
+def equal_widths(
+    intermediate_sizes: Sequence[int], sparsity: float, multiple: int
+) -> tuple[int, ...]:
+    """The same fraction of every FFN, to the nearest multiple: equal widths for equal sizes.
+
+    An FFN that is a number of times as large as the smallest one keeps as many times its width, as
+    the config of a family with shared experts has it.
+    """
+
+    def nearest(size: int) -> int:
+        units = max(round((1 - sparsity) * size / multiple), 1)
+        return min(units, size // multiple) * multiple
+
+    least = min(intermediate_sizes)
+    return tuple(
+        nearest(size) if size % least else size // least * nearest(least)
+        for size in intermediate_sizes
+    )
+
+
 def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
     """Width of every FFN, of each expert where it has several, by the named allocator."""
     experts = problem.experts or (1,) * len(problem.scores)

@@ -18,25 +18,16 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     config, it is that class; anything else becomes one of :mod:`cfsp.modeling_cfsp`, with
     ``per_layer_config``.
     """
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "cfsp_config"):
-        values.pop(key, None)
-    values.pop("allow_global_per_layer_attribute_access", None)
-    stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     widths = _block_widths(model, layout)
-    values.update({name: max(w.get(name, 0) for w in widths) for w in widths for name in w})
-    known = {
-        name: value for name, value in values.items() if name not in _unknown(stock_type, widths)
-    }
-    config = stock_type(**known, cfsp_config=summary)
-    stock = make_skeleton(config, model.dtype)
-    own, stock_own = (_shapes(m) for m in (model, stock))
+    stock = stock_model(model, widths, cfsp_config=summary)
+    config, stock_type = stock.config, type(stock.config)
+    own, stock_own = (parameter_shapes(m) for m in (model, stock))
     classes: tuple[type, type] = (type(stock), type(stock.base_model))
     if own != stock_own:
         register_family(stock_type.model_type)
         classes = (pruned_class(classes[0]), pruned_class(classes[1]))
         config = pruned_class(stock_type)(
-            **values,
+            **_values(model, widths),
             allow_global_per_layer_attribute_access=True,
             per_layer_config=dict(enumerate(widths)),
             cfsp_config={**summary, **_description(model, layout, own.keys() - stock_own.keys())},
@@ -52,13 +43,42 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     model.base_model.__class__ = classes[1]
 
 
-def _unknown(stock_type: type, widths: list[dict[str, int]]) -> set[str]:
-    """Names of widths that a family has no config value for: they follow from others there."""
+def stock_model(
+    model: PreTrainedModel, widths: list[dict[str, int]], **more: Any
+) -> PreTrainedModel:
+    """What a model's family builds, on meta, where every width is the largest of the blocks'.
+
+    Args:
+        model: of the family, perhaps with per-block widths.
+        widths: of every block, under the names that the config has for them.
+        more: values of the config.
+    """
+    stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = stock_type()
-    return {name for block in widths for name in block if not hasattr(default, name)}
+    # A width that the family has no value for follows from others there.
+    unknown = {name for block in widths for name in block if not hasattr(default, name)}
+    known = {k: v for k, v in _values(model, widths).items() if k not in unknown}
+    return make_skeleton(stock_type(**known, **more), model.dtype)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _values(model: PreTrainedModel, widths: list[dict[str, int]]) -> dict[str, Any]:
+    """A model's config without what says that it was pruned, with the largest widths."""
+    values = model.config.to_dict()
+    for key in (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "per_layer_config",
+        "allow_global_per_layer_attribute_access",
+        "cfsp_config",
+    ):
+        values.pop(key, None)
+    names = {name for block in widths for name in block}
+    return {**values, **{name: max(block.get(name, 0) for block in widths) for name in names}}
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters, tied ones under each of their names."""
     return {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)

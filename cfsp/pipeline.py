@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .allocation import check_budget
 from .blocks import StoredBlocks
 from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
-from .ffns import FFNWeights, check_expert_width
+from .feasibility import check_biases, check_recipe
+from .ffns import FFNWeights
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
 from .memory import MemoryBudget, parse_budget
@@ -25,7 +25,7 @@ from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
 from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
-from .rewriting import check_biases, check_plan
+from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_statistics, load_statistics
 from .streaming import open_lean
@@ -236,19 +236,11 @@ def prune(
     opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
-    groups = [g for block in layout.find_blocks(opened.model) for g in layout.groups(block)]
-    check_biases(opened.model, layout, recipe.resolved_compensation)
     if plan is not None:
+        check_biases(opened.model, layout, recipe.resolved_compensation)
         check_plan(plan, opened.model, layout, fingerprint)
     else:
-        for group in groups:
-            check_expert_width(recipe.width_multiple, group.experts)
-        check_budget(
-            [group.channels for group in groups],
-            (1 - recipe.sparsity) * sum(group.total for group in groups),
-            recipe.width_multiple,
-            [group.experts for group in groups],
-        )
+        check_recipe(opened.model, layout, recipe)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
     held_out = _held_out(opened, recipe, eval_dataset, eval_windows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .allocation import AllocationProblem, allocate_widths
+from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .errors import CfspError
 from .ffns import ChannelGroup, FFNWeights
 from .recipe import Recipe, recipe_from_dict
@@ -124,7 +124,11 @@ def make_plan(
         recipe.sparsity,
         tuple(group.experts for _, group in ffns),
     )
-    widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+    if recipe.uniform:
+        sizes = [group.channels for _, group in ffns]
+        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+    else:
+        widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))

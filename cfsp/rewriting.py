@@ -43,18 +43,6 @@ def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
 
 
-def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
-    """Raise CfspError where a compensation adds a bias to a projection that can have none."""
-    if compensation in ADD_BIAS:
-        for block in layout.find_blocks(model):
-            for ffn in layout.block_ffns(block):
-                if ffn.down_bias is None:
-                    raise CfspError(
-                        f"compensation {compensation!r} adds a bias, and {ffn.down} can have none: "
-                        "use compensation 'none'"
-                    )
-
-
 @torch.no_grad()
 def prune_block_(
     block: nn.Module,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import cfsp
+from cfsp.errors import CfspError
 from cfsp.layouts import LAYOUTS
 from cfsp.models import open_model
 from cfsp.streaming import open_streamed
@@ -93,7 +94,14 @@ ALL = {
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 WHOLE = {*EXPERTS, "gpt_neox"}
 """Families whose checkpoints have other names than their modules: loaded whole."""
-CASES = [(n, s) for n in ALL for s in ("cfsp", "wanda-sp" if n in EXPERTS else "flap")]
+UNIFORM = "uniform"
+CASES = [
+    (name, case)
+    for name in ALL
+    for case in ("cfsp", "wanda-sp" if name in EXPERTS else "flap", UNIFORM)
+    if (name, case) != ("bloom", UNIFORM)
+]
+"""(family, scorer or UNIFORM)."""
 RECIPE = cfsp.Recipe(
     sparsity=0.3,
     width_multiple=1,
@@ -103,6 +111,8 @@ RECIPE = cfsp.Recipe(
 
 
 def recipe_for(name: str, scorer: str) -> cfsp.Recipe:
+    if scorer == UNIFORM:
+        return replace(RECIPE, sparsity=1 / 3, uniform=True, width_multiple=8)
     return replace(RECIPE, scorer=scorer, width_multiple=8 if name in EXPERTS else 1)
 
 
@@ -192,8 +202,10 @@ def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
 ) -> None:
     result = pruned(name, scorer).in_memory
     total = sum(block.intermediate_size for block in result.plan.blocks)
-    assert abs(sum(result.plan.widths) - 0.7 * total) <= (16 if name in EXPERTS else 0.5)
-    assert len(set(result.plan.widths)) > 1
+    wanted = (2 / 3 if scorer == UNIFORM else 0.7) * total
+    assert abs(sum(result.plan.widths) - wanted) <= (16 if name in EXPERTS else 0.5)
+    shares = {b.width / b.intermediate_size for b in result.plan.blocks}
+    assert (len(shares) == 1) == (scorer == UNIFORM)
     dense = make(name)
     whole = logits(dense)
     with masked(dense, name, result):
@@ -240,7 +252,9 @@ for folder in sys.argv[1:]:
         model.save_pretrained(folder + "-again")
         assert torch.equal(first, logits(folder + "-again")[1]), "another model after a re-save"
         base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-        assert type(base).__name__.startswith("CFSP"), type(base)
+        pruned = base.config.model_type.startswith("cfsp_")
+        assert type(base).__name__.startswith("CFSP") == pruned, type(base)
+        assert pruned != ("-uniform" in folder), folder
     except Exception as error:
         raise RuntimeError(folder) from error
 """
@@ -275,3 +289,37 @@ def test_it_reloads_to_the_last_bit_where_cfsp_is_not_installed(
     fresh: Callable[[str, str], torch.Tensor],
 ) -> None:
     assert torch.equal(fresh(name, scorer), logits(pruned(name, scorer).in_memory.model))
+
+
+def test_a_width_that_no_config_can_say_is_refused_before_the_calibration() -> None:
+    for name, changes, message in (
+        ("bloom", {}, r"dense_h_to_4h.weight would be \[88, 32\] and .* has \[128, 32\] there"),
+        ("llama", {"scorer": "flap"}, r"down_proj.bias would be \[32\] .* has nothing there"),
+    ):
+        recipe = replace(recipe_for(name, UNIFORM), **changes)
+        with pytest.raises(CfspError, match=message):
+            cfsp.prune(make(name), make_tokenizer(), recipe, progress=False)
+
+
+def test_what_users_set_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
+    model, tokenizer = make("qwen2"), make_tokenizer()
+    model.generation_config.temperature = 0.25
+    model.generation_config.do_sample = True
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3
+    for case in ("cfsp", UNIFORM):
+        out = tmp_path / case
+        cfsp.prune(
+            tmp_path / "dense",
+            recipe=recipe_for("qwen2", case),
+            out=out,
+            eval_windows=0,
+            progress=False,
+        )
+        kept = GenerationConfig.from_pretrained(out)
+        assert (kept.temperature, kept.do_sample) == (0.25, True)
+        messages = [{"role": "user", "content": "hi"}]
+        loaded = AutoTokenizer.from_pretrained(out)
+        assert loaded.apply_chat_template(messages, tokenize=False) == "<user>hi"
