@@ -184,7 +184,10 @@ def check_folder(folder: Path) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         pickled = sorted(folder.glob("*.bin"))
-        hint = f", only {pickled[0].name}: convert it to safetensors first" if pickled else ""
+        hint = ""
+        if pickled:
+            how = "load it with transformers, then save_pretrained"
+            hint = f", only {pickled[0].name}: convert it to safetensors first ({how})"
         raise CfspError(f"{folder} has no safetensors weights{hint}")
     for shard in shards:
         read_header(shard)
