@@ -190,6 +190,8 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         if arguments.plan or arguments.statistics:
             raise CfspError("--dry-run estimates a whole run; drop --plan and --statistics")
+        if arguments.group.size > 1:
+            raise CfspError("--dry-run is for one process; --ranks says how many a run will have")
         dry_run(arguments, _recipe(arguments))
         return
     check_no_dry_run(arguments)
