@@ -56,17 +56,14 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
     Raises:
         CfspError: an architecture that cannot be pruned, too little memory; besides bad arguments.
     """
+    given = {name: getattr(arguments, name) for name in DRY_RUN_OPTIONS}
     found = estimate(
         arguments.model,
         recipe,
         eval_windows=arguments.eval_windows,
         max_memory=arguments.max_memory,
-        ranks=arguments.ranks or 1,
-        nodes=arguments.nodes or 1,
         device=arguments.device,
-        hardware=arguments.hardware,
-        tflops=arguments.tflops,
-        disk_gbps=arguments.disk_gbps,
+        **{name: value for name, value in given.items() if value is not None},
     )
     if arguments.json:
         print(json.dumps(found.to_dict()))

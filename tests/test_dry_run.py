@@ -186,7 +186,7 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
         result.statistics.provenance
     )
     fixed = cfsp.Recipe(**{**vars(recipe), "micro_batch": chosen + 20})
-    with pytest.raises(CfspError, match="device memory: about .* lower --samples|--micro-batch"):
+    with pytest.raises(CfspError, match=r"device memory: about .* lower --"):
         cfsp.prune(tiny_folder, out=tmp_path / "more", **{**options, "recipe": fixed})
     assert not (tmp_path / "more").exists()
     begun = tmp_path / "begun.partial" / ".cfsp-run"
@@ -201,7 +201,7 @@ def test_a_cpu_without_a_budget_runs_as_before(tiny_folder: Path, tmp_path: Path
     recipe = cfsp.Recipe(
         width_multiple=1, calibration=cfsp.Calibration(dataset="builtin", samples=2, seqlen=32)
     )
-    plain, roomy = (
+    plain, _ = (
         cfsp.prune(
             tiny_folder, recipe=recipe, out=tmp_path / name, progress=False, max_memory=budget,
         )
@@ -224,8 +224,9 @@ def test_this_machine_is_measured() -> None:
 
 def test_the_bar_says_how_fast_blocks_are_read() -> None:
     class Bar:
-        format_dict = {"elapsed": 2.0}
-        said = ""
+        def __init__(self) -> None:
+            self.format_dict = {"elapsed": 2.0}
+            self.said = ""
 
         def set_postfix_str(self, text: str) -> None:
             self.said = text

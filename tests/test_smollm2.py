@@ -18,6 +18,7 @@ from cfsp.selection import select_channels
 from cfsp.statistics import Statistics
 
 from .conftest import shared
+from .test_streaming import assert_same_files
 
 # One worker for all: they share one long calibration. The largest group starts first.
 pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
@@ -55,6 +56,23 @@ def test_perplexity_of_the_pruned_model(
         progress=False,
     )
     assert measure(opened).perplexity == pytest.approx(39.06, abs=0.3)
+
+
+def test_from_disk_to_disk_gives_the_bytes_of_the_model_in_memory(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = cfsp.Calibration(dataset="builtin", samples=2, seqlen=128)
+    recipe = cfsp.Recipe(calibration=calibration)
+
+    def prune(name: str) -> cfsp.PruneResult:
+        return cfsp.prune(
+            smollm2, recipe=recipe, out=tmp_path / name, eval_windows=0, progress=False
+        )
+
+    assert prune("streamed").live is None
+    monkeypatch.setattr("cfsp.streaming.open_streamed", lambda *_, **__: None)
+    assert prune("whole").live is not None
+    assert_same_files(tmp_path / "streamed", tmp_path / "whole")
 
 
 def test_block_importance_is_that_of_the_released_code(
