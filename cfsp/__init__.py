@@ -7,6 +7,7 @@ Importing this registers the pruned architectures with transformers, so that
 from .checkpoint import load, register
 from .errors import CfspError
 from .evaluation import Perplexity, perplexity
+from .exports import ExportResult, export
 from .models import open_model
 from .pipeline import PruneResult, calibrate, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
@@ -18,12 +19,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "CfspError",
+    "ExportResult",
     "Perplexity",
     "PruneResult",
     "PruningPlan",
     "Recipe",
     "Statistics",
     "calibrate",
+    "export",
     "load",
     "load_plan",
     "load_recipe",
