@@ -1,7 +1,7 @@
 """Greedy tokens of a model folder, by vLLM: run in an environment that holds it.
 
-Arguments: a folder, a job (JSON: prompts, new_tokens, options of vLLM's LLM), where the answer goes
-(JSON: tokens, model_class, widths).
+Arguments: a folder, a job (JSON: prompts, new_tokens), where the answer goes (JSON: tokens,
+model_class, widths). With CFSP_TRUST=1 code in the folder is run.
 """
 
 import json
@@ -18,7 +18,7 @@ def inspect(model: object) -> dict:
     """Class of the model that runs, and the FFN channels of its blocks."""
     inner = model.model  # type: ignore[attr-defined]
     inner = getattr(inner, "model", inner)  # one deeper behind vLLM's transformers classes
-    widths = [layer.mlp.down_proj.weight.shape[1] for layer in inner.layers]
+    widths = [layer.mlp.down_proj.input_size for layer in inner.layers]
     return {"model_class": type(model).__name__, "widths": widths}
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
-        **job["options"],
+        trust_remote_code=os.environ.get("CFSP_TRUST") == "1",
     )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
