@@ -249,6 +249,20 @@ def test_gguf_of_one_width_is_what_transformers_reads(tmp_path: Path, family: st
     assert opened.tokenizer(text).input_ids == family_tokenizer(family)(text).input_ids
 
 
+def test_a_gguf_file_is_exported_too(tmp_path: Path) -> None:
+    source = dense(tmp_path / "dense", hidden_size=64)
+    export(source, "gguf", tmp_path / "first.gguf")
+    export(tmp_path / "first.gguf", "padded", tmp_path / "padded", multiple=100)
+    export(tmp_path / "padded", "gguf", tmp_path / "second.gguf")
+    again = cfsp.open_model(tmp_path / "second.gguf")
+    assert again.layout.intermediate_sizes(again.model) == (100,) * 4
+    torch.testing.assert_close(logits(again.model), logits(cfsp.load(source)))
+    export(tmp_path / "first.gguf", "gguf", tmp_path / "third.gguf")
+    assert torch.equal(
+        logits(cfsp.open_model(tmp_path / "third.gguf").model), logits(cfsp.load(source))
+    )
+
+
 def test_gguf_holds_a_width_per_block(pruned: Callable[..., Path], tmp_path: Path) -> None:
     source, out = pruned("llama", "bias"), tmp_path / "model.gguf"
     result = export(source, "gguf", out)
@@ -393,7 +407,10 @@ def test_a_sentencepiece_like_vocabulary_has_scores_in_the_order_of_merges() -> 
             "unk_token": "<unk>",
             "vocab": {token: number for number, token in enumerate(tokens)},
         },
-        "added_tokens": [{"id": 1, "content": "</s>", "special": True}],
+        "added_tokens": [
+            {"id": 1, "content": "</s>", "special": True},
+            {"id": 9, "content": "<no embedding>", "special": True},
+        ],
     }
     assert pre_tokenizer_name(backend) == "default"
     assert vocabulary(backend, 9) == ([*tokens, "[PAD8]"], [2, 3, 6, 1, 1, 1, 1, 1, 5])

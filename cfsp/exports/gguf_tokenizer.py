@@ -39,8 +39,9 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, pre: str | None) -> None:
         raise CfspError("llama.cpp reads no BPE tokenizer without merges; the model's has none")
     if pre is None:
         pre_tokenizer_name(backend)
-    if len(tokenizer) > vocab_size:
-        raise CfspError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
+    tokens = 1 + max(backend["model"]["vocab"].values())
+    if tokens > vocab_size:
+        raise CfspError(f"the tokenizer has {tokens} tokens, the model only {vocab_size}")
 
 
 def _backend(tokenizer: Any) -> dict[str, Any]:
@@ -116,7 +117,8 @@ def write_tokenizer(writer: Any, source: ExportSource, pre: str | None) -> str:
 
 
 def vocabulary(backend: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Every token by its number, and llama.cpp's type of it; numbers without one are unused."""
+    """Every token by its number, and llama.cpp's type of it; numbers without one are unused, and
+    added tokens without an embedding are left out."""
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
     model = backend["model"]
@@ -125,9 +127,10 @@ def vocabulary(backend: dict[str, Any], vocab_size: int) -> tuple[list[str], lis
         if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
             types[number] = BYTE
     for added in backend["added_tokens"]:
-        content, number = added["content"], added["id"]
-        tokens[number] = content
-        types[number] = CONTROL if added["special"] else USER_DEFINED
+        number = added["id"]
+        if number < vocab_size:
+            tokens[number] = added["content"]
+            types[number] = CONTROL if added["special"] else USER_DEFINED
     if model.get("unk_token") in model["vocab"]:
         types[model["vocab"][model["unk_token"]]] = UNKNOWN
     return tokens, types

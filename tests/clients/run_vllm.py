@@ -31,7 +31,7 @@ def main() -> None:
         model=model,
         dtype="float32",
         enforce_eager=True,
-        max_model_len=256,
+        max_model_len=128,
         max_num_seqs=4,
         trust_remote_code=os.environ.get("CFSP_TRUST") == "1",
     )
