@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import cfsp
+from cfsp import streaming
 from cfsp.cli import main
 from cfsp.errors import CfspError
 from cfsp.exports import gguf_model, padded
@@ -444,6 +445,23 @@ def test_a_padded_qwen3_goes_on_to_gguf(pruned: Callable[..., Path], tmp_path: P
     )
 
 
+def test_no_export_loads_a_model_whole(
+    pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block at a time: the way that reads all weights is not taken, to write or to verify."""
+
+    def whole(*_: object, **__: object) -> None:
+        raise AssertionError("loaded whole")
+
+    source = pruned()
+
+    monkeypatch.setattr(streaming, "open_model", whole)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", whole)
+    for to, name in (("padded", "padded"), ("nemotron-nas", "nas"), ("gguf", "model.gguf")):
+        export(source, to, tmp_path / name)
+        assert (tmp_path / name).exists()
+
+
 def test_a_full_disk_leaves_nothing(
     pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,7 +485,7 @@ def test_command_line(
         return code, captured.out, captured.err
 
     out = tmp_path / "model.gguf"
-    code, printed, _ = run("--to", "gguf", "--out", out, "--type", "BF16", "--json")
+    code, printed, _ = run("--to", "gguf", "--out", out, "--type", "bf16", "--json")
     result = json.loads(printed.splitlines()[-1])
     assert code == 0
     assert (result["architecture"], result["type"], result["pre"]) == ("deci", "BF16", "gpt-2")

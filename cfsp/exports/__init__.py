@@ -91,7 +91,7 @@ def export(
     exporter = EXPORTERS.get(to)
     if exporter is None:
         raise unknown_name("format", to, EXPORTERS)
-    options, out = ExportOptions(type, pre, multiple), Path(out)
+    options, out = ExportOptions(type.upper() if type else None, pre, multiple), Path(out)
     for name, value in asdict(options).items():
         if value is not None and name not in exporter.options:
             valid = [other for other, entry in EXPORTERS.items() if name in entry.options]
