@@ -4,7 +4,7 @@ Importing this registers the pruned architectures with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
 """
 
-from .checkpoint import load, register
+from .checkpoint import load
 from .dry_run import estimate
 from .errors import CfspError
 from .estimate import Estimate
@@ -14,6 +14,7 @@ from .models import open_model
 from .pipeline import PruneResult, calibrate, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
 from .recipe import Calibration, Recipe, load_recipe
+from .registration import register
 from .statistics import Statistics, load_statistics, save_statistics
 
 __version__ = "0.1.0"

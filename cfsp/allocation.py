@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 
@@ -20,15 +21,18 @@ class AllocationProblem:
     """What an allocator may look at."""
 
     importance: torch.Tensor
-    """[L] fp64, coarse importance: mean influence per token."""
+    """[L] fp64, coarse importance of every FFN, that of its block: mean influence per token."""
     scores: tuple[torch.Tensor, ...]
-    """Channel scores [F_l] of every block."""
+    """Channel scores [F_l] of every FFN."""
     sparsity: float
     """Fraction of all channels to remove."""
+    experts: tuple[int, ...] = ()
+    """Experts of every FFN, whose channels its scores are one after the other and whose width is
+    one; () where no FFN has any."""
 
     @property
     def intermediate_sizes(self) -> torch.Tensor:
-        """[L] int64, channels of every block."""
+        """[L] int64, channels of every FFN, of all its experts."""
         return torch.tensor([len(score) for score in self.scores])
 
     @property
@@ -99,25 +103,39 @@ ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
 """Allocator by name: problem -> ideal widths [L] fp64 that sum to the budget."""
 
 
-def check_budget(intermediate_sizes: Sequence[int], budget: float, multiple: int) -> int:
+def check_budget(
+    intermediate_sizes: Sequence[int],
+    budget: float,
+    multiple: int,
+    experts: Sequence[int] | None = None,
+) -> int:
     """The number of multiples to keep in all, where some widths meet the budget.
+
+    Args:
+        intermediate_sizes: channels of every FFN, of one expert where it has several.
+        budget: channels to keep in all FFNs and experts.
+        multiple: 1 for exact widths.
+        experts: of every FFN; None where no FFN has any.
 
     Raises:
         CfspError: none do; says which sparsities can be reached.
     """
+    experts = experts or [1] * len(intermediate_sizes)
     room = [size // multiple for size in intermediate_sizes]
     wanted = round(budget / multiple)
+    kind = "block" if max(experts) == 1 else "FFN"
     if min(room) < 1:
         raise CfspError(
             f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
-            f"block {room.index(min(room))}; 1 gives exact widths"
+            f"{kind} {room.index(min(room))}; 1 gives exact widths"
         )
-    if not len(room) <= wanted <= sum(room):
-        total = sum(intermediate_sizes)
-        low, high = (1 - units * multiple / total for units in (sum(room), len(room)))
+    least, most = sum(experts), sum(map(mul, room, experts))
+    if not least <= wanted <= most:
+        total = sum(map(mul, intermediate_sizes, experts))
+        low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
-            f"{len(room)} blocks can reach {max(0.0, low):.4g} to {high:.4g}"
+            f"{len(room)} {kind}s can reach {max(0.0, low):.4g} to {high:.4g}"
         )
     return wanted
 
@@ -128,48 +146,77 @@ def apportion(
     budget: float,
     multiple: int,
     importance: torch.Tensor,
+    experts: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
 
-    Every width is rounded down; what is then missing goes, a multiple each, to the blocks that lost
-    most by it, among equals to the more important one (the largest-remainder method). A block
-    keeps at least one multiple and at most what it has.
+    Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
+    most by it, among equals to the more important one (the largest-remainder method). An FFN
+    keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
+    of each of them, and the budget is met to half of the largest such step.
 
     Args:
-        ideal: [L] widths, real.
-        intermediate_sizes: channels of every block.
-        budget: channels to keep in all.
+        ideal: [L] widths, real; of one expert, as the result.
+        intermediate_sizes: channels of every FFN, of one expert.
+        budget: channels to keep in all FFNs and experts.
         multiple: 1 for exact widths.
         importance: [L]; breaks ties, then the index does.
+        experts: of every FFN; None where no FFN has any.
 
     Raises:
         CfspError: no widths meet the budget; says what could be.
     """
+    experts = experts or [1] * len(intermediate_sizes)
     room = [size // multiple for size in intermediate_sizes]
-    wanted = check_budget(intermediate_sizes, budget, multiple)
+    wanted = check_budget(intermediate_sizes, budget, multiple, experts)
     quotas = (ideal.double() / multiple).tolist()
     units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
     lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
-    order = sorted(
-        range(len(units)), key=lambda block: (-lost[block], -float(importance[block]), block)
-    )
-    while (missing := wanted - sum(units)) > 0:
-        open_blocks = [block for block in order if units[block] < room[block]]
-        for block in open_blocks[:missing]:
-            units[block] += 1
-    while (excess := sum(units) - wanted) > 0:
-        shrinkable = [block for block in reversed(order) if units[block] > 1]
-        for block in shrinkable[:excess]:
-            units[block] -= 1
+    order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
+
+    missing = wanted - sum(map(mul, units, experts))
+    for by, turn in ((1, order), (-1, order[::-1])):
+        changed = True
+        while changed:
+            changed = False
+            for ffn in turn:
+                nearer = 2 * missing * by > experts[ffn]
+                if nearer and 1 <= units[ffn] + by <= room[ffn]:
+                    units[ffn] += by
+                    missing -= by * experts[ffn]
+                    changed = True
     return tuple(count * multiple for count in units)
 
 
+def equal_widths(
+    intermediate_sizes: Sequence[int], sparsity: float, multiple: int
+) -> tuple[int, ...]:
+    """The same fraction of every FFN, to the nearest multiple: equal widths for equal sizes.
+
+    An FFN that is a number of times as large as the smallest one keeps as many times its width, as
+    the config of a family with shared experts has it.
+    """
+
+    def nearest(size: int) -> int:
+        units = max(round((1 - sparsity) * size / multiple), 1)
+        return min(units, size // multiple) * multiple
+
+    least = min(intermediate_sizes)
+    return tuple(
+        nearest(size) if size % least else size // least * nearest(least)
+        for size in intermediate_sizes
+    )
+
+
 def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
-    """Width of every block under the budget, by the named allocator."""
+    """Width of every FFN, of each expert where it has several, by the named allocator."""
+    experts = problem.experts or (1,) * len(problem.scores)
+    counts = torch.tensor(experts)
     return apportion(
-        ALLOCATORS[allocator](problem),
-        problem.intermediate_sizes.tolist(),
+        ALLOCATORS[allocator](problem) / counts,
+        (problem.intermediate_sizes // counts).tolist(),
         problem.budget,
         multiple,
         problem.importance,
+        experts,
     )

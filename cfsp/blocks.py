@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .layouts import FFNWeights, Layout
+from .ffns import FFNWeights
+from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 from .reading import BlockReader
 from .shards import StoredTensor, first_values, read_tensors
@@ -32,8 +33,8 @@ class LiveBlocks:
         """Bytes that a block's turn reads from disk."""
         return 0
 
-    def ffn_weights(self, number: int) -> FFNWeights:
-        """The FFN matrices of a block; no copy."""
+    def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
+        """The matrices of every FFN of a block; no copy."""
         return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
 
     def fingerprint(self) -> str:
@@ -92,23 +93,23 @@ class StoredBlocks:
         prefix = f"{self.layout.blocks}.{number}."
         return sum(x.nbytes for name, x in self.tensors.items() if name.startswith(prefix))
 
-    def ffn_weights(self, number: int) -> FFNWeights:
-        """The FFN matrices of a block, read from disk."""
-        paths = {kind: getattr(self.layout, kind) for kind in ("gate", "up", "down")}
+    def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
+        """The matrices of every FFN of a block, read from disk."""
+        block = self.layout.find_blocks(self.model)[number]
         prefix = f"{self.layout.blocks}.{number}."
-        stored = {kind: self.tensors[f"{prefix}{path}.weight"] for kind, path in paths.items()}
-        return FFNWeights(**{k: self._placed(t) for k, t in read_tensors(stored).items()})
+        stored = {n: self.tensors[prefix + n] for n in self.layout.weight_names(block)}
+        values = {name: self._placed(tensor) for name, tensor in read_tensors(stored).items()}
+        return self.layout.ffn_weights(block, values)
 
     def fingerprint(self) -> str:
         """That of the model in memory, from a few values of each matrix."""
 
         def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-            for number in range(len(self.layout.find_blocks(self.model))):
-                for kind in ("up", "down"):
-                    path = f"{self.layout.blocks}.{number}.{getattr(self.layout, kind)}.weight"
-                    stored = self.tensors[path]
+            for number, block in enumerate(self.layout.find_blocks(self.model)):
+                for name in self.layout.weight_names(block):
+                    stored = self.tensors[f"{self.layout.blocks}.{number}.{name}"]
                     values = first_values(stored, SAMPLED_VALUES).to(self.dtype)
-                    yield f"{number}.{kind}", stored.shape, values
+                    yield f"{number}.{name}", stored.shape, values
 
         return samples_fingerprint(samples())
 

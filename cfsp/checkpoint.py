@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import modeling_cfsp
+from .classes import is_stock
 from .errors import CfspError, Stopped
-from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
-from .models import pick_device, quiet_loading
+from .models import load_config, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
 from .resume import can_resume
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
@@ -26,77 +27,6 @@ from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_ind
 MODELING_FILE = Path(modeling_cfsp.__file__)
 MAX_SHARD_BYTES = 5_000_000_000
 PROBE_TOKENS = 16
-
-
-def register() -> None:
-    """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
-    for model_type, layout in LAYOUTS.items():
-        config, model, causal_lm = _classes(layout)
-        AutoConfig.register(PRUNED_PREFIX + model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-        config.register_for_auto_class()
-        model.register_for_auto_class("AutoModel")
-        causal_lm.register_for_auto_class("AutoModelForCausalLM")
-
-
-def _classes(layout: Layout) -> tuple[Any, Any, Any]:
-    """Config, base model and causal LM classes of a family with per-block widths."""
-    names = (f"CFSP{layout.family}{kind}" for kind in ("Config", "Model", "ForCausalLM"))
-    config, model, causal_lm = (getattr(modeling_cfsp, name) for name in names)
-    return config, model, causal_lm
-
-
-def _stock_classes(layout: Layout) -> tuple[Any, Any, Any]:
-    config, model, causal_lm = _classes(layout)
-    return config.__mro__[1], model.__mro__[2], causal_lm.__mro__[2]
-
-
-def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
-    """Give a model whose FFNs were cut the config and classes that reload it, in place.
-
-    One width for all blocks and no added bias is the stock architecture and stays it, with a
-    smaller ``intermediate_size``; anything else becomes the family's class of
-    :mod:`cfsp.modeling_cfsp`, with ``per_layer_config``.
-    """
-    widths = layout.intermediate_sizes(model)
-    blocks = layout.find_blocks(model)
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config"):
-        values.pop(key, None)
-    values.pop("allow_global_per_layer_attribute_access", None)
-    stock_config = _stock_classes(layout)[0]
-    stock_bias = getattr(model.config, "mlp_bias", False)
-    added_bias = not stock_bias and any(
-        layout.projection(block, layout.down).bias is not None for block in blocks
-    )
-    values["intermediate_size"] = max(widths)
-    values["cfsp_config"] = {**summary, "down_proj_bias": added_bias}
-    if len(set(widths)) == 1 and not added_bias:
-        classes = _stock_classes(layout)
-        config = stock_config(**values)
-    else:
-        classes = _classes(layout)
-        config = classes[0](
-            **values,
-            allow_global_per_layer_attribute_access=True,
-            per_layer_config={
-                number: {"intermediate_size": width} for number, width in enumerate(widths)
-            },
-        )
-    config.architectures = [classes[2].__name__]
-    config._attn_implementation = model.config._attn_implementation
-    for module in model.modules():
-        if getattr(module, "config", None) is model.config and module is not model:
-            module.config = config
-    model.config = config
-    model.__class__ = classes[2]
-    model.base_model.__class__ = classes[1]
-
-
-def is_stock(model: PreTrainedModel) -> bool:
-    """Whether a model is an architecture of transformers itself, without our modeling file."""
-    return not model.config.model_type.startswith(PRUNED_PREFIX)
 
 
 def load(
@@ -116,7 +46,7 @@ def load(
     where = pick_device(device)
     if not (Path(folder) / "config.json").is_file():
         raise CfspError(f"{folder} is not a model folder: no config.json")
-    register()
+    load_config(str(folder))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)
     return model.to(where).eval()
@@ -182,9 +112,18 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model under the names and in the shapes of its family's checkpoints.
+
+    Most families' are those of their modules; experts are apart there.
+    """
+    found = revert_weight_conversion(model, dict(tensors))
+    return tensors if found.keys() == tensors.keys() else found
+
+
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
     """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
-    tensors = saved_tensors(model)
+    tensors = converted(model, saved_tensors(model))
     infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     shards = pack_shards(infos, MAX_SHARD_BYTES)
     with ShardWriter(folder, shards) as writer:

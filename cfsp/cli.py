@@ -106,6 +106,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
     )
     group.add_argument(
+        "--uniform",
+        action="store_const",
+        const=True,
+        help="the same width for all blocks: the result needs no modeling file of its own",
+    )
+    group.add_argument(
         "--statistics", metavar="FILE", help="of an earlier `cfsp calibrate`, instead of a new one"
     )
 

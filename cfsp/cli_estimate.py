@@ -8,7 +8,7 @@ from rich.console import Console
 from .dry_run import estimate
 from .errors import CfspError
 from .hardware import HARDWARE
-from .layouts import find_layout
+from .layouts import unsupported
 from .memory import parse_budget
 from .recipe import Recipe
 
@@ -69,5 +69,6 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
         print(json.dumps(found.to_dict()))
     else:
         Console().print(found.table())
-    find_layout(found.architecture)
+    if not found.supported:
+        raise unsupported(found.architecture)
     found.check(parse_budget(arguments.max_memory))

@@ -1,23 +1,27 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from cfsp_kernels import ChannelStatistics, block_influence, channel_statistics, swiglu_statistics
+from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
 from .errors import CfspError, Stopped
+from .ffns import ChannelGroup
 from .layouts import Layout
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
-from .stream import default_micro_batch, forward_instead, record_block_calls, run_block
+from .stream import default_micro_batch, record_block_calls, run_block
 
 
 class _BlockCollector:
@@ -28,26 +32,43 @@ class _BlockCollector:
     """
 
     def __init__(
-        self, channels: int, micro_batches: int, device: torch.device, ranks: Ranks
+        self,
+        groups: tuple[ChannelGroup, ...],
+        micro_batches: int,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
+        self.groups = groups
+        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        self.ranges = [
+            slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
         self.ranks = ranks
         self.tokens = 0
-        self.zeros = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.expert_tokens = torch.zeros(len(sizes), dtype=torch.float64)
+        self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
         self.sums: list[torch.Tensor] = []
         """Each [2, F] fp64: sum and sum of squares."""
+        self.begun = False
+        """Whether the last of them is of the micro-batch that is running."""
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
         self.own_influences = self.influences[ranks.share(micro_batches)]
 
-    def add_channels(self, part: ChannelStatistics) -> None:
-        self.tokens += part.tokens
-        if not self.sums or not self.ranks.first:
+    def add_channels(self, first: int, expert: int, part: ChannelStatistics) -> None:
+        """``expert`` counts from the ``first`` of its FFN among all of the block."""
+        if not self.sums or not (self.ranks.first or self.begun):
             self.sums.append(self.zeros.clone())
-        self.sums[-1][0] += part.sum
-        self.sums[-1][1] += part.sum_of_squares
+        self.begun = True
+        self.expert_tokens[first + expert] += part.tokens
+        channels = self.ranges[first + expert]
+        self.sums[-1][0, channels] += part.sum
+        self.sums[-1][1, channels] += part.sum_of_squares
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self.tokens += before.shape[:-1].numel()
+        self.begun = False
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
             self.own_influences[index, column] = getattr(part, metric)
@@ -65,8 +86,17 @@ class _BlockCollector:
                 "check the weights of this block, or use another dtype"
             )
         sums = ranks.ordered_sum([part.cpu() for part in self.sums], self.zeros)
+        expert_tokens = ranks.ordered_sum([self.expert_tokens], self.expert_tokens)
+        if not expert_tokens.any():
+            raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
-            ranks.total(self.tokens), windows, sums[0].clone(), sums[1].clone(), influences.sum(0)
+            ranks.total(self.tokens),
+            windows,
+            sums[0].clone(),
+            sums[1].clone(),
+            influences.sum(0),
+            self.groups,
+            tuple(int(tokens) for tokens in expert_tokens),
         )
 
 
@@ -74,32 +104,24 @@ class _BlockCollector:
 def _observed(
     block: nn.Module, layout: Layout, collector: _BlockCollector, fused: bool
 ) -> Iterator[None]:
-    """Hand the statistics of the block's FFN activation to the collector while it runs.
-
-    A gated FFN computes down(act(gate(x)) * up(x)). Where its activation is one that the fused op
-    knows, the product and its statistics are made in one pass; elsewhere the input of down is
-    read once more. Both round where the model does and give the same numbers.
-    """
-    activation = layout.gated_activation(block) if fused else None
-    down = layout.projection(block, layout.down)
-    if activation is None:
-        hook = down.register_forward_pre_hook(
-            lambda module, args: collector.add_channels(channel_statistics(args[0]))
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
-        return
-    gate, up = layout.projection(block, layout.gate), layout.projection(block, layout.up)
-
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        product, part = swiglu_statistics(gate(hidden_states), up(hidden_states), activation)
-        collector.add_channels(part)
-        return down(product)
-
-    with forward_instead([layout.ffn(block)], [forward]):
+    """Hand the statistics of every FFN of the block to the collector while it runs."""
+    expert = 0
+    with ExitStack() as stack:
+        for ffn in layout.block_ffns(block):
+            collect = partial(collector.add_channels, expert)
+            stack.enter_context(ffn.observed(block, collect, fused))
+            expert += ffn.group(block).experts
         yield
+
+
+def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
+    idle = [number for number, block in enumerate(blocks) for n in block.expert_tokens if n == 0]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
+            "tells their channels apart; calibrate on more, or other, text",
+            stacklevel=3,
+        )
 
 
 def collect_statistics(
@@ -173,8 +195,7 @@ def collect_statistics(
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                channels = layout.projection(block, layout.down).in_features
-                collector = _BlockCollector(channels, micro_batches, device, ranks)
+                collector = _BlockCollector(layout.groups(block), micro_batches, device, ranks)
 
                 def observe(
                     index: int,
@@ -190,6 +211,7 @@ def collect_statistics(
                 results.append(collector.result(number, count, micro_batch))
     finally:
         model.train(training)
+    _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),
         str(identity["model"]),

@@ -1,25 +1,15 @@
 """What makes up for removed channels: a new down projection for the kept ones, and a bias."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from cfsp_kernels import gather_columns
 
+from .ffns import CutDown
 from .statistics import BlockStatistics
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
-
-
-@dataclass(frozen=True)
-class CutDown:
-    """The down projection of a pruned FFN."""
-
-    weight: torch.Tensor
-    """[D, width]."""
-    bias: torch.Tensor | None
-    """[D], to be added to the bias that the projection may have."""
 
 
 def none(

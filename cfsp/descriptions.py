@@ -10,12 +10,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .blocks import StoredBlocks
 from .costs import Tensors, block_path
+from .detection import detect_layout
 from .errors import CfspError
-from .layouts import LAYOUTS, PRUNED_PREFIX, Layout
-from .models import OpenModel, load_part, quiet_loading, require_gguf
+from .layouts import Layout, known_layout
+from .models import OpenModel, load_config, load_part, make_skeleton, quiet_loading, require_gguf
 from .recipe import Recipe
 from .shards import TensorInfo, read_index
-from .streaming import make_skeleton
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _config(model: str | Path) -> Any:
         return load_part(str(path.parent), AutoConfig, gguf_file=path.name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise CfspError(f"{path} is not a model folder: no config.json")
-    return load_part(str(model), AutoConfig)
+    return load_config(str(model))
 
 
 def _dtype(recipe: Recipe, config: Any, stored: Tensors, whole_file: bool) -> torch.dtype:
@@ -83,6 +83,13 @@ def _dtype(recipe: Recipe, config: Any, stored: Tensors, whole_file: bool) -> to
         return config.dtype
     floats = (info.dtype for info in stored.values() if info.dtype.is_floating_point)
     return next(floats, torch.float32)
+
+
+def _layout(skeleton: PreTrainedModel) -> Layout | None:
+    try:
+        return known_layout(skeleton.config.model_type) or detect_layout(skeleton)
+    except CfspError:
+        return None
 
 
 def describe(model: str | Path, recipe: Recipe) -> Description:
@@ -98,7 +105,7 @@ def describe(model: str | Path, recipe: Recipe) -> Description:
     dtype = _dtype(recipe, config, stored, gguf)
     with quiet_loading():
         skeleton = make_skeleton(config, dtype)
-    layout = LAYOUTS.get(config.model_type.removeprefix(PRUNED_PREFIX))
+    layout = _layout(skeleton)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(kept_tensors(skeleton.state_dict(), skeleton))
     known = {name: info for name, info in stored.items() if name in own}

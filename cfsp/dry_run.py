@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from .allocation import apportion, check_budget
 from .checkpoint import MAX_SHARD_BYTES
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
 from .errors import CfspError, unknown_name
 from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
+from .feasibility import even_plan
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
-from .layouts import Layout
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
-from .plan import BlockPlan, PruningPlan
+from .plan import PruningPlan
 from .recipe import Recipe
 from .rewriting import planned_tensors
 from .scoring import SCORERS
@@ -41,17 +39,6 @@ class Job:
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
-
-
-def _uniform_plan(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> PruningPlan:
-    """A plan of about equal widths; the output of any other of this sparsity is as large."""
-    sizes = layout.intermediate_sizes(model)
-    budget = (1 - recipe.sparsity) * sum(sizes)
-    check_budget(sizes, budget, recipe.width_multiple)
-    ideal = (1 - recipe.sparsity) * torch.tensor(sizes, dtype=torch.float64)
-    widths = apportion(ideal, sizes, budget, recipe.width_multiple, torch.zeros(len(sizes)))
-    blocks = (BlockPlan(size, torch.arange(n), 0.0) for size, n in zip(sizes, widths, strict=True))
-    return PruningPlan(tuple(blocks), "", recipe)
 
 
 def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> Tensors:
@@ -77,8 +64,8 @@ def _after(
     layout = described.layout
     if layout is None:
         return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
-    plan = job.plan or _uniform_plan(described.model, layout, job.recipe)
-    return planned_tensors(tensors, layout, plan)
+    plan = job.plan or even_plan(described.model, layout, job.recipe)
+    return planned_tensors(tensors, described.model, layout, plan)
 
 
 def _file_bytes(tensors: Tensors) -> int:

@@ -1,110 +1,142 @@
-"""Where an architecture keeps its decoder blocks and their FFN. No other module knows."""
+"""Where an architecture keeps its decoder blocks and their FFNs. No other module knows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from .errors import CfspError
-
-FUSED_ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "relu2": "relu2",
-}
-"""Activation of ``cfsp_kernels.swiglu_statistics`` -> its name in transformers."""
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """The FFN matrices of one block, torch Linear layout. F channels, D hidden size."""
-
-    gate: torch.Tensor | None
-    """[F, D], or None where the FFN has no gate."""
-    up: torch.Tensor
-    """[F, D]."""
-    down: torch.Tensor
-    """[D, F]."""
+from .experts import ExpertsFFN
+from .ffns import FFN, ChannelGroup, Conv1DFFN, FFNWeights, FusedFFN
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of the blocks in a causal LM and of the three projections in a block."""
+    """Paths of the blocks in a causal LM and of the FFNs that a block may have."""
 
-    family: str
-    """Prefix of the transformers classes: Llama for LlamaForCausalLM."""
     blocks: str = "model.layers"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
+    ffns: tuple[FFN, ...] = (FFN(),)
 
     def find_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The decoder blocks of a model, in order."""
         return model.get_submodule(self.blocks)  # type: ignore[return-value]
 
-    def ffn_weights(self, block: nn.Module) -> FFNWeights:
-        """The FFN matrices of a block; no copy."""
-        return FFNWeights(
-            self.projection(block, self.gate).weight,
-            self.projection(block, self.up).weight,
-            self.projection(block, self.down).weight,
-        )
+    def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
+        """The FFNs that a block has. Its channels are theirs, one FFN after the other.
 
-    def projection(self, block: nn.Module, path: str) -> nn.Linear:
-        """The Linear at ``path`` in a block. Raises CfspError for any other kind of module."""
-        module = block.get_submodule(path)
-        if type(module) is not nn.Linear:
+        Raises:
+            CfspError: it has none.
+        """
+        found = tuple(ffn for ffn in self.ffns if ffn.is_in(block))
+        if not found:
+            expected = ", ".join(ffn.down for ffn in self.ffns)
             raise CfspError(
-                f"{path} is a {type(module).__name__}, expected Linear "
+                f"no FFN in {type(block).__name__}: expected the weights of {expected} "
                 "(quantised models and adapters: prune the plain model first)"
             )
-        return module
+        return found
 
-    def ffn(self, block: nn.Module) -> nn.Module:
-        """The module that holds the three projections."""
-        return block.get_submodule(self.down.rpartition(".")[0])
+    def groups(self, block: nn.Module) -> tuple[ChannelGroup, ...]:
+        """The channels of each FFN of a block, read from the shapes of its weights."""
+        return tuple(ffn.group(block) for ffn in self.block_ffns(block))
 
-    def gated_activation(self, block: nn.Module) -> str | None:
-        """The name that ``cfsp_kernels.swiglu_statistics`` has for the FFN's activation, or None.
+    def ffn_weights(
+        self, block: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[FFNWeights, ...]:
+        """The matrices of every FFN of a block, of every expert of each.
 
-        None too where the FFN's ``forward`` was replaced: what it computes is then not known.
+        ``parameters`` hold the values where the block itself is without: those in the FFNs'
+        ``weight_names``, by name.
         """
-        ffn = self.ffn(block)
-        if "forward" in ffn.__dict__:
-            return None
-        kind = type(getattr(ffn, "act_fn", None))
-        names = (op for op, name in FUSED_ACTIVATIONS.items() if type(ACT2FN[name]) is kind)
-        return next(names, None)
+        if parameters is None:
+            parameters = dict(block.named_parameters())
+        return tuple(
+            weights for ffn in self.block_ffns(block) for weights in ffn.weights(parameters)
+        )
+
+    def weight_names(self, block: nn.Module) -> tuple[str, ...]:
+        """Parameters of a block that tell it from others: the matrices of its FFNs."""
+        return tuple(name for ffn in self.block_ffns(block) for name in ffn.weight_names)
 
     def intermediate_sizes(self, model: nn.Module) -> tuple[int, ...]:
-        """FFN channels of every block, read from the shapes of the weights."""
-        blocks = self.find_blocks(model)
-        return tuple(self.projection(block, self.down).weight.shape[1] for block in blocks)
+        """FFN channels of every block, in all its FFNs and experts."""
+        return tuple(
+            sum(group.total for group in self.groups(block)) for block in self.find_blocks(model)
+        )
 
+
+def _ungated(
+    blocks: str, up: str, down: str, width: str = "intermediate_size", linear: str = "Linear"
+) -> Layout:
+    return Layout(blocks, (FFN(up, down, gate=None, width=width, projection_class=linear),))
+
+
+GATED = Layout()
+FUSED = Layout(ffns=(FusedFFN(),))
+SHARED = FFN(
+    "mlp.shared_experts.up_proj",
+    "mlp.shared_experts.down_proj",
+    "mlp.shared_experts.gate_proj",
+    width="shared_intermediate_size",
+)
+H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 LAYOUTS: dict[str, Layout] = {
-    "llama": Layout("Llama"),
-    "mistral": Layout("Mistral"),
-    "qwen2": Layout("Qwen2"),
-    "qwen3": Layout("Qwen3"),
-    "gemma": Layout("Gemma"),
+    "llama": GATED,
+    "mistral": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gemma": GATED,
+    "gemma2": GATED,
+    "gemma3_text": GATED,
+    "olmo2": GATED,
+    "granite": GATED,
+    "cohere2": GATED,
+    "smollm3": GATED,
+    "stablelm": GATED,
+    "phi3": FUSED,
+    "glm4": FUSED,
+    "phi": _ungated("model.layers", "mlp.fc1", "mlp.fc2"),
+    "starcoder2": _ungated("model.layers", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": _ungated("gpt_neox.layers", *H_TO_4H),
+    "falcon": _ungated("transformer.h", *H_TO_4H, "ffn_hidden_size", "FalconLinear"),
+    "bloom": _ungated("transformer.h", *H_TO_4H),
+    "opt": _ungated("model.decoder.layers", "fc1", "fc2", "ffn_dim"),
+    "mixtral": Layout(ffns=(ExpertsFFN(width="intermediate_size"),)),
+    "qwen3_moe": Layout(ffns=(ExpertsFFN(), FFN())),
+    "deepseek_v3": Layout(ffns=(ExpertsFFN(), SHARED, FFN())),
+    "gpt2": Layout("transformer.h", (Conv1DFFN(width="n_inner"),)),
 }
 """``model_type`` of a transformers config -> its layout."""
 
 PRUNED_PREFIX = "cfsp_"
 """A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 
+TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
+"""Classes of blocks that return their hidden states in a tuple."""
 
-def find_layout(model_type: str) -> Layout:
-    """The layout of an architecture, pruned or not.
 
-    Raises:
-        CfspError: an architecture that is not supported; names it and those that are.
-    """
-    layout = LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
-    if layout is None:
-        raise CfspError(f"unsupported architecture {model_type!r}; supported: {', '.join(LAYOUTS)}")
-    return layout
+def known_layout(model_type: str) -> Layout | None:
+    """The layout that is written down here for an architecture, pruned or not."""
+    return LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
+
+
+def unsupported(model_type: str, reason: str = "") -> CfspError:
+    """The error for an architecture that cannot be pruned: why, and which can."""
+    why = f": {reason}" if reason else ""
+    return CfspError(
+        f"unsupported architecture {model_type!r}{why}; supported: {', '.join(LAYOUTS)}, and any "
+        "whose blocks have one gated FFN of three Linear"
+    )
+
+
+def as_block_output(block: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """Hidden states in the form in which a block of this class returns them."""
+    return (hidden_states,) if type(block).__name__ in TUPLE_BLOCKS else hidden_states
+
+
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,115 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders whose FFN has a width of its own in every block.
+"""Decoders whose FFN has a width of its own in every block, of any family of transformers.
 
 Self-contained: this file lies beside the weights of a pruned model, so that
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads it anywhere, and it
 is the module that the package ``cfsp`` registers with transformers.
 
-``config.json`` carries the widths in transformers' own ``per_layer_config``, and under
-``cfsp_config`` whether the down projections have a bias that the architecture has not.
+A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transformers' own
+``LlamaForCausalLM``, built by it and then given the widths of ``config.json``:
+
+* ``per_layer_config``: the widths of every block, under the names that the family has for them;
+* ``cfsp_config``: ``blocks``, the path of the blocks in the base model; ``channels``, for each
+  parameter of a block that has FFN channels, the name of its width, the dimension along which
+  they lie and how often they come in turn; ``added_bias``, down projections with a bias that the
+  family has not.
 """
 
-import copy
-
+import torch
+import transformers
 from torch import nn
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GemmaModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
 )
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "CFSP"
+MODEL_TYPE_PREFIX = "cfsp_"
+WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim")
 
 
-def rebuild_ffns(decoder, config):
-    """Make every block's FFN anew, of its own class, at the width that ``config`` gives it."""
-    with_bias = (getattr(config, "cfsp_config", None) or {}).get("down_proj_bias", False)
-    for layer, layer_config in zip(decoder.layers, config.per_layer_config, strict=True):
-        width = layer_config.intermediate_size
-        one_width = copy.copy(config)
-        one_width.per_layer_config = None
-        one_width.intermediate_size = width
-        layer.mlp = type(layer.mlp)(one_width)
-        if with_bias and layer.mlp.down_proj.bias is None:
-            layer.mlp.down_proj = nn.Linear(width, config.hidden_size, bias=True)
+def set_parameter(block, name, parameter):
+    """Give a block's module a parameter; what the module says of its own sizes follows."""
+    path, _, leaf = name.rpartition(".")
+    module = block.get_submodule(path)
+    setattr(module, leaf, parameter)
+    module._is_hf_initialized = False
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+
+
+def set_width(block, name, width):
+    """Where the FFN that a parameter is in keeps its width in an attribute, set it."""
+    owner = block.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (nn.Linear, Conv1D)):
+        owner = block.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    for attribute in WIDTH_ATTRIBUTES:
+        if hasattr(owner, attribute):
+            setattr(owner, attribute, width)
+
+
+def resize_ffns(decoder, config):
+    """Give every block of a base model the FFN widths that its config says."""
+    settings = config.cfsp_config
+    blocks = decoder.get_submodule(settings["blocks"])
+    for block, block_config in zip(blocks, config.per_layer_config, strict=True):
+        parameters = dict(block.named_parameters())
+        for name, (width_name, dimension, copies) in settings["channels"].items():
+            if name in parameters:
+                width = getattr(block_config, width_name)
+                shape = list(parameters[name].shape)
+                shape[dimension] = width * copies
+                set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
+                set_width(block, name, width)
+        for path in settings["added_bias"]:
+            if f"{path}.weight" in parameters:
+                down = block.get_submodule(path)
+                bias = down.weight.new_empty(down.out_features)
+                set_parameter(block, f"{path}.bias", nn.Parameter(bias))
 
 
 class PerBlockWidths:
-    """Builds the stock model, then gives every block its own FFN width."""
+    """Builds the stock model, then gives every block its own FFN widths."""
 
     def __init__(self, config, *args, **kwargs):
-        # The stock constructor reads one intermediate_size for all blocks; it is replaced below.
+        # The stock constructor reads one width for all blocks; that is put right below.
         config.allow_global_per_layer_attribute_access = True
         super().__init__(config, *args, **kwargs)
-        rebuild_ffns(self.base_model, config)
+        with torch.no_grad():
+            resize_ffns(self.base_model, config)
         self.post_init()
 
 
-class CFSPLlamaConfig(LlamaConfig):
-    model_type = "cfsp_llama"
+def register_conversions(own, stock):
+    """Where checkpoints of a family have other names or shapes than its modules, so have ours."""
+    config, stock_config = own.config_class, stock.config_class
+    for mine, theirs in (
+        (own.__name__, stock.__name__),
+        (config.model_type, stock_config.model_type),
+    ):
+        conversions = get_checkpoint_conversion_mapping(theirs)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(mine, conversions, overwrite=True)
 
 
-class CFSPLlamaModel(PerBlockWidths, LlamaModel):
-    config_class = CFSPLlamaConfig
-
-
-class CFSPLlamaForCausalLM(PerBlockWidths, LlamaForCausalLM):
-    config_class = CFSPLlamaConfig
-
-
-class CFSPMistralConfig(MistralConfig):
-    model_type = "cfsp_mistral"
-
-
-class CFSPMistralModel(PerBlockWidths, MistralModel):
-    config_class = CFSPMistralConfig
-
-
-class CFSPMistralForCausalLM(PerBlockWidths, MistralForCausalLM):
-    config_class = CFSPMistralConfig
-
-
-class CFSPQwen2Config(Qwen2Config):
-    model_type = "cfsp_qwen2"
-
-
-class CFSPQwen2Model(PerBlockWidths, Qwen2Model):
-    config_class = CFSPQwen2Config
-
-
-class CFSPQwen2ForCausalLM(PerBlockWidths, Qwen2ForCausalLM):
-    config_class = CFSPQwen2Config
-
-
-class CFSPQwen3Config(Qwen3Config):
-    model_type = "cfsp_qwen3"
-
-
-class CFSPQwen3Model(PerBlockWidths, Qwen3Model):
-    config_class = CFSPQwen3Config
-
-
-class CFSPQwen3ForCausalLM(PerBlockWidths, Qwen3ForCausalLM):
-    config_class = CFSPQwen3Config
-
-
-class CFSPGemmaConfig(GemmaConfig):
-    model_type = "cfsp_gemma"
-
-
-class CFSPGemmaModel(PerBlockWidths, GemmaModel):
-    config_class = CFSPGemmaConfig
-
-
-class CFSPGemmaForCausalLM(PerBlockWidths, GemmaForCausalLM):
-    config_class = CFSPGemmaConfig
+def __getattr__(name):
+    """The class of transformers of the same name without the prefix, with per-block widths."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(stock, transformers.PreTrainedConfig):
+        bases, values = (stock,), {"model_type": MODEL_TYPE_PREFIX + stock.model_type}
+    else:
+        own_config = globals().get(PREFIX + stock.config_class.__name__)
+        own_config = own_config or __getattr__(PREFIX + stock.config_class.__name__)
+        bases, values = (PerBlockWidths, stock), {"config_class": own_config}
+    own = globals()[name] = type(name, bases, {**values, "__module__": __name__})
+    if issubclass(own, PerBlockWidths):
+        register_conversions(own, stock)
+    return own

@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from .blocks import Blocks, LiveBlocks
+from .detection import detect_layout
 from .errors import CfspError
-from .layouts import Layout, find_layout
+from .layouts import Layout, known_layout
+from .registration import register_pruned
 from .shards import read_header
 
 
@@ -68,7 +76,7 @@ def model_layout(model: nn.Module) -> Layout:
     """
     if not isinstance(model, PreTrainedModel):
         raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
-    return find_layout(model.config.model_type)
+    return known_layout(model.config.model_type) or detect_layout(model)
 
 
 def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
@@ -98,8 +106,8 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     elif path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise CfspError(f"no such model folder: {model}")
     name = str(model)
-    config = load_part(name, AutoConfig)
-    layout = find_layout(config.model_type)
+    config = load_config(name)
+    layout = find_layout(config)
     loaded = _load_weights(name, dtype=_dtype(dtype))
     tokenizer = load_part(name, AutoTokenizer)
     loaded = loaded.to(where).eval()
@@ -125,6 +133,34 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CfspError(f"cannot load {name}: {reason}") from error
+
+
+def load_config(name: str) -> Any:
+    """The config of a hub id or folder; a pruned family that is not registered yet becomes so."""
+    values = load_part(name, _ConfigValues)
+    register_pruned(values.get("model_type"))
+    return load_part(name, AutoConfig)
+
+
+class _ConfigValues:
+    """config.json as it is, for :func:`load_part`."""
+
+    @staticmethod
+    def from_pretrained(name: str) -> dict[str, Any]:
+        return PreTrainedConfig.get_config_dict(name)[0]
+
+
+def find_layout(config: Any) -> Layout:
+    """The layout of an architecture: the one written down, or what a skeleton of it shows.
+
+    Raises:
+        CfspError: an architecture that is not supported; says why.
+    """
+    layout = known_layout(config.model_type)
+    if layout is not None:
+        return layout
+    with quiet_loading():
+        return detect_layout(make_skeleton(config, torch.float32))
 
 
 def _load_weights(name: str, **options: Any) -> PreTrainedModel:
@@ -169,7 +205,7 @@ def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
     require_gguf()
     folder, name = str(path.parent), path.name
     config = load_part(folder, AutoConfig, gguf_file=name)
-    layout = find_layout(config.model_type)
+    layout = find_layout(config)
     precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     loaded = _load_weights(folder, gguf_file=name, dtype=precision)
     tokenizer = load_part(folder, AutoTokenizer, gguf_file=name)
@@ -179,17 +215,23 @@ def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
 
 def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
-    from accelerate import init_empty_weights
-
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model = make_skeleton(config, loaded.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config
     return model
+
+
+def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 @contextmanager

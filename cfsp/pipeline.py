@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .allocation import check_budget
 from .blocks import StoredBlocks
 from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
+from .feasibility import check_biases, check_recipe
+from .ffns import FFNWeights
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
-from .layouts import FFNWeights
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
@@ -110,13 +110,16 @@ def calibrate(
 
 
 def plan(
-    statistics: Statistics, weights: Callable[[int], FFNWeights] | nn.Module, recipe: Recipe
+    statistics: Statistics,
+    weights: Callable[[int], Sequence[FFNWeights]] | nn.Module,
+    recipe: Recipe,
 ) -> PruningPlan:
     """Which channels of which block stay: score, allocate, select.
 
     Args:
         statistics: of the dense model.
-        weights: the dense model, or a function from block number to its FFN matrices. Not
+        weights: the dense model, or a function from block number to the matrices of its FFNs, one
+            :class:`cfsp.ffns.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
         recipe: scorer, allocator, importance, sparsity and width multiple are read.
 
@@ -233,11 +236,11 @@ def prune(
     opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
-    sizes = layout.intermediate_sizes(opened.model)
     if plan is not None:
+        check_biases(opened.model, layout, recipe.resolved_compensation)
         check_plan(plan, opened.model, layout, fingerprint)
     else:
-        check_budget(sizes, (1 - recipe.sparsity) * sum(sizes), recipe.width_multiple)
+        check_recipe(opened.model, layout, recipe)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
     held_out = _held_out(opened, recipe, eval_dataset, eval_windows)

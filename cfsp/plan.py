@@ -2,21 +2,23 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from .allocation import AllocationProblem, allocate_widths
+from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .errors import CfspError
-from .layouts import FFNWeights
+from .ffns import ChannelGroup, FFNWeights
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
-from .selection import select_channels
-from .statistics import Statistics
+from .selection import select_by_expert
+from .statistics import BlockStatistics, Statistics
 
 FORMAT = "cfsp-plan-1"
 
@@ -29,6 +31,19 @@ class BlockPlan:
     kept: torch.Tensor
     """[width] int64, ascending."""
     importance: float
+    groups: tuple[ChannelGroup, ...] = ()
+    """The FFNs whose channels these are, one after the other; () for a single one."""
+
+    @property
+    def kept_by_group(self) -> tuple[torch.Tensor, ...]:
+        """Kept channels of every FFN: [experts, width of each] int64, counted in the expert."""
+        groups = self.groups or (ChannelGroup(self.intermediate_size),)
+        starts = [0, *accumulate(group.total for group in groups)]
+        found = []
+        for group, (start, end) in zip(groups, pairwise(starts), strict=True):
+            kept = self.kept[(self.kept >= start) & (self.kept < end)] - start
+            found.append(kept.view(group.experts, -1) % group.channels)
+        return tuple(found)
 
     @property
     def width(self) -> int:
@@ -79,31 +94,77 @@ class PruningPlan:
 
 
 def make_plan(
-    statistics: Statistics, weights: Callable[[int], FFNWeights], recipe: Recipe
+    statistics: Statistics, weights: Callable[[int], Sequence[FFNWeights]], recipe: Recipe
 ) -> PruningPlan:
     """Score, allocate, select.
 
     Args:
         statistics: of the dense model.
-        weights: block number -> its FFN matrices. Called only for scorers that read weights.
+        weights: block number -> the matrices of its FFNs, of every expert. Called
+            only for scorers that read weights.
         recipe: the choices.
 
     Raises:
         CfspError: no widths meet the sparsity.
     """
-    score = SCORERS[recipe.scorer].score
-    scores = tuple(
-        score(block, lambda number=number: weights(number))  # type: ignore[misc]
-        for number, block in enumerate(statistics.blocks)
-    )
     importance = statistics.importance(recipe.importance)
-    problem = AllocationProblem(importance, scores, recipe.sparsity)
-    widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+    ffns = [
+        (number, group)
+        for number, block in enumerate(statistics.blocks)
+        for group in block.groups or (ChannelGroup(len(block.sum)),)
+    ]
+    scores = [
+        part
+        for number, block in enumerate(statistics.blocks)
+        for part in _block_scores(block, partial(weights, number), recipe.scorer)
+    ]
+    problem = AllocationProblem(
+        importance[[number for number, _ in ffns]],
+        tuple(scores),
+        recipe.sparsity,
+        tuple(group.experts for _, group in ffns),
+    )
+    if recipe.uniform:
+        sizes = [group.channels for _, group in ffns]
+        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+    else:
+        widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+    kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
+    for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
+        kept[number].append(select_by_expert(ffn_scores, group.experts, width))
     blocks = tuple(
-        BlockPlan(len(block_scores), select_channels(block_scores, width), float(value))
-        for block_scores, width, value in zip(scores, widths, importance, strict=True)
+        BlockPlan(
+            len(block.sum), flat_channels(kept[number], block.groups), float(value), block.groups
+        )
+        for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
     return PruningPlan(blocks, statistics.model_fingerprint, recipe)
+
+
+def _block_scores(
+    block: BlockStatistics, weights: Callable[[], Sequence[FFNWeights]], scorer: str
+) -> list[torch.Tensor]:
+    """Scores of every FFN of a block, [experts * channels] each."""
+    weights = cache(weights)
+    score = SCORERS[scorer].score
+    of_experts = [
+        score(part, lambda expert=expert: weights()[expert])  # type: ignore[misc]
+        for expert, part in enumerate(block.ffns())
+    ]
+    counts = [group.experts for group in block.groups] or [1]
+    starts = [0, *accumulate(counts)]
+    return [torch.cat(of_experts[start:end]) for start, end in pairwise(starts)]
+
+
+def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
+    """What :attr:`BlockPlan.kept_by_group` takes apart."""
+    groups = groups or (ChannelGroup(0),)
+    flat, start = [], 0
+    for group, indices in zip(groups, kept, strict=True):
+        first = start + torch.arange(group.experts)[:, None] * group.channels
+        flat.append((indices + first).flatten())
+        start += group.total
+    return torch.cat(flat)
 
 
 def _to_ranges(kept: torch.Tensor) -> str:
@@ -139,10 +200,18 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
                 "width": block.width,
                 "importance": block.importance,
                 "kept": _to_ranges(block.kept),
+                **_groups_to_dict(block.groups),
             }
             for number, block in enumerate(plan.blocks)
         ],
     }
+
+
+def _groups_to_dict(groups: Sequence[ChannelGroup]) -> dict[str, Any]:
+    """What a block with several FFNs or with experts says of them; nothing for a single FFN."""
+    if all(group.experts == 1 for group in groups) and len(groups) < 2:
+        return {}
+    return {"ffns": [{"experts": g.experts, "intermediate_size": g.channels} for g in groups]}
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -171,7 +240,28 @@ def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
         raise CfspError(
             f"plan, block {number}: width is {width} but kept names {len(kept)} channels"
         )
-    return BlockPlan(size, torch.tensor(kept), float(entry["importance"]))
+    groups = tuple(
+        ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
+        for ffn in entry.get("ffns", [])
+    )
+    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups)
+    _check_experts(number, block)
+    return block
+
+
+def _check_experts(number: int, block: BlockPlan) -> None:
+    start = 0
+    for group in block.groups:
+        inside = block.kept[(block.kept >= start) & (block.kept < start + group.total)] - start
+        counts = torch.bincount(inside // group.channels, minlength=group.experts)
+        if counts.min() < 1 or counts.min() != counts.max():
+            raise CfspError(
+                f"plan, block {number}: every expert of an FFN must keep the same number of "
+                f"channels, one or more; got {counts.min()} to {counts.max()}"
+            )
+        start += group.total
+    if block.groups and start != block.intermediate_size:
+        raise CfspError(f"plan, block {number}: its ffns have {start} channels in all")
 
 
 def load_plan(path: str | Path) -> PruningPlan:

@@ -54,6 +54,8 @@ class Recipe:
     """None: the scorer's own."""
     importance: str = "angular"
     """Metric of the coarse block importance."""
+    uniform: bool = False
+    """The same width for all blocks: the result is of a class of transformers itself."""
     width_multiple: int = 128
     """Widths are multiples of this; 1 for exact widths."""
     dtype: str = "auto"
@@ -69,6 +71,8 @@ class Recipe:
             raise unknown_name("scorer", self.scorer, SCORERS)
         if self.allocator is not None and self.allocator not in ALLOCATORS:
             raise unknown_name("allocator", self.allocator, ALLOCATORS)
+        if self.uniform and self.allocator not in (None, "uniform"):
+            raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
         if self.compensation is not None and self.compensation not in COMPENSATIONS:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
         if self.importance not in INFLUENCE_METRICS:
@@ -83,7 +87,7 @@ class Recipe:
     @property
     def resolved_allocator(self) -> str:
         """The allocator in force."""
-        return self.allocator or SCORERS[self.scorer].allocator
+        return "uniform" if self.uniform else self.allocator or SCORERS[self.scorer].allocator
 
     @property
     def resolved_compensation(self) -> str:

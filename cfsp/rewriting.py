@@ -1,15 +1,14 @@
 """Compact tensors into a live model: block by block, in place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from cfsp_kernels import gather_rows
-
 from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
+from .ffns import CutDown, check_expert_width
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
 from .shards import Room, TensorInfo
@@ -30,6 +29,9 @@ def check_plan(
             f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
             f"channels, the model has {len(sizes)} with up to {max(sizes)}"
         )
+    for number, block in enumerate(plan.blocks):
+        for kept in block.kept_by_group:
+            check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
     if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the plan is for another model: same shapes, different weights")
 
@@ -41,10 +43,6 @@ def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
 
 
-def _parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(data, requires_grad=like.requires_grad)
-
-
 @torch.no_grad()
 def prune_block_(
     block: nn.Module,
@@ -54,30 +52,25 @@ def prune_block_(
     statistics: BlockStatistics | None,
     room: Room | None = None,
 ) -> None:
-    """Cut one block's FFN to the kept channels, in place; the new matrices are new memory, or
-    what ``room`` gives."""
-    gate, up, down = (layout.projection(block, p) for p in (layout.gate, layout.up, layout.down))
-    kept = plan.kept.to(down.weight.device)
+    """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
+    or what ``room`` gives."""
+    cut = COMPENSATIONS[compensation]
+    known = statistics.ffns() if statistics is not None else None
+    first = 0
+    for ffn, kept in zip(layout.block_ffns(block), plan.kept_by_group, strict=True):
+        own = known[first : first + len(kept)] if known is not None else [None] * len(kept)
 
-    def out(*shape: int) -> torch.Tensor | None:
-        return room(shape, down.weight.dtype) if room is not None else None
+        def compensate(
+            expert: int,
+            down: torch.Tensor,
+            out: torch.Tensor | None,
+            kept: torch.Tensor = kept,
+            own: Sequence[BlockStatistics | None] = own,
+        ) -> CutDown:
+            return cut(down, kept[expert].to(down.device), own[expert], out)
 
-    new_down = out(down.out_features, plan.width)
-    cut = COMPENSATIONS[compensation](down.weight, kept, statistics, new_down)
-    for projection in (gate, up):
-        rows = gather_rows(projection.weight, kept, out=out(plan.width, projection.in_features))
-        projection.weight = _parameter(rows, projection.weight)
-        if projection.bias is not None:
-            projection.bias = _parameter(projection.bias[kept], projection.bias)
-        projection.out_features = plan.width
-    if cut.bias is not None:
-        total = cut.bias if down.bias is None else down.bias + cut.bias
-        down.bias = _parameter(total, down.weight)
-    down.weight = _parameter(cut.weight, down.weight)
-    down.in_features = plan.width
-    ffn = layout.ffn(block)
-    if hasattr(ffn, "intermediate_size"):
-        ffn.intermediate_size = plan.width  # type: ignore[assignment]
+        ffn.cut_(block, kept, compensate, room)
+        first += len(kept)
 
 
 def prune_model_(
@@ -105,30 +98,36 @@ def prune_model_(
 
 
 def planned_tensors(
-    tensors: Mapping[str, torch.Tensor], layout: Layout, plan: PruningPlan
+    tensors: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, plan: PruningPlan
 ) -> dict[str, TensorInfo]:
     """What the pruned model's checkpoint holds, in order, from what the dense one's does.
 
     Args:
         tensors: the dense checkpoint in order; only shapes and dtypes are read.
+        model: the dense model, of which no values are read.
         layout: where the FFNs are.
         plan: what they keep.
     """
-    widths: dict[str, tuple[int, int]] = {}
-    down = {f"{layout.blocks}.{n}.{layout.down}" for n in range(len(plan.blocks))}
-    for number, block in enumerate(plan.blocks):
+    adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
+    cut: dict[str, tuple[int, int]] = {}
+    new: dict[str, str] = {}
+    for number, (block, block_plan) in enumerate(
+        zip(layout.find_blocks(model), plan.blocks, strict=True)
+    ):
         prefix = f"{layout.blocks}.{number}."
-        for path in (layout.gate, layout.up):
-            widths[f"{prefix}{path}.weight"] = widths[f"{prefix}{path}.bias"] = (0, block.width)
-        widths[f"{prefix}{layout.down}.weight"] = (1, block.width)
+        for ffn, kept in zip(layout.block_ffns(block), block_plan.kept_by_group, strict=True):
+            for name, axis in ffn.channels.items():
+                cut[prefix + name] = (axis.dimension, axis.copies * kept.shape[1])
+            if adds_bias and ffn.down_bias is not None:
+                new[f"{prefix}{ffn.down}.weight"] = prefix + ffn.down_bias
     found: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         shape = list(tensor.shape)
-        if name in widths:
-            dimension, width = widths[name]
-            shape[dimension] = width
+        if name in cut:
+            dimension, size = cut[name]
+            shape[dimension] = size
         found[name] = TensorInfo(tensor.dtype, tuple(shape))
-        module = name.removesuffix(".weight")
-        if module in down and plan.recipe.resolved_compensation in ADD_BIAS:
-            found[f"{module}.bias"] = TensorInfo(tensor.dtype, tuple(tensor.shape[:1]))
+        bias = new.get(name)
+        if bias is not None and bias not in tensors:
+            found[bias] = TensorInfo(tensor.dtype, tuple(tensor.shape[:1]))
     return found

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks, empty_
 from .checkpoint import (
-    become_pruned_,
-    is_stock,
     load,
     new_folder,
     partial_folder,
@@ -26,6 +24,7 @@ from .checkpoint import (
     write_model,
     write_settings,
 )
+from .classes import become_pruned_, is_stock
 from .collection import collect_statistics
 from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity

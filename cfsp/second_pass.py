@@ -144,7 +144,7 @@ def prune_to_shards_(
     check_compensation(plan, statistics)
     compensation = plan.recipe.resolved_compensation
     dense = saved_tensors(model)
-    planned = planned_tensors(dense, layout, plan)
+    planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
     mine = _to_write(shards, folder, ranks)
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}

@@ -19,3 +19,11 @@ def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
         raise CfspError(f"score of channel {int(scores.isnan().nonzero()[0])} is NaN")
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:width].sort().values
+
+
+def select_by_expert(scores: torch.Tensor, experts: int, width: int) -> torch.Tensor:
+    """Of each of a number of experts the ``width`` highest scores, [experts, width] int64.
+
+    ``scores`` are those of one expert after the other; indices count within an expert.
+    """
+    return torch.stack([select_channels(part, width) for part in scores.chunk(experts)])

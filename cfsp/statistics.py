@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import CfspError
+from .ffns import ChannelGroup
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
-FORMAT = "cfsp-statistics-1"
+FORMAT = "cfsp-statistics-2"
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
 
 
@@ -33,6 +34,27 @@ class BlockStatistics:
     """[F], sum of its square."""
     influence: torch.Tensor
     """[4], sums of the metrics of INFLUENCE_METRICS over tokens."""
+    groups: tuple[ChannelGroup, ...] = ()
+    """The FFNs whose channels these are, one after the other; () for a single one."""
+    expert_tokens: tuple[int, ...] = ()
+    """Tokens that each FFN saw, and each expert of those that have some; () where all saw all."""
+
+    def ffns(self) -> tuple["BlockStatistics", ...]:
+        """The statistics of every FFN, and of every expert of those that have some, each alone."""
+        if len(self.expert_tokens) < 2:
+            return (self,)
+        sizes = [group.channels for group in self.groups for _ in range(group.experts)]
+        return tuple(
+            replace(
+                self, tokens=tokens, sum=part, sum_of_squares=squares, groups=(), expert_tokens=()
+            )
+            for tokens, part, squares in zip(
+                self.expert_tokens,
+                self.sum.split(sizes),
+                self.sum_of_squares.split(sizes),
+                strict=True,
+            )
+        )
 
     @property
     def norm(self) -> torch.Tensor:
@@ -41,13 +63,13 @@ class BlockStatistics:
 
     @property
     def mean(self) -> torch.Tensor:
-        """[F], mean activation over tokens."""
-        return self.sum / self.tokens
+        """[F], mean activation over tokens; 0 where there were none."""
+        return self.sum / max(self.tokens, 1)
 
     @property
     def variance(self) -> torch.Tensor:
         """[F], variance of the activation over tokens (population)."""
-        return (self.sum_of_squares / self.tokens - self.mean.square()).clamp_min(0)
+        return (self.sum_of_squares / max(self.tokens, 1) - self.mean.square()).clamp_min(0)
 
     def importance(self, metric: str) -> float:
         """Mean influence per token: angular in half turns, the others in their own units."""
@@ -78,10 +100,11 @@ def model_fingerprint(model: nn.Module, layout: Layout) -> str:
 
     def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         for number, block in enumerate(layout.find_blocks(model)):
-            weights = layout.ffn_weights(block)
-            for kind, tensor in (("up", weights.up), ("down", weights.down)):
-                values = tensor.detach()[0].flatten()[:SAMPLED_VALUES]
-                yield f"{number}.{kind}", tuple(tensor.shape), values
+            parameters = dict(block.named_parameters())
+            for name in layout.weight_names(block):
+                tensor = parameters[name].detach()
+                values = tensor[0].flatten()[:SAMPLED_VALUES]
+                yield f"{number}.{name}", tuple(tensor.shape), values
 
     return samples_fingerprint(samples())
 
@@ -90,7 +113,7 @@ def statistics_fingerprint(statistics: Statistics) -> str:
     """SHA-256 over all sums, as 64 hexadecimal digits."""
     digest = hashlib.sha256(statistics.model_fingerprint.encode())
     for block in statistics.blocks:
-        digest.update(f"{block.tokens} {block.windows}".encode())
+        digest.update(f"{block.tokens} {block.windows} {block.expert_tokens}".encode())
         for sums in (block.sum, block.sum_of_squares, block.influence):
             digest.update(sums.numpy().tobytes())
     return digest.hexdigest()
@@ -125,6 +148,11 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         "format": FORMAT,
         "tokens": [block.tokens for block in statistics.blocks],
         "windows": [block.windows for block in statistics.blocks],
+        "groups": [
+            [[group.channels, group.experts] for group in block.groups]
+            for block in statistics.blocks
+        ],
+        "expert_tokens": [block.expert_tokens for block in statistics.blocks],
         "influence_metrics": INFLUENCE_METRICS,
         "model_fingerprint": statistics.model_fingerprint,
         "provenance": statistics.provenance,
@@ -139,6 +167,21 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         raise CfspError(f"cannot write statistics {path}: {error}") from None
 
 
+def _block(file: Any, header: dict[str, Any], number: int) -> BlockStatistics:
+    groups, expert_tokens = header["groups"][number], header["expert_tokens"][number]
+    sums = {
+        name: file.get_tensor(f"block.{number:04d}.{name}")
+        for name in ("sum", "sum_of_squares", "influence")
+    }
+    return BlockStatistics(
+        header["tokens"][number],
+        header["windows"][number],
+        **sums,
+        groups=tuple(ChannelGroup(*group) for group in groups),
+        expert_tokens=tuple(expert_tokens),
+    )
+
+
 def load_statistics(path: str | Path) -> Statistics:
     """Read what :func:`save_statistics` wrote.
 
@@ -150,19 +193,7 @@ def load_statistics(path: str | Path) -> Statistics:
             header = json.loads((file.metadata() or {}).get("cfsp", "{}"))
             if header.get("format") != FORMAT:
                 raise CfspError(f"{path} is not a statistics file of this version ({FORMAT})")
-            blocks = tuple(
-                BlockStatistics(
-                    tokens,
-                    windows,
-                    *(
-                        file.get_tensor(f"block.{number:04d}.{name}")
-                        for name in ("sum", "sum_of_squares", "influence")
-                    ),
-                )
-                for number, (tokens, windows) in enumerate(
-                    zip(header["tokens"], header["windows"], strict=True)
-                )
-            )
+            blocks = tuple(_block(file, header, number) for number in range(len(header["tokens"])))
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
     return Statistics(blocks, header["model_fingerprint"], header["provenance"])

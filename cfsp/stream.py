@@ -7,13 +7,16 @@ that records its arguments and hands its input on.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from .errors import CfspError
+from .forwards import forward_instead
+from .layouts import as_block_output, hidden_states_of
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,6 @@ class BlockCalls:
 def default_micro_batch(device: torch.device, seqlen: int) -> int:
     """Windows per call: about 8192 tokens fill a GPU; one window keeps a CPU in its cache."""
     return max(1, 8192 // seqlen) if device.type != "cpu" else 1
-
-
-@contextmanager
-def forward_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
-    """Give each module instance another ``forward`` for a while."""
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
 
 
 def _shared(new: Any, old: Any) -> Any:
@@ -81,15 +68,20 @@ def record_block_calls(
     recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
     embedded: list[torch.Tensor] = []
 
-    def stand_in(number: int) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def stand_in(number: int) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if number == 0:
                 embedded.append(hidden_states)
+            elif hidden_states.shape != embedded[-1].shape:
+                raise CfspError(
+                    f"{type(blocks[number]).__name__} is not given the hidden states as the block "
+                    "before returned them: blocks of this architecture cannot be run one by one"
+                )
             call: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
             if recorded[number]:
                 call = _shared(call, recorded[number][0])
             recorded[number].append(call)
-            return hidden_states
+            return as_block_output(blocks[number], hidden_states)
 
         return forward
 
@@ -119,7 +111,7 @@ def run_block(
     """
     for index, states in calls.micro_batches():
         args, kwargs = calls.arguments[number][index]
-        output = block(states, *args, **kwargs)
+        output = hidden_states_of(block(states, *args, **kwargs))
         observe(index, states, output)
         states.copy_(output)
 
@@ -159,13 +151,12 @@ class RidingWindows:
         for index, states in self.calls.micro_batches():
             started = time.perf_counter()
             tokens = self.windows[index : index + 1].to(states.device)
-            ends = [partial(_states, states)] * len(self.blocks)
+            ends = [partial(_output, as_block_output(block, states)) for block in self.blocks]
             with forward_instead(self.blocks, ends):
                 logits = self.model(input_ids=tokens, use_cache=False).logits
             self._count(started)
             yield logits
 
 
-def _states(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """A block's forward that says what the blocks have already said."""
-    return states
+def _output(output: Any, *_: Any, **__: Any) -> Any:
+    return output

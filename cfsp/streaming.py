@@ -4,21 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .blocks import StoredBlocks, set_parameters_
 from .checkpoint import differs, probe_tokens
 from .errors import CfspError
-from .layouts import Layout, find_layout
-from .models import OpenModel, check_folder, load_part, open_model, pick_device, quiet_loading
+from .layouts import Layout
+from .models import (
+    OpenModel,
+    check_folder,
+    find_layout,
+    load_config,
+    load_part,
+    make_skeleton,
+    open_model,
+    pick_device,
+    quiet_loading,
+)
 from .shards import StoredTensor, read_index, read_tensors
 from .stream import RidingWindows
 
@@ -35,13 +38,6 @@ def _dtype(
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return tensors[names[0]].dtype
-
-
-def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
@@ -132,8 +128,8 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     folder = local_folder(model)
     if folder is None or (folder / "adapter_config.json").exists():
         return None
-    config = load_part(str(folder), AutoConfig)
-    layout = find_layout(config.model_type)
+    config = load_config(str(folder))
+    layout = find_layout(config)
     if getattr(config, "quantization_config", None) is not None:
         return None
     tensors = read_index(folder)

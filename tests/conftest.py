@@ -28,6 +28,7 @@ from cfsp.statistics import Statistics
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+"""For tests of what families share; tests/test_families.py goes through all of them."""
 TINY = {
     "vocab_size": 260,
     "hidden_size": 32,
@@ -44,13 +45,14 @@ TINY = {
 
 
 def make_tiny(model_type: str = "llama", seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A random causal LM whose blocks all do something."""
-    config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    """A random causal LM whose blocks all do something; None leaves a value to the family."""
+    values = {key: value for key, value in {**TINY, **overrides}.items() if value is not None}
+    config = AutoConfig.for_model(model_type, **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.05)

@@ -11,6 +11,7 @@ from cfsp.allocation import (
     allocate_widths,
     apportion,
     cfsp_keep_fractions,
+    equal_widths,
 )
 from cfsp.errors import CfspError
 
@@ -117,3 +118,10 @@ def test_a_budget_that_no_width_meets_is_refused(
 ) -> None:
     with pytest.raises(CfspError, match=message):
         allocate_widths(problem([48] * 4, sparsity), "uniform", multiple)
+
+
+def test_equal_widths_are_one_fraction_of_every_size() -> None:
+    assert equal_widths([1536] * 3, 0.3, 128) == (1024,) * 3
+    assert equal_widths([2048, 18432, 4096], 0.3, 128) == (1408, 9 * 1408, 2 * 1408)
+    assert equal_widths([100, 150], 0.99, 8) == (8, 8)
+    assert equal_widths([100, 150], 0.0, 8) == (96, 144)

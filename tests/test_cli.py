@@ -191,9 +191,9 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
             return folder, out, "cannot load"
         case "unsupported architecture":
             config = json.loads((folder / "config.json").read_text())
-            config["model_type"] = "gpt2"
+            config["model_type"] = "gpt_neo"
             (folder / "config.json").write_text(json.dumps(config))
-            return folder, out, "unsupported architecture 'gpt2'; supported: llama, mistral"
+            return folder, out, "unsupported architecture 'gpt_neo': "
         case "bad json":
             (folder / "config.json").write_text("{")
             return folder, out, "cannot load"

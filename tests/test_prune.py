@@ -1,6 +1,7 @@
 """Cutting: equal to masking, exact, deterministic, in place; and the folder that reloads."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import cfsp
-from cfsp import checkpoint
+from cfsp import checkpoint, modeling_cfsp
 from cfsp.layouts import LAYOUTS
 from cfsp.plan import load_plan
 from cfsp.recipe import load_recipe
@@ -178,7 +186,12 @@ def test_three_ways_to_load_give_the_same_bits_in_a_fresh_process(way: str, tmp_
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "", "HF_HOME": str(tmp_path / "hf")},
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "",
+            "HF_HOME": str(tmp_path / "hf"),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        },
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert torch.equal(torch.load(f"{tmp_path / 'out'}.{way}"), logits(result.model))
@@ -282,11 +295,19 @@ def test_a_plan_is_applied_as_edited(tiny_folder: Path, tmp_path: Path) -> None:
     assert result.statistics is None
 
 
-def test_layouts_and_modeling_classes_agree() -> None:
-    assert set(FAMILIES) == set(LAYOUTS)
+def test_every_family_has_its_classes() -> None:
     cfsp.register()
-    for family, layout in LAYOUTS.items():
-        assert (
-            AutoModelForCausalLM._model_mapping[type(make_tiny(family).config)].__name__
-            == f"{layout.family}ForCausalLM"
-        )
+    for model_type in LAYOUTS:
+        stock = CONFIG_MAPPING[model_type]
+        own = CONFIG_MAPPING[f"cfsp_{model_type}"]
+        assert issubclass(own, stock)
+        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+            assert issubclass(mapping[own], mapping[stock])
+            assert mapping[own].__name__ == f"CFSP{mapping[stock].__name__}"
+            assert mapping[own] is getattr(modeling_cfsp, mapping[own].__name__)
+
+
+def test_a_modeling_class_of_nothing_is_no_attribute() -> None:
+    for name in ("LlamaForCausalLM", "CFSPNothing", "CFSPpipeline"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(modeling_cfsp, name)

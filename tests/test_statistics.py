@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from cfsp import collection
+from cfsp import ffns
 from cfsp.collection import collect_statistics
 from cfsp.errors import CfspError
 from cfsp.layouts import LAYOUTS
@@ -91,9 +91,9 @@ def test_the_fused_op_and_the_plain_one_give_the_same_numbers(
 ) -> None:
     calls: list[str] = []
     for name in ("swiglu_statistics", "channel_statistics"):
-        op = getattr(collection, name)
+        op = getattr(ffns, name)
         monkeypatch.setattr(
-            collection, name, lambda *args, name=name, op=op: (calls.append(name), op(*args))[1]
+            ffns, name, lambda *args, name=name, op=op: (calls.append(name), op(*args))[1]
         )
     model = make_tiny(family).to(dtype)
     fused, plain = (collect(model, windows, fused=fused) for fused in (True, False))
@@ -110,8 +110,8 @@ def test_an_ffn_that_computes_something_else_is_observed_at_its_down_projection(
     dense, odd = make_tiny(), make_tiny()
     for layer in odd.model.layers:
         layer.mlp.act_fn = torch.nn.Tanh()
-    assert LLAMA.gated_activation(dense.model.layers[0]) == "silu"
-    assert LLAMA.gated_activation(odd.model.layers[0]) is None
+    assert LLAMA.ffns[0].gated_activation(dense.model.layers[0]) == "silu"
+    assert LLAMA.ffns[0].gated_activation(odd.model.layers[0]) is None
     activations, _ = whole_model_reference(odd, windows)
     found = collect(odd, windows)
     assert torch.allclose(found.blocks[3].mean, activations[3].mean(0), rtol=1e-5, atol=1e-8)
@@ -170,7 +170,7 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from tests.conftest import make_tiny
 from cfsp.layouts import LAYOUTS
-from cfsp import collection
+from cfsp import ffns
 from cfsp.collection import collect_statistics
 torch.set_num_threads(1)
 model = make_tiny(hidden_size=256, intermediate_size=32, num_hidden_layers=3)

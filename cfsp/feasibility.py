@@ -1,0 +1,89 @@
+"""Whether a recipe can be met by a model: found out from shapes, before the calibration."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .allocation import apportion, check_budget, equal_widths
+from .classes import parameter_shapes, stock_model
+from .compensation import ADD_BIAS
+from .errors import CfspError
+from .ffns import ChannelGroup, check_expert_width
+from .layouts import Layout
+from .plan import BlockPlan, PruningPlan, flat_channels
+from .recipe import Recipe
+from .rewriting import planned_tensors
+
+
+def _groups(model: nn.Module, layout: Layout) -> list[tuple[ChannelGroup, ...]]:
+    return [layout.groups(block) for block in layout.find_blocks(model)]
+
+
+def check_recipe(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> None:
+    """Raise CfspError where no plan for this model can be what the recipe asks for."""
+    check_biases(model, layout, recipe.resolved_compensation)
+    groups = [group for block in _groups(model, layout) for group in block]
+    for group in groups:
+        check_expert_width(recipe.width_multiple, group.experts)
+    check_budget(
+        [group.channels for group in groups],
+        (1 - recipe.sparsity) * sum(group.total for group in groups),
+        recipe.width_multiple,
+        [group.experts for group in groups],
+    )
+    if recipe.uniform:
+        _check_stock(model, layout, recipe)
+
+
+def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
+    """Raise CfspError where a compensation adds a bias to a projection that can have none."""
+    if compensation in ADD_BIAS:
+        for block in layout.find_blocks(model):
+            for ffn in layout.block_ffns(block):
+                if ffn.down_bias is None:
+                    raise CfspError(
+                        f"compensation {compensation!r} adds a bias, and {ffn.down} can have none: "
+                        "use compensation 'none'"
+                    )
+
+
+def even_plan(model: nn.Module, layout: Layout, recipe: Recipe) -> PruningPlan:
+    """A plan of about equal widths; the output of any other of this sparsity is as large."""
+    blocks = _groups(model, layout)
+    groups = [group for block in blocks for group in block]
+    sizes, experts = [g.channels for g in groups], [g.experts for g in groups]
+    if recipe.uniform:
+        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+    else:
+        budget = (1 - recipe.sparsity) * sum(group.total for group in groups)
+        ideal = (1 - recipe.sparsity) * torch.tensor(sizes, dtype=torch.float64)
+        even = torch.zeros(len(sizes))
+        widths = apportion(ideal, sizes, budget, recipe.width_multiple, even, experts)
+    plans, next_width = [], iter(widths)
+    for block in blocks:
+        kept = [torch.arange(next(next_width)).expand(group.experts, -1) for group in block]
+        total = sum(group.total for group in block)
+        plans.append(BlockPlan(total, flat_channels(kept, block), 0.0, block))
+    return PruningPlan(tuple(plans), "", recipe)
+
+
+def _check_stock(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> None:
+    """Raise CfspError where the family's own class builds no model of the widths to be."""
+    plan = even_plan(model, layout, recipe)
+    dense = model.state_dict()
+    planned = planned_tensors(dense, model, layout, plan)
+    widths = [
+        {ffn.width: kept.shape[1] for ffn, kept in zip(ffns, part.kept_by_group, strict=True)}
+        for ffns, part in zip(
+            map(layout.block_ffns, layout.find_blocks(model)), plan.blocks, strict=True
+        )
+    ]
+    built = parameter_shapes(stock_model(model, widths))
+    for name, info in planned.items():
+        if (name in built or name not in dense) and built.get(name) != info.shape:
+            stock = list(built[name]) if name in built else "nothing"
+            raise CfspError(
+                f"uniform widths: {name} would be {list(info.shape)} and the family's own class "
+                f"has {stock} there; drop uniform"
+                + (", or use compensation 'none'" if name not in dense else "")
+            )

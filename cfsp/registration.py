@@ -1,0 +1,49 @@
+"""The classes of pruned models with per-block widths, made known to transformers."""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
+
+from . import modeling_cfsp
+from .layouts import LAYOUTS, PRUNED_PREFIX
+
+
+def register() -> None:
+    """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
+    for model_type in LAYOUTS:
+        if model_type in CONFIG_MAPPING:
+            register_family(model_type)
+
+
+def register_family(model_type: str) -> None:
+    """The same for one family of transformers."""
+    stock = CONFIG_MAPPING[model_type]
+    config = pruned_class(stock)
+    model = pruned_class(MODEL_MAPPING[stock])
+    causal_lm = pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+
+
+def pruned_class(stock: type) -> Any:
+    """The class with per-block widths of a class of transformers."""
+    return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
+
+
+def register_pruned(model_type: object) -> None:
+    """Register the family of a pruned checkpoint; of anything else, nothing."""
+    if isinstance(model_type, str) and model_type.startswith(PRUNED_PREFIX):
+        family = model_type.removeprefix(PRUNED_PREFIX)
+        if family in CONFIG_MAPPING:
+            register_family(family)
