@@ -9,6 +9,7 @@ from .dry_run import estimate
 from .errors import CfspError
 from .estimate import Estimate
 from .evaluation import Perplexity, perplexity
+from .exports import ExportResult, export
 from .models import open_model
 from .pipeline import PruneResult, calibrate, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
@@ -22,6 +23,7 @@ __all__ = [
     "Calibration",
     "CfspError",
     "Estimate",
+    "ExportResult",
     "Perplexity",
     "PruneResult",
     "PruningPlan",
@@ -29,6 +31,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "estimate",
+    "export",
     "load",
     "load_plan",
     "load_recipe",

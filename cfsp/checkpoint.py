@@ -157,6 +157,11 @@ def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
     else:
         config.pop("auto_map", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_companions(model, tokenizer, folder)
+
+
+def write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Generation config, and the tokenizer with its chat template."""
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:

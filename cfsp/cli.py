@@ -17,6 +17,8 @@ from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
+from .exports import EXPORTERS, export
+from .exports.gguf_tensors import GGUF_TYPES
 from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
@@ -196,6 +198,8 @@ def _prune(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         if arguments.plan or arguments.statistics:
             raise CfspError("--dry-run estimates a whole run; drop --plan and --statistics")
+        if arguments.group.size > 1:
+            raise CfspError("--dry-run is for one process; --ranks says how many a run will have")
         dry_run(arguments, _recipe(arguments))
         return
     check_no_dry_run(arguments)
@@ -267,6 +271,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    result = export(
+        arguments.model,
+        arguments.to,
+        arguments.out,
+        type=arguments.type,
+        pre=arguments.pre,
+        multiple=arguments.multiple,
+        overwrite=arguments.overwrite,
+        progress=not arguments.quiet,
+    )
+    if not _print_json(arguments, result.to_dict()):
+        for name, value in result.details.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+        print(f"written, read back and compared: {result.out} ({result.nbytes:,} bytes)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="cfsp", description="Structured FFN pruning after one calibration pass.")
@@ -332,11 +353,27 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
     evaluation.set_defaults(run=_evaluate, shared=True)
 
-    for command in (demo, calibration, plan, pruning, evaluation):
+    exporting = commands.add_parser("export", help="a model in the format of another runtime")
+    exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
+    exporting.add_argument("--to", required=True, metavar="|".join(EXPORTERS))
+    exporting.add_argument("--out", required=True, metavar="PATH", help="folder; gguf: a file")
+    exporting.add_argument(
+        "--type", metavar="|".join(GGUF_TYPES), help="gguf: of the matrices (default: as stored)"
+    )
+    exporting.add_argument(
+        "--pre", metavar="NAME", help="gguf: llama.cpp's pre-tokenizer (default: found out)"
+    )
+    exporting.add_argument(
+        "--multiple", type=int, metavar="N", help="padded: of the width (default: 1)"
+    )
+    exporting.add_argument("--quiet", action="store_true", help="no progress bars")
+    exporting.set_defaults(run=_export)
+
+    for command in (demo, calibration, plan, pruning, evaluation, exporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning):
+    for command in (demo, calibration, pruning, exporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

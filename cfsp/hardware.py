@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch.nn import functional
 
 from .errors import CfspError
 
@@ -146,17 +147,17 @@ def device_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product that is large enough to take 5 ms."""
+    """FLOP/s of linear layers so large that a few of them take a while."""
     size, seconds = 128, 0.0
     while seconds < PROBE_SECONDS and size < MAX_PROBE_SIZE:
         size *= 2
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        a @ a
+        x = torch.ones(size, size, dtype=dtype, device=device)
+        functional.linear(x, x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = time.perf_counter()
         for _ in range(PROBE_PRODUCTS):
-            a @ a
+            functional.linear(x, x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started

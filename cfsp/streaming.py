@@ -182,11 +182,16 @@ def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) 
         opened = open_streamed(folder, device=str(device))
     if opened is None:
         raise RuntimeError(f"{folder} does not hold its parameters under their own names")
+    found = ridden_probe(opened)
+    if not torch.equal(found, expected):
+        raise differs(found, expected)
+
+
+def ridden_probe(opened: OpenModel) -> torch.Tensor:
+    """Logits [1, 16, V] of the probe tokens, with one block in memory at a time."""
     blocks = opened.layout.find_blocks(opened.model)
     probe = RidingWindows(opened.model, blocks, probe_tokens(opened.model))
     with opened.blocks.turns() as turns:
         for number, _ in turns:
             probe.ride(number)
-    found = next(probe.logits()).cpu()
-    if not torch.equal(found, expected):
-        raise differs(found, expected)
+    return next(probe.logits()).cpu()

