@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from transformers import CONFIG_MAPPING
 
-from ..checkpoint import become_pruned_, is_stock, write_settings
+from ..checkpoint import write_settings
+from ..classes import become_pruned_, is_stock
 from ..errors import CfspError
 from ..layouts import Layout
+from ..modeling_cfsp import set_parameter, set_width
 from ..streaming import open_lean, ridden_probe
 from .source import (
     ExportOptions,
@@ -28,9 +31,18 @@ TOLERANCE = 1e-4
 
 
 def check(source: ExportSource, options: ExportOptions) -> None:
-    """Raise CfspError for a multiple below 1, or a bias that the stock class has no place for."""
+    """Raise CfspError for a multiple below 1, a bias that the stock class has no place for, or FFNs
+    that cannot be padded."""
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
+    layout, default = source.opened.layout, CONFIG_MAPPING[source.family]()
+    for ffn in layout.ffns:
+        split = any(axis.copies > 1 for axis in ffn.channels.values())
+        if len(layout.ffns) > 1 or split or not hasattr(default, ffn.width):
+            raise CfspError(
+                f"padded cannot hold {source.family}: it adds channels at the end of gate, up and "
+                "down and says so in the config; prune with --uniform instead"
+            )
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
             f"{source.family} has no place for the bias that the compensation added to the down "
@@ -67,21 +79,24 @@ def write(
 
 def pad_block_(block: nn.Module, layout: Layout, width: int) -> None:
     """Give a block's FFN zero channels up to ``width``, in place."""
-    gate, up, down = (layout.projection(block, p) for p in (layout.gate, layout.up, layout.down))
-    more = width - down.weight.shape[1]
-    for projection in (gate, up):
-        projection.weight = _frozen(pad(projection.weight, (0, 0, 0, more)))
-        if projection.bias is not None:
-            projection.bias = _frozen(pad(projection.bias, (0, more)))
-    down.weight = _frozen(pad(down.weight, (0, more)))
+    parameters = dict(block.named_parameters())
+    for ffn in layout.block_ffns(block):
+        for name, axis in ffn.channels.items():
+            old = parameters.get(name)
+            if old is not None:
+                more = (0, width - old.shape[axis.dimension])
+                last_first = (0, 0) * (old.dim() - 1 - axis.dimension) + more
+                set_parameter(block, name, _frozen(pad(old, last_first)))
+                set_width(block, name, width)
 
 
 def add_zero_biases_(block: nn.Module, layout: Layout) -> None:
     """Give gate and up biases of zeros, in place: beside the down projection's, which a
     compensation added, since the stock classes know a bias for all three or for none."""
-    for path in (layout.gate, layout.up):
-        projection = layout.projection(block, path)
-        projection.bias = _frozen(projection.weight.new_zeros(len(projection.weight)))
+    for ffn in layout.block_ffns(block):
+        for path in filter(None, (ffn.gate, ffn.up)):
+            weight = ffn.projection(block, path).weight
+            set_parameter(block, f"{path}.bias", _frozen(weight.new_zeros(len(weight))))
 
 
 def _frozen(data: torch.Tensor) -> nn.Parameter:
