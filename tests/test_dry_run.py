@@ -130,11 +130,11 @@ def test_out_is_needed_but_for_a_dry_run(
 def test_an_architecture_that_cannot_be_pruned_has_costs_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build("gpt_neo").config.save_pretrained(tmp_path)
+    build("nemotron").config.save_pretrained(tmp_path)
     code, printed, error = run(capsys, "prune", tmp_path, "--dry-run", *SMALL, "--json")
     found = json.loads(printed)
     assert (code, found["supported"], found["blocks"]) == (2, False, 2)
-    assert "unsupported architecture 'gpt_neo'; supported: llama" in error
+    assert "unsupported architecture 'nemotron'; supported: llama" in error
     before, after = found["parameters"], found["parameters_after"]
     assert before - after == pytest.approx(0.3 * 2 * 2 * 64 * 176, rel=0.01)
 
