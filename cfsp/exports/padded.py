@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
-from ..checkpoint import become_pruned_, is_stock, write_settings
+from ..checkpoint import write_settings
+from ..classes import become_pruned_, is_stock
 from ..errors import CfspError
+from ..ffns import ChannelAxis
 from ..layouts import Layout
+from ..modeling_cfsp import set_parameter, set_width
 from ..streaming import open_lean, ridden_probe
 from .source import (
     ExportOptions,
@@ -26,11 +28,21 @@ from .source import (
 TOLERANCE = 1e-4
 """Of the probe's fp32 logits, relative to the largest: zeros change the order of the sums."""
 
+PER_BLOCK = ("blocks", "channels", "added_bias")
+"""What ``cfsp_config`` says only of a model with a width per block."""
+
 
 def check(source: ExportSource, options: ExportOptions) -> None:
-    """Raise CfspError for a multiple below 1, or a bias that the stock class has no place for."""
+    """Raise CfspError for a multiple below 1, for experts, or for a bias that the stock class has
+    no place for."""
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
+    layout, model = source.opened.layout, source.opened.model
+    for block in layout.find_blocks(model):
+        if any(group.experts > 1 for group in layout.groups(block)):
+            raise CfspError(
+                f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
+            )
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
             f"{source.family} has no place for the bias that the compensation added to the down "
@@ -47,7 +59,11 @@ def write(
     width = -(-max(source.widths) // multiple) * multiple
     opened, layout = source.opened, source.opened.layout
     added_bias = source.added_bias
-    summary = dict(getattr(source.config, "cfsp_config", None) or {})
+    summary = {
+        name: value
+        for name, value in (getattr(source.config, "cfsp_config", None) or {}).items()
+        if name not in PER_BLOCK
+    }
 
     def grow_(block: nn.Module) -> None:
         pad_block_(block, layout, width)
@@ -67,21 +83,30 @@ def write(
 
 def pad_block_(block: nn.Module, layout: Layout, width: int) -> None:
     """Give a block's FFN zero channels up to ``width``, in place."""
-    gate, up, down = (layout.projection(block, p) for p in (layout.gate, layout.up, layout.down))
-    more = width - down.weight.shape[1]
-    for projection in (gate, up):
-        projection.weight = _frozen(pad(projection.weight, (0, 0, 0, more)))
-        if projection.bias is not None:
-            projection.bias = _frozen(pad(projection.bias, (0, more)))
-    down.weight = _frozen(pad(down.weight, (0, more)))
+    parameters = dict(block.named_parameters())
+    for ffn in layout.block_ffns(block):
+        for name, axis in ffn.channels.items():
+            if name in parameters:
+                set_parameter(block, name, _frozen(zero_padded(parameters[name], axis, width)))
+        set_width(block, f"{ffn.down}.weight", width)
+
+
+def zero_padded(tensor: torch.Tensor, axis: ChannelAxis, width: int) -> torch.Tensor:
+    """A vector or matrix with zeros after the channels that it has, ``width`` in all."""
+    parts = tensor.chunk(axis.copies, axis.dimension)
+    shape = list(parts[0].shape)
+    shape[axis.dimension] = width - shape[axis.dimension]
+    zeros = tensor.new_zeros(shape)
+    return torch.cat([piece for part in parts for piece in (part, zeros)], axis.dimension)
 
 
 def add_zero_biases_(block: nn.Module, layout: Layout) -> None:
     """Give gate and up biases of zeros, in place: beside the down projection's, which a
     compensation added, since the stock classes know a bias for all three or for none."""
-    for path in (layout.gate, layout.up):
-        projection = layout.projection(block, path)
-        projection.bias = _frozen(projection.weight.new_zeros(len(projection.weight)))
+    for ffn in layout.block_ffns(block):
+        for path in (ffn.gate, ffn.up):
+            weight = block.get_parameter(f"{path}.weight")
+            set_parameter(block, f"{path}.bias", _frozen(weight.new_zeros(len(weight))))
 
 
 def _frozen(data: torch.Tensor) -> nn.Parameter:

@@ -48,7 +48,7 @@ class ExportSource:
     @property
     def added_bias(self) -> bool:
         """Whether a compensation gave the down projections a bias that the architecture lacks."""
-        return bool((getattr(self.config, "cfsp_config", None) or {}).get("down_proj_bias"))
+        return bool((getattr(self.config, "cfsp_config", None) or {}).get("added_bias"))
 
     def planned_tensors(self) -> dict[str, TensorInfo]:
         """What a checkpoint holds, in the order of :meth:`named_tensors`."""
