@@ -147,6 +147,40 @@ def test_padded_is_the_stock_class_and_says_the_same(
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+OTHER_FAMILIES: dict[str, dict[str, object]] = {
+    "phi3": {"pad_token_id": 1},
+    "glm4": {"pad_token_id": 1},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": CHANNELS, "word_embed_proj_dim": 32},
+    "gpt2": {"n_inner": CHANNELS},
+}
+"""Fused, ungated and Conv1D FFNs, and a family whose checkpoints have names of their own."""
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_padded_holds_ffns_of_every_kind(
+    pruned: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    source = pruned(family, head_dim=8, **OTHER_FAMILIES[family])
+    result = export(source, "padded", tmp_path / "padded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    assert model.config.model_type == family
+    assert len(set(result.widths)) > 1
+    torch.testing.assert_close(logits(model), logits(cfsp.load(source)), rtol=1e-4, atol=1e-4)
+
+
+def test_padded_refuses_what_the_stock_class_cannot_be(tmp_path: Path) -> None:
+    for family, values, message in (
+        ("mixtral", {"num_local_experts": 4}, "padded holds plain FFNs, not the experts of mixt"),
+        ("bloom", {}, "the FFN width of bloom follows from its hidden size"),
+    ):
+        source = dense(tmp_path / family, family, **values)
+        with pytest.raises(CfspError, match=message):
+            export(source, "padded", tmp_path / "padded")
+        assert_nothing_written(tmp_path / "padded")
+
+
 def test_padded_goes_up_to_the_widest_block_or_a_multiple(
     pruned: Callable[..., Path], tmp_path: Path
 ) -> None:

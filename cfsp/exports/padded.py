@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from ..checkpoint import write_settings
 from ..classes import become_pruned_, is_stock
@@ -43,6 +44,12 @@ def check(source: ExportSource, options: ExportOptions) -> None:
             raise CfspError(
                 f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
             )
+    default = CONFIG_MAPPING[source.family]()
+    if not all(hasattr(default, ffn.width) for ffn in layout.ffns):
+        raise CfspError(
+            f"the FFN width of {source.family} follows from its hidden size, so its own class has "
+            "no other; padded cannot hold it"
+        )
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
             f"{source.family} has no place for the bias that the compensation added to the down "
