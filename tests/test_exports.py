@@ -222,20 +222,25 @@ def test_an_added_bias_is_held_by_llama_and_refused_by_others(
 def test_a_padded_model_that_says_something_else_is_not_kept(
     pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grow = padded.pad_block_
-
-    def grow_wrongly(block: torch.nn.Module, layout: object, width: int) -> None:
-        grow(block, layout, width)  # type: ignore[arg-type]
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(block.mlp, name).weight.data += 0.1
-
-    monkeypatch.setattr(padded, "pad_block_", grow_wrongly)
-    with pytest.raises(RuntimeError, match="differs"):
-        export(pruned(), "padded", tmp_path / "out")
-    assert_nothing_written(tmp_path / "out")
-    monkeypatch.setattr(padded, "check_written_weights", lambda *_: None)
+    grow = padded.zero_padded
+    monkeypatch.setattr(padded, "zero_padded", lambda *arguments: grow(*arguments) + 0.1)
     with pytest.raises(RuntimeError, match="the padded model differs from the pruned one by"):
         export(pruned(), "padded", tmp_path / "out")
+    assert_nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["padded", "nemotron-nas"])
+def test_weights_that_were_written_wrong_are_not_kept(
+    pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    source, write = pruned(), ShardWriter.write
+
+    def write_wrongly(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        write(writer, name, tensor.nextafter(tensor + 1) if "3.mlp.down" in name else tensor)
+
+    monkeypatch.setattr(ShardWriter, "write", write_wrongly)
+    with pytest.raises(RuntimeError, match=r"layers.3.mlp.down_proj.weight differs"):
+        export(source, to, tmp_path / "out")
     assert_nothing_written(tmp_path / "out")
 
 

@@ -84,7 +84,7 @@ def write(
     if not is_stock(opened.model):
         raise RuntimeError("padding did not make the stock architecture")
     write_settings(opened.model, opened.tokenizer, folder)
-    check_written_weights(open_source(source.path), folder)
+    check_written_weights(open_source(source.path), folder, grow_)
     return {"width": width, "probe_difference": probe_difference(source.path, folder)}
 
 
