@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .ffns import FFNWeights
+from .channels import FFNWeights
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 from .reading import BlockReader

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
+from .channels import ChannelGroup
 from .errors import CfspError, Stopped
-from .ffns import ChannelGroup
 from .layouts import Layout
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions

@@ -6,7 +6,7 @@ import torch
 
 from cfsp_kernels import gather_columns
 
-from .ffns import CutDown
+from .channels import CutDown
 from .statistics import BlockStatistics
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made

@@ -74,6 +74,9 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
             f"{type(block).__name__} should have one module of three Linear, found {names}",
         )
     path, (wide, down) = candidates[0]
+    if "." in path or any("expert" in name for name, _ in block.named_parameters()):
+        reason = f"{path} of {type(block).__name__} is only one part of its FFN"
+        raise unsupported(model.config.model_type, reason)
     module = block.get_submodule(path)
     for gate, up in (wide, wide[::-1]):
         for activation in _activations(module):

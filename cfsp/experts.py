@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 
 from cfsp_kernels import ChannelStatistics, channel_statistics, swiglu_statistics
 
-from .ffns import FFN, ChannelAxis, ChannelGroup, Collect, Compensate, FFNWeights, parameter
+from .channels import ChannelAxis, ChannelGroup, Collect, Compensate, FFNWeights, parameter
+from .ffns import FFN
 from .forwards import forward_instead
 from .modeling_cfsp import set_parameter, set_width
 from .shards import Room

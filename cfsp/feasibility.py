@@ -5,10 +5,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .allocation import apportion, check_budget, equal_widths
+from .channels import ChannelGroup, check_expert_width
 from .classes import parameter_shapes, stock_model
 from .compensation import ADD_BIAS
 from .errors import CfspError
-from .ffns import ChannelGroup, check_expert_width
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan, flat_channels
 from .recipe import Recipe

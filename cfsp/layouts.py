@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .channels import ChannelGroup, FFNWeights
 from .errors import CfspError
 from .experts import ExpertsFFN
-from .ffns import FFN, ChannelGroup, Conv1DFFN, FFNWeights, FusedFFN
+from .ffns import FFN, Conv1DFFN, FusedFFN
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from .blocks import Blocks, LiveBlocks
 from .detection import detect_layout
 from .errors import CfspError
-from .layouts import Layout, known_layout
+from .layouts import Layout, known_layout, unsupported
 from .registration import register_pruned
 from .shards import read_header
 
@@ -130,7 +131,7 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except SafetensorError as error:
         raise CfspError(f"{name}: corrupt safetensors: {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CfspError(f"cannot load {name}: {reason}") from error
 
@@ -159,8 +160,13 @@ def find_layout(config: Any) -> Layout:
     layout = known_layout(config.model_type)
     if layout is not None:
         return layout
-    with quiet_loading():
-        return detect_layout(make_skeleton(config, torch.float32))
+    try:
+        with quiet_loading():
+            skeleton = make_skeleton(config, torch.float32)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise unsupported(config.model_type, f"no causal LM of it: {reason}") from error
+    return detect_layout(skeleton)
 
 
 def _load_weights(name: str, **options: Any) -> PreTrainedModel:
@@ -184,7 +190,10 @@ def check_folder(folder: Path) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         pickled = sorted(folder.glob("*.bin"))
-        hint = f", only {pickled[0].name}: convert it to safetensors first" if pickled else ""
+        hint = ""
+        if pickled:
+            how = "load it with transformers, then save_pretrained"
+            hint = f", only {pickled[0].name}: convert it to safetensors first ({how})"
         raise CfspError(f"{folder} has no safetensors weights{hint}")
     for shard in shards:
         read_header(shard)

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks
+from .channels import FFNWeights
 from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .feasibility import check_biases, check_recipe
-from .ffns import FFNWeights
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
 from .memory import MemoryBudget, parse_budget
@@ -119,7 +119,7 @@ def plan(
     Args:
         statistics: of the dense model.
         weights: the dense model, or a function from block number to the matrices of its FFNs, one
-            :class:`cfsp.ffns.FFNWeights` for a plain block, one per expert elsewhere. Not
+            :class:`cfsp.channels.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
         recipe: scorer, allocator, importance, sparsity and width multiple are read.
 

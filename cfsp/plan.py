@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
+from .channels import ChannelGroup, FFNWeights
 from .errors import CfspError
-from .ffns import ChannelGroup, FFNWeights
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
 from .selection import select_by_expert

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .channels import CutDown, check_expert_width
 from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
 from .errors import CfspError
-from .ffns import CutDown, check_expert_width
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
 from .shards import Room, TensorInfo

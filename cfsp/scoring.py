@@ -7,7 +7,7 @@ import torch
 
 from cfsp_kernels import channel_importance
 
-from .ffns import FFNWeights
+from .channels import FFNWeights
 from .statistics import BlockStatistics
 
 ScoreFunction = Callable[[BlockStatistics, Callable[[], FFNWeights]], torch.Tensor]

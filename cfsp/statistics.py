@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .channels import ChannelGroup
 from .errors import CfspError
-from .ffns import ChannelGroup
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 

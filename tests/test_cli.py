@@ -191,9 +191,9 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
             return folder, out, "cannot load"
         case "unsupported architecture":
             config = json.loads((folder / "config.json").read_text())
-            config["model_type"] = "gpt_neo"
+            config["model_type"] = "codegen"
             (folder / "config.json").write_text(json.dumps(config))
-            return folder, out, "unsupported architecture 'gpt_neo': "
+            return folder, out, "unsupported architecture 'codegen': "
         case "bad json":
             (folder / "config.json").write_text("{")
             return folder, out, "cannot load"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cfsp.ffns import FFNWeights
+from cfsp.channels import FFNWeights
 from cfsp.scoring import SCORERS
 from cfsp.statistics import BlockStatistics
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from ..channels import ChannelAxis
 from ..checkpoint import write_settings
 from ..classes import become_pruned_, is_stock
 from ..errors import CfspError
-from ..ffns import ChannelAxis
 from ..layouts import Layout
 from ..modeling_cfsp import set_parameter, set_width
 from ..streaming import open_lean, ridden_probe
