@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 def rebuild_ffns(model: Any, widths: list[int], vllm_config: Any) -> None:
     """Make the FFN of every block on this rank anew, of its own class, at its own width."""
     config, quantization = vllm_config.model_config.hf_config, vllm_config.quant_config
-    down_bias = (getattr(config, "cfsp_config", None) or {}).get("added_bias")
+    down_bias = bool(config.cfsp_config["added_bias"])
     bias = {"bias": True} if getattr(config, "mlp_bias", False) else {}
     for number in range(model.start_layer, model.end_layer):
         layer, width = model.layers[number], widths[number]

@@ -147,6 +147,40 @@ def test_padded_is_the_stock_class_and_says_the_same(
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+OTHER_FAMILIES: dict[str, dict[str, object]] = {
+    "phi3": {"pad_token_id": 1},
+    "glm4": {"pad_token_id": 1},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": CHANNELS, "word_embed_proj_dim": 32},
+    "gpt2": {"n_inner": CHANNELS},
+}
+"""Fused, ungated and Conv1D FFNs, and a family whose checkpoints have names of their own."""
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_padded_holds_ffns_of_every_kind(
+    pruned: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    source = pruned(family, head_dim=8, **OTHER_FAMILIES[family])
+    result = export(source, "padded", tmp_path / "padded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    assert model.config.model_type == family
+    assert len(set(result.widths)) > 1
+    torch.testing.assert_close(logits(model), logits(cfsp.load(source)), rtol=1e-4, atol=1e-4)
+
+
+def test_padded_refuses_what_the_stock_class_cannot_be(tmp_path: Path) -> None:
+    for family, values, message in (
+        ("mixtral", {"num_local_experts": 4}, "padded holds plain FFNs, not the experts of mixt"),
+        ("bloom", {}, "the FFN width of bloom follows from its hidden size"),
+    ):
+        source = dense(tmp_path / family, family, **values)
+        with pytest.raises(CfspError, match=message):
+            export(source, "padded", tmp_path / "padded")
+        assert_nothing_written(tmp_path / "padded")
+
+
 def test_padded_goes_up_to_the_widest_block_or_a_multiple(
     pruned: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -188,20 +222,25 @@ def test_an_added_bias_is_held_by_llama_and_refused_by_others(
 def test_a_padded_model_that_says_something_else_is_not_kept(
     pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grow = padded.pad_block_
-
-    def grow_wrongly(block: torch.nn.Module, layout: object, width: int) -> None:
-        grow(block, layout, width)  # type: ignore[arg-type]
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(block.mlp, name).weight.data += 0.1
-
-    monkeypatch.setattr(padded, "pad_block_", grow_wrongly)
-    with pytest.raises(RuntimeError, match="differs"):
-        export(pruned(), "padded", tmp_path / "out")
-    assert_nothing_written(tmp_path / "out")
-    monkeypatch.setattr(padded, "check_written_weights", lambda *_: None)
+    grow = padded.zero_padded
+    monkeypatch.setattr(padded, "zero_padded", lambda *arguments: grow(*arguments) + 0.1)
     with pytest.raises(RuntimeError, match="the padded model differs from the pruned one by"):
         export(pruned(), "padded", tmp_path / "out")
+    assert_nothing_written(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["padded", "nemotron-nas"])
+def test_weights_that_were_written_wrong_are_not_kept(
+    pruned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    source, write = pruned(), ShardWriter.write
+
+    def write_wrongly(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        write(writer, name, tensor.nextafter(tensor + 1) if "3.mlp.down" in name else tensor)
+
+    monkeypatch.setattr(ShardWriter, "write", write_wrongly)
+    with pytest.raises(RuntimeError, match=r"layers.3.mlp.down_proj.weight differs"):
+        export(source, to, tmp_path / "out")
     assert_nothing_written(tmp_path / "out")
 
 

@@ -69,7 +69,7 @@ def write(
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(CONFIG_FILE, folder / CONFIG_FILE.name)
     write_companions(source.opened.model, source.opened.tokenizer, folder)
-    check_written_weights(open_source(source.path), folder)
+    check_written_weights(open_source(source.path), folder, complete_)
     check_config(folder, values)
     return {"ffn_mult": "ffn_mult" in values["block_configs"][0]["ffn"]}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 from transformers import CONFIG_MAPPING
 
+from ..channels import ChannelAxis
 from ..checkpoint import write_settings
 from ..classes import become_pruned_, is_stock
 from ..errors import CfspError
@@ -29,20 +29,27 @@ from .source import (
 TOLERANCE = 1e-4
 """Of the probe's fp32 logits, relative to the largest: zeros change the order of the sums."""
 
+PER_BLOCK = ("blocks", "channels", "added_bias")
+"""What ``cfsp_config`` says only of a model with a width per block."""
+
 
 def check(source: ExportSource, options: ExportOptions) -> None:
-    """Raise CfspError for a multiple below 1, a bias that the stock class has no place for, or FFNs
-    that cannot be padded."""
+    """Raise CfspError for a multiple below 1, for experts, or for a bias that the stock class has
+    no place for."""
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
-    layout, default = source.opened.layout, CONFIG_MAPPING[source.family]()
-    for ffn in layout.ffns:
-        split = any(axis.copies > 1 for axis in ffn.channels.values())
-        if len(layout.ffns) > 1 or split or not hasattr(default, ffn.width):
+    layout, model = source.opened.layout, source.opened.model
+    for block in layout.find_blocks(model):
+        if any(group.experts > 1 for group in layout.groups(block)):
             raise CfspError(
-                f"padded cannot hold {source.family}: it adds channels at the end of gate, up and "
-                "down and says so in the config; prune with --uniform instead"
+                f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
             )
+    default = CONFIG_MAPPING[source.family]()
+    if not all(hasattr(default, ffn.width) for ffn in layout.ffns):
+        raise CfspError(
+            f"the FFN width of {source.family} follows from its hidden size, so its own class has "
+            "no other; padded cannot hold it"
+        )
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
             f"{source.family} has no place for the bias that the compensation added to the down "
@@ -59,7 +66,11 @@ def write(
     width = -(-max(source.widths) // multiple) * multiple
     opened, layout = source.opened, source.opened.layout
     added_bias = source.added_bias
-    summary = dict(getattr(source.config, "cfsp_config", None) or {})
+    summary = {
+        name: value
+        for name, value in (getattr(source.config, "cfsp_config", None) or {}).items()
+        if name not in PER_BLOCK
+    }
 
     def grow_(block: nn.Module) -> None:
         pad_block_(block, layout, width)
@@ -73,7 +84,7 @@ def write(
     if not is_stock(opened.model):
         raise RuntimeError("padding did not make the stock architecture")
     write_settings(opened.model, opened.tokenizer, folder)
-    check_written_weights(open_source(source.path), folder)
+    check_written_weights(open_source(source.path), folder, grow_)
     return {"width": width, "probe_difference": probe_difference(source.path, folder)}
 
 
@@ -82,20 +93,26 @@ def pad_block_(block: nn.Module, layout: Layout, width: int) -> None:
     parameters = dict(block.named_parameters())
     for ffn in layout.block_ffns(block):
         for name, axis in ffn.channels.items():
-            old = parameters.get(name)
-            if old is not None:
-                more = (0, width - old.shape[axis.dimension])
-                last_first = (0, 0) * (old.dim() - 1 - axis.dimension) + more
-                set_parameter(block, name, _frozen(pad(old, last_first)))
-                set_width(block, name, width)
+            if name in parameters:
+                set_parameter(block, name, _frozen(zero_padded(parameters[name], axis, width)))
+        set_width(block, f"{ffn.down}.weight", width)
+
+
+def zero_padded(tensor: torch.Tensor, axis: ChannelAxis, width: int) -> torch.Tensor:
+    """A vector or matrix with zeros after the channels that it has, ``width`` in all."""
+    parts = tensor.chunk(axis.copies, axis.dimension)
+    shape = list(parts[0].shape)
+    shape[axis.dimension] = width - shape[axis.dimension]
+    zeros = tensor.new_zeros(shape)
+    return torch.cat([piece for part in parts for piece in (part, zeros)], axis.dimension)
 
 
 def add_zero_biases_(block: nn.Module, layout: Layout) -> None:
     """Give gate and up biases of zeros, in place: beside the down projection's, which a
     compensation added, since the stock classes know a bias for all three or for none."""
     for ffn in layout.block_ffns(block):
-        for path in filter(None, (ffn.gate, ffn.up)):
-            weight = ffn.projection(block, path).weight
+        for path in (ffn.gate, ffn.up):
+            weight = block.get_parameter(f"{path}.weight")
             set_parameter(block, f"{path}.bias", _frozen(weight.new_zeros(len(weight))))
 
 

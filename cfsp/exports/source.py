@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..checkpoint import MAX_SHARD_BYTES, saved_tensors
+from ..blocks import LiveBlocks
+from ..checkpoint import MAX_SHARD_BYTES, converted, saved_tensors
 from ..errors import CfspError
 from ..layouts import PRUNED_PREFIX
 from ..models import OpenModel
@@ -54,14 +55,28 @@ class ExportSource:
         """What a checkpoint holds, in the order of :meth:`named_tensors`."""
         return {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in saved_tensors(self.opened.model).items()
+            for name, tensor in self._saved_tensors().items()
         }
+
+    def _saved_tensors(self) -> dict[str, torch.Tensor]:
+        """By the names of checkpoints; where these differ, the model is in memory whole."""
+        tensors = saved_tensors(self.opened.model)
+        return converted(self.opened.model, tensors) if self._is_whole else tensors
+
+    @property
+    def _is_whole(self) -> bool:
+        return isinstance(self.opened.blocks, LiveBlocks)
 
     def named_tensors(
         self, change_: Callable[[nn.Module], None] = lambda block: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of everything a checkpoint holds, one block in memory at a time, each
-        after ``change_`` changed it in place."""
+        """(name, tensor) of everything a checkpoint holds, one block in memory at a time where it
+        can be, each after ``change_`` changed it in place."""
+        if self._is_whole:
+            for block in self.opened.layout.find_blocks(self.opened.model):
+                change_(block)
+            yield from self._saved_tensors().items()
+            return
         prefix = f"{self.opened.layout.blocks}."
         tensors = list(saved_tensors(self.opened.model).items())
         first = next(at for at, (name, _) in enumerate(tensors) if name.startswith(prefix))
@@ -120,19 +135,17 @@ def write_changed_weights(
     write_index(folder, shards)
 
 
-def check_written_weights(source: ExportSource, folder: Path) -> None:
-    """Read every tensor back: it begins with the source's, bit for bit, and the rest is zero.
+def check_written_weights(
+    source: ExportSource, folder: Path, change_: Callable[[nn.Module], None]
+) -> None:
+    """Read every tensor back: it is the source's, changed as it was to be, bit for bit.
 
     Raises:
         RuntimeError: it is not so. A defect.
     """
     left = read_index(folder)
-    for name, tensor in source.named_tensors():
-        found = read_tensors({name: left.pop(name)})[name]
-        inside = found[tuple(slice(size) for size in tensor.shape)]
-        outside = int(found.count_nonzero()) - int(inside.count_nonzero())
-        if outside or not torch.equal(inside, tensor):
+    for name, tensor in source.named_tensors(change_):
+        if not torch.equal(read_tensors({name: left.pop(name)})[name], tensor):
             raise RuntimeError(f"{name} differs from the exported model's after reading it back")
-    for name, found in read_tensors(left).items():
-        if found.count_nonzero():
-            raise RuntimeError(f"{name} is not of the exported model")
+    if left:
+        raise RuntimeError(f"{', '.join(left)}: not of the exported model")
