@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import permutations
 
 import torch
 from torch import nn
@@ -63,9 +64,9 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
     candidates = [
-        (path, shape)
+        (path, roles)
         for path, module in block.named_modules()
-        if (shape := _linear_children(module)) is not None
+        if (roles := _linear_children(module))
     ]
     if len(candidates) != 1:
         names = ", ".join(path or "the block itself" for path, _ in candidates) or "none"
@@ -73,12 +74,12 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
             model.config.model_type,
             f"{type(block).__name__} should have one module of three Linear, found {names}",
         )
-    path, (wide, down) = candidates[0]
+    path, roles = candidates[0]
     if "." in path or any("expert" in name for name, _ in block.named_parameters()):
         reason = f"{path} of {type(block).__name__} is only one part of its FFN"
         raise unsupported(model.config.model_type, reason)
     module = block.get_submodule(path)
-    for gate, up in (wide, wide[::-1]):
+    for gate, up, down in roles:
         for activation in _activations(module):
             if _computes(module, gate, up, down, activation):
                 gate, up, down = (f"{path}.{name}".lstrip(".") for name in (gate, up, down))
@@ -89,20 +90,21 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
     )
 
 
-def _linear_children(module: nn.Module) -> tuple[tuple[str, str], str] | None:
-    """The two wide children and the one narrow child of a module with exactly these Linear."""
+def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
+    """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
+    [F, D] and one [D, F]. A pruned block may have as many channels as D."""
     shapes = {
         name: tuple(child.weight.shape)
         for name, child in module.named_children()
         if type(child) is nn.Linear
     }
     if len(shapes) != 3 or any(list(child.children()) for child in module.children()):
-        return None
-    for down, shape in shapes.items():
-        wide = [name for name, other in shapes.items() if other == shape[::-1] and name != down]
-        if len(wide) == 2 and shape[0] != shape[1]:
-            return (wide[0], wide[1]), down
-    return None
+        return []
+    return [
+        (gate, up, down)
+        for gate, up, down in permutations(shapes)
+        if shapes[gate] == shapes[up] == shapes[down][::-1]
+    ]
 
 
 Activation = Callable[[torch.Tensor], torch.Tensor]

@@ -76,6 +76,11 @@ def make_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model first: its file takes longest, and a worker has a file to itself."""
+    items.sort(key=lambda item: "test_smollm2" not in item.nodeid)
+
+
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
     return make_tiny

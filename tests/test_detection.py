@@ -162,3 +162,8 @@ def test_a_checkpoint_of_an_unknown_family_names_its_classes(tmp_path: Path) -> 
     assert result.plan.widths == tuple(
         int(config["per_layer_config"].get(str(n), config)["intermediate_size"]) for n in range(4)
     )
+
+
+def test_a_pruned_block_with_as_many_channels_as_the_hidden_size_is_found() -> None:
+    model = make_tiny("helium", intermediate_size=32, hidden_size=32)
+    assert detect_layout(model).ffns == (UNKNOWN["helium"],)

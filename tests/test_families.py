@@ -20,8 +20,6 @@ from cfsp.streaming import open_streamed
 
 from .conftest import make_tiny, make_tokenizer
 
-pytestmark = pytest.mark.xdist_group("families")
-
 
 @dataclass(frozen=True)
 class Family:

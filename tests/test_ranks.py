@@ -27,7 +27,6 @@ from cfsp.text import load_text
 from .rank_driver import ROWS, prune_live, small_shards
 from .test_streaming import assert_same_files, prune, rewrite, saved
 
-pytestmark = pytest.mark.xdist_group("ranks")
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = ["--seqlen", "32", "--width-multiple", "1", "--quiet"]
 SAMPLES = 11  # of one window each on a CPU: the four ranks have 3, 3, 3 and 2 micro-batches

@@ -20,8 +20,7 @@ from cfsp.statistics import Statistics
 from .conftest import shared
 from .test_streaming import assert_same_files
 
-# One worker for all: they share one long calibration. The largest group starts first.
-pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.smollm2
 WINDOWS, SEQLEN, CHANNELS = 32, 1024, 1536
 
 

@@ -12,7 +12,7 @@ import cfsp
 from .conftest import Reference, run
 
 # One worker: the model is pruned once, and a client takes gigabytes.
-pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.smollm2
 WITHOUT_PLUGINS = {"VLLM_PLUGINS": ""}
 
 

@@ -13,7 +13,6 @@ from cfsp_kernels._configs import config_table
 from cfsp_kernels._triton import triton_installed
 
 pytestmark = [
-    pytest.mark.xdist_group("compile"),  # they share what one process compiled
     pytest.mark.skipif(not triton_installed(), reason="triton is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers are for Linux"),
 ]
