@@ -178,7 +178,9 @@ print(json.dumps({{
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_and_bytes_of_a_run_are_as_estimated(tmp_path: Path) -> None:
-    """Blocks of 46 MiB. Memory: from 30 % less than was said to 15 % more."""
+    """Memory: from a block and a half less than was said to one more. How many of reading, cutting
+    and writing meet at the peak is a matter of luck; four runs gave 0.79 to 1.09 of four blocks.
+    """
     small, large = tmp_path / "small", tmp_path / "large"
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3}
     for folder, options in ((small, {}), (large, {**shape, "num_attention_heads": 8})):
@@ -202,8 +204,8 @@ def test_memory_and_bytes_of_a_run_are_as_estimated(tmp_path: Path) -> None:
     assert said == pytest.approx(measured["read"], rel=1e-3)
     assert found["parameters_after"] == measured["parameters"]
     assert found["largest_block_bytes"] > 46 << 20
-    said = sum(found["device_parts"].values())
-    assert 0.7 * said < measured["grew"] < 1.15 * said
+    said, block = sum(found["device_parts"].values()), found["largest_block_bytes"]
+    assert said - 1.5 * block < measured["grew"] < said + block
 
 
 @pytest.mark.parametrize("tied", [False, True])
