@@ -82,9 +82,11 @@ def known_hashes(files: Iterable[Path]) -> dict[Path, str]:
     Raises:
         CfspError: nothing is known of one of them, or the list cannot be read.
     """
+    files = list(files)
+    lists = {folder: _listed(folder / SUMS_FILE) for folder in {file.parent for file in files}}
     known: dict[Path, str] = {}
     for file in files:
-        blob, listed = file.resolve().name, _listed(file.parent / SUMS_FILE)
+        blob, listed = file.resolve().name, lists[file.parent]
         if file.name in listed:
             known[file] = listed[file.name]
         elif re.fullmatch(r"[0-9a-f]{64}", blob):
