@@ -81,12 +81,19 @@ def _around_blocks(
     return head, tail
 
 
+def _block_of(name: str, blocks: str) -> int | None:
+    """The number of the block that a tensor is in, where the blocks are at the path ``blocks``."""
+    inside = name.removeprefix(f"{blocks}.")
+    return int(inside.partition(".")[0]) if inside != name else None
+
+
 def _largest_block(planned: Mapping[str, TensorInfo], blocks: str) -> int:
-    """Bytes of memory for the largest of the planned blocks, whose names begin with ``blocks``."""
-    sizes: Counter[str] = Counter()
+    """Bytes of memory for the largest of the planned blocks."""
+    sizes: Counter[int] = Counter()
     for name, info in planned.items():
-        if name.startswith(blocks):
-            sizes[name.removeprefix(blocks).partition(".")[0]] += aligned(info.nbytes)
+        number = _block_of(name, blocks)
+        if number is not None:
+            sizes[number] += aligned(info.nbytes)
     return max(sizes.values())
 
 
@@ -99,9 +106,8 @@ def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard
 
 def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
     """Numbers of the blocks with tensors in these shards."""
-    names = [name for shard in shards for name in shard.tensors]
-    inside = [name.removeprefix(f"{blocks}.") for name in names if name.startswith(f"{blocks}.")]
-    return {int(name.partition(".")[0]) for name in inside}
+    numbers = {_block_of(name, blocks) for shard in shards for name in shard.tensors}
+    return {number for number in numbers if number is not None}
 
 
 def prune_to_shards_(
@@ -152,7 +158,7 @@ def prune_to_shards_(
     wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     aside = _Aside(
-        _largest_block(planned, f"{layout.blocks}."), model.get_input_embeddings().weight.device
+        _largest_block(planned, layout.blocks), model.get_input_embeddings().weight.device
     )
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     shown = BlockProgress(bar, len(plan.blocks))
