@@ -100,6 +100,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
     group.add_argument(
+        "--damping",
+        type=float,
+        help="of least squares: pull towards the weights as they were, relative to the mean square "
+        f"of a channel {_default('damping')}",
+    )
+    group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
     group.add_argument(
@@ -160,6 +166,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=_recipe(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
@@ -303,6 +311,11 @@ def build_parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    calibration.add_argument(
+        "--gram",
+        action="store_true",
+        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+    )
     _add_calibration(calibration)
     add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .channels import FitRecord
 from .evaluation import Perplexity
 from .plan import PruningPlan
 from .statistics import Statistics
@@ -16,6 +17,8 @@ class PruneReport:
     """The dense model: hub id, folder or file name."""
     plan: PruningPlan
     statistics: Statistics | None
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
     parameters_before: int
     parameters_after: int
     perplexity_before: Perplexity | None
