@@ -19,6 +19,7 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
+from .fits import fits_summary
 from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
@@ -245,6 +246,8 @@ def _print_result(result: PruneResult) -> None:
     Console().print(result.plan.table())
     ratio = report.parameters_after / report.parameters_before
     print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    if any(report.fits):
+        print(f"least squares: {fits_summary(report.fits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
