@@ -255,6 +255,8 @@ def collect_statistics(
                 results.append(collector.result(number, count, micro_batch, grams))
     finally:
         model.train(training)
+    if grams is not None:
+        ranks.barrier()  # until the last rank has written the last file
     _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),
