@@ -1,5 +1,6 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,11 +15,12 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .errors import CfspError, Stopped
-from .gram_sums import GramSums, Split, check_ranks, held_out_windows
-from .grams import GramFolder
+from .gram_sums import GramSums, Split, check_ranks
+from .grams import GramFolder, file_bytes, held_out_windows
 from .layouts import Layout
+from .memory import format_bytes
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
@@ -43,7 +45,7 @@ class _BlockCollector:
     ) -> None:
         """``split``: of the tokens, where Gram matrices are wanted."""
         self.groups = groups
-        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        sizes = sizes_of(groups)
         self.ranges = [
             slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
@@ -145,11 +147,22 @@ def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
         )
 
 
-def _check_grams(folder: GramFolder, windows: int, ranks: Ranks) -> None:
+def _check_grams(
+    folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ranks: Ranks
+) -> None:
     """Raise CfspError where Gram matrices cannot be collected; warn where none is held out."""
     check_ranks(ranks.size)
-    seen = folder.path.is_dir()
-    ranks.check(None if seen else f"rank {ranks.rank} does not see the folder {folder.path}")
+    problem = f"rank {ranks.rank} does not see the folder {folder.path}"
+    if folder.path.is_dir():
+        need = sum(file_bytes(own, windows) for own in sizes)
+        free = shutil.disk_usage(folder.path).free
+        problem = (
+            f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+            f"{format_bytes(free)} free"
+            if need > free
+            else ""
+        )
+    ranks.check(problem or None)
     if not held_out_windows(windows):
         warnings.warn(
             "a single calibration window leaves none to hold out: nothing will tell whether a "
@@ -201,8 +214,6 @@ def collect_statistics(
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
-    if grams is not None:
-        _check_grams(grams, count, ranks)
     given = micro_batch
     micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
     micro_batches = -(-count // micro_batch)
@@ -217,6 +228,8 @@ def collect_statistics(
         "machine or version": versions(device),
     }
     ranks.check_same(identity)
+    if grams is not None:
+        _check_grams(grams, [sizes_of(layout.groups(block)) for block in blocks], count, ranks)
     training = model.training
     model.eval()
     results = []

@@ -24,8 +24,10 @@ from .grams import (
     GramFolder,
     StoredGram,
     gram_digest,
+    held_out_windows,
     panel_name,
     panels,
+    parts_of,
     planned_file,
     tensor_name,
 )
@@ -33,25 +35,12 @@ from .ranks import Ranks
 from .shards import ShardWriter
 
 CHUNKS = 8
-HELD_OUT_SHARE = 10
-"""One window in so many is held out: a fit hardly misses a tenth of its tokens, and the error of a
-block's output is known to a few percent from some thousands of them."""
 
 
 def check_ranks(ranks: int) -> None:
     """Raise CfspError for a number of ranks that chunks cannot be shared by."""
     if CHUNKS % ranks:
         raise CfspError(f"Gram matrices take 1, 2, 4 or 8 ranks, not {ranks}")
-
-
-def held_out_windows(windows: int) -> int:
-    """How many of the calibration windows, the last, are held out; of a single one none."""
-    return max(1, windows // HELD_OUT_SHARE) if windows > 1 else 0
-
-
-def parts_of(windows: int) -> tuple[str, ...]:
-    """The parts of the calibration that there are."""
-    return (FIT, HELD_OUT) if held_out_windows(windows) else (FIT,)
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,11 @@ class Split:
     micro_batch: int
     """Windows per micro-batch."""
 
+    @property
+    def micro_batches(self) -> int:
+        """How many there are."""
+        return -(-self.windows // self.micro_batch)
+
     def tokens(self, index: int) -> tuple[int, int]:
         """(fitted on, held out) of micro-batch ``index``, in this order in it."""
         start = index * self.micro_batch
@@ -72,7 +66,17 @@ class Split:
 
     def chunk(self, index: int) -> int:
         """The chunk that micro-batch ``index`` is in."""
-        return index * CHUNKS // -(-self.windows // self.micro_batch)
+        return index * CHUNKS // self.micro_batches
+
+
+def products_held(split: Split, ranks: int) -> int:
+    """[F, F] products that the rank with the most of them holds when a block ends."""
+    most = 0
+    for rank in range(ranks):
+        own = range(split.micro_batches)[Ranks(rank, ranks).share(split.micro_batches)]
+        parts = [{split.chunk(i) for i in own if split.tokens(i)[part]} for part in (0, 1)]
+        most = max(most, sum(min(len(p), 2 if rank == 0 else CHUNKS) for p in parts))
+    return most
 
 
 class _Sum:
@@ -158,7 +162,7 @@ class GramSums:
         Raises:
             CfspError: no space, or no permission.
         """
-        shard = planned_file(folder.file(block).name, self.sizes, self.parts)
+        shard = planned_file(folder.file(block).name, self.sizes, self.split.windows)
         try:
             with ShardWriter(folder.path, [shard]) if self.ranks.last else nullcontext() as writer:
                 return tuple(

@@ -19,6 +19,20 @@ PARTS = (FIT, HELD_OUT)
 PANEL = 1024
 """Rows of a triangle that are one tensor in the file, as wide as the last of them is long."""
 
+HELD_OUT_SHARE = 10
+"""One window in so many is held out: a fit hardly misses a tenth of its tokens, and the error of a
+block's output is known to a few percent from some thousands of them."""
+
+
+def held_out_windows(windows: int) -> int:
+    """How many of the calibration windows, the last, are held out; of a single one none."""
+    return max(1, windows // HELD_OUT_SHARE) if windows > 1 else 0
+
+
+def parts_of(windows: int) -> tuple[str, ...]:
+    """The parts of the calibration that there are."""
+    return (FIT, HELD_OUT) if held_out_windows(windows) else (FIT,)
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -78,17 +92,23 @@ def panel_name(ffn: int, part: str, start: int) -> str:
     return tensor_name(ffn, part, f"product.{start:06d}")
 
 
-def planned_file(name: str, sizes: Sequence[int], parts: Sequence[str]) -> Shard:
+def planned_file(name: str, sizes: Sequence[int], windows: int) -> Shard:
     """What the file of a block holds, its FFNs having ``sizes`` channels."""
     sums, triangles = {}, {}
     for ffn, channels in enumerate(sizes):
-        for part in parts:
+        for part in parts_of(windows):
             sums[tensor_name(ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
             sums[tensor_name(ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
             for start, end in panels(channels):
                 shape = (end - start, end)
                 triangles[panel_name(ffn, part, start)] = TensorInfo(torch.float32, shape)
     return Shard(name, {**sums, **triangles})
+
+
+def file_bytes(sizes: Sequence[int], windows: int) -> int:
+    """Size of the file of a block."""
+    shard = planned_file("", sizes, windows)
+    return len(shard.header()) + shard.nbytes
 
 
 def gram_digest(sums: Mapping[str, tuple[int, torch.Tensor]]) -> str:

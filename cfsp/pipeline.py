@@ -110,7 +110,7 @@ def calibrate(
     progress = progress and ranks.first
     opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, len(windows), prunes=False, ranks=ranks.size)
+    job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .errors import CfspError
 from .grams import GramFolder, StoredGram, check_files, link_files
 from .layouts import Layout
@@ -54,7 +54,7 @@ class BlockStatistics:
         """The statistics of every FFN, and of every expert of those that have some, each alone."""
         if len(self.expert_tokens) < 2:
             return (self,)
-        sizes = [group.channels for group in self.groups for _ in range(group.experts)]
+        sizes = sizes_of(self.groups)
         grams: list[tuple[StoredGram, ...]] = [(gram,) for gram in self.grams]
         return tuple(
             replace(
