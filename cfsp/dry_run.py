@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 
 from .checkpoint import MAX_SHARD_BYTES
+from .compensation import NEEDS_GRAM
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
 from .errors import CfspError, unknown_name
 from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
 from .feasibility import even_plan
+from .gram_costs import GramCosts
+from .gram_sums import check_ranks
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
@@ -36,6 +39,8 @@ class Job:
     evaluation_windows: int = 0
     prunes: bool = True
     """False: only the statistics are wanted."""
+    gram: bool = False
+    """Whether Gram matrices are, though nothing that is to be done reads them."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -74,6 +79,18 @@ def _file_bytes(tensors: Tensors) -> int:
     return sum(len(shard.header()) + shard.nbytes for shard in shards)
 
 
+def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCosts | None:
+    """Of a job that collects or reads Gram matrices; None for any other."""
+    recipe, layout = job.recipe, described.layout
+    fits = job.prunes and recipe.resolved_compensation in NEEDS_GRAM
+    read = job.prunes and recipe.needs_gram(planned=job.plan is not None) is not None
+    if layout is None or not (job.gram or read):
+        return None
+    blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
+    active = costs.blocks[-1].active_experts
+    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
+
+
 def _workload(described: Description, job: Job, device: str) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
@@ -105,6 +122,7 @@ def _workload(described: Description, job: Job, device: str) -> Workload:
         job.ranks,
         job.nodes,
         device,
+        _gram_costs(described, job, dense),
     )
 
 
@@ -131,6 +149,8 @@ def _estimate(
     described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
     workload = _workload(described, job, hardware.device)
+    if workload.gram is not None and job.windows:
+        check_ranks(job.ranks)
     if job.recipe.micro_batch is None:
         workload = _fitted(workload, _room(hardware, budget))
     stage, parts = workload.device_parts()
@@ -156,6 +176,7 @@ def _estimate(
         device_parts=parts,
         host_parts=workload.host_parts(resident_bytes()),
         hardware=hardware,
+        gram_bytes=workload.gram.disk_bytes(job.windows) if workload.gram and job.windows else 0,
     )
 
 
