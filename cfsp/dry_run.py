@@ -14,7 +14,9 @@ from .errors import CfspError, unknown_name
 from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
 from .feasibility import even_plan
+from .footprint import Footprints, footprints
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .layouts import unsupported
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
@@ -57,15 +59,30 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     return found
 
 
+def _plan(described: Description, job: Job) -> PruningPlan | None:
+    """The job's, or one whose result is as large; None where the layout is not known.
+
+    Raises:
+        CfspError: a budget, where the layout is not known.
+    """
+    if described.layout is not None:
+        return job.plan or even_plan(described.model, described.layout, job.recipe)
+    if job.recipe.budget is not None:
+        raise unsupported(described.model.config.model_type)
+    return None
+
+
 def _after(
-    described: Description, costs: ModelCosts, tensors: Mapping[str, torch.Tensor], job: Job
+    described: Description,
+    costs: ModelCosts,
+    tensors: Mapping[str, torch.Tensor],
+    job: Job,
+    plan: PruningPlan | None,
 ) -> Tensors:
     """What the pruned model's checkpoint will hold."""
-    layout = described.layout
-    if layout is None:
+    if plan is None or described.layout is None:
         return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
-    plan = job.plan or even_plan(described.model, layout, job.recipe)
-    return planned_tensors(tensors, described.model, layout, plan)
+    return planned_tensors(tensors, described.model, described.layout, plan)
 
 
 def _file_bytes(tensors: Tensors) -> int:
@@ -74,7 +91,7 @@ def _file_bytes(tensors: Tensors) -> int:
     return sum(len(shard.header()) + shard.nbytes for shard in shards)
 
 
-def _workload(described: Description, job: Job, device: str) -> Workload:
+def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
     parameters = {name for name, _ in model.named_parameters()}
@@ -87,7 +104,7 @@ def _workload(described: Description, job: Job, device: str) -> Workload:
     dense = costs(counted)
     pruned, output_bytes = None, 0
     if job.prunes:
-        left = _after(described, dense, tensors, job)
+        left = _after(described, dense, tensors, job, plan)
         pruned, output_bytes = costs(left), _file_bytes(left)
     widths = [info.dtype.itemsize for info in described.stored.values()]
     micro_batch = recipe.micro_batch
@@ -127,10 +144,17 @@ def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
     return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
 
 
+def _sizes(described: Description, plan: PruningPlan | None) -> Footprints | None:
+    if plan is None or described.layout is None:
+        return None
+    return footprints(described.model, described.layout, plan)
+
+
 def _estimate(
     described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
-    workload = _workload(described, job, hardware.device)
+    plan = _plan(described, job) if job.prunes else None
+    workload = _workload(described, job, hardware.device, plan)
     if job.recipe.micro_batch is None:
         workload = _fitted(workload, _room(hardware, budget))
     stage, parts = workload.device_parts()
@@ -142,6 +166,7 @@ def _estimate(
         streamed=workload.streamed,
         parameters=costs.parameters,
         parameters_after=(pruned or costs).parameters,
+        sizes=_sizes(described, plan),
         blocks=len(costs.blocks),
         largest_block_bytes=costs.largest_block,
         largest_stored_block_bytes=workload.stored.largest_block,
