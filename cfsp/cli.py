@@ -12,6 +12,7 @@ from rich.console import Console
 
 from . import __version__
 from .allocation import ALLOCATORS
+from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
@@ -20,6 +21,7 @@ from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .fits import fits_summary
+from .footprint import plan_within
 from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
@@ -27,7 +29,7 @@ from .pipeline import (
     calibrate,
     prune,
 )
-from .plan import load_plan, make_plan, save_plan
+from .plan import load_plan, save_plan
 from .process import ended, quiet, sigterm
 from .ranks import Ranks, joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
@@ -96,7 +98,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--recipe", metavar="FILE.yaml", help="start from this recipe's settings")
-    group.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
@@ -136,9 +140,14 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if calibration and getattr(arguments, "statistics", None):
         option = next(iter(calibration))
         raise CfspError(f"--statistics fixes the calibration; drop --{option}")
+    given = _given(arguments, RECIPE_OPTIONS)
+    if "budget" in given:  # what the file says of the other gives way
+        given["sparsity"] = Recipe.sparsity
+    elif "sparsity" in given:
+        given["budget"] = None
     return dataclasses.replace(
         recipe,
-        **_given(arguments, RECIPE_OPTIONS),
+        **given,
         calibration=dataclasses.replace(recipe.calibration, **calibration),
     )
 
@@ -196,7 +205,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     statistics = load_statistics(arguments.statistics)
     opened = open_lean(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
+    plan = plan_within(
+        statistics,
+        opened.blocks.ffn_weights,
+        as_calibrated(recipe, statistics),
+        opened.model,
+        opened.layout,
+    )
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -244,8 +259,8 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _print_result(result: PruneResult) -> None:
     report = result.report
     Console().print(result.plan.table())
-    ratio = report.parameters_after / report.parameters_before
-    print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    for title, was, now in report.sizes.rows():
+        print(f"{title}: {was} -> {now}")
     if any(report.fits):
         print(f"least squares: {fits_summary(report.fits)}")
     before, after = report.perplexity_before, report.perplexity_after

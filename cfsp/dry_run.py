@@ -15,9 +15,11 @@ from .errors import CfspError, unknown_name
 from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
 from .feasibility import even_plan
+from .footprint import Footprints, footprints
 from .gram_costs import GramCosts
 from .gram_sums import check_ranks
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .layouts import unsupported
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
@@ -62,15 +64,30 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     return found
 
 
+def _plan(described: Description, job: Job) -> PruningPlan | None:
+    """The job's, or one whose result is as large; None where the layout is not known.
+
+    Raises:
+        CfspError: a budget, where the layout is not known.
+    """
+    if described.layout is not None:
+        return job.plan or even_plan(described.model, described.layout, job.recipe)
+    if job.recipe.budget is not None:
+        raise unsupported(described.model.config.model_type)
+    return None
+
+
 def _after(
-    described: Description, costs: ModelCosts, tensors: Mapping[str, torch.Tensor], job: Job
+    described: Description,
+    costs: ModelCosts,
+    tensors: Mapping[str, torch.Tensor],
+    job: Job,
+    plan: PruningPlan | None,
 ) -> Tensors:
     """What the pruned model's checkpoint will hold."""
-    layout = described.layout
-    if layout is None:
+    if plan is None or described.layout is None:
         return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
-    plan = job.plan or even_plan(described.model, layout, job.recipe)
-    return planned_tensors(tensors, described.model, layout, plan)
+    return planned_tensors(tensors, described.model, described.layout, plan)
 
 
 def _file_bytes(tensors: Tensors) -> int:
@@ -91,7 +108,7 @@ def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCost
     return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
 
 
-def _workload(described: Description, job: Job, device: str) -> Workload:
+def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
     parameters = {name for name, _ in model.named_parameters()}
@@ -104,7 +121,7 @@ def _workload(described: Description, job: Job, device: str) -> Workload:
     dense = costs(counted)
     pruned, output_bytes = None, 0
     if job.prunes:
-        left = _after(described, dense, tensors, job)
+        left = _after(described, dense, tensors, job, plan)
         pruned, output_bytes = costs(left), _file_bytes(left)
     widths = [info.dtype.itemsize for info in described.stored.values()]
     micro_batch = recipe.micro_batch
@@ -145,10 +162,17 @@ def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
     return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
 
 
+def _sizes(described: Description, plan: PruningPlan | None) -> Footprints | None:
+    if plan is None or described.layout is None:
+        return None
+    return footprints(described.model, described.layout, plan)
+
+
 def _estimate(
     described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
-    workload = _workload(described, job, hardware.device)
+    plan = _plan(described, job) if job.prunes else None
+    workload = _workload(described, job, hardware.device, plan)
     if workload.gram is not None and job.windows:
         check_ranks(job.ranks)
     if job.recipe.micro_batch is None:
@@ -162,6 +186,7 @@ def _estimate(
         streamed=workload.streamed,
         parameters=costs.parameters,
         parameters_after=(pruned or costs).parameters,
+        sizes=_sizes(described, plan),
         blocks=len(costs.blocks),
         largest_block_bytes=costs.largest_block,
         largest_stored_block_bytes=workload.stored.largest_block,

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .errors import CfspError
+from .footprint import Footprints
 from .hardware import Hardware
 from .memory import MemoryBudget, format_bytes
 from .workload import Stage
@@ -36,6 +37,8 @@ class Estimate:
     """Whether one block at a time is in memory."""
     parameters: int
     parameters_after: int
+    sizes: Footprints | None
+    """Before and after; None where the layout is not known."""
     blocks: int
     largest_block_bytes: int
     """In the run's dtype."""
@@ -79,11 +82,12 @@ class Estimate:
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("hardware", "stages")
+            if field.name not in ("hardware", "stages", "sizes")
         }
         hardware = dataclasses.asdict(dataclasses.replace(self.hardware, sources={}))
         return {
             **values,
+            "sizes": self.sizes.to_dict() if self.sizes is not None else None,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
@@ -156,12 +160,17 @@ class Estimate:
         for where, parts in held.items():
             for part, count in parts.items():
                 memory.add_row(where, part, format_bytes(count))
+        sizes = Table(title="the model")
+        for title in ("", "before", "after"):
+            sizes.add_column(title, justify="left" if title == "" else "right")
+        for row in self.sizes.rows() if self.sizes is not None else ():
+            sizes.add_row(*row)
         figures = Table(title="what the seconds rest on")
         for title in ("figure", "value"):
             figures.add_column(title)
         for figure, value in self.hardware.assumptions().items():
             figures.add_row(figure, value)
-        return Group(stages, memory, figures)
+        return Group(*([sizes] if self.sizes is not None else []), stages, memory, figures)
 
     def check(self, budget: MemoryBudget) -> None:
         """Raise CfspError where the run needs more than it may take, or than a GPU has free; says

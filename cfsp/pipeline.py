@@ -18,6 +18,7 @@ from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .feasibility import check_biases, check_recipe
+from .footprint import plan_within
 from .grams import temporary_folder
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
@@ -130,13 +131,16 @@ def plan(
         weights: the dense model, or a function from block number to the matrices of its FFNs, one
             :class:`cfsp.channels.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
-        recipe: scorer, allocator, importance, sparsity and width multiple are read.
+        recipe: scorer, allocator, importance, width multiple and sparsity or budget are read. A
+            budget needs the model.
 
     Raises:
-        CfspError: no widths meet the sparsity.
+        CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        weights = adopt(weights, None).blocks.ffn_weights
+        opened = adopt(weights, None)
+        given = opened.blocks.ffn_weights
+        return plan_within(statistics, given, recipe, opened.model, opened.layout)
     return make_plan(statistics, weights, recipe)
 
 

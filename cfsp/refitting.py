@@ -14,7 +14,7 @@ where it lowers the error of the block's output on windows that it was not fitte
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 

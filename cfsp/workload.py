@@ -101,7 +101,7 @@ class Workload:
         if self.pruned is None:
             return 0.0
         models = (self.costs, self.pruned)
-        per_token = sum(m.block_flops(self.seqlen) + m.head_flops() for m in models)
+        per_token = sum(model.flops(self.seqlen) for model in models)
         return self.evaluation_windows * self.seqlen * per_token
 
     def _stage(
