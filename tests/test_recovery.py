@@ -217,7 +217,7 @@ def test_settings_are_completed_by_size_and_pruning() -> None:
         (lambda: cfsp.Recovery(method="dora"), "unknown method 'dora'"),
         (lambda: cfsp.Recovery(allocation="x"), "unknown allocation 'x'"),
         (lambda: cfsp.Recovery(targets="mlp"), "unknown targets 'mlp'"),
-        (lambda: cfsp.Recovery(recompute="x"), "unknown recompute 'x'"),
+        (lambda: cfsp.Recovery(gradient_checkpointing="x"), "unknown gradient_checkpointing 'x'"),
         (lambda: cfsp.Recovery(bos="x"), "unknown bos 'x'"),
         (lambda: cfsp.Recovery(steps=0), "steps must be 1 or more, got 0"),
         (lambda: cfsp.Recovery(learning_rate=-1.0), "learning_rate must be above 0, got -1"),

@@ -1,6 +1,7 @@
 """``cfsp recover``: train a pruned model, merge what was learnt, write it, verify it."""
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..blocks import empty_
 from ..checkpoint import check_out, new_folder, partial_folder, take_probe, verify, write_model
 from ..errors import CfspError
 from ..evaluation import EVALUATION_WINDOWS, Perplexity, perplexity
+from ..memory import parse_budget
 from ..resume import STATE_FOLDER, begin, check_resume, end
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
 from .folder import write_documents
@@ -46,6 +48,7 @@ def recover(
     eval_dataset: str | None = None,
     eval_windows: int = EVALUATION_WINDOWS,
     device: str = "auto",
+    max_memory: str | None = None,
     keep_adapter: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -62,11 +65,13 @@ def recover(
             of the training dataset.
         eval_windows: windows to measure on; 0 skips it.
         device: "auto", "cpu" or "cuda", the first GPU that is visible.
+        max_memory: what training may take, "20GiB": decides on gradient checkpointing where that is
+            left open, and refuses what does not fit. None: what a GPU has free.
         keep_adapter: keep the adapters too, as peft loads them, in ``out/adapter``.
         overwrite: replace ``out`` where it exists.
         resume: continue a run of the same model, settings and text that was interrupted.
         stop: asked after every step, for an orderly end before the last; then ``resume`` continues.
-        progress: show bars on stderr.
+        progress: show an estimate and bars on stderr.
 
     Raises:
         CfspError: bad input, or a training that diverged, in one line; the input and an existing
@@ -79,7 +84,12 @@ def recover(
     if settings.method == "lora":
         require_peft()
     check_out(goal, overwrite, folder)
-    job = make_job(Path(folder), settings, eval_dataset, eval_windows, device)
+    budget = parse_budget(max_memory)
+    job = make_job(
+        Path(folder), settings, eval_dataset, eval_windows, device, budget, measure=progress
+    )
+    if progress:
+        print(job.estimate.summary(), file=sys.stderr)
     identity = job.identity()
     if resume:
         check_resume(partial_folder(goal), identity)
@@ -87,13 +97,13 @@ def recover(
         begin(partial, identity)
         before = _measured(job, progress)
         with _random_state_kept(), _config_kept(job.opened.model):
-            losses, count = _train(job, partial, keep_adapter, stop, progress)
+            losses = _train(job, partial, keep_adapter, stop, progress)
         report = RecoveryReport(
             name=job.opened.name,
             settings=job.settings,
-            ranks=job.ranks,
-            trained_parameters=count,
-            uniform_parameters=job.uniform_parameters,
+            ranks=job.trained.ranks,
+            trained_parameters=job.trained.parameters,
+            uniform_parameters=job.trained.uniform_parameters,
             losses=losses,
             perplexity_before=before,
             perplexity_after=_measured(job, progress),
@@ -113,10 +123,9 @@ def _measured(job: Job, progress: bool) -> Perplexity | None:
 
 def _train(
     job: Job, folder: Path, keep_adapter: bool, stop: Callable[[], bool], progress: bool
-) -> tuple[tuple[float, ...], int]:
-    """Train the model in place, in its own dtypes again afterwards; loss of every step, and how
-    many parameters learnt."""
-    from .training import train, trained_parameters
+) -> tuple[float, ...]:
+    """Train the model in place, in its own dtypes again afterwards; the loss of every step."""
+    from .training import train
 
     model, settings = job.opened.model, job.settings
     stored = {name: value.dtype for name, value in model.named_parameters()}
@@ -126,13 +135,12 @@ def _train(
     learner: Any = model
     if settings.method == "lora":
         blocks = projections(model, job.opened.layout, settings.targets)
-        names = ranks_by_name(blocks, job.ranks)
+        names = ranks_by_name(blocks, job.trained.ranks)
         learner = attach(model, names, settings.scaling, settings.seed)
     else:
         for value in ffn_parameters(model, job.opened.layout).values():
             value.requires_grad_(True)
-    count = sum(value.numel() for value in trained_parameters(learner).values())
-    with _recomputing(model, settings.recompute == "on"):
+    with _gradient_checkpointing(model, job.estimate.gradient_checkpointing):
         losses = train(
             learner,
             job.windows,
@@ -152,7 +160,7 @@ def _train(
     model.requires_grad_(False)
     for name, value in model.named_parameters():
         _cast_([value], stored[name])
-    return losses, count
+    return losses
 
 
 def _cast_(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
@@ -191,7 +199,7 @@ def _config_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def _gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Keep the inputs of blocks alone, and run each again in the backward pass."""
     if not wanted:
         yield

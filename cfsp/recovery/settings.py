@@ -15,7 +15,7 @@ from ..text import BOS_CHOICES
 METHODS = ("lora", "ffn")
 ALLOCATIONS = ("importance", "uniform")
 TARGETS = ("ffn", "attention", "all")
-RECOMPUTE = ("auto", "on", "off")
+GRADIENT_CHECKPOINTING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Recovery:
     micro_batch: int | None = None
     """Windows per forward pass, a divisor of ``batch_size``. None: as many as make about 8192
     tokens on a GPU, one on a CPU."""
-    recompute: str = "auto"
+    gradient_checkpointing: str = "auto"
     """Recompute activations instead of keeping them. auto: where memory is too small otherwise."""
     distillation: Distillation | None = None
 
@@ -99,7 +99,7 @@ class Recovery:
             ("method", self.method, METHODS),
             ("allocation", self.allocation, ALLOCATIONS),
             ("targets", self.targets, TARGETS),
-            ("recompute", self.recompute, RECOMPUTE),
+            ("gradient_checkpointing", self.gradient_checkpointing, GRADIENT_CHECKPOINTING),
             ("bos", self.bos or "auto", BOS_CHOICES),
         ):
             if value not in valid:
