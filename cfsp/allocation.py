@@ -51,6 +51,12 @@ class AllocationProblem:
         return (1 - self.sparsity) * total
 
 
+def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
+    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
+    131072 tokens."""
+    return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+
+
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Fraction of channels that each block keeps, as the released CFSP has it.
 
@@ -66,7 +72,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 
     Source: arXiv 2409.13199 and its released code.
     """
-    share = torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+    share = importance_shares(importance_sum)
     mean = share.mean()
     if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
         room = mean * (1 / (1 - sparsity) - 1)

@@ -14,6 +14,7 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_recover import add_recover
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
@@ -375,6 +376,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pruning.set_defaults(run=_prune, shared=True)
 
+    recovery = add_recover(commands)
+
     evaluation = commands.add_parser("evaluate", help="perplexity of a model")
     _add_model(evaluation)
     evaluation.add_argument("--dataset", default="wikitext2", help="(default: %(default)s)")
@@ -400,11 +403,11 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, evaluation, exporting):
+    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, exporting):
+    for command in (demo, calibration, pruning, recovery, exporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -225,6 +225,27 @@ def estimate_opened(
     return _estimate(described, job, hardware, budget)
 
 
+def choose_hardware(
+    hardware: Hardware | str | None,
+    device: str,
+    dtype: torch.dtype,
+    tflops: float | None = None,
+    disk_gbps: float | None = None,
+) -> Hardware:
+    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
+
+    Raises:
+        CfspError: no such name or device, or a stated speed that is not above 0.
+    """
+    if isinstance(hardware, str):
+        if hardware not in HARDWARE:
+            raise unknown_name("hardware", hardware, HARDWARE)
+        hardware = HARDWARE[hardware]
+    if hardware is None:
+        hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
+    return hardware.stated(tflops, disk_gbps)
+
+
 def estimate(
     model: str | Path,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
@@ -260,15 +281,9 @@ def estimate(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
     budget = parse_budget(max_memory)
-    if isinstance(hardware, str):
-        if hardware not in HARDWARE:
-            raise unknown_name("hardware", hardware, HARDWARE)
-        hardware = HARDWARE[hardware]
-    where = pick_device(device if hardware is None else "cpu")
     described = describe(model, recipe)
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
-    if hardware is None:
-        hardware = this_machine(where, described.model.dtype, measure=tflops is None)
+    machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)
     job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes)
-    return _estimate(described, job, hardware.stated(tflops, disk_gbps), budget)
+    return _estimate(described, job, machine, budget)

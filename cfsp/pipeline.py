@@ -151,7 +151,9 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=calibration)
 
 
-def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
+def held_out_windows(
+    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
+) -> HeldOut:
     """Held-out windows to measure on. A local calibration file has no held-out part of its own,
     so the text that ships with Python stands in unless ``dataset`` names another."""
     if windows == 0:
@@ -258,7 +260,7 @@ def prune(
         check_statistics(statistics, opened.model, layout, fingerprint)
         if reader := recipe.needs_gram(planned=plan is not None):
             check_grams(statistics, reader)
-    held_out = _held_out(opened, recipe, eval_dataset, eval_windows)
+    held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
 
     windows = None
     compensation = recipe.resolved_compensation
