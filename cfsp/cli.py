@@ -13,6 +13,7 @@ from rich.console import Console
 from . import __version__
 from .allocation import ALLOCATORS
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
@@ -369,11 +370,13 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, evaluation, exporting):
+    reporting = add_report(commands)
+
+    for command in (demo, calibration, plan, pruning, evaluation, exporting, reporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, exporting):
+    for command in (demo, calibration, pruning, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 
