@@ -55,7 +55,7 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
             for result, label in zip(results, labels, strict=True)
         ],
         compared=compared(results, labels) if len(results) > 1 else None,
-        evaluation=evaluation_table(evaluations, results),
+        evaluation=evaluation_table(evaluations, results) if evaluations else None,
     )
 
 

@@ -132,12 +132,11 @@ def compared(results: Sequence[Result], labels: Sequence[str]) -> dict[str, Any]
     }
 
 
-def evaluation_table(
-    evaluations: Sequence[Values], results: Sequence[Result]
-) -> dict[str, Any] | None:
-    """What ``cfsp evaluate`` measured: a table, and bars of each measure that all models have."""
-    if not evaluations:
-        return None
+def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -> dict[str, Any]:
+    """What ``cfsp evaluate`` measured: a table, and bars of each measure that all models have.
+
+    Speeds are told with their ratio to the first model's.
+    """
     names = [str(model["model"]) for model in evaluations]
     short = [_last_part(model) for model in evaluations]
     labels = short if len(set(short)) == len(short) else names
@@ -147,6 +146,10 @@ def evaluation_table(
     for title, form, path in _measures(evaluations):
         values = [number_at(model, *path) for model in evaluations]
         texts = ["–" if value is None else form(value) for value in values]
+        if path in SPEEDS.values():
+            texts[1:] = [_with_ratio(*pair, values[0]) for pair in zip(texts, values, strict=True)][
+                1:
+            ]
         known = [value for value in values if value is not None]
         whole = len(known) == len(labels) > 1
         rows = list(zip(labels, known, texts, kinds, strict=True)) if whole else []
@@ -154,9 +157,14 @@ def evaluation_table(
     return {"labels": labels, "measures": measures}
 
 
+def _with_ratio(text: str, value: float | None, reference: float | None) -> str:
+    return f"{text} ({value / reference:.2f}x)" if value and reference else text
+
+
 def _measures(evaluations: Sequence[Values]) -> list[tuple[str, Any, tuple[str, ...]]]:
     """(title, format, path) of everything that some model has."""
     every: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("parameters", "{:,}".format, ("parameters",)),
         ("perplexity", "{:,.2f}".format, ("perplexity",)),
         *((title, "{:,.1f}".format, path) for title, path in SPEEDS.items()),
         ("peak memory", format_bytes, MEMORY),

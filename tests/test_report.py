@@ -153,8 +153,8 @@ def test_measured_speed_is_set_beside_the_dense_models(page: str) -> None:
     assert "+100.0% from 50.0" in text
     assert "questions, acc" in text
     assert "acc_stderr" not in text
-    rows = re.findall(r'bar-text">([\d.]+)<', page)
-    assert {"50.0", "100.0", "0.2500", "0.5000"} <= set(rows)
+    rows = re.findall(r'bar-text">([\d.x ()]+)<', page)
+    assert {"50.0", "100.0 (2.00x)", "0.2500", "0.5000"} <= set(rows)
     assert 'style="width:50.00%"' in page
 
 
