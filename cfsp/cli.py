@@ -14,16 +14,17 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_evaluate import add_evaluate
 from .cli_recover import add_recover
+from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
+from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .fits import fits_summary
 from .footprint import plan_within
-from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
     as_calibrated,
@@ -32,7 +33,7 @@ from .pipeline import (
 )
 from .plan import load_plan, save_plan
 from .process import ended, quiet, sigterm
-from .ranks import Ranks, joined, own_rank
+from .ranks import joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
 from .scoring import SCORERS
 from .statistics import (
@@ -273,31 +274,6 @@ def _print_result(result: PruneResult) -> None:
     print(f"saved, reloaded and compared: {result.out}")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
-    ranks: Ranks = arguments.group
-    opened = open_model(arguments.model, arguments.dtype, ranks.device(arguments.device))
-    check_seqlen(opened.model, settings.seqlen)
-    windows = evaluation_windows(
-        opened.tokenizer, arguments.dataset, settings.seqlen, arguments.windows, settings.bos
-    )
-    measured = perplexity(
-        opened.model,
-        windows,
-        dataset=arguments.dataset,
-        progress=ranks.first and not arguments.quiet,
-        ranks=ranks,
-    )
-    if not ranks.first:
-        return
-    values = {"model": arguments.model, **measured.to_dict()}
-    if not _print_json(arguments, values):
-        print(
-            f"perplexity {measured.perplexity:.4f} over {measured.windows} windows of "
-            f"{measured.seqlen} ({measured.tokens:,} predicted tokens, {measured.seconds:.1f} s)"
-        )
-
-
 def _export(arguments: argparse.Namespace) -> None:
     result = export(
         arguments.model,
@@ -377,15 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.set_defaults(run=_prune, shared=True)
 
     recovery = add_recover(commands)
-
-    evaluation = commands.add_parser("evaluate", help="perplexity of a model")
-    _add_model(evaluation)
-    evaluation.add_argument("--dataset", default="wikitext2", help="(default: %(default)s)")
-    evaluation.add_argument("--seqlen", type=int, default=1024, help="(default: %(default)s)")
-    evaluation.add_argument("--windows", type=int, help="only the first N (default: all)")
-    evaluation.add_argument("--bos", default="auto", metavar="|".join(BOS_CHOICES))
-    evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
-    evaluation.set_defaults(run=_evaluate, shared=True)
+    evaluation = add_evaluate(commands)
 
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -403,11 +371,13 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting):
+    reporting = add_report(commands)
+
+    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting, reporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, recovery, exporting):
+    for command in (demo, calibration, pruning, recovery, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -18,7 +18,7 @@ from .channels import ChannelGroup, FFNWeights
 from .errors import CfspError
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
-from .selection import select_by_expert
+from .selection import score_quantiles, select_by_expert
 from .statistics import BlockStatistics, Statistics, check_grams
 
 FORMAT = "cfsp-plan-1"
@@ -34,6 +34,8 @@ class BlockPlan:
     importance: float
     groups: tuple[ChannelGroup, ...] = ()
     """The FFNs whose channels these are, one after the other; () for a single one."""
+    score_quantiles: tuple[float, ...] = ()
+    """Of the scores of all its channels, see :func:`cfsp.selection.score_quantiles`."""
 
     @property
     def kept_by_group(self) -> tuple[torch.Tensor, ...]:
@@ -143,11 +145,17 @@ def make_plan(
         )
         widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
+    block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))
+        block_scores[number].append(ffn_scores)
     blocks = tuple(
         BlockPlan(
-            len(block.sum), flat_channels(kept[number], block.groups), float(value), block.groups
+            len(block.sum),
+            flat_channels(kept[number], block.groups),
+            float(value),
+            block.groups,
+            score_quantiles(torch.cat(block_scores[number])),
         )
         for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
@@ -214,6 +222,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
                 "importance": block.importance,
                 "kept": _to_ranges(block.kept),
                 **_groups_to_dict(block.groups),
+                "score_quantiles": " ".join(f"{q:.5g}" for q in block.score_quantiles),
             }
             for number, block in enumerate(plan.blocks)
         ],
@@ -257,7 +266,8 @@ def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
         ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
         for ffn in entry.get("ffns", [])
     )
-    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups)
+    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
+    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups, quantiles)
     _check_experts(number, block)
     return block
 
