@@ -25,10 +25,13 @@ class AllocationProblem:
     scores: tuple[torch.Tensor, ...]
     """Channel scores [F_l] of every FFN."""
     sparsity: float
-    """Fraction of all channels to remove."""
+    """Fraction to remove of what all channels cost."""
     experts: tuple[int, ...] = ()
     """Experts of every FFN, whose channels its scores are one after the other and whose width is
     one; () where no FFN has any."""
+    costs: tuple[int, ...] = ()
+    """What one more channel of width costs in every FFN, in all its experts, in any unit; ():
+    one per channel, so that channels themselves are the budget."""
 
     @property
     def intermediate_sizes(self) -> torch.Tensor:
@@ -36,9 +39,16 @@ class AllocationProblem:
         return torch.tensor([len(score) for score in self.scores])
 
     @property
+    def channel_costs(self) -> torch.Tensor:
+        """[L] fp64, cost of one channel of one expert of every FFN."""
+        experts = torch.tensor(self.experts or (1,) * len(self.scores))
+        return torch.tensor(self.costs or experts.tolist()) / experts.double()
+
+    @property
     def budget(self) -> float:
-        """Channels to keep in all, before rounding."""
-        return (1 - self.sparsity) * float(self.intermediate_sizes.sum())
+        """Cost to keep in all, before rounding."""
+        total = float((self.channel_costs * self.intermediate_sizes).sum())
+        return (1 - self.sparsity) * total
 
 
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -69,7 +79,7 @@ def cfsp(problem: AllocationProblem) -> torch.Tensor:
     keep = cfsp_keep_fractions(problem.importance * REFERENCE_TOKENS, problem.sparsity)
     sizes = problem.intermediate_sizes
     widths = keep * sizes
-    return widths * (problem.budget / widths.sum())
+    return widths * (problem.budget / (problem.channel_costs * widths).sum())
 
 
 def uniform(problem: AllocationProblem) -> torch.Tensor:
@@ -88,11 +98,12 @@ def global_threshold(problem: AllocationProblem) -> torch.Tensor:
         centred = score.double() - score.double().mean()
         standardised.append(centred / deviation if deviation > 0 else torch.zeros_like(centred))
     order = torch.sort(torch.cat(standardised), descending=True, stable=True).indices
-    kept = order[: round(problem.budget)]
     block_of = torch.repeat_interleave(
         torch.arange(len(problem.scores)), problem.intermediate_sizes
-    )
-    return torch.bincount(block_of[kept], minlength=len(problem.scores)).double()
+    )[order]
+    costs = problem.channel_costs[block_of]
+    kept = int((costs.cumsum(0) - costs / 2 < problem.budget).sum())
+    return torch.bincount(block_of[:kept], minlength=len(problem.scores)).double()
 
 
 ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
@@ -100,38 +111,39 @@ ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "uniform": uniform,
     "global": global_threshold,
 }
-"""Allocator by name: problem -> ideal widths [L] fp64 that sum to the budget."""
+"""Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
 
 
 def check_budget(
     intermediate_sizes: Sequence[int],
     budget: float,
     multiple: int,
-    experts: Sequence[int] | None = None,
+    costs: Sequence[int] | None = None,
 ) -> int:
-    """The number of multiples to keep in all, where some widths meet the budget.
+    """The cost to keep in all over the multiple, where some widths meet the budget.
 
     Args:
         intermediate_sizes: channels of every FFN, of one expert where it has several.
-        budget: channels to keep in all FFNs and experts.
+        budget: cost to keep in all FFNs and experts.
         multiple: 1 for exact widths.
-        experts: of every FFN; None where no FFN has any.
+        costs: of one channel of width in every FFN: its experts, where channels are the budget;
+            None: 1.
 
     Raises:
         CfspError: none do; says which sparsities can be reached.
     """
-    experts = experts or [1] * len(intermediate_sizes)
+    costs = costs or [1] * len(intermediate_sizes)
     room = [size // multiple for size in intermediate_sizes]
     wanted = round(budget / multiple)
-    kind = "block" if max(experts) == 1 else "FFN"
+    kind = "block" if max(costs) == 1 else "FFN"
     if min(room) < 1:
         raise CfspError(
             f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
             f"{kind} {room.index(min(room))}; 1 gives exact widths"
         )
-    least, most = sum(experts), sum(map(mul, room, experts))
+    least, most = sum(costs), sum(map(mul, room, costs))
     if not least <= wanted <= most:
-        total = sum(map(mul, intermediate_sizes, experts))
+        total = sum(map(mul, intermediate_sizes, costs))
         low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
@@ -146,44 +158,44 @@ def apportion(
     budget: float,
     multiple: int,
     importance: torch.Tensor,
-    experts: Sequence[int] | None = None,
+    costs: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
 
     Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
     most by it, among equals to the more important one (the largest-remainder method). An FFN
     keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
-    of each of them, and the budget is met to half of the largest such step.
+    of each of them; the budget is met to half of the smallest step that can be made.
 
     Args:
         ideal: [L] widths, real; of one expert, as the result.
         intermediate_sizes: channels of every FFN, of one expert.
-        budget: channels to keep in all FFNs and experts.
+        budget: cost to keep in all FFNs and experts.
         multiple: 1 for exact widths.
         importance: [L]; breaks ties, then the index does.
-        experts: of every FFN; None where no FFN has any.
+        costs: see :func:`check_budget`.
 
     Raises:
         CfspError: no widths meet the budget; says what could be.
     """
-    experts = experts or [1] * len(intermediate_sizes)
+    costs = costs or [1] * len(intermediate_sizes)
     room = [size // multiple for size in intermediate_sizes]
-    wanted = check_budget(intermediate_sizes, budget, multiple, experts)
+    wanted = check_budget(intermediate_sizes, budget, multiple, costs)
     quotas = (ideal.double() / multiple).tolist()
     units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
     lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
     order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
 
-    missing = wanted - sum(map(mul, units, experts))
-    for by, turn in ((1, order), (-1, order[::-1])):
-        changed = True
-        while changed:
-            changed = False
+    missing = wanted - sum(map(mul, units, costs))
+    changed = True
+    while changed:
+        changed = False
+        for by, turn in ((1, order), (-1, order[::-1])):
             for ffn in turn:
-                nearer = 2 * missing * by > experts[ffn]
+                nearer = 2 * missing * by > costs[ffn]
                 if nearer and 1 <= units[ffn] + by <= room[ffn]:
                     units[ffn] += by
-                    missing -= by * experts[ffn]
+                    missing -= by * costs[ffn]
                     changed = True
     return tuple(count * multiple for count in units)
 
@@ -218,5 +230,5 @@ def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -
         problem.budget,
         multiple,
         problem.importance,
-        experts,
+        problem.costs or experts,
     )
