@@ -24,8 +24,6 @@ DAMPING = 1e-2
 """lambda in units of the mean of diag G."""
 STEPS_PER_UPDATE = 64
 """Removals between two updates of whole matrices; changes rounding only."""
-CURVE_POINTS = 64
-"""Widths of an error curve beside 0."""
 RANK_STEP = 2.0**-40
 """Added to a score for every rank, so that scores of equal errors differ."""
 
@@ -103,9 +101,13 @@ def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPI
         stays = torch.ones_like(labels).index_fill_(0, steps.picked, 0)
         left = stays.argsort(descending=True, stable=True)[: len(labels) - len(steps.picked)]
         labels, c, e = labels[left], steps.c[:, left], steps.e[:, left]
-        inverse = inverse[left][:, left].addmm_((c * steps.pivot[:, None]).T, c, alpha=-1)
-        products = products[left][:, left].addmm_(e.T, c, alpha=-1).addmm_(c.T, e, alpha=-1)
+        inverse = _corner(inverse, left).addmm_((c * steps.pivot[:, None]).T, c, alpha=-1)
+        products = _corner(products, left).addmm_(e.T, c, alpha=-1).addmm_(c.T, e, alpha=-1)
     return Removal(torch.cat(order), torch.cat(costs).clamp_min(0).cumsum(0))
+
+
+def _corner(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return matrix.index_select(0, index).index_select(1, index)
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,6 @@ def _steps(inverse: torch.Tensor, products: torch.Tensor, count: int) -> _Steps:
     return _Steps(picked, cost, pivot, c, e)
 
 
-def curve_widths(channels: int) -> torch.Tensor:
-    """Widths of an error curve, int64, ascending from 0 to F: at most 65, at one distance but for
-    the last."""
-    step = -(-channels // CURVE_POINTS)
-    return torch.tensor([*range(0, channels, step), channels])
-
-
 def error_curve(
     down: torch.Tensor,
     gram: torch.Tensor,
@@ -184,7 +179,7 @@ def error_curve(
     """
     order = order.to(down.device).flip(0)
     damped, added = _damped(gram, damping)
-    factor = _cholesky(damped[order][:, order])
+    factor = _cholesky(_corner(damped, order))
     del damped
     inverse = torch.eye(len(order), dtype=torch.float64, device=down.device)
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
@@ -199,3 +194,25 @@ def error_curve(
         errors.append(lost - added * change)
         end = width
     return torch.stack(errors).flip(0).clamp_min(0).cpu()
+
+
+def plain_error_curve(
+    down: torch.Tensor, gram: torch.Tensor, order: torch.Tensor, widths: torch.Tensor
+) -> torch.Tensor:
+    """tr(W_R G_RR W_R^T): the error where the kept columns stay as they are.
+
+    The sum over the removed corner of the entrywise product of W^T W and G, one row after the
+    other. Cost: 2 D F^2; three [F, F] fp64. Arguments and result as :func:`error_curve`.
+    """
+    order = order.to(down.device).flip(0)
+    weights = down[:, order].double()
+    products = (weights.T @ weights).mul_(_corner(gram, order).double())
+    row_sums = 2 * products.triu_().sum(1) - products.diagonal()
+    errors = row_sums.flip(0).cumsum(0).flip(0).clamp_min(0).cpu()
+    return torch.cat([errors, errors.new_zeros(1)])[widths]
+
+
+def order_of(scores: torch.Tensor) -> torch.Tensor:
+    """The order of removal [F] int64 that :func:`cfsp.selection.select_channels` follows: lowest
+    score first, among equal ones the highest index."""
+    return len(scores) - 1 - scores.flip(0).argsort(stable=True)

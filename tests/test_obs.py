@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import cfsp.obs
 from cfsp.errors import CfspError
-from cfsp.obs import curve_widths, error_curve, removal_order
+from cfsp.obs import error_curve, order_of, plain_error_curve, removal_order
 from cfsp.selection import select_channels
 
 
@@ -155,10 +155,31 @@ def test_bf16_weights_and_an_fp32_gram_are_taken_as_they_are() -> None:
     assert single.diagonal().equal(gram.float().diagonal())  # not damped in place
 
 
-@pytest.mark.parametrize("channels", [1, 63, 64, 65, 1536, 14336])
-def test_curve_widths_run_from_nothing_to_everything(channels: int) -> None:
-    widths = curve_widths(channels)
-    assert widths[0] == 0
-    assert widths[-1] == channels
-    assert len(widths) <= 65
-    assert (widths.diff() > 0).all()
+@settings(max_examples=25, deadline=None)
+@given(
+    hidden=st.integers(1, 6),
+    channels=st.integers(1, 12),
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 100),
+)
+def test_the_plain_error_curve_is_what_the_removed_columns_gave(
+    hidden: int, channels: int, tokens: int, seed: int
+) -> None:
+    down, gram = random_case(hidden, channels, tokens, seed)
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+    widths = torch.arange(channels + 1)
+    errors = plain_error_curve(down, gram, order, widths)
+    for width, error in zip(widths.tolist(), errors.tolist(), strict=True):
+        gone = order[: channels - width]
+        lost = down[:, gone]
+        expected = float((lost @ gram[gone][:, gone] * lost).sum())
+        assert error == pytest.approx(expected, rel=1e-8, abs=1e-9 * float(gram.trace()))
+    refitted = error_curve(down, gram, order, widths, 1e-3)
+    assert (refitted <= errors * (1 + 1e-9) + 1e-9 * float(gram.trace())).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_the_order_of_scores_leaves_what_selection_keeps(width: int) -> None:
+    scores = torch.tensor([1.0, 0.5, 1.0, 0.5, 0.5, 2.0])
+    left = order_of(scores)[len(scores) - width :].sort().values
+    assert torch.equal(left, select_channels(scores, width))
