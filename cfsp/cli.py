@@ -19,6 +19,7 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
+from .fits import fits_summary
 from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
@@ -100,6 +101,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
     group.add_argument(
+        "--damping",
+        type=float,
+        help="of least squares: pull towards the weights as they were, relative to the mean square "
+        f"of a channel {_default('damping')}",
+    )
+    group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
     group.add_argument(
@@ -160,6 +167,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=_recipe(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
@@ -237,6 +246,8 @@ def _print_result(result: PruneResult) -> None:
     Console().print(result.plan.table())
     ratio = report.parameters_after / report.parameters_before
     print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    if any(report.fits):
+        print(f"least squares: {fits_summary(report.fits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -303,6 +314,11 @@ def build_parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    calibration.add_argument(
+        "--gram",
+        action="store_true",
+        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+    )
     _add_calibration(calibration)
     add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)

@@ -18,7 +18,7 @@ from .errors import CfspError
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
 from .selection import select_by_expert
-from .statistics import BlockStatistics, Statistics
+from .statistics import BlockStatistics, Statistics, check_grams
 
 FORMAT = "cfsp-plan-1"
 
@@ -105,8 +105,10 @@ def make_plan(
         recipe: the choices.
 
     Raises:
-        CfspError: no widths meet the sparsity.
+        CfspError: no widths meet the sparsity; Gram matrices that the scorer needs are not there.
     """
+    if SCORERS[recipe.scorer].needs_gram:
+        check_grams(statistics, f"scorer {recipe.scorer!r}")
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)

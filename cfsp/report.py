@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .channels import FitRecord
 from .evaluation import Perplexity
+from .fits import fits_section, fits_to_dicts
 from .plan import PruningPlan
 from .statistics import Statistics
 
@@ -16,6 +18,8 @@ class PruneReport:
     """The dense model: hub id, folder or file name."""
     plan: PruningPlan
     statistics: Statistics | None
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
     parameters_before: int
     parameters_after: int
     perplexity_before: Perplexity | None
@@ -34,6 +38,7 @@ class PruneReport:
             "parameters_after": self.parameters_after,
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
+            **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
         }
 
 
@@ -91,7 +96,7 @@ width of its own per block.
 `{calibration.dataset}`, seed {calibration.seed} |
 
 `recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
-
+{fits}
 ## Use
 
 ```python
@@ -142,5 +147,6 @@ def model_card(report: PruneReport) -> str:
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
+        fits=fits_section(report.fits),
         usage=usage,
     )
