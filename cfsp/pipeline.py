@@ -96,8 +96,9 @@ def calibrate(
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
         gram: collect Gram matrices too, which least squares need; see docs/streaming.md for what
             they take.
-        gram_folder: where they go, block by block, until :func:`cfsp.save_statistics` puts them
-            beside the statistics; it is removed with the result. None: a temporary folder.
+        gram_folder: a new folder where they go, block by block, until
+            :func:`cfsp.save_statistics` puts them beside the statistics; it is removed with the
+            result. None: one where temporary files go.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.

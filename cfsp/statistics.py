@@ -16,7 +16,7 @@ from torch import nn
 
 from .channels import ChannelGroup, sizes_of
 from .errors import CfspError
-from .grams import GramFolder, StoredGram, check_files, link_files
+from .grams import GramFolder, StoredGram, check_files, check_replaceable, link_files
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
@@ -186,6 +186,7 @@ def _save_grams(statistics: Statistics, path: Path) -> None:
     target, source = gram_path(path), statistics.gram_folder
     if source is not None and target.exists() and target.samefile(source.path):
         return
+    check_replaceable(target)
     old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
     if source is not None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -235,6 +236,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
+    except CfspError:
+        partial.unlink(missing_ok=True)
+        raise
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CfspError(f"cannot write statistics {path}: {error}") from None
