@@ -23,7 +23,7 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
-from .fits import fits_summary
+from .fits import fits_summary, refits_summary
 from .footprint import plan_within
 from .pipeline import (
     PruneResult,
@@ -110,7 +110,19 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--damping",
         type=float,
         help="of least squares: pull towards the weights as they were, relative to the mean square "
-        f"of a channel {_default('damping')}",
+        f"of each channel {_default('damping')}",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_const",
+        const=True,
+        help="fit each block once more, on what the pruned blocks before it give",
+    )
+    group.add_argument("--epochs", type=int, help=f"of blockwise {_default('epochs')}")
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"of blockwise, relative to the size of the weights {_default('learning_rate')}",
     )
     group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
@@ -265,6 +277,8 @@ def _print_result(result: PruneResult) -> None:
         print(f"{title}: {was} -> {now}")
     if any(report.fits):
         print(f"least squares: {fits_summary(report.fits)}")
+    if report.refits:
+        print(f"blocks fitted again: {refits_summary(report.refits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(

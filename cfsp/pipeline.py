@@ -27,6 +27,7 @@ from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
 from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
+from .refitting import check_refits
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_grams, check_statistics, load_statistics
@@ -267,6 +268,14 @@ def prune(
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    refit_windows = None
+    if recipe.refits:
+        check_refits(opened.model, layout, ranks)
+        refit_windows = (
+            windows
+            if windows is not None
+            else calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+        )
     progress = progress and ranks.first
     job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
@@ -276,6 +285,7 @@ def prune(
         plan,
         statistics,
         windows,
+        refit_windows,
         micro_batch,
         held_out,
         overwrite,

@@ -9,9 +9,10 @@ import yaml
 
 from .allocation import ALLOCATORS
 from .budgets import parse_budget
-from .compensation import COMPENSATIONS, NEEDS_GRAM
+from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .errors import CfspError, unknown_name
 from .least_squares import DAMPING
+from .refitting import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 from .statistics import INFLUENCE_METRICS
 from .text import BOS_CHOICES
@@ -58,7 +59,13 @@ class Recipe:
     """None: the scorer's own."""
     damping: float = DAMPING
     """Of least squares: how strongly the kept columns are pulled towards what they were, relative
-    to the mean square of a channel."""
+    to the mean square of each channel."""
+    sequential: bool = False
+    """Fit each block once more to its dense output, on what the pruned blocks before it give."""
+    epochs: int = EPOCHS
+    """Of Adam over the calibration windows, for each block, where the compensation is blockwise."""
+    learning_rate: float = LEARNING_RATE
+    """Of Adam: its step, relative to the root mean square of each matrix."""
     importance: str = "angular"
     """Metric of the coarse block importance."""
     uniform: bool = False
@@ -90,6 +97,10 @@ class Recipe:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
         if not 0 <= self.damping < float("inf"):
             raise CfspError(f"damping must be 0 or more, got {self.damping}")
+        if self.epochs < 1:
+            raise CfspError(f"epochs must be 1 or more, got {self.epochs}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise CfspError(f"learning_rate must be more than 0, got {self.learning_rate}")
         if self.importance not in INFLUENCE_METRICS:
             raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
         if self.width_multiple < 1:
@@ -108,6 +119,16 @@ class Recipe:
     def resolved_compensation(self) -> str:
         """The compensation in force."""
         return self.compensation or SCORERS[self.scorer].compensation
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether all weights of a cut FFN are fitted again."""
+        return self.resolved_compensation in BLOCKWISE
+
+    @property
+    def refits(self) -> bool:
+        """Whether calibration windows go through the blocks once more, as these are cut."""
+        return self.sequential or self.blockwise
 
     def needs_gram(self, planned: bool = False) -> str | None:
         """What reads Gram matrices: a compensation, a scorer unless all is ``planned``; or None."""

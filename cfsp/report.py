@@ -5,9 +5,10 @@ from typing import Any
 
 from .channels import FitRecord
 from .evaluation import Perplexity
-from .fits import fits_section, fits_to_dicts
+from .fits import fits_section, fits_to_dicts, refits_section
 from .footprint import Footprints
 from .plan import PruningPlan
+from .refitting import BlockRefit
 from .statistics import Statistics
 
 
@@ -21,6 +22,8 @@ class PruneReport:
     statistics: Statistics | None
     fits: tuple[tuple[FitRecord, ...], ...]
     """What compensations that fit came to, in each FFN and expert of each block; () for others."""
+    refits: tuple[BlockRefit, ...]
+    """What fitting blocks again after the cut came to; () where they were not."""
     sizes: Footprints
     """What the model took and takes; shapes alone say it."""
     perplexity_before: Perplexity | None
@@ -51,6 +54,7 @@ class PruneReport:
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
             **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
+            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
         }
 
 
@@ -157,6 +161,6 @@ def model_card(report: PruneReport) -> str:
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
-        fits=fits_section(report.fits),
+        fits=fits_section(report.fits) + refits_section(report.refits),
         usage=usage,
     )
