@@ -15,6 +15,7 @@ from .allocation import ALLOCATORS
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
+from .error_curves import ERROR_SCALES
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
 from .exports import EXPORTERS, export
@@ -110,6 +111,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
     group.add_argument(
+        "--error-scale",
+        metavar="|".join(ERROR_SCALES),
+        help="what the errors that a knapsack adds up are measured in: energy of the FFN's output, "
+        f"of the hidden state, nothing {_default('error_scale')}",
+    )
+    group.add_argument(
+        "--importance-exponent",
+        type=float,
+        help="in that sum a block counts times its importance to this power "
+        f"{_default('importance_exponent')}",
+    )
+    group.add_argument(
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
     )
     group.add_argument(
@@ -196,7 +209,12 @@ def _plan(arguments: argparse.Namespace) -> None:
     statistics = load_statistics(arguments.statistics)
     opened = open_lean(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
+    plan = make_plan(
+        statistics,
+        opened.blocks.ffn_weights,
+        as_calibrated(recipe, statistics),
+        progress=not arguments.quiet,
+    )
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -317,7 +335,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument(
         "--gram",
         action="store_true",
-        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+        help="Gram matrices too, for least squares, obs and knapsack: a folder "
+        "STATS.safetensors.grams beside it",
     )
     _add_calibration(calibration)
     add_memory(calibration)

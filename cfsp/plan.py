@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
-from .channels import ChannelGroup, FFNWeights
+from .channels import ChannelGroup
 from .errors import CfspError
+from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe, recipe_from_dict
-from .scoring import SCORERS
 from .selection import select_by_expert
-from .statistics import BlockStatistics, Statistics, check_grams
+from .statistics import Statistics
 
 FORMAT = "cfsp-plan-1"
 
@@ -94,37 +93,34 @@ class PruningPlan:
 
 
 def make_plan(
-    statistics: Statistics, weights: Callable[[int], Sequence[FFNWeights]], recipe: Recipe
+    statistics: Statistics, weights: Weights, recipe: Recipe, *, progress: bool = False
 ) -> PruningPlan:
     """Score, allocate, select.
 
     Args:
         statistics: of the dense model.
         weights: block number -> the matrices of its FFNs, of every expert. Called
-            only for scorers that read weights.
+            only for scorers that read weights, and for error curves.
         recipe: the choices.
+        progress: show a bar on stderr where scoring takes long.
 
     Raises:
-        CfspError: no widths meet the sparsity; Gram matrices that the scorer needs are not there.
+        CfspError: no widths meet the sparsity; Gram matrices that the scorer or the allocator
+            needs are not there.
     """
-    if SCORERS[recipe.scorer].needs_gram:
-        check_grams(statistics, f"scorer {recipe.scorer!r}")
+    ranking = rank(statistics, weights, recipe, progress=progress)
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
         for number, block in enumerate(statistics.blocks)
         for group in block.groups or (ChannelGroup(len(block.sum)),)
     ]
-    scores = [
-        part
-        for number, block in enumerate(statistics.blocks)
-        for part in _block_scores(block, partial(weights, number), recipe.scorer)
-    ]
     problem = AllocationProblem(
         importance[[number for number, _ in ffns]],
-        tuple(scores),
+        ranking.scores,
         recipe.sparsity,
         tuple(group.experts for _, group in ffns),
+        curves=scaled_curves(ranking, statistics, recipe),
     )
     if recipe.uniform:
         sizes = [group.channels for _, group in ffns]
@@ -132,7 +128,7 @@ def make_plan(
     else:
         widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
+    for (number, group), ffn_scores, width in zip(ffns, ranking.scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))
     blocks = tuple(
         BlockPlan(
@@ -141,21 +137,6 @@ def make_plan(
         for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
     return PruningPlan(blocks, statistics.model_fingerprint, recipe)
-
-
-def _block_scores(
-    block: BlockStatistics, weights: Callable[[], Sequence[FFNWeights]], scorer: str
-) -> list[torch.Tensor]:
-    """Scores of every FFN of a block, [experts * channels] each."""
-    weights = cache(weights)
-    score = SCORERS[scorer].score
-    of_experts = [
-        score(part, lambda expert=expert: weights()[expert])  # type: ignore[misc]
-        for expert, part in enumerate(block.ffns())
-    ]
-    counts = [group.experts for group in block.groups] or [1]
-    starts = [0, *accumulate(counts)]
-    return [torch.cat(of_experts[start:end]) for start, end in pairwise(starts)]
 
 
 def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
