@@ -56,6 +56,12 @@ class AllocationProblem:
         return (1 - self.sparsity) * total
 
 
+def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
+    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
+    131072 tokens."""
+    return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+
+
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Fraction of channels that each block keeps, as the released CFSP has it.
 
@@ -71,7 +77,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 
     Source: arXiv 2409.13199 and its released code.
     """
-    share = torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+    share = importance_shares(importance_sum)
     mean = share.mean()
     if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
         room = mean * (1 / (1 - sparsity) - 1)
@@ -168,23 +174,33 @@ def check_budget(
         CfspError: none do; says which sparsities can be reached.
     """
     costs = costs or [1] * len(intermediate_sizes)
-    room = [size // multiple for size in intermediate_sizes]
     wanted = round(budget / multiple)
-    kind = "block" if max(costs) == 1 else "FFN"
-    if min(room) < 1:
-        raise CfspError(
-            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
-            f"{kind} {room.index(min(room))}; 1 gives exact widths"
-        )
-    least, most = sum(costs), sum(map(mul, room, costs))
+    least, most = reachable(intermediate_sizes, multiple, costs)
     if not least <= wanted <= most:
         total = sum(map(mul, intermediate_sizes, costs))
         low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
-            f"{len(room)} {kind}s can reach {max(0.0, low):.4g} to {high:.4g}"
+            f"{len(costs)} {_kind(costs)}s can reach {max(0.0, low):.4g} to {high:.4g}"
         )
     return wanted
+
+
+def reachable(
+    intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
+) -> tuple[int, int]:
+    """What all FFNs cost at least and at most, over the multiple; see :func:`check_budget`."""
+    room = [size // multiple for size in intermediate_sizes]
+    if min(room) < 1:
+        raise CfspError(
+            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
+            f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
+        )
+    return sum(costs), sum(map(mul, room, costs))
+
+
+def _kind(costs: Sequence[int]) -> str:
+    return "block" if max(costs) == 1 else "FFN"
 
 
 def apportion(

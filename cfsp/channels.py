@@ -1,6 +1,6 @@
 """The channels of an FFN: its matrices, the groups that share a width, where channels lie."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,11 @@ class ChannelGroup:
     def total(self) -> int:
         """Channels of all experts."""
         return self.channels * self.experts
+
+
+def sizes_of(groups: Sequence[ChannelGroup]) -> list[int]:
+    """Channels of every FFN, and of every expert of those that have some."""
+    return [group.channels for group in groups for _ in range(group.experts)]
 
 
 EXPERT_WIDTH_MULTIPLE = 8

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,10 +14,11 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .errors import CfspError, Stopped
-from .gram_sums import GramSums, Split, check_ranks, held_out_windows
-from .grams import GramFolder
+from .gram_sums import GramSums, Split, check_ranks
+from .gram_writing import GramWriter, gram_writer
+from .grams import GramFolder, held_out_windows
 from .layouts import Layout
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
@@ -43,7 +44,7 @@ class _BlockCollector:
     ) -> None:
         """``split``: of the tokens, where Gram matrices are wanted."""
         self.groups = groups
-        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        sizes = sizes_of(groups)
         self.ranges = [
             slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
@@ -92,7 +93,7 @@ class _BlockCollector:
             self.own_influences[index, column] = getattr(part, metric)
 
     def result(
-        self, number: int, windows: int, micro_batch: int, folder: GramFolder | None
+        self, number: int, windows: int, micro_batch: int, writer: GramWriter | None
     ) -> BlockStatistics:
         ranks = self.ranks
         influences = ranks.fill_(self.influences.cpu())
@@ -117,7 +118,7 @@ class _BlockCollector:
             influences.sum(0),
             self.groups,
             tuple(int(tokens) for tokens in expert_tokens),
-            self.grams.write(folder, number) if self.grams is not None and folder else (),
+            self.grams.write(writer, number) if self.grams is not None and writer else (),
         )
 
 
@@ -141,19 +142,6 @@ def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
         warnings.warn(
             f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
             "tells their channels apart; calibrate on more, or other, text",
-            stacklevel=3,
-        )
-
-
-def _check_grams(folder: GramFolder, windows: int, ranks: Ranks) -> None:
-    """Raise CfspError where Gram matrices cannot be collected; warn where none is held out."""
-    check_ranks(ranks.size)
-    seen = folder.path.is_dir()
-    ranks.check(None if seen else f"rank {ranks.rank} does not see the folder {folder.path}")
-    if not held_out_windows(windows):
-        warnings.warn(
-            "a single calibration window leaves none to hold out: nothing will tell whether a "
-            "compensation lowers the error",
             stacklevel=3,
         )
 
@@ -201,8 +189,6 @@ def collect_statistics(
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
-    if grams is not None:
-        _check_grams(grams, count, ranks)
     given = micro_batch
     micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
     micro_batches = -(-count // micro_batch)
@@ -217,6 +203,11 @@ def collect_statistics(
         "machine or version": versions(device),
     }
     ranks.check_same(identity)
+    writing: AbstractContextManager[GramWriter | None] = nullcontext()
+    if grams is not None:
+        check_ranks(ranks.size)
+        sizes = [sizes_of(layout.groups(block)) for block in blocks]
+        writing = gram_writer(grams, sizes, count, ranks)
     training = model.training
     model.eval()
     results = []
@@ -232,7 +223,7 @@ def collect_statistics(
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
-        with bar, needed as turns:
+        with bar, writing as writer, needed as turns:
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
@@ -252,7 +243,7 @@ def collect_statistics(
 
                 with _observed(block, layout, collector, fused):
                     run_block(block, number, calls, observe)
-                results.append(collector.result(number, count, micro_batch, grams))
+                results.append(collector.result(number, count, micro_batch, writer))
     finally:
         model.train(training)
     _warn_of_idle_experts(results)

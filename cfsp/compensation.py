@@ -8,8 +8,8 @@ import torch
 from cfsp_kernels import gather_columns
 
 from .channels import CutDown, FitRecord
-from .gram_sums import held_out_windows
-from .least_squares import fit_down, output_error
+from .grams import held_out_windows
+from .least_squares import fit_down, output_errors
 from .statistics import BlockStatistics
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
@@ -74,9 +74,9 @@ def least_squares(
         fit = fit_down(down, kept, stored.fit(down.device), damping, bias=bias)
         held_out = stored.held_out(down.device)
         if held_out is not None:
-            before = output_error(down, kept, plain, None, held_out)
-            if fit is not None:
-                after = output_error(down, kept, fit.weight, fit.bias, held_out)
+            fitted = [(fit.weight, fit.bias)] if fit is not None else []
+            before, *judged = output_errors(down, kept, [(plain, None), *fitted], held_out)
+            after = judged[0] if judged else None
     better = fit is not None and (before is None or (after is not None and after < before))
     used = fit.damping if fit is not None else damping
     record = FitRecord(better, before, after, used, tokens, stored.channels)

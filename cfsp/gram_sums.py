@@ -1,4 +1,4 @@
-"""Gram matrices of a block while it runs: summed on its device, then written to its file.
+"""Gram matrices of a block while it runs: summed on its device, then over all ranks.
 
 fp32 products are added up in fp32. A sum over n tokens errs by at most (m + n / m) 2^-23 of the
 sum of the absolute products, where m is the number of tokens in a micro-batch: those of one
@@ -10,7 +10,6 @@ ranks make the same additions.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,40 +17,27 @@ import torch
 from cfsp_kernels import ChannelStatistics, channel_statistics, gram
 
 from .errors import CfspError
+from .gram_writing import GramWriter
 from .grams import (
     FIT,
     HELD_OUT,
-    GramFolder,
     StoredGram,
     gram_digest,
+    held_out_windows,
     panel_name,
     panels,
-    planned_file,
+    parts_of,
     tensor_name,
 )
 from .ranks import Ranks
-from .shards import ShardWriter
 
 CHUNKS = 8
-HELD_OUT_SHARE = 10
-"""One window in so many is held out: a fit hardly misses a tenth of its tokens, and the error of a
-block's output is known to a few percent from some thousands of them."""
 
 
 def check_ranks(ranks: int) -> None:
     """Raise CfspError for a number of ranks that chunks cannot be shared by."""
     if CHUNKS % ranks:
         raise CfspError(f"Gram matrices take 1, 2, 4 or 8 ranks, not {ranks}")
-
-
-def held_out_windows(windows: int) -> int:
-    """How many of the calibration windows, the last, are held out; of a single one none."""
-    return max(1, windows // HELD_OUT_SHARE) if windows > 1 else 0
-
-
-def parts_of(windows: int) -> tuple[str, ...]:
-    """The parts of the calibration that there are."""
-    return (FIT, HELD_OUT) if held_out_windows(windows) else (FIT,)
 
 
 @dataclass(frozen=True)
@@ -63,6 +49,11 @@ class Split:
     micro_batch: int
     """Windows per micro-batch."""
 
+    @property
+    def micro_batches(self) -> int:
+        """How many there are."""
+        return -(-self.windows // self.micro_batch)
+
     def tokens(self, index: int) -> tuple[int, int]:
         """(fitted on, held out) of micro-batch ``index``, in this order in it."""
         start = index * self.micro_batch
@@ -72,7 +63,17 @@ class Split:
 
     def chunk(self, index: int) -> int:
         """The chunk that micro-batch ``index`` is in."""
-        return index * CHUNKS // -(-self.windows // self.micro_batch)
+        return index * CHUNKS // self.micro_batches
+
+
+def products_held(split: Split, ranks: int) -> int:
+    """[F, F] products that the rank with the most of them holds when a block ends."""
+    most = 0
+    for rank in range(ranks):
+        own = range(split.micro_batches)[Ranks(rank, ranks).share(split.micro_batches)]
+        parts = [{split.chunk(i) for i in own if split.tokens(i)[part]} for part in (0, 1)]
+        most = max(most, sum(min(len(p), 2 if rank == 0 else CHUNKS) for p in parts))
+    return most
 
 
 class _Sum:
@@ -152,24 +153,15 @@ class GramSums:
             if len(own):
                 found[part].add(chunk, own, channel_statistics(own).sum)
 
-    def write(self, folder: GramFolder, block: int) -> tuple[StoredGram, ...]:
+    def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes.
 
         Raises:
             CfspError: no space, or no permission.
         """
-        shard = planned_file(folder.file(block).name, self.sizes, self.parts)
-        try:
-            with ShardWriter(folder.path, [shard]) if self.ranks.last else nullcontext() as writer:
-                return tuple(
-                    self._write_ffn(folder, block, ffn, writer) for ffn in range(len(self.sizes))
-                )
-        except OSError as error:
-            raise CfspError(f"cannot write Gram matrices: {folder.path}: {error}") from None
+        return tuple(self._write_ffn(writer, block, ffn) for ffn in range(len(self.sizes)))
 
-    def _write_ffn(
-        self, folder: GramFolder, block: int, ffn: int, writer: ShardWriter | None
-    ) -> StoredGram:
+    def _write_ffn(self, writer: GramWriter, block: int, ffn: int) -> StoredGram:
         size, ranks = self.sizes[ffn], self.ranks
         known: dict[str, tuple[int, torch.Tensor]] = {}
         for part, own in self.found[ffn].items():
@@ -177,17 +169,16 @@ class GramSums:
             like = torch.zeros(size, dtype=torch.float64)
             total = ranks.ordered_sum([x.cpu() for x in own.sums], like)
             known[part] = tokens, total
-            if writer is not None:
-                writer.write(tensor_name(ffn, part, "tokens"), torch.tensor([tokens]))
-                writer.write(tensor_name(ffn, part, "sum"), total)
+            writer.put(tensor_name(block, ffn, part, "tokens"), torch.tensor([tokens]))
+            writer.put(tensor_name(block, ffn, part, "sum"), total)
             for start, end in panels(size):
                 panel = ranks.running_sum(
                     [product[start:end, :end].cpu() for product in own.products],
                     torch.empty(end - start, end),
                 )
-                if writer is not None:
-                    writer.write(panel_name(ffn, part, start), panel)
+                writer.put(panel_name(block, ffn, part, start), panel)
             own.products.clear()
         held = known[HELD_OUT][0] if HELD_OUT in known else 0
         kept = {part: sums for part, sums in known.items() if part == FIT or held}
-        return StoredGram(folder, block, ffn, size, (known[FIT][0], held), gram_digest(kept))
+        digest = gram_digest(kept)
+        return StoredGram(writer.folder, block, ffn, size, (known[FIT][0], held), digest)

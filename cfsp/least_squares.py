@@ -10,6 +10,7 @@ The change of the columns, W' - W_K = W_R G_RK (G_KK + damping m I)^-1 over the 
 is what is solved for: it is nothing where nothing is removed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class Fit:
 
 def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
     """[rows, columns] fp64, of the second moments or the covariance."""
-    found = gram.product[rows[:, None], columns].double() / gram.tokens
+    found = gram.product[rows[:, None], columns].double().div_(gram.tokens)
     if centred:
         mean = gram.sum / gram.tokens
         found -= mean[rows, None] * mean[columns]
@@ -126,42 +127,47 @@ def fit_down(
 
 
 @torch.no_grad()
-def output_error(
+def output_errors(
     down: torch.Tensor,
     kept: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    candidates: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     gram: Gram,
-) -> float:
-    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``; fp64 throughout.
+) -> list[float]:
+    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64.
+
+    2 D F^2 FLOPs, and 2 D K^2 for each candidate.
 
     Args:
         down: W, [D, F].
         kept: [K] int64.
-        weight: W', [D, K].
-        bias: b, [D], or None.
+        candidates: (W' [D, K], b [D] or None).
         gram: of x, on the device of ``down``.
 
     Returns:
-        The relative error; 0 where the dense output is zero and the other is too.
+        The relative error of each; 0 where neither it nor the dense output is anything but zero.
     """
-    dense = change = 0.0
+    dense, changes = 0.0, [0.0] * len(candidates)
+    within = gram.product[kept][:, kept]
     for start in range(0, len(down), ROWS):
         rows = down[start : start + ROWS].double()
-        dense += _energy(rows, gram)
-        rows[:, kept] -= weight[start : start + ROWS].double()
-        change += _energy(rows, gram)
-        if bias is not None:
-            own = bias[start : start + ROWS].double()
-            change += float(gram.tokens * own.square().sum() - 2 * own @ (rows @ gram.sum))
-    change = max(change, 0.0)
-    return change / dense if dense > 0 else (0.0 if change == 0 else torch.inf)
+        product = _times(rows, gram.product)
+        whole = float((product * rows).sum())
+        dense += whole
+        for number, (weight, bias) in enumerate(candidates):
+            new = weight[start : start + ROWS].double()
+            crossed = float((product[:, kept] * new).sum())
+            changes[number] += whole - 2 * crossed + float((_times(new, within) * new).sum())
+            if bias is not None:
+                own = bias[start : start + ROWS].double()
+                mean = rows @ gram.sum - new @ gram.sum[kept]
+                changes[number] += float(gram.tokens * own.square().sum() - 2 * own @ mean)
+    return [
+        max(change, 0.0) / dense if dense > 0 else (0.0 if change <= 0 else torch.inf)
+        for change in changes
+    ]
 
 
-def _energy(rows: torch.Tensor, gram: Gram) -> float:
-    """tr(rows G rows^T), of the sums over tokens."""
-    total = rows.new_zeros(())
-    for start in range(0, rows.shape[1], COLUMNS):
-        here = slice(start, start + COLUMNS)
-        total += ((rows @ gram.product[:, here].double()) * rows[:, here]).sum()
-    return float(total)
+def _times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows [r, C] fp64 @ matrix [C, C] fp32, of which some columns are fp64 at a time."""
+    parts = [rows @ columns.double() for columns in matrix.split(COLUMNS, dim=1)]
+    return torch.cat(parts, dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from .allocation import ALLOCATORS, NEEDS_CURVES
+from .budgets import parse_budget
 from .compensation import COMPENSATIONS, NEEDS_GRAM
 from .error_curves import ERROR_SCALES
 from .errors import CfspError, unknown_name
@@ -49,6 +50,8 @@ class Recipe:
 
     sparsity: float = 0.3
     """Fraction of all FFN channels to remove, in [0, 1)."""
+    budget: str | None = None
+    """Of the whole model, instead of a sparsity: see :func:`cfsp.budgets.parse_budget`."""
     scorer: str = "cfsp"
     allocator: str | None = None
     """None: the scorer's own, as its authors use it."""
@@ -77,6 +80,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise CfspError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.budget is not None:
+            parse_budget(self.budget)
+            if self.sparsity != type(self).sparsity:
+                raise CfspError(
+                    f"budget {self.budget} and sparsity {self.sparsity} exclude each other"
+                )
         if self.scorer not in SCORERS:
             raise unknown_name("scorer", self.scorer, SCORERS)
         if self.allocator is not None and self.allocator not in ALLOCATORS:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks, empty_
@@ -29,10 +28,11 @@ from .classes import become_pruned_, is_stock
 from .collection import collect_statistics
 from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
+from .footprint import Footprints, footprints, plan_within
 from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
 from .models import OpenModel, quiet_loading
-from .plan import PruningPlan, make_plan, plan_to_dict
+from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
 from .ranking import stored_ranking, with_ranking
 from .ranks import ALONE, Ranks
@@ -85,11 +85,6 @@ class PruneResult:
     def statistics(self) -> Statistics | None:
         """The calibration; None where a plan was applied without any."""
         return self.report.statistics
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -174,9 +169,16 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        weights = self.opened.blocks.ffn_weights
+        opened = self.opened
         return self.ranks.of_first(
-            lambda: make_plan(statistics, weights, self.recipe, progress=self.progress)
+            lambda: plan_within(
+                statistics,
+                opened.blocks.ffn_weights,
+                self.recipe,
+                opened.model,
+                opened.layout,
+                progress=self.progress,
+            )
         )
 
     def ranked(self, statistics: Statistics) -> Statistics:
@@ -213,7 +215,7 @@ def _report(
     plan: PruningPlan,
     statistics: Statistics | None,
     fits: Sequence[tuple[FitRecord, ...]],
-    parameters_before: int,
+    sizes: Footprints,
     before: Perplexity | None,
     after: Perplexity | None,
 ) -> PruneReport:
@@ -222,8 +224,7 @@ def _report(
         plan=plan,
         statistics=statistics,
         fits=tuple(fits),
-        parameters_before=parameters_before,
-        parameters_after=count_parameters(opened.model),
+        sizes=sizes,
         perplexity_before=before,
         perplexity_after=after,
         stock=is_stock(opened.model),
@@ -262,13 +263,13 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned = opened.model
     training = pruned.training
     pruned.eval()
-    parameters_before = count_parameters(pruned)
+    sizes = footprints(pruned, opened.layout, plan)
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
     fits = prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, fits, parameters_before, before, measure())
+    report = _report(opened, plan, statistics, fits, sizes, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -321,19 +322,13 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             statistics = run.ranked(statistics)
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
+        sizes = footprints(opened.model, opened.layout, plan)
         second = _second_pass(run, plan, statistics, folder)
 
         def finish() -> PruneReport:
             _become_pruned_(opened, plan)
-            report = _report(
-                opened,
-                plan,
-                statistics.without_grams() if statistics is not None else None,
-                second.fits,
-                second.parameters_before,
-                second.before,
-                second.after,
-            )
+            known = statistics.without_grams() if statistics is not None else None
+            report = _report(opened, plan, known, second.fits, sizes, second.before, second.after)
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             empty_(opened.model)  # one model's embeddings in memory at a time
@@ -353,7 +348,6 @@ class _SecondPass:
 
     fits: tuple[tuple[FitRecord, ...], ...]
     """Of every block, on the first rank, which reads all."""
-    parameters_before: int
     before: Perplexity | None
     after: Perplexity | None
     probe: torch.Tensor
@@ -371,7 +365,6 @@ def _second_pass(
     """
     opened, held_out, ranks = run.opened, run.held_out, run.ranks
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
-    parameters_before = count_parameters(model)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
     pair, tokens = [], held_out.tokens
@@ -403,4 +396,4 @@ def _second_pass(
             for riding in pair
         )
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    return _SecondPass(tuple(fits.values()), parameters_before, before, after, logits)
+    return _SecondPass(tuple(fits.values()), before, after, logits)

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .error_curves import Ranking, ranking_of
 from .errors import CfspError
-from .grams import GramFolder, StoredGram, check_files, link_files
+from .grams import GramFolder, StoredGram, check_files, check_replaceable, link_files
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
@@ -55,7 +55,7 @@ class BlockStatistics:
         """The statistics of every FFN, and of every expert of those that have some, each alone."""
         if len(self.expert_tokens) < 2:
             return (self,)
-        sizes = [group.channels for group in self.groups for _ in range(group.experts)]
+        sizes = sizes_of(self.groups)
         grams: list[tuple[StoredGram, ...]] = [(gram,) for gram in self.grams]
         return tuple(
             replace(
@@ -193,6 +193,7 @@ def _save_grams(statistics: Statistics, path: Path) -> None:
     target, source = gram_path(path), statistics.gram_folder
     if source is not None and target.exists() and target.samefile(source.path):
         return
+    check_replaceable(target)
     old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
     if source is not None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -246,6 +247,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
+    except CfspError:
+        partial.unlink(missing_ok=True)
+        raise
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CfspError(f"cannot write statistics {path}: {error}") from None

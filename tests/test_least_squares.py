@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cfsp import least_squares
 from cfsp.grams import Gram
-from cfsp.least_squares import fit_down, output_error
+from cfsp.least_squares import fit_down, output_errors
 
 
 def gram_of(x: torch.Tensor) -> Gram:
@@ -123,8 +123,9 @@ def test_singular_moments_give_finite_weights_that_fit_no_worse(
         return
     assert fit.weight.isfinite().all()
     assert damping <= fit.damping <= 1
-    before = output_error(down, kept, down[:, kept], None, gram)
-    assert output_error(down, kept, fit.weight, fit.bias, gram) <= before * (1 + 1e-5)
+    candidates = [(down[:, kept], None), (fit.weight, fit.bias)]
+    before, after = output_errors(down, kept, candidates, gram)
+    assert after <= before * (1 + 1e-5)
 
 
 def test_damping_is_raised_where_there_is_no_factor() -> None:
@@ -166,6 +167,7 @@ def test_the_error_is_that_of_the_outputs(bias: bool, monkeypatch: pytest.Monkey
     dense = x[100:] @ down.T
     new = x[100:][:, kept] @ fit.weight.T + (fit.bias if fit.bias is not None else 0)
     expected = ((dense - new).square().sum() / dense.square().sum()).item()
-    found = output_error(down, kept, fit.weight, fit.bias, gram_of(x[100:]))
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert output_error(down, kept, down[:, kept] * 0, None, gram_of(x * 0)) == 0
+    candidates = [(down[:, kept] * 0, None), (fit.weight, fit.bias)]
+    found = output_errors(down, kept, candidates, gram_of(x[100:]))
+    assert found == [pytest.approx(1.0), pytest.approx(expected, rel=1e-4)]
+    assert output_errors(down, kept, candidates[:1], gram_of(x * 0)) == [0]
