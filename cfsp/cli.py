@@ -19,6 +19,7 @@ from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
+from .error_curves import ERROR_SCALES
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
@@ -128,6 +129,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
     group.add_argument(
+        "--error-scale",
+        metavar="|".join(ERROR_SCALES),
+        help="what the errors that a knapsack adds up are measured in: energy of the FFN's output, "
+        f"of the hidden state, nothing {_default('error_scale')}",
+    )
+    group.add_argument(
+        "--importance-exponent",
+        type=float,
+        help="in that sum a block counts times its importance to this power "
+        f"{_default('importance_exponent')}",
+    )
+    group.add_argument(
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
     )
     group.add_argument(
@@ -225,6 +238,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         as_calibrated(recipe, statistics),
         opened.model,
         opened.layout,
+        progress=not arguments.quiet,
     )
     if arguments.out:
         save_plan(plan, arguments.out)
@@ -323,7 +337,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument(
         "--gram",
         action="store_true",
-        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+        help="Gram matrices too, for least squares, obs and knapsack: a folder "
+        "STATS.safetensors.grams beside it",
     )
     _add_calibration(calibration)
     add_memory(calibration)

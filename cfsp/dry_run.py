@@ -134,7 +134,7 @@ def _workload(described: Description, job: Job, device: str, plan: PruningPlan |
         job.evaluation_windows,
         recipe.calibration.seqlen,
         micro_batch or default_micro_batch(torch.device(device), recipe.calibration.seqlen),
-        SCORERS[recipe.scorer].reads_weights and job.plan is None,
+        (SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram) and job.plan is None,
         described.streamed,
         job.ranks,
         job.nodes,

@@ -179,14 +179,21 @@ def footprints(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> Foo
 
 
 def plan_within(
-    statistics: Statistics, weights: Weights, recipe: Recipe, model: PreTrainedModel, layout: Layout
+    statistics: Statistics,
+    weights: Weights,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    layout: Layout,
+    *,
+    progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
 
     Raises:
         CfspError: no widths meet the budget.
     """
-    plan = make_plan(statistics, weights, recipe, resolve_budget(model, layout, recipe))
+    budget = resolve_budget(model, layout, recipe)
+    plan = make_plan(statistics, weights, recipe, budget, progress=progress)
     check_met(model, layout, plan)
     return plan
 

@@ -25,6 +25,7 @@ from .hashes import check_hashes, known_hashes, weight_files
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
+from .ranking import stored_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
 from .refitting import check_refits
@@ -260,7 +261,8 @@ def prune(
         check_recipe(opened.model, layout, recipe)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
-        if reader := recipe.needs_gram(planned=plan is not None):
+        planned = plan is not None or stored_ranking(statistics, recipe) is not None
+        if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
     held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
 

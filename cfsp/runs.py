@@ -34,6 +34,7 @@ from .hashes import write_hashes
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
+from .ranking import stored_ranking, with_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .refitting import RefitSettings, Refitting
@@ -188,9 +189,22 @@ class Run:
         opened = self.opened
         return self.ranks.of_first(
             lambda: plan_within(
-                statistics, opened.blocks.ffn_weights, self.recipe, opened.model, opened.layout
+                statistics,
+                opened.blocks.ffn_weights,
+                self.recipe,
+                opened.model,
+                opened.layout,
+                progress=self.progress,
             )
         )
+
+    def ranked(self, statistics: Statistics) -> Statistics:
+        """The statistics with the ranking that the plan follows from, where that takes long."""
+        planned = self.plan is not None or stored_ranking(statistics, self.recipe) is not None
+        if planned or not self.recipe.ranks_by_gram:
+            return statistics
+        weights = self.opened.blocks.ffn_weights
+        return with_ranking(statistics, weights, self.recipe, curves=False, progress=self.progress)
 
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
@@ -327,6 +341,8 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
         if statistics is None:
             statistics = run.calibrated(lambda: kept_grams(folder))
         if statistics is not None and run.windows is not None and ranks.first:
+            keep_statistics(folder, statistics)
+            statistics = run.ranked(statistics)
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
         sizes = footprints(opened.model, opened.layout, plan)
