@@ -14,6 +14,7 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_latency import add_latency, add_latency_table
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
@@ -21,6 +22,7 @@ from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .footprint import plan_within
+from .latency_measure import table_for
 from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
@@ -100,6 +102,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
     amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
+    add_latency_table(group)
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
@@ -202,6 +205,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         as_calibrated(recipe, statistics),
         opened.model,
         opened.layout,
+        table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet),
     )
     if arguments.out:
         save_plan(plan, arguments.out)
@@ -233,6 +237,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             eval_dataset=arguments.eval_dataset,
             eval_windows=arguments.eval_windows,
             device=arguments.device,
+            latency_table=arguments.latency_table,
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -368,6 +373,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
     evaluation.set_defaults(run=_evaluate, shared=True)
 
+    latency = commands.add_parser("latency", help="seconds of a model by its FFN widths, measured")
+    _add_model(latency)
+    add_latency(latency)
+
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     exporting.add_argument("--to", required=True, metavar="|".join(EXPORTERS))
@@ -384,11 +393,11 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, evaluation, exporting):
+    for command in (demo, calibration, plan, pruning, evaluation, latency, exporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, exporting):
+    for command in (demo, calibration, pruning, latency, exporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

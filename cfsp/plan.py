@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -126,20 +126,23 @@ def make_plan(
         for number, block in enumerate(statistics.blocks)
         for part in _block_scores(block, partial(weights, number), recipe.scorer)
     ]
-    experts = tuple(group.experts for _, group in ffns)
+    sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
-    if recipe.uniform:
-        sizes = [group.channels for _, group in ffns]
-        widths = equal_widths(sizes, budget.sparsity, recipe.width_multiple)
-    else:
-        problem = AllocationProblem(
-            importance[[number for number, _ in ffns]],
-            tuple(scores),
-            budget.sparsity,
-            experts,
-            budget.costs,
-        )
-        widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+    problem = AllocationProblem(
+        importance[[number for number, _ in ffns]],
+        tuple(scores),
+        budget.sparsity,
+        experts,
+        budget.costs,
+    )
+
+    def widths_at(sparsity: float) -> tuple[int, ...]:
+        if recipe.uniform:
+            return equal_widths(sizes, sparsity, recipe.width_multiple)
+        asked = replace(problem, sparsity=sparsity)
+        return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
+
+    widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))

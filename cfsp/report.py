@@ -5,6 +5,7 @@ from typing import Any
 
 from .evaluation import Perplexity
 from .footprint import Footprints
+from .latency import LatencyTable
 from .plan import PruningPlan
 from .statistics import Statistics
 
@@ -18,7 +19,9 @@ class PruneReport:
     plan: PruningPlan
     statistics: Statistics | None
     sizes: Footprints
-    """What the model took and takes; shapes alone say it."""
+    """What the model took and takes."""
+    table: LatencyTable | None
+    """That seconds are by."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
@@ -66,6 +69,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
             "model_fingerprint": report.plan.model_fingerprint,
             "statistics": statistics.provenance if statistics is not None else None,
             "versions": report.versions,
+            "latency_table": report.table.to_dict() if report.table is not None else None,
         },
         "result": result,
     }

@@ -29,6 +29,7 @@ from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
 from .footprint import Footprints, footprints, plan_within
 from .hashes import write_hashes
+from .latency import LatencyTable
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
@@ -129,6 +130,8 @@ class Run:
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
+    table: LatencyTable | None = None
+    """Of the model on the device that the result is for."""
 
     def calibrated(self) -> Statistics | None:
         """The statistics given, or those of a pass over the calibration tokens."""
@@ -153,7 +156,12 @@ class Run:
         opened = self.opened
         return self.ranks.of_first(
             lambda: plan_within(
-                statistics, opened.blocks.ffn_weights, self.recipe, opened.model, opened.layout
+                statistics,
+                opened.blocks.ffn_weights,
+                self.recipe,
+                opened.model,
+                opened.layout,
+                self.table,
             )
         )
 
@@ -170,6 +178,7 @@ class Run:
             "model": blocks.checkpoint_fingerprint(),
             "recipe": recipe,
             "micro-batch": self.micro_batch,
+            "latency table": self.table.fingerprint() if self.table is not None else None,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
@@ -183,6 +192,7 @@ def _report(
     plan: PruningPlan,
     statistics: Statistics | None,
     sizes: Footprints,
+    table: LatencyTable | None,
     before: Perplexity | None,
     after: Perplexity | None,
 ) -> PruneReport:
@@ -191,6 +201,7 @@ def _report(
         plan=plan,
         statistics=statistics,
         sizes=sizes,
+        table=table,
         perplexity_before=before,
         perplexity_after=after,
         stock=is_stock(opened.model),
@@ -229,13 +240,13 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned = opened.model
     training = pruned.training
     pruned.eval()
-    sizes = footprints(pruned, opened.layout, plan)
+    sizes = footprints(pruned, opened.layout, plan, run.table)
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
     prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, sizes, before, measure())
+    report = _report(opened, plan, statistics, sizes, run.table, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -284,12 +295,14 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
         if statistics is not None and run.windows is not None and ranks.first:
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
-        sizes = footprints(opened.model, opened.layout, plan)
+        sizes = footprints(opened.model, opened.layout, plan, run.table)
         second = _second_pass(run, plan, statistics, folder)
 
         def finish() -> PruneReport:
             _become_pruned_(opened, plan)
-            report = _report(opened, plan, statistics, sizes, second.before, second.after)
+            report = _report(
+                opened, plan, statistics, sizes, run.table, second.before, second.after
+            )
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             empty_(opened.model)  # one model's embeddings in memory at a time
