@@ -15,6 +15,7 @@ from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .cli_evaluate import add_evaluate
+from .cli_latency import add_latency, add_latency_table
 from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
@@ -26,6 +27,7 @@ from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .fits import fits_summary, refits_summary
 from .footprint import plan_within
+from .latency_measure import table_for
 from .pipeline import (
     PruneResult,
     as_calibrated,
@@ -104,6 +106,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
     amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
+    add_latency_table(group)
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
@@ -238,6 +241,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         as_calibrated(recipe, statistics),
         opened.model,
         opened.layout,
+        table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet),
         progress=not arguments.quiet,
     )
     if arguments.out:
@@ -270,6 +274,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             eval_dataset=arguments.eval_dataset,
             eval_windows=arguments.eval_windows,
             device=arguments.device,
+            latency_table=arguments.latency_table,
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -384,6 +389,10 @@ def build_parser() -> argparse.ArgumentParser:
     recovery = add_recover(commands)
     evaluation = add_evaluate(commands)
 
+    latency = commands.add_parser("latency", help="seconds of a model by its FFN widths, measured")
+    _add_model(latency)
+    add_latency(latency)
+
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     exporting.add_argument("--to", required=True, metavar="|".join(EXPORTERS))
@@ -402,11 +411,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     reporting = add_report(commands)
 
-    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting, reporting):
+    listed = (demo, calibration, plan, pruning, recovery, evaluation, latency, exporting, reporting)
+    for command in listed:
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, recovery, exporting, reporting):
+    for command in (demo, calibration, pruning, recovery, latency, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

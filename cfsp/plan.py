@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,24 @@ def make_plan(
         for number, block in enumerate(statistics.blocks)
         for group in block.groups or (ChannelGroup(len(block.sum)),)
     ]
-    experts = tuple(group.experts for _, group in ffns)
+    sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
-    if recipe.uniform:
-        sizes = [group.channels for _, group in ffns]
-        widths = equal_widths(sizes, budget.sparsity, recipe.width_multiple)
-    else:
-        problem = AllocationProblem(
-            importance[[number for number, _ in ffns]],
-            ranking.scores,
-            budget.sparsity,
-            experts,
-            budget.costs,
-            curves=scaled_curves(ranking, statistics, recipe),
-        )
-        widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+    problem = AllocationProblem(
+        importance[[number for number, _ in ffns]],
+        ranking.scores,
+        budget.sparsity,
+        experts,
+        budget.costs,
+        curves=() if recipe.uniform else scaled_curves(ranking, statistics, recipe),
+    )
+
+    def widths_at(sparsity: float) -> tuple[int, ...]:
+        if recipe.uniform:
+            return equal_widths(sizes, sparsity, recipe.width_multiple)
+        asked = replace(problem, sparsity=sparsity)
+        return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
+
+    widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     for (number, group), ffn_scores, width in zip(ffns, ranking.scores, widths, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from .allocation import ALLOCATORS, NEEDS_CURVES
-from .budgets import parse_budget
+from .budgets import ModelBudget, parse_budget
 from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .error_curves import ERROR_SCALES
 from .errors import CfspError, unknown_name
@@ -121,6 +121,11 @@ class Recipe:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if self.micro_batch is not None and self.micro_batch < 1:
             raise CfspError(f"micro_batch must be 1 or more, got {self.micro_batch}")
+
+    @property
+    def model_budget(self) -> ModelBudget | None:
+        """The budget, read."""
+        return parse_budget(self.budget) if self.budget is not None else None
 
     @property
     def resolved_allocator(self) -> str:

@@ -7,6 +7,7 @@ from .channels import FitRecord
 from .evaluation import Perplexity
 from .fits import fits_section, fits_to_dicts, refits_section
 from .footprint import Footprints
+from .latency import LatencyTable
 from .plan import PruningPlan
 from .refitting import BlockRefit
 from .statistics import Statistics
@@ -25,7 +26,9 @@ class PruneReport:
     refits: tuple[BlockRefit, ...]
     """What fitting blocks again after the cut came to; () where they were not."""
     sizes: Footprints
-    """What the model took and takes; shapes alone say it."""
+    """What the model took and takes."""
+    table: LatencyTable | None
+    """That seconds are by."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
@@ -75,6 +78,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
             "model_fingerprint": report.plan.model_fingerprint,
             "statistics": statistics.provenance if statistics is not None else None,
             "versions": report.versions,
+            "latency_table": report.table.to_dict() if report.table is not None else None,
         },
         "result": result,
     }

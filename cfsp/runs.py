@@ -31,6 +31,7 @@ from .evaluation import Perplexity, perplexity, ridden_perplexity
 from .footprint import Footprints, footprints, plan_within
 from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
+from .latency import LatencyTable
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
@@ -146,6 +147,8 @@ class Run:
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
+    table: LatencyTable | None = None
+    """Of the model on the device that the result is for."""
 
     def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
         """The statistics given, or those of a pass over the calibration tokens.
@@ -194,6 +197,7 @@ class Run:
                 self.recipe,
                 opened.model,
                 opened.layout,
+                self.table,
                 progress=self.progress,
             )
         )
@@ -219,6 +223,7 @@ class Run:
             "model": blocks.checkpoint_fingerprint(),
             "recipe": recipe,
             "micro-batch": self.micro_batch,
+            "latency table": self.table.fingerprint() if self.table is not None else None,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
@@ -235,6 +240,7 @@ def _report(
     fits: Sequence[tuple[FitRecord, ...]],
     refitting: Refitting | None,
     sizes: Footprints,
+    table: LatencyTable | None,
     before: Perplexity | None,
     after: Perplexity | None,
 ) -> PruneReport:
@@ -245,6 +251,7 @@ def _report(
         fits=tuple(fits),
         refits=tuple(refitting.refits) if refitting is not None else (),
         sizes=sizes,
+        table=table,
         perplexity_before=before,
         perplexity_after=after,
         stock=is_stock(opened.model),
@@ -283,7 +290,7 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned = opened.model
     training = pruned.training
     pruned.eval()
-    sizes = footprints(pruned, opened.layout, plan)
+    sizes = footprints(pruned, opened.layout, plan, run.table)
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
@@ -292,7 +299,7 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
         pruned, opened.layout, plan, statistics, refitting=refitting, progress=run.progress
     )
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, fits, refitting, sizes, before, measure())
+    report = _report(opened, plan, statistics, fits, refitting, sizes, run.table, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -345,7 +352,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             statistics = run.ranked(statistics)
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
-        sizes = footprints(opened.model, opened.layout, plan)
+        sizes = footprints(opened.model, opened.layout, plan, run.table)
         second = _second_pass(run, plan, statistics, folder)
 
         def finish() -> PruneReport:
@@ -358,6 +365,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
                 second.fits,
                 second.refitting,
                 sizes,
+                run.table,
                 second.before,
                 second.after,
             )
