@@ -12,24 +12,28 @@ from rich.console import Console
 
 from . import __version__
 from .allocation import ALLOCATORS
+from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_evaluate import add_evaluate
 from .cli_recover import add_recover
+from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
+from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
-from .models import check_seqlen, open_model
+from .fits import fits_summary
+from .footprint import plan_within
 from .pipeline import (
     PruneResult,
     as_calibrated,
     calibrate,
     prune,
 )
-from .plan import load_plan, make_plan, save_plan
+from .plan import load_plan, save_plan
 from .process import ended, quiet, sigterm
-from .ranks import Ranks, joined, own_rank
+from .ranks import joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
 from .scoring import SCORERS
 from .statistics import (
@@ -96,10 +100,18 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--recipe", metavar="FILE.yaml", help="start from this recipe's settings")
-    group.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
+    group.add_argument(
+        "--damping",
+        type=float,
+        help="of least squares: pull towards the weights as they were, relative to the mean square "
+        f"of a channel {_default('damping')}",
+    )
     group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
@@ -130,9 +142,14 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if calibration and getattr(arguments, "statistics", None):
         option = next(iter(calibration))
         raise CfspError(f"--statistics fixes the calibration; drop --{option}")
+    given = _given(arguments, RECIPE_OPTIONS)
+    if "budget" in given:  # what the file says of the other gives way
+        given["sparsity"] = Recipe.sparsity
+    elif "sparsity" in given:
+        given["budget"] = None
     return dataclasses.replace(
         recipe,
-        **_given(arguments, RECIPE_OPTIONS),
+        **given,
         calibration=dataclasses.replace(recipe.calibration, **calibration),
     )
 
@@ -161,6 +178,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=_recipe(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
@@ -188,7 +207,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     statistics = load_statistics(arguments.statistics)
     opened = open_lean(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
+    plan = plan_within(
+        statistics,
+        opened.blocks.ffn_weights,
+        as_calibrated(recipe, statistics),
+        opened.model,
+        opened.layout,
+    )
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -236,8 +261,10 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _print_result(result: PruneResult) -> None:
     report = result.report
     Console().print(result.plan.table())
-    ratio = report.parameters_after / report.parameters_before
-    print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    for title, was, now in report.sizes.rows():
+        print(f"{title}: {was} -> {now}")
+    if any(report.fits):
+        print(f"least squares: {fits_summary(report.fits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -245,31 +272,6 @@ def _print_result(result: PruneResult) -> None:
             f"({before.dataset}, {before.windows} windows of {before.seqlen})"
         )
     print(f"saved, reloaded and compared: {result.out}")
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
-    ranks: Ranks = arguments.group
-    opened = open_model(arguments.model, arguments.dtype, ranks.device(arguments.device))
-    check_seqlen(opened.model, settings.seqlen)
-    windows = evaluation_windows(
-        opened.tokenizer, arguments.dataset, settings.seqlen, arguments.windows, settings.bos
-    )
-    measured = perplexity(
-        opened.model,
-        windows,
-        dataset=arguments.dataset,
-        progress=ranks.first and not arguments.quiet,
-        ranks=ranks,
-    )
-    if not ranks.first:
-        return
-    values = {"model": arguments.model, **measured.to_dict()}
-    if not _print_json(arguments, values):
-        print(
-            f"perplexity {measured.perplexity:.4f} over {measured.windows} windows of "
-            f"{measured.seqlen} ({measured.tokens:,} predicted tokens, {measured.seconds:.1f} s)"
-        )
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -304,6 +306,11 @@ def build_parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    calibration.add_argument(
+        "--gram",
+        action="store_true",
+        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+    )
     _add_calibration(calibration)
     add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)
@@ -346,15 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
     pruning.set_defaults(run=_prune, shared=True)
 
     recovery = add_recover(commands)
-
-    evaluation = commands.add_parser("evaluate", help="perplexity of a model")
-    _add_model(evaluation)
-    evaluation.add_argument("--dataset", default="wikitext2", help="(default: %(default)s)")
-    evaluation.add_argument("--seqlen", type=int, default=1024, help="(default: %(default)s)")
-    evaluation.add_argument("--windows", type=int, help="only the first N (default: all)")
-    evaluation.add_argument("--bos", default="auto", metavar="|".join(BOS_CHOICES))
-    evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
-    evaluation.set_defaults(run=_evaluate, shared=True)
+    evaluation = add_evaluate(commands)
 
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -372,11 +371,13 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting):
+    reporting = add_report(commands)
+
+    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting, reporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, recovery, exporting):
+    for command in (demo, calibration, pruning, recovery, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

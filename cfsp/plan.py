@@ -13,12 +13,13 @@ import torch
 from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
+from .budgets import ChannelBudget
 from .channels import ChannelGroup, FFNWeights
 from .errors import CfspError
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
-from .selection import select_by_expert
-from .statistics import BlockStatistics, Statistics
+from .selection import score_quantiles, select_by_expert
+from .statistics import BlockStatistics, Statistics, check_grams
 
 FORMAT = "cfsp-plan-1"
 
@@ -33,6 +34,8 @@ class BlockPlan:
     importance: float
     groups: tuple[ChannelGroup, ...] = ()
     """The FFNs whose channels these are, one after the other; () for a single one."""
+    score_quantiles: tuple[float, ...] = ()
+    """Of the scores of all its channels, see :func:`cfsp.selection.score_quantiles`."""
 
     @property
     def kept_by_group(self) -> tuple[torch.Tensor, ...]:
@@ -94,7 +97,10 @@ class PruningPlan:
 
 
 def make_plan(
-    statistics: Statistics, weights: Callable[[int], Sequence[FFNWeights]], recipe: Recipe
+    statistics: Statistics,
+    weights: Callable[[int], Sequence[FFNWeights]],
+    recipe: Recipe,
+    budget: ChannelBudget | None = None,
 ) -> PruningPlan:
     """Score, allocate, select.
 
@@ -103,10 +109,16 @@ def make_plan(
         weights: block number -> the matrices of its FFNs, of every expert. Called
             only for scorers that read weights.
         recipe: the choices.
+        budget: what the recipe's comes to in this model, see
+            :func:`cfsp.footprint.resolve_budget`; None: the recipe has a sparsity.
 
     Raises:
-        CfspError: no widths meet the sparsity.
+        CfspError: no widths meet the budget; Gram matrices that the scorer needs are not there.
     """
+    if budget is None and recipe.budget is not None:
+        raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
+    if SCORERS[recipe.scorer].needs_gram:
+        check_grams(statistics, f"scorer {recipe.scorer!r}")
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
@@ -118,23 +130,32 @@ def make_plan(
         for number, block in enumerate(statistics.blocks)
         for part in _block_scores(block, partial(weights, number), recipe.scorer)
     ]
-    problem = AllocationProblem(
-        importance[[number for number, _ in ffns]],
-        tuple(scores),
-        recipe.sparsity,
-        tuple(group.experts for _, group in ffns),
-    )
+    experts = tuple(group.experts for _, group in ffns)
+    budget = budget or ChannelBudget(recipe.sparsity, experts)
     if recipe.uniform:
         sizes = [group.channels for _, group in ffns]
-        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+        widths = equal_widths(sizes, budget.sparsity, recipe.width_multiple)
     else:
+        problem = AllocationProblem(
+            importance[[number for number, _ in ffns]],
+            tuple(scores),
+            budget.sparsity,
+            experts,
+            budget.costs,
+        )
         widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
+    block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))
+        block_scores[number].append(ffn_scores)
     blocks = tuple(
         BlockPlan(
-            len(block.sum), flat_channels(kept[number], block.groups), float(value), block.groups
+            len(block.sum),
+            flat_channels(kept[number], block.groups),
+            float(value),
+            block.groups,
+            score_quantiles(torch.cat(block_scores[number])),
         )
         for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
@@ -201,6 +222,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
                 "importance": block.importance,
                 "kept": _to_ranges(block.kept),
                 **_groups_to_dict(block.groups),
+                "score_quantiles": " ".join(f"{q:.5g}" for q in block.score_quantiles),
             }
             for number, block in enumerate(plan.blocks)
         ],
@@ -244,7 +266,8 @@ def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
         ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
         for ffn in entry.get("ffns", [])
     )
-    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups)
+    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
+    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups, quantiles)
     _check_experts(number, block)
     return block
 

@@ -14,10 +14,10 @@ from ..descriptions import describe_opened
 from ..errors import CfspError
 from ..hardware import this_machine
 from ..memory import MemoryBudget
-from ..models import OpenModel, open_model, quiet_loading
+from ..models import OpenModel, count_parameters, open_model, quiet_loading
 from ..pipeline import calibration_windows, held_out_windows
 from ..provenance import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
-from ..runs import HeldOut, count_parameters
+from ..runs import HeldOut
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .folder import PrunedFolder, check_opened, read_pruned
