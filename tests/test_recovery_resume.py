@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import cfsp
 from cfsp.cli import main
@@ -107,13 +109,23 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
 
 def test_gradient_checkpointing_changes_no_bit(
-    pruned: Path, reference: Path, tmp_path: Path
+    pruned: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recover(pruned, tmp_path / "out", replace(SETTINGS, gradient_checkpointing="on"))
-    weights = [
-        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", reference)
-    ]
-    assert weights[0] == weights[1]
+    forwards: list[int] = []
+    forward = GPT2MLP.forward
+
+    def counted(self: GPT2MLP, hidden_states: torch.Tensor) -> torch.Tensor:
+        forwards.append(1)
+        return forward(self, hidden_states)
+
+    monkeypatch.setattr(GPT2MLP, "forward", counted)
+    settings = replace(SETTINGS, gradient_checkpointing="on")
+    recover(pruned, tmp_path / "out", settings)
+    evaluated, probed, trained = 8 + 8, 1 + 1, 6 * 2
+    assert len(forwards) == 4 * (evaluated + probed + 2 * trained)
+    names = ("model.safetensors", "adapter/adapter_model.safetensors", "config.json")
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (reference / name).read_bytes()
 
 
 def test_sigterm_ends_the_command_in_order(
