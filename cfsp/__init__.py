@@ -14,6 +14,7 @@ from .models import open_model
 from .pipeline import PruneResult, calibrate, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
 from .recipe import Calibration, Recipe, load_recipe
+from .recovery import Distillation, Recovery, RecoveryResult, recover
 from .registration import register
 from .statistics import Statistics, load_statistics, save_statistics
 
@@ -22,12 +23,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "CfspError",
+    "Distillation",
     "Estimate",
     "ExportResult",
     "Perplexity",
     "PruneResult",
     "PruningPlan",
     "Recipe",
+    "Recovery",
+    "RecoveryResult",
     "Statistics",
     "calibrate",
     "estimate",
@@ -40,6 +44,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "recover",
     "register",
     "save_plan",
     "save_statistics",

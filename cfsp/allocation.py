@@ -1,12 +1,14 @@
 """How many channels every block keeps: pure functions under one total budget."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 
 import torch
 
+from .error_curves import CURVE_POINTS, ErrorCurve
 from .errors import CfspError
+from .knapsack import least_error_choices
 
 REFERENCE_TOKENS = 131072
 """The released CFSP sums its importance over 128 windows of 1024 tokens. Ours is a mean; times
@@ -25,10 +27,16 @@ class AllocationProblem:
     scores: tuple[torch.Tensor, ...]
     """Channel scores [F_l] of every FFN."""
     sparsity: float
-    """Fraction of all channels to remove."""
+    """Fraction to remove of what all channels cost."""
     experts: tuple[int, ...] = ()
     """Experts of every FFN, whose channels its scores are one after the other and whose width is
     one; () where no FFN has any."""
+    costs: tuple[int, ...] = ()
+    """What one more channel of width costs in every FFN, in all its experts, in any unit; ():
+    one per channel, so that channels themselves are the budget."""
+    width_multiple: int = 1
+    curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN, scaled so that they may be added up; () where no allocator asks for them."""
 
     @property
     def intermediate_sizes(self) -> torch.Tensor:
@@ -36,9 +44,22 @@ class AllocationProblem:
         return torch.tensor([len(score) for score in self.scores])
 
     @property
+    def channel_costs(self) -> torch.Tensor:
+        """[L] fp64, cost of one channel of one expert of every FFN."""
+        experts = torch.tensor(self.experts or (1,) * len(self.scores))
+        return torch.tensor(self.costs or experts.tolist()) / experts.double()
+
+    @property
     def budget(self) -> float:
-        """Channels to keep in all, before rounding."""
-        return (1 - self.sparsity) * float(self.intermediate_sizes.sum())
+        """Cost to keep in all, before rounding."""
+        total = float((self.channel_costs * self.intermediate_sizes).sum())
+        return (1 - self.sparsity) * total
+
+
+def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
+    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
+    131072 tokens."""
+    return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
 
 
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -56,7 +77,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 
     Source: arXiv 2409.13199 and its released code.
     """
-    share = torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+    share = importance_shares(importance_sum)
     mean = share.mean()
     if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
         room = mean * (1 / (1 - sparsity) - 1)
@@ -69,7 +90,7 @@ def cfsp(problem: AllocationProblem) -> torch.Tensor:
     keep = cfsp_keep_fractions(problem.importance * REFERENCE_TOKENS, problem.sparsity)
     sizes = problem.intermediate_sizes
     widths = keep * sizes
-    return widths * (problem.budget / widths.sum())
+    return widths * (problem.budget / (problem.channel_costs * widths).sum())
 
 
 def uniform(problem: AllocationProblem) -> torch.Tensor:
@@ -88,56 +109,98 @@ def global_threshold(problem: AllocationProblem) -> torch.Tensor:
         centred = score.double() - score.double().mean()
         standardised.append(centred / deviation if deviation > 0 else torch.zeros_like(centred))
     order = torch.sort(torch.cat(standardised), descending=True, stable=True).indices
-    kept = order[: round(problem.budget)]
     block_of = torch.repeat_interleave(
         torch.arange(len(problem.scores)), problem.intermediate_sizes
+    )[order]
+    costs = problem.channel_costs[block_of]
+    kept = int((costs.cumsum(0) - costs / 2 < problem.budget).sum())
+    return torch.bincount(block_of[:kept], minlength=len(problem.scores)).double()
+
+
+def knapsack(problem: AllocationProblem) -> torch.Tensor:
+    """Least sum of errors over all FFNs under the budget, at multiples of the width multiple.
+
+    Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance; see
+    :func:`cfsp.knapsack.least_error_choices`. Sources: SPDY (arXiv 2201.13096), ZipLM
+    (arXiv 2302.04089).
+    """
+    if not problem.curves:
+        raise CfspError("allocator 'knapsack' needs error curves")
+    experts = problem.experts or (1,) * len(problem.scores)
+    costs, multiple = problem.costs or experts, problem.width_multiple
+    sizes = [len(s) // count for s, count in zip(problem.scores, experts, strict=True)]
+    widths = [_knapsack_widths(size, multiple) for size in sizes]
+    chosen = least_error_choices(
+        [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
+        [(of_ffn * cost).numpy() for of_ffn, cost in zip(widths, costs, strict=True)],
+        check_budget(sizes, problem.budget, multiple, costs) * multiple,
     )
-    return torch.bincount(block_of[kept], minlength=len(problem.scores)).double()
+    found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
+    return torch.tensor(found, dtype=torch.float64) * torch.tensor(experts)
+
+
+def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
+    most = size // multiple
+    step = -(-most // CURVE_POINTS)
+    return torch.tensor(sorted({1, *range(step, most, step), most})) * multiple
 
 
 ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "cfsp": cfsp,
     "uniform": uniform,
     "global": global_threshold,
+    "knapsack": knapsack,
 }
-"""Allocator by name: problem -> ideal widths [L] fp64 that sum to the budget."""
+"""Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
+NEEDS_CURVES = frozenset({"knapsack"})
 
 
 def check_budget(
     intermediate_sizes: Sequence[int],
     budget: float,
     multiple: int,
-    experts: Sequence[int] | None = None,
+    costs: Sequence[int] | None = None,
 ) -> int:
-    """The number of multiples to keep in all, where some widths meet the budget.
+    """The cost to keep in all over the multiple, where some widths meet the budget.
 
     Args:
         intermediate_sizes: channels of every FFN, of one expert where it has several.
-        budget: channels to keep in all FFNs and experts.
+        budget: cost to keep in all FFNs and experts.
         multiple: 1 for exact widths.
-        experts: of every FFN; None where no FFN has any.
+        costs: of one channel of width in every FFN: its experts, where channels are the budget;
+            None: 1.
 
     Raises:
         CfspError: none do; says which sparsities can be reached.
     """
-    experts = experts or [1] * len(intermediate_sizes)
-    room = [size // multiple for size in intermediate_sizes]
+    costs = costs or [1] * len(intermediate_sizes)
     wanted = round(budget / multiple)
-    kind = "block" if max(experts) == 1 else "FFN"
-    if min(room) < 1:
-        raise CfspError(
-            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
-            f"{kind} {room.index(min(room))}; 1 gives exact widths"
-        )
-    least, most = sum(experts), sum(map(mul, room, experts))
+    least, most = reachable(intermediate_sizes, multiple, costs)
     if not least <= wanted <= most:
-        total = sum(map(mul, intermediate_sizes, experts))
+        total = sum(map(mul, intermediate_sizes, costs))
         low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
-            f"{len(room)} {kind}s can reach {max(0.0, low):.4g} to {high:.4g}"
+            f"{len(costs)} {_kind(costs)}s can reach {max(0.0, low):.4g} to {high:.4g}"
         )
     return wanted
+
+
+def reachable(
+    intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
+) -> tuple[int, int]:
+    """What all FFNs cost at least and at most, over the multiple; see :func:`check_budget`."""
+    room = [size // multiple for size in intermediate_sizes]
+    if min(room) < 1:
+        raise CfspError(
+            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
+            f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
+        )
+    return sum(costs), sum(map(mul, room, costs))
+
+
+def _kind(costs: Sequence[int]) -> str:
+    return "block" if max(costs) == 1 else "FFN"
 
 
 def apportion(
@@ -146,44 +209,44 @@ def apportion(
     budget: float,
     multiple: int,
     importance: torch.Tensor,
-    experts: Sequence[int] | None = None,
+    costs: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
 
     Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
     most by it, among equals to the more important one (the largest-remainder method). An FFN
     keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
-    of each of them, and the budget is met to half of the largest such step.
+    of each of them; the budget is met to half of the smallest step that can be made.
 
     Args:
         ideal: [L] widths, real; of one expert, as the result.
         intermediate_sizes: channels of every FFN, of one expert.
-        budget: channels to keep in all FFNs and experts.
+        budget: cost to keep in all FFNs and experts.
         multiple: 1 for exact widths.
         importance: [L]; breaks ties, then the index does.
-        experts: of every FFN; None where no FFN has any.
+        costs: see :func:`check_budget`.
 
     Raises:
         CfspError: no widths meet the budget; says what could be.
     """
-    experts = experts or [1] * len(intermediate_sizes)
+    costs = costs or [1] * len(intermediate_sizes)
     room = [size // multiple for size in intermediate_sizes]
-    wanted = check_budget(intermediate_sizes, budget, multiple, experts)
+    wanted = check_budget(intermediate_sizes, budget, multiple, costs)
     quotas = (ideal.double() / multiple).tolist()
     units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
     lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
     order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
 
-    missing = wanted - sum(map(mul, units, experts))
-    for by, turn in ((1, order), (-1, order[::-1])):
-        changed = True
-        while changed:
-            changed = False
+    missing = wanted - sum(map(mul, units, costs))
+    changed = True
+    while changed:
+        changed = False
+        for by, turn in ((1, order), (-1, order[::-1])):
             for ffn in turn:
-                nearer = 2 * missing * by > experts[ffn]
+                nearer = 2 * missing * by > costs[ffn]
                 if nearer and 1 <= units[ffn] + by <= room[ffn]:
                     units[ffn] += by
-                    missing -= by * experts[ffn]
+                    missing -= by * costs[ffn]
                     changed = True
     return tuple(count * multiple for count in units)
 
@@ -213,10 +276,10 @@ def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -
     experts = problem.experts or (1,) * len(problem.scores)
     counts = torch.tensor(experts)
     return apportion(
-        ALLOCATORS[allocator](problem) / counts,
+        ALLOCATORS[allocator](replace(problem, width_multiple=multiple)) / counts,
         (problem.intermediate_sizes // counts).tolist(),
         problem.budget,
         multiple,
         problem.importance,
-        experts,
+        problem.costs or experts,
     )

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from . import __version__
 from .allocation import ALLOCATORS
+from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .cli_evaluate import add_evaluate
+from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
@@ -21,13 +23,15 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
+from .fits import fits_summary
+from .footprint import plan_within
 from .pipeline import (
     PruneResult,
     as_calibrated,
     calibrate,
     prune,
 )
-from .plan import load_plan, make_plan, save_plan
+from .plan import load_plan, save_plan
 from .process import ended, quiet, sigterm
 from .ranks import joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
@@ -96,10 +100,18 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
     group.add_argument("--recipe", metavar="FILE.yaml", help="start from this recipe's settings")
-    group.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
+    amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
+    group.add_argument(
+        "--damping",
+        type=float,
+        help="of least squares: pull towards the weights as they were, relative to the mean square "
+        f"of a channel {_default('damping')}",
+    )
     group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
@@ -130,9 +142,14 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if calibration and getattr(arguments, "statistics", None):
         option = next(iter(calibration))
         raise CfspError(f"--statistics fixes the calibration; drop --{option}")
+    given = _given(arguments, RECIPE_OPTIONS)
+    if "budget" in given:  # what the file says of the other gives way
+        given["sparsity"] = Recipe.sparsity
+    elif "sparsity" in given:
+        given["budget"] = None
     return dataclasses.replace(
         recipe,
-        **_given(arguments, RECIPE_OPTIONS),
+        **given,
         calibration=dataclasses.replace(recipe.calibration, **calibration),
     )
 
@@ -161,6 +178,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=_recipe(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
@@ -188,7 +207,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     statistics = load_statistics(arguments.statistics)
     opened = open_lean(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = make_plan(statistics, opened.blocks.ffn_weights, as_calibrated(recipe, statistics))
+    plan = plan_within(
+        statistics,
+        opened.blocks.ffn_weights,
+        as_calibrated(recipe, statistics),
+        opened.model,
+        opened.layout,
+    )
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -236,8 +261,10 @@ def _prune(arguments: argparse.Namespace) -> None:
 def _print_result(result: PruneResult) -> None:
     report = result.report
     Console().print(result.plan.table())
-    ratio = report.parameters_after / report.parameters_before
-    print(f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} ({ratio:.1%})")
+    for title, was, now in report.sizes.rows():
+        print(f"{title}: {was} -> {now}")
+    if any(report.fits):
+        print(f"least squares: {fits_summary(report.fits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -279,6 +306,11 @@ def build_parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    calibration.add_argument(
+        "--gram",
+        action="store_true",
+        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+    )
     _add_calibration(calibration)
     add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)
@@ -320,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pruning.set_defaults(run=_prune, shared=True)
 
+    recovery = add_recover(commands)
     evaluation = add_evaluate(commands)
 
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
@@ -340,11 +373,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     reporting = add_report(commands)
 
-    for command in (demo, calibration, plan, pruning, evaluation, exporting, reporting):
+    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting, reporting):
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, exporting, reporting):
+    for command in (demo, calibration, pruning, recovery, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -1,5 +1,6 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,9 +15,12 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .errors import CfspError, Stopped
+from .gram_sums import GramSums, Split, check_ranks
+from .grams import GramFolder, file_bytes, held_out_windows
 from .layouts import Layout
+from .memory import format_bytes
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
@@ -37,9 +41,11 @@ class _BlockCollector:
         micro_batches: int,
         device: torch.device,
         ranks: Ranks,
+        split: Split | None,
     ) -> None:
+        """``split``: of the tokens, where Gram matrices are wanted."""
         self.groups = groups
-        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        sizes = sizes_of(groups)
         self.ranges = [
             slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
@@ -54,9 +60,20 @@ class _BlockCollector:
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
-        self.own_influences = self.influences[ranks.share(micro_batches)]
+        mine = ranks.share(micro_batches)
+        self.own_influences = self.influences[mine]
+        self.seen = 0
+        """Micro-batches that are through."""
+        self.grams = GramSums(sizes, split, mine.start, device, ranks) if split else None
 
-    def add_channels(self, first: int, expert: int, part: ChannelStatistics) -> None:
+    def add_channels(
+        self,
+        first: int,
+        expert: int,
+        part: ChannelStatistics,
+        x: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
         """``expert`` counts from the ``first`` of its FFN among all of the block."""
         if not self.sums or not (self.ranks.first or self.begun):
             self.sums.append(self.zeros.clone())
@@ -65,15 +82,20 @@ class _BlockCollector:
         channels = self.ranges[first + expert]
         self.sums[-1][0, channels] += part.sum
         self.sums[-1][1, channels] += part.sum_of_squares
+        if self.grams is not None:
+            self.grams.add(first + expert, self.seen, part, x, tokens)
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.tokens += before.shape[:-1].numel()
         self.begun = False
+        self.seen += 1
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
             self.own_influences[index, column] = getattr(part, metric)
 
-    def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
+    def result(
+        self, number: int, windows: int, micro_batch: int, folder: GramFolder | None
+    ) -> BlockStatistics:
         ranks = self.ranks
         influences = ranks.fill_(self.influences.cpu())
         broken = (~influences.isfinite().all(1)).nonzero()
@@ -97,6 +119,7 @@ class _BlockCollector:
             influences.sum(0),
             self.groups,
             tuple(int(tokens) for tokens in expert_tokens),
+            self.grams.write(folder, number) if self.grams is not None and folder else (),
         )
 
 
@@ -124,6 +147,30 @@ def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
         )
 
 
+def _check_grams(
+    folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ranks: Ranks
+) -> None:
+    """Raise CfspError where Gram matrices cannot be collected; warn where none is held out."""
+    check_ranks(ranks.size)
+    problem = f"rank {ranks.rank} does not see the folder {folder.path}"
+    if folder.path.is_dir():
+        need = sum(file_bytes(own, windows) for own in sizes)
+        free = shutil.disk_usage(folder.path).free
+        problem = (
+            f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+            f"{format_bytes(free)} free"
+            if need > free
+            else ""
+        )
+    ranks.check(problem or None)
+    if not held_out_windows(windows):
+        warnings.warn(
+            "a single calibration window leaves none to hold out: nothing will tell whether a "
+            "compensation lowers the error",
+            stacklevel=3,
+        )
+
+
 def collect_statistics(
     model: nn.Module,
     layout: Layout,
@@ -136,11 +183,14 @@ def collect_statistics(
     weights: Blocks | None = None,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
+    grams: GramFolder | None = None,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
     Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
-    ranks other than the first, [2, F] fp64 for each of their micro-batches.
+    ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices, on
+    the device, [F, F] fp32 three times for the block at work, on ranks other than the first as
+    often as each has eighths of the windows, and once more.
 
     Args:
         model: a causal LM on its device; left as it was found.
@@ -154,10 +204,12 @@ def collect_statistics(
         stop: asked before each block.
         ranks: each runs its share of the micro-batches; all get the same result, which does not
             depend on how many they are.
+        grams: collect Gram matrices too, in this folder, which all ranks see.
 
     Raises:
         CfspError: a block gives NaN or infinite activations; names it and the window. Ranks with
-            another model, text or version than the first.
+            another model, text or version than the first. With Gram matrices: no space for them,
+            or another number of ranks than 1, 2, 4 or 8.
         Stopped: ``stop`` said so, on any rank.
     """
     device = next(model.parameters()).device
@@ -165,6 +217,7 @@ def collect_statistics(
     given = micro_batch
     micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
     micro_batches = -(-count // micro_batch)
+    split = Split(count, seqlen, micro_batch) if grams is not None else None
     mine = ranks.share(micro_batches)
     own_windows = windows[mine.start * micro_batch : mine.stop * micro_batch]
     blocks = layout.find_blocks(model)
@@ -175,6 +228,8 @@ def collect_statistics(
         "machine or version": versions(device),
     }
     ranks.check_same(identity)
+    if grams is not None:
+        _check_grams(grams, [sizes_of(layout.groups(block)) for block in blocks], count, ranks)
     training = model.training
     model.eval()
     results = []
@@ -195,7 +250,9 @@ def collect_statistics(
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                collector = _BlockCollector(layout.groups(block), micro_batches, device, ranks)
+                collector = _BlockCollector(
+                    layout.groups(block), micro_batches, device, ranks, split
+                )
 
                 def observe(
                     index: int,
@@ -208,9 +265,11 @@ def collect_statistics(
 
                 with _observed(block, layout, collector, fused):
                     run_block(block, number, calls, observe)
-                results.append(collector.result(number, count, micro_batch))
+                results.append(collector.result(number, count, micro_batch, grams))
     finally:
         model.train(training)
+    if grams is not None:
+        ranks.barrier()  # until the last rank has written the last file
     _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),
@@ -221,6 +280,7 @@ def collect_statistics(
             "windows": count,
             "seqlen": seqlen,
             "micro_batch": micro_batch,
+            **({"held_out_windows": held_out_windows(count)} if grams is not None else {}),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "versions": identity["machine or version"],
         },

@@ -5,7 +5,6 @@ parameter belongs to the attention, the router or the FFN by its name and shape,
 architectures that cannot be pruned are counted too.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,12 +154,15 @@ class BlockCosts:
             if not is_attention(name) and not self._is_router(name, info)
         }
 
+    def matrix_flops(self) -> dict[str, float]:
+        """Of the matrix product with each parameter that is in one, per token."""
+        return {
+            name: 2.0 * info.numel * self._share(name) for name, info in self._matrices().items()
+        }
+
     def linear_flops(self) -> float:
         """Of the matrix products with parameters, per token."""
-        return sum(
-            2.0 * math.prod(info.shape) * self._share(name)
-            for name, info in self._matrices().items()
-        )
+        return sum(self.matrix_flops().values())
 
     def has_attention(self) -> bool:
         """Whether tokens see each other by scores; linear attention has none."""
@@ -232,6 +234,10 @@ class ModelCosts:
         """Of one token through the head."""
         return 2.0 * self.hidden_size * self.vocab_size
 
+    def flops(self, seqlen: int) -> float:
+        """Of one token through the whole model."""
+        return self.block_flops(seqlen) + self.head_flops()
+
     def working_bytes(self, windows: int, seqlen: int, device: str) -> int:
         """What a forward call of one block over some windows holds at its peak, beside the
         block and its input.
@@ -279,7 +285,7 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
     except AttributeError as error:
         raise CfspError(f"{config.model_type}: cannot estimate: {error}") from None
     return ModelCosts(
-        sum(math.prod(info.shape) for info in tensors.values()),
+        sum(info.numel for info in tensors.values()),
         outer,
         tuple(
             BlockCosts(part, hidden_size, active, activation in COMPOSED)

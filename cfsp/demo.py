@@ -89,16 +89,11 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     before, after = report.perplexity_before, report.perplexity_after
     if before is None or after is None:
         raise ValueError("the demo measures perplexity")
-    blocks = demo.result.plan.blocks
     table = Table(title=f"{NAME}, {demo.result.plan.sparsity:.0%} of FFN channels removed")
     for title in ("", "before", "after"):
         table.add_column(title, justify="left" if title == "" else "right", overflow="fold")
-    table.add_row("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}")
-    table.add_row(
-        "FFN channels",
-        f"{sum(block.intermediate_size for block in blocks):,}",
-        f"{sum(demo.result.plan.widths):,}",
-    )
+    for row in report.sizes.rows():
+        table.add_row(*row)
     table.add_row("perplexity (held out)", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
     table.add_row(
         "tokens/s, reading",

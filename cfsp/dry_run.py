@@ -8,13 +8,18 @@ from pathlib import Path
 import torch
 
 from .checkpoint import MAX_SHARD_BYTES
+from .compensation import NEEDS_GRAM
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
 from .errors import CfspError, unknown_name
 from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
 from .feasibility import even_plan
+from .footprint import Footprints, footprints
+from .gram_costs import GramCosts
+from .gram_sums import check_ranks
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .layouts import unsupported
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
@@ -36,6 +41,8 @@ class Job:
     evaluation_windows: int = 0
     prunes: bool = True
     """False: only the statistics are wanted."""
+    gram: bool = False
+    """Whether Gram matrices are, though nothing that is to be done reads them."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -57,15 +64,30 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     return found
 
 
+def _plan(described: Description, job: Job) -> PruningPlan | None:
+    """The job's, or one whose result is as large; None where the layout is not known.
+
+    Raises:
+        CfspError: a budget, where the layout is not known.
+    """
+    if described.layout is not None:
+        return job.plan or even_plan(described.model, described.layout, job.recipe)
+    if job.recipe.budget is not None:
+        raise unsupported(described.model.config.model_type)
+    return None
+
+
 def _after(
-    described: Description, costs: ModelCosts, tensors: Mapping[str, torch.Tensor], job: Job
+    described: Description,
+    costs: ModelCosts,
+    tensors: Mapping[str, torch.Tensor],
+    job: Job,
+    plan: PruningPlan | None,
 ) -> Tensors:
     """What the pruned model's checkpoint will hold."""
-    layout = described.layout
-    if layout is None:
+    if plan is None or described.layout is None:
         return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
-    plan = job.plan or even_plan(described.model, layout, job.recipe)
-    return planned_tensors(tensors, described.model, layout, plan)
+    return planned_tensors(tensors, described.model, described.layout, plan)
 
 
 def _file_bytes(tensors: Tensors) -> int:
@@ -74,7 +96,19 @@ def _file_bytes(tensors: Tensors) -> int:
     return sum(len(shard.header()) + shard.nbytes for shard in shards)
 
 
-def _workload(described: Description, job: Job, device: str) -> Workload:
+def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCosts | None:
+    """Of a job that collects or reads Gram matrices; None for any other."""
+    recipe, layout = job.recipe, described.layout
+    fits = job.prunes and recipe.resolved_compensation in NEEDS_GRAM
+    read = job.prunes and recipe.needs_gram(planned=job.plan is not None) is not None
+    if layout is None or not (job.gram or read):
+        return None
+    blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
+    active = costs.blocks[-1].active_experts
+    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
+
+
+def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
     parameters = {name for name, _ in model.named_parameters()}
@@ -87,7 +121,7 @@ def _workload(described: Description, job: Job, device: str) -> Workload:
     dense = costs(counted)
     pruned, output_bytes = None, 0
     if job.prunes:
-        left = _after(described, dense, tensors, job)
+        left = _after(described, dense, tensors, job, plan)
         pruned, output_bytes = costs(left), _file_bytes(left)
     widths = [info.dtype.itemsize for info in described.stored.values()]
     micro_batch = recipe.micro_batch
@@ -105,6 +139,7 @@ def _workload(described: Description, job: Job, device: str) -> Workload:
         job.ranks,
         job.nodes,
         device,
+        _gram_costs(described, job, dense),
     )
 
 
@@ -127,10 +162,19 @@ def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
     return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
 
 
+def _sizes(described: Description, plan: PruningPlan | None) -> Footprints | None:
+    if plan is None or described.layout is None:
+        return None
+    return footprints(described.model, described.layout, plan)
+
+
 def _estimate(
     described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
-    workload = _workload(described, job, hardware.device)
+    plan = _plan(described, job) if job.prunes else None
+    workload = _workload(described, job, hardware.device, plan)
+    if workload.gram is not None and job.windows:
+        check_ranks(job.ranks)
     if job.recipe.micro_batch is None:
         workload = _fitted(workload, _room(hardware, budget))
     stage, parts = workload.device_parts()
@@ -142,6 +186,7 @@ def _estimate(
         streamed=workload.streamed,
         parameters=costs.parameters,
         parameters_after=(pruned or costs).parameters,
+        sizes=_sizes(described, plan),
         blocks=len(costs.blocks),
         largest_block_bytes=costs.largest_block,
         largest_stored_block_bytes=workload.stored.largest_block,
@@ -156,6 +201,7 @@ def _estimate(
         device_parts=parts,
         host_parts=workload.host_parts(resident_bytes()),
         hardware=hardware,
+        gram_bytes=workload.gram.disk_bytes(job.windows) if workload.gram and job.windows else 0,
     )
 
 
@@ -177,6 +223,27 @@ def estimate_opened(
     described, model = describe_opened(opened), opened.model
     hardware = this_machine(model_device(model), model.dtype, measure=measure)
     return _estimate(described, job, hardware, budget)
+
+
+def choose_hardware(
+    hardware: Hardware | str | None,
+    device: str,
+    dtype: torch.dtype,
+    tflops: float | None = None,
+    disk_gbps: float | None = None,
+) -> Hardware:
+    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
+
+    Raises:
+        CfspError: no such name or device, or a stated speed that is not above 0.
+    """
+    if isinstance(hardware, str):
+        if hardware not in HARDWARE:
+            raise unknown_name("hardware", hardware, HARDWARE)
+        hardware = HARDWARE[hardware]
+    if hardware is None:
+        hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
+    return hardware.stated(tflops, disk_gbps)
 
 
 def estimate(
@@ -214,15 +281,9 @@ def estimate(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
     budget = parse_budget(max_memory)
-    if isinstance(hardware, str):
-        if hardware not in HARDWARE:
-            raise unknown_name("hardware", hardware, HARDWARE)
-        hardware = HARDWARE[hardware]
-    where = pick_device(device if hardware is None else "cpu")
     described = describe(model, recipe)
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
-    if hardware is None:
-        hardware = this_machine(where, described.model.dtype, measure=tflops is None)
+    machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)
     job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes)
-    return _estimate(described, job, hardware.stated(tflops, disk_gbps), budget)
+    return _estimate(described, job, machine, budget)

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from .errors import CfspError
+from .footprint import Footprints
 from .hardware import Hardware
 from .memory import MemoryBudget, format_bytes
 from .workload import Stage
@@ -24,7 +25,7 @@ LOWERED_BY = {
 class Estimate:
     """What a run will take. Nothing here was measured but the figures of ``hardware`` that say so.
 
-    FLOPs count a multiplication and an addition as two. Bytes are of weights.
+    FLOPs count a multiplication and an addition as two. Bytes are of weights and Gram matrices.
     """
 
     model: str
@@ -36,6 +37,8 @@ class Estimate:
     """Whether one block at a time is in memory."""
     parameters: int
     parameters_after: int
+    sizes: Footprints | None
+    """Before and after; None where the layout is not known."""
     blocks: int
     largest_block_bytes: int
     """In the run's dtype."""
@@ -55,6 +58,8 @@ class Estimate:
     host_parts: dict[str, int]
     """Bytes that each process holds at most."""
     hardware: Hardware
+    gram_bytes: int = 0
+    """Of Gram matrices on the disk."""
 
     @property
     def device_bytes(self) -> int:
@@ -77,11 +82,12 @@ class Estimate:
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("hardware", "stages")
+            if field.name not in ("hardware", "stages", "sizes")
         }
         hardware = dataclasses.asdict(dataclasses.replace(self.hardware, sources={}))
         return {
             **values,
+            "sizes": self.sizes.to_dict() if self.sizes is not None else None,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
@@ -108,6 +114,7 @@ class Estimate:
             f"{self.model}: {' -> '.join(counts)} parameters, {self.blocks} blocks of up to "
             f"{format_bytes(self.largest_block_bytes)} ({self.dtype}), "
             f"{self.windows} windows of {self.seqlen}, {self.micro_batch} a call"
+            + (f", {format_bytes(self.gram_bytes)} of Gram matrices" if self.gram_bytes else "")
         )
 
     def _memory(self) -> str:
@@ -153,12 +160,17 @@ class Estimate:
         for where, parts in held.items():
             for part, count in parts.items():
                 memory.add_row(where, part, format_bytes(count))
+        sizes = Table(title="the model")
+        for title in ("", "before", "after"):
+            sizes.add_column(title, justify="left" if title == "" else "right")
+        for row in self.sizes.rows() if self.sizes is not None else ():
+            sizes.add_row(*row)
         figures = Table(title="what the seconds rest on")
         for title in ("figure", "value"):
             figures.add_column(title)
         for figure, value in self.hardware.assumptions().items():
             figures.add_row(figure, value)
-        return Group(stages, memory, figures)
+        return Group(*([sizes] if self.sizes is not None else []), stages, memory, figures)
 
     def check(self, budget: MemoryBudget) -> None:
         """Raise CfspError where the run needs more than it may take, or than a GPU has free; says

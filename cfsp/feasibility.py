@@ -1,38 +1,31 @@
 """Whether a recipe can be met by a model: found out from shapes, before the calibration."""
 
+from operator import mul
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .allocation import apportion, check_budget, equal_widths
-from .channels import ChannelGroup, check_expert_width
+from .channels import check_expert_width
 from .classes import parameter_shapes, stock_model
 from .compensation import ADD_BIAS
 from .errors import CfspError
+from .footprint import check_met, groups_of, resolve_budget
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan, flat_channels
 from .recipe import Recipe
 from .rewriting import planned_tensors
 
 
-def _groups(model: nn.Module, layout: Layout) -> list[tuple[ChannelGroup, ...]]:
-    return [layout.groups(block) for block in layout.find_blocks(model)]
-
-
 def check_recipe(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
     check_biases(model, layout, recipe.resolved_compensation)
-    groups = [group for block in _groups(model, layout) for group in block]
-    for group in groups:
+    for group in groups_of(model, layout):
         check_expert_width(recipe.width_multiple, group.experts)
-    check_budget(
-        [group.channels for group in groups],
-        (1 - recipe.sparsity) * sum(group.total for group in groups),
-        recipe.width_multiple,
-        [group.experts for group in groups],
-    )
+    plan = even_plan(model, layout, recipe)
     if recipe.uniform:
-        _check_stock(model, layout, recipe)
+        _check_stock(model, layout, plan)
 
 
 def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
@@ -47,29 +40,35 @@ def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
                     )
 
 
-def even_plan(model: nn.Module, layout: Layout, recipe: Recipe) -> PruningPlan:
-    """A plan of about equal widths; the output of any other of this sparsity is as large."""
-    blocks = _groups(model, layout)
-    groups = [group for block in blocks for group in block]
-    sizes, experts = [g.channels for g in groups], [g.experts for g in groups]
+def even_plan(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> PruningPlan:
+    """A plan of about equal widths; the output of any other of this sparsity is as large.
+
+    Raises:
+        CfspError: no widths meet the recipe's sparsity or budget.
+    """
+    blocks = [layout.groups(block) for block in layout.find_blocks(model)]
+    sizes = [group.channels for block in blocks for group in block]
+    budget, multiple = resolve_budget(model, layout, recipe), recipe.width_multiple
+    keep = (1 - budget.sparsity) * sum(map(mul, sizes, budget.costs))
+    check_budget(sizes, keep, multiple, budget.costs)
     if recipe.uniform:
-        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+        widths = equal_widths(sizes, budget.sparsity, multiple)
     else:
-        budget = (1 - recipe.sparsity) * sum(group.total for group in groups)
-        ideal = (1 - recipe.sparsity) * torch.tensor(sizes, dtype=torch.float64)
+        ideal = (1 - budget.sparsity) * torch.tensor(sizes, dtype=torch.float64)
         even = torch.zeros(len(sizes))
-        widths = apportion(ideal, sizes, budget, recipe.width_multiple, even, experts)
+        widths = apportion(ideal, sizes, keep, multiple, even, budget.costs)
     plans, next_width = [], iter(widths)
     for block in blocks:
         kept = [torch.arange(next(next_width)).expand(group.experts, -1) for group in block]
         total = sum(group.total for group in block)
         plans.append(BlockPlan(total, flat_channels(kept, block), 0.0, block))
-    return PruningPlan(tuple(plans), "", recipe)
+    plan = PruningPlan(tuple(plans), "", recipe)
+    check_met(model, layout, plan)
+    return plan
 
 
-def _check_stock(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> None:
+def _check_stock(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> None:
     """Raise CfspError where the family's own class builds no model of the widths to be."""
-    plan = even_plan(model, layout, recipe)
     dense = model.state_dict()
     planned = planned_tensors(dense, model, layout, plan)
     widths = [

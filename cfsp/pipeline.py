@@ -18,6 +18,8 @@ from .dry_run import Job, estimate_opened
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .feasibility import check_biases, check_recipe
+from .footprint import plan_within
+from .grams import temporary_folder
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
 from .memory import MemoryBudget, parse_budget
@@ -27,7 +29,7 @@ from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
-from .statistics import Statistics, check_statistics, load_statistics
+from .statistics import Statistics, check_grams, check_statistics, load_statistics
 from .streaming import open_lean
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
 
@@ -79,6 +81,8 @@ def calibrate(
     tokenizer: Any = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     *,
+    gram: bool = False,
+    gram_folder: str | Path | None = None,
     device: str = "auto",
     max_memory: str | None = None,
     progress: bool = True,
@@ -90,6 +94,10 @@ def calibrate(
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
+        gram: collect Gram matrices too, which least squares need; see docs/streaming.md for what
+            they take.
+        gram_folder: where they go, block by block, until :func:`cfsp.save_statistics` puts them
+            beside the statistics; it is removed with the result. None: a temporary folder.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
@@ -103,10 +111,12 @@ def calibrate(
     progress = progress and ranks.first
     opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, len(windows), prunes=False, ranks=ranks.size)
+    job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
+    folder = Path(gram_folder) if gram_folder is not None else None
+    grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
     with device_capped(model_device(opened.model), budget.device):
-        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks)
+        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks, grams=grams)
 
 
 def plan(
@@ -121,13 +131,16 @@ def plan(
         weights: the dense model, or a function from block number to the matrices of its FFNs, one
             :class:`cfsp.channels.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
-        recipe: scorer, allocator, importance, sparsity and width multiple are read.
+        recipe: scorer, allocator, importance, width multiple and sparsity or budget are read. A
+            budget needs the model.
 
     Raises:
-        CfspError: no widths meet the sparsity.
+        CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        weights = adopt(weights, None).blocks.ffn_weights
+        opened = adopt(weights, None)
+        given = opened.blocks.ffn_weights
+        return plan_within(statistics, given, recipe, opened.model, opened.layout)
     return make_plan(statistics, weights, recipe)
 
 
@@ -138,7 +151,9 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=calibration)
 
 
-def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
+def held_out_windows(
+    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
+) -> HeldOut:
     """Held-out windows to measure on. A local calibration file has no held-out part of its own,
     so the text that ships with Python stands in unless ``dataset`` names another."""
     if windows == 0:
@@ -243,7 +258,9 @@ def prune(
         check_recipe(opened.model, layout, recipe)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
-    held_out = _held_out(opened, recipe, eval_dataset, eval_windows)
+        if reader := recipe.needs_gram(planned=plan is not None):
+            check_grams(statistics, reader)
+    held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
 
     windows = None
     compensation = recipe.resolved_compensation

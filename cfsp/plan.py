@@ -13,12 +13,13 @@ import torch
 from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
+from .budgets import ChannelBudget
 from .channels import ChannelGroup, FFNWeights
 from .errors import CfspError
 from .recipe import Recipe, recipe_from_dict
 from .scoring import SCORERS
 from .selection import score_quantiles, select_by_expert
-from .statistics import BlockStatistics, Statistics
+from .statistics import BlockStatistics, Statistics, check_grams
 
 FORMAT = "cfsp-plan-1"
 
@@ -96,7 +97,10 @@ class PruningPlan:
 
 
 def make_plan(
-    statistics: Statistics, weights: Callable[[int], Sequence[FFNWeights]], recipe: Recipe
+    statistics: Statistics,
+    weights: Callable[[int], Sequence[FFNWeights]],
+    recipe: Recipe,
+    budget: ChannelBudget | None = None,
 ) -> PruningPlan:
     """Score, allocate, select.
 
@@ -105,10 +109,16 @@ def make_plan(
         weights: block number -> the matrices of its FFNs, of every expert. Called
             only for scorers that read weights.
         recipe: the choices.
+        budget: what the recipe's comes to in this model, see
+            :func:`cfsp.footprint.resolve_budget`; None: the recipe has a sparsity.
 
     Raises:
-        CfspError: no widths meet the sparsity.
+        CfspError: no widths meet the budget; Gram matrices that the scorer needs are not there.
     """
+    if budget is None and recipe.budget is not None:
+        raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
+    if SCORERS[recipe.scorer].needs_gram:
+        check_grams(statistics, f"scorer {recipe.scorer!r}")
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
@@ -120,16 +130,19 @@ def make_plan(
         for number, block in enumerate(statistics.blocks)
         for part in _block_scores(block, partial(weights, number), recipe.scorer)
     ]
-    problem = AllocationProblem(
-        importance[[number for number, _ in ffns]],
-        tuple(scores),
-        recipe.sparsity,
-        tuple(group.experts for _, group in ffns),
-    )
+    experts = tuple(group.experts for _, group in ffns)
+    budget = budget or ChannelBudget(recipe.sparsity, experts)
     if recipe.uniform:
         sizes = [group.channels for _, group in ffns]
-        widths = equal_widths(sizes, recipe.sparsity, recipe.width_multiple)
+        widths = equal_widths(sizes, budget.sparsity, recipe.width_multiple)
     else:
+        problem = AllocationProblem(
+            importance[[number for number, _ in ffns]],
+            tuple(scores),
+            budget.sparsity,
+            experts,
+            budget.costs,
+        )
         widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
     block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -11,10 +11,12 @@ PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets"
 SAMPLED_VALUES = 256
 
 
-def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+def versions(
+    device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES
+) -> dict[str, str]:
     """Versions of what computed a result, and the device it ran on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

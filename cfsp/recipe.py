@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from .allocation import ALLOCATORS
-from .compensation import COMPENSATIONS
+from .budgets import parse_budget
+from .compensation import COMPENSATIONS, NEEDS_GRAM
 from .errors import CfspError, unknown_name
+from .least_squares import DAMPING
 from .scoring import SCORERS
 from .statistics import INFLUENCE_METRICS
 from .text import BOS_CHOICES
@@ -47,11 +49,16 @@ class Recipe:
 
     sparsity: float = 0.3
     """Fraction of all FFN channels to remove, in [0, 1)."""
+    budget: str | None = None
+    """Of the whole model, instead of a sparsity: see :func:`cfsp.budgets.parse_budget`."""
     scorer: str = "cfsp"
     allocator: str | None = None
     """None: the scorer's own, as its authors use it."""
     compensation: str | None = None
     """None: the scorer's own."""
+    damping: float = DAMPING
+    """Of least squares: how strongly the kept columns are pulled towards what they were, relative
+    to the mean square of a channel."""
     importance: str = "angular"
     """Metric of the coarse block importance."""
     uniform: bool = False
@@ -67,6 +74,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise CfspError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.budget is not None:
+            parse_budget(self.budget)
+            if self.sparsity != type(self).sparsity:
+                raise CfspError(
+                    f"budget {self.budget} and sparsity {self.sparsity} exclude each other"
+                )
         if self.scorer not in SCORERS:
             raise unknown_name("scorer", self.scorer, SCORERS)
         if self.allocator is not None and self.allocator not in ALLOCATORS:
@@ -75,6 +88,8 @@ class Recipe:
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
         if self.compensation is not None and self.compensation not in COMPENSATIONS:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
+        if not 0 <= self.damping < float("inf"):
+            raise CfspError(f"damping must be 0 or more, got {self.damping}")
         if self.importance not in INFLUENCE_METRICS:
             raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
         if self.width_multiple < 1:
@@ -93,6 +108,14 @@ class Recipe:
     def resolved_compensation(self) -> str:
         """The compensation in force."""
         return self.compensation or SCORERS[self.scorer].compensation
+
+    def needs_gram(self, planned: bool = False) -> str | None:
+        """What reads Gram matrices: a compensation, a scorer unless all is ``planned``; or None."""
+        if self.resolved_compensation in NEEDS_GRAM:
+            return f"compensation {self.resolved_compensation!r}"
+        if SCORERS[self.scorer].needs_gram and not planned:
+            return f"scorer {self.scorer!r}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

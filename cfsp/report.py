@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .channels import FitRecord
 from .evaluation import Perplexity
+from .fits import fits_section, fits_to_dicts
+from .footprint import Footprints
 from .plan import PruningPlan
 from .statistics import Statistics
 
@@ -16,13 +19,25 @@ class PruneReport:
     """The dense model: hub id, folder or file name."""
     plan: PruningPlan
     statistics: Statistics | None
-    parameters_before: int
-    parameters_after: int
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
+    sizes: Footprints
+    """What the model took and takes; shapes alone say it."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
     """Whether the result is an architecture of transformers itself."""
     versions: dict[str, str]
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the dense model; tied ones once."""
+        return self.sizes.before.parameters
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the pruned model; tied ones once."""
+        return self.sizes.after.parameters
 
     def to_dict(self) -> dict[str, Any]:
         """The measured part, as plain values."""
@@ -32,8 +47,10 @@ class PruneReport:
             "widths": list(self.plan.widths),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "sizes": self.sizes.to_dict(),
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
+            **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
         }
 
 
@@ -76,7 +93,7 @@ width of its own per block.
 
 | | before | after |
 |---|---:|---:|
-| parameters | {before:,} | {after:,} ({ratio:.1%}) |
+{sizes}
 | FFN channels per block | {size_before} | {size_after} |
 {perplexity}
 
@@ -91,7 +108,7 @@ width of its own per block.
 `{calibration.dataset}`, seed {calibration.seed} |
 
 `recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
-
+{fits}
 ## Use
 
 ```python
@@ -134,13 +151,12 @@ def model_card(report: PruneReport) -> str:
     return CARD.format(
         name=report.name,
         sparsity=plan.sparsity,
-        before=report.parameters_before,
-        after=report.parameters_after,
-        ratio=report.parameters_after / report.parameters_before,
+        sizes="\n".join(f"| {' | '.join(row)} |" for row in report.sizes.rows()),
         size_before=_range(tuple(block.intermediate_size for block in plan.blocks)),
         size_after=_range(plan.widths),
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
+        fits=fits_section(report.fits),
         usage=usage,
     )

@@ -1,7 +1,7 @@
 """A job whose input is checked: in memory or from disk to disk, with what comes of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks, empty_
+from .channels import FitRecord
 from .checkpoint import (
     load,
     new_folder,
@@ -28,14 +28,24 @@ from .classes import become_pruned_, is_stock
 from .collection import collect_statistics
 from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
+from .footprint import Footprints, footprints, plan_within
+from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
 from .models import OpenModel, quiet_loading
-from .plan import PruningPlan, make_plan, plan_to_dict
+from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .report import PruneReport, model_card, recipe_document
-from .resume import begin, check_resume, check_shared, end, keep_statistics, kept_statistics
+from .resume import (
+    begin,
+    check_resume,
+    check_shared,
+    end,
+    keep_statistics,
+    kept_grams,
+    kept_statistics,
+)
 from .rewriting import prune_model_
 from .second_pass import prune_to_shards_
 from .statistics import Statistics, statistics_fingerprint
@@ -76,11 +86,6 @@ class PruneResult:
         return self.report.statistics
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """What a model is measured on before and after."""
@@ -98,8 +103,10 @@ def collect(
     progress: bool,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
+    grams: GramFolder | None = None,
 ) -> Statistics:
-    """Statistics of a calibration pass, with where they come from."""
+    """Statistics of a calibration pass, with where they come from; Gram matrices where they have a
+    folder."""
     return collect_statistics(
         opened.model,
         opened.layout,
@@ -113,6 +120,7 @@ def collect(
         weights=opened.blocks,
         stop=stop,
         ranks=ranks,
+        grams=grams,
     )
 
 
@@ -135,10 +143,14 @@ class Run:
     progress: bool
     ranks: Ranks
 
-    def calibrated(self) -> Statistics | None:
-        """The statistics given, or those of a pass over the calibration tokens."""
+    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
+        """The statistics given, or those of a pass over the calibration tokens.
+
+        ``grams`` makes the folder for Gram matrices, where they are needed.
+        """
         if self.windows is None:
             return self.statistics
+        needs_gram = self.recipe.needs_gram(planned=self.plan is not None)
         return collect(
             self.opened,
             self.recipe,
@@ -147,6 +159,7 @@ class Run:
             self.progress,
             self.stop,
             self.ranks,
+            self.ranks.of_first(grams) if needs_gram else None,
         )
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
@@ -155,8 +168,12 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        weights = self.opened.blocks.ffn_weights
-        return self.ranks.of_first(lambda: make_plan(statistics, weights, self.recipe))
+        opened = self.opened
+        return self.ranks.of_first(
+            lambda: plan_within(
+                statistics, opened.blocks.ffn_weights, self.recipe, opened.model, opened.layout
+            )
+        )
 
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
@@ -183,7 +200,8 @@ def _report(
     opened: OpenModel,
     plan: PruningPlan,
     statistics: Statistics | None,
-    parameters_before: int,
+    fits: Sequence[tuple[FitRecord, ...]],
+    sizes: Footprints,
     before: Perplexity | None,
     after: Perplexity | None,
 ) -> PruneReport:
@@ -191,8 +209,8 @@ def _report(
         name=opened.name,
         plan=plan,
         statistics=statistics,
-        parameters_before=parameters_before,
-        parameters_after=count_parameters(opened.model),
+        fits=tuple(fits),
+        sizes=sizes,
         perplexity_before=before,
         perplexity_after=after,
         stock=is_stock(opened.model),
@@ -214,7 +232,7 @@ def _become_pruned_(opened: OpenModel, plan: PruningPlan) -> None:
 def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
     opened, held_out = run.opened, run.held_out
-    statistics = run.calibrated()
+    statistics = run.calibrated(temporary_folder)
     plan = run.planned(statistics)
 
     def measure() -> Perplexity | None:
@@ -231,13 +249,13 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned = opened.model
     training = pruned.training
     pruned.eval()
-    parameters_before = count_parameters(pruned)
+    sizes = footprints(pruned, opened.layout, plan)
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
-    prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
+    fits = prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, parameters_before, before, measure())
+    report = _report(opened, plan, statistics, fits, sizes, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -282,17 +300,19 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
         if ranks.first:
             begin(folder, identity)
         check_shared(folder, ranks)
-        statistics = ranks.of_first(lambda: kept_statistics(folder)) or run.calibrated()
+        statistics = ranks.of_first(lambda: kept_statistics(folder))
+        if statistics is None:
+            statistics = run.calibrated(lambda: kept_grams(folder))
         if statistics is not None and run.windows is not None and ranks.first:
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
+        sizes = footprints(opened.model, opened.layout, plan)
         second = _second_pass(run, plan, statistics, folder)
 
         def finish() -> PruneReport:
             _become_pruned_(opened, plan)
-            report = _report(
-                opened, plan, statistics, second.parameters_before, second.before, second.after
-            )
+            known = statistics.without_grams() if statistics is not None else None
+            report = _report(opened, plan, known, second.fits, sizes, second.before, second.after)
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             empty_(opened.model)  # one model's embeddings in memory at a time
@@ -310,7 +330,8 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
 class _SecondPass:
     """What pass 2 measured."""
 
-    parameters_before: int
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """Of every block, on the first rank, which reads all."""
     before: Perplexity | None
     after: Perplexity | None
     probe: torch.Tensor
@@ -328,7 +349,6 @@ def _second_pass(
     """
     opened, held_out, ranks = run.opened, run.held_out, run.ranks
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
-    parameters_before = count_parameters(model)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
     pair, tokens = [], held_out.tokens
@@ -336,8 +356,9 @@ def _second_pass(
         own = tokens[ranks.share(len(tokens))]
         pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
     stopped = False
+    fits: dict[int, tuple[FitRecord, ...]] = {}
     try:
-        prune_to_shards_(
+        fits = prune_to_shards_(
             opened,
             plan,
             statistics,
@@ -359,4 +380,4 @@ def _second_pass(
             for riding in pair
         )
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    return _SecondPass(parameters_before, before, after, logits)
+    return _SecondPass(tuple(fits.values()), before, after, logits)

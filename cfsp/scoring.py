@@ -24,6 +24,8 @@ class Scorer:
     compensation: str
     summary: str
     reads_weights: bool = True
+    needs_gram: bool = False
+    """Whether it reads the Gram matrices in the statistics."""
 
 
 def activation_norm(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:

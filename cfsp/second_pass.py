@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .arena import Arena, aligned
+from .channels import FitRecord
 from .checkpoint import MAX_SHARD_BYTES, saved_tensors
 from .errors import Stopped
 from .models import OpenModel
@@ -121,7 +122,7 @@ def prune_to_shards_(
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
-) -> None:
+) -> dict[int, tuple[FitRecord, ...]]:
     """Write the weights of the pruned model, the bytes that a pruned live model's would be.
 
     Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
@@ -139,6 +140,9 @@ def prune_to_shards_(
         progress: show a bar on stderr.
         ranks: those that share the shards.
 
+    Returns:
+        What :func:`cfsp.rewriting.prune_block_` does, by number of the blocks that were read.
+
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be
             read.
@@ -148,7 +152,6 @@ def prune_to_shards_(
     layout, model = opened.layout, opened.model
     check_plan(plan, model, layout, opened.blocks.fingerprint())
     check_compensation(plan, statistics)
-    compensation = plan.recipe.resolved_compensation
     dense = saved_tensors(model)
     planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
@@ -172,6 +175,7 @@ def prune_to_shards_(
         writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
+        records: dict[int, tuple[FitRecord, ...]] = {}
         for number, block in turns:
             shown.turn(number, opened.blocks.stored_bytes(number))
             for windows in before:
@@ -179,7 +183,9 @@ def prune_to_shards_(
             block_statistics = statistics.blocks[number] if statistics is not None else None
             writing.result()  # at most one block waits to be written
             block_plan, room = plan.blocks[number], aside.room()
-            prune_block_(block, layout, block_plan, compensation, block_statistics, room)
+            records[number] = prune_block_(
+                block, layout, block_plan, plan.recipe, block_statistics, room
+            )
             for windows in after:
                 windows.ride(number)
             prefix = f"{layout.blocks}.{number}."
@@ -198,3 +204,4 @@ def prune_to_shards_(
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
     if ranks.first:
         write_index(folder, shards)
+    return records

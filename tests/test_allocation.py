@@ -1,5 +1,7 @@
 """Widths: the published formula, the budget, ties, and what cannot be met."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from cfsp.allocation import (
     cfsp_keep_fractions,
     equal_widths,
 )
+from cfsp.error_curves import ErrorCurve
 from cfsp.errors import CfspError
 
 
@@ -20,7 +23,11 @@ def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProbl
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 0.5
     scores = tuple(torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return AllocationProblem(importance, scores, sparsity)
+    curves = tuple(
+        ErrorCurve(torch.arange(size + 1), torch.cat([score.cumsum(0).flip(0), torch.zeros(1)]))
+        for size, score in zip(sizes, scores, strict=True)
+    )
+    return AllocationProblem(importance, scores, sparsity, curves=curves)
 
 
 def test_cfsp_fractions_follow_the_formula_where_nothing_is_contracted() -> None:
@@ -58,6 +65,39 @@ def test_the_budget_is_met_to_half_a_multiple(
     for width, size in zip(widths, sizes, strict=True):
         assert width % multiple == 0
         assert multiple <= width <= size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ffns=st.lists(
+        st.tuples(st.integers(40, 99), st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=9
+    ),
+    sparsity=st.floats(0.1, 0.8),
+    allocator=st.sampled_from(sorted(ALLOCATORS)),
+)
+def test_a_budget_of_unequal_costs_is_met_to_half_a_channel(
+    ffns: list[tuple[int, int, int]], sparsity: float, allocator: str
+) -> None:
+    sizes, experts, costs = (tuple(column) for column in zip(*ffns, strict=True))
+    plain = problem([size * count for size, count in zip(sizes, experts, strict=True)], sparsity)
+    costly = replace(plain, experts=experts, costs=costs)
+    widths = allocate_widths(costly, allocator, 1)
+    spent = sum(width * cost for width, cost in zip(widths, costs, strict=True))
+    least, total = sum(costs), sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+    assert costly.budget == pytest.approx((1 - sparsity) * total)
+    assert least <= spent <= total
+    movable = [c for w, s, c in zip(widths, sizes, costs, strict=True) if 1 < w < s]
+    assert abs(spent - costly.budget) <= min(movable, default=max(costs)) / 2 + 0.5
+
+
+def test_dear_channels_go_first_where_the_cost_counts() -> None:
+    scores = (torch.arange(40.0), torch.arange(40.0))
+    costly = AllocationProblem(torch.ones(2), scores, 0.5, costs=(1, 3))
+    assert costly.channel_costs.tolist() == [1.0, 3.0]
+    assert allocate_widths(costly, "global", 1) == (20, 20)
+    widths = allocate_widths(replace(costly, importance=torch.tensor([0.0, 0.4])), "cfsp", 1)
+    assert widths[1] > widths[0]
+    assert widths[0] + 3 * widths[1] == 80
 
 
 def test_equal_remainders_go_to_the_more_important_block_then_to_the_earlier() -> None:

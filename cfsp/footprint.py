@@ -1,0 +1,203 @@
+"""What a model takes before and after pruning: channels, parameters, FLOPs and, measured, time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .budgets import BATCH, LENGTH, ChannelBudget, channel_budget, parse_budget
+from .channels import ChannelGroup, FFNWeights
+from .compensation import ADD_BIAS
+from .costs import ModelCosts, Tensors, costs_of
+from .descriptions import kept_tensors, tensor_infos
+from .layouts import Layout
+from .models import check_seqlen
+from .plan import PruningPlan, make_plan
+from .recipe import Recipe
+from .rewriting import planned_tensors
+from .statistics import Statistics
+
+Weights = Callable[[int], Sequence[FFNWeights]]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one model takes."""
+
+    channels: int
+    """Of all FFNs and experts."""
+    parameters: int
+    """Tied ones once."""
+    flops: float
+    """Of a forward call; a multiplication and an addition are two."""
+    seconds: float | None = None
+    """Of a forward call, by a measured table; None: there was none."""
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """A model before and after, in the four units that budgets have."""
+
+    before: Footprint
+    after: Footprint
+    batch: int
+    length: int
+    """FLOPs and seconds are of a forward call over [batch, length] tokens."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(title, before, after with what is left of it) for tables."""
+        shape = f"{self.batch} x {self.length} tokens"
+        before, after = self.before, self.after
+        rows = [
+            _row("FFN channels", before.channels, after.channels, "{:,}"),
+            _row("parameters", before.parameters, after.parameters, "{:,}"),
+            _row(f"FLOPs, {shape}", before.flops, after.flops, "{:.4g}"),
+        ]
+        if before.seconds is None or after.seconds is None:
+            return [*rows, (f"latency, {shape}", "not measured", "not measured")]
+        return [*rows, _row(f"latency, {shape}", before.seconds, after.seconds, "{:.4g} s")]
+
+
+def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, str]:
+    return title, form.format(before), f"{form.format(after)} ({after / before:.1%})"
+
+
+def groups_of(model: PreTrainedModel, layout: Layout) -> list[ChannelGroup]:
+    """The channels of every FFN of every block, in order."""
+    return [group for block in layout.find_blocks(model) for group in layout.groups(block)]
+
+
+def dense_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters of a model, perhaps on meta; tied ones once."""
+    return kept_tensors(dict(model.named_parameters(remove_duplicate=False)), model)
+
+
+def _costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
+    return costs_of(model.config, tensors, layout.blocks, model.dtype.itemsize)
+
+
+def channel_costs(
+    model: PreTrainedModel, layout: Layout, costs: ModelCosts
+) -> dict[str, tuple[int, ...]]:
+    """What one channel of width costs in every FFN, in all its experts.
+
+    Args:
+        model: dense, perhaps on meta.
+        layout: its layout.
+        costs: its costs.
+
+    Returns:
+        Under "params" parameters, biases included; under "flops" FLOPs of one token, which goes
+        through a few of the experts.
+    """
+    params, flops = [], []
+    for block, block_costs in zip(layout.find_blocks(model), costs.blocks, strict=True):
+        products = block_costs.matrix_flops()
+        for ffn in layout.block_ffns(block):
+            found = [0.0, 0.0]
+            for name, axis in ffn.channels.items():
+                if name in block_costs.tensors:
+                    info = block_costs.tensors[name]
+                    width = info.shape[axis.dimension] // axis.copies
+                    found[0] += info.numel / width
+                    found[1] += products.get(name, 0.0) / width
+            params.append(round(found[0]))
+            flops.append(round(found[1]))
+    return {"params": tuple(params), "flops": tuple(flops)}
+
+
+def _added_parameters(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> int:
+    """Biases that the compensation gives to FFNs without one."""
+    if recipe.resolved_compensation not in ADD_BIAS:
+        return 0
+    added = 0
+    for block in layout.find_blocks(model):
+        present = dict(block.named_parameters())
+        for ffn in layout.block_ffns(block):
+            if ffn.down_bias is not None and ffn.down_bias not in present:
+                weight = present[f"{ffn.down}.weight"]
+                channels = ffn.channels[f"{ffn.down}.weight"].dimension
+                added += weight.shape[1 - channels]
+    return added
+
+
+def resolve_budget(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> ChannelBudget:
+    """What a recipe's sparsity or budget comes to in the FFN channels of a model.
+
+    Args:
+        model: dense, perhaps on meta.
+        layout: its layout.
+        recipe: its sparsity or budget, compensation and width multiple are read.
+
+    Raises:
+        CfspError: no widths meet the budget; says what they could.
+    """
+    groups = groups_of(model, layout)
+    experts = tuple(group.experts for group in groups)
+    if recipe.budget is None:
+        return ChannelBudget(recipe.sparsity, experts)
+    budget = parse_budget(recipe.budget)
+    sizes, multiple = [group.channels for group in groups], recipe.width_multiple
+    costs = _costs(model, layout, tensor_infos(dense_tensors(model)))
+    per_channel = channel_costs(model, layout, costs)[budget.kind]
+    if budget.kind == "params":
+        added = _added_parameters(model, layout, recipe)
+        return channel_budget(budget, costs.parameters, sizes, per_channel, multiple, added)
+    check_seqlen(model, budget.length)
+    return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
+
+
+def footprints(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> Footprints:
+    """What a plan makes of a model, at the batch and length of its recipe's budget.
+
+    Args:
+        model: dense, perhaps on meta.
+        layout: its layout.
+        plan: what every block keeps.
+    """
+    budget = parse_budget(plan.recipe.budget) if plan.recipe.budget is not None else None
+    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    batch, length = (budget.batch, budget.length) if budget else (BATCH, min(LENGTH, limit))
+    tensors = dense_tensors(model)
+    left = planned_tensors(tensors, model, layout, plan)
+    channels = sum(block.intermediate_size for block in plan.blocks), sum(plan.widths)
+    before, after = (
+        Footprint(kept, costs.parameters, costs.flops(length) * batch * length)
+        for kept, costs in zip(
+            channels,
+            (_costs(model, layout, part) for part in (tensor_infos(tensors), left)),
+            strict=True,
+        )
+    )
+    return Footprints(before, after, batch, length)
+
+
+def plan_within(
+    statistics: Statistics, weights: Weights, recipe: Recipe, model: PreTrainedModel, layout: Layout
+) -> PruningPlan:
+    """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
+
+    Raises:
+        CfspError: no widths meet the budget.
+    """
+    plan = make_plan(statistics, weights, recipe, resolve_budget(model, layout, recipe))
+    check_met(model, layout, plan)
+    return plan
+
+
+def check_met(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> None:
+    """Raise CfspError where a plan is not what its recipe's budget asks for."""
+    if plan.recipe.budget is None:
+        return
+    budget, found = parse_budget(plan.recipe.budget), footprints(model, layout, plan)
+    kept, total = (
+        (side.parameters if budget.kind == "params" else side.flops)
+        for side in (found.after, found.before)
+    )
+    budget.check(kept, total, plan.recipe.width_multiple)
