@@ -1,6 +1,5 @@
 """What a model takes before and after pruning: channels, parameters, FLOPs and, measured, time."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,18 +7,17 @@ import torch
 from transformers import PreTrainedModel
 
 from .budgets import BATCH, LENGTH, ChannelBudget, channel_budget, parse_budget
-from .channels import ChannelGroup, FFNWeights
+from .channels import ChannelGroup
 from .compensation import ADD_BIAS
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import kept_tensors, tensor_infos
 from .layouts import Layout
 from .models import check_seqlen
-from .plan import PruningPlan, make_plan
+from .plan import PruningPlan, WidthSearch, make_plan
+from .ranking import Weights
 from .recipe import Recipe
 from .rewriting import planned_tensors
 from .statistics import Statistics
-
-Weights = Callable[[int], Sequence[FFNWeights]]
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,7 @@ def plan_within(
     model: PreTrainedModel,
     layout: Layout,
     *,
+    search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
@@ -193,7 +192,7 @@ def plan_within(
         CfspError: no widths meet the budget.
     """
     budget = resolve_budget(model, layout, recipe)
-    plan = make_plan(statistics, weights, recipe, budget, progress=progress)
+    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     check_met(model, layout, plan)
     return plan
 

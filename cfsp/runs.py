@@ -31,6 +31,7 @@ from .evaluation import Perplexity, perplexity, ridden_perplexity
 from .footprint import Footprints, footprints, plan_within
 from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
+from .live_search import width_search
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
@@ -143,6 +144,8 @@ class Run:
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
+    search_windows: torch.Tensor | None = None
+    """[N, S], for allocator ``search``; None: for others."""
 
     def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
         """The statistics given, or those of a pass over the calibration tokens.
@@ -169,7 +172,17 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        opened = self.opened
+        opened, windows = self.opened, self.search_windows
+        search = None
+        if windows is not None:
+            search = width_search(
+                opened.model,
+                opened.layout,
+                statistics,
+                self.recipe,
+                windows,
+                progress=self.progress,
+            )
         return self.ranks.of_first(
             lambda: plan_within(
                 statistics,
@@ -177,6 +190,7 @@ class Run:
                 self.recipe,
                 opened.model,
                 opened.layout,
+                search=search,
                 progress=self.progress,
             )
         )
