@@ -16,6 +16,7 @@ from .budgets import FORM
 from .cli_curves import add_curves
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .cli_evaluate import add_evaluate
+from .cli_latency import add_latency, add_latency_table
 from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
@@ -25,7 +26,8 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
-from .fits import fits_summary
+from .fits import fits_summary, refits_summary
+from .latency_measure import table_for
 from .models import open_model
 from .pipeline import (
     PruneResult,
@@ -106,6 +108,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
     amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
+    add_latency_table(group)
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
@@ -113,7 +116,19 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--damping",
         type=float,
         help="of least squares: pull towards the weights as they were, relative to the mean square "
-        f"of a channel {_default('damping')}",
+        f"of each channel {_default('damping')}",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_const",
+        const=True,
+        help="fit each block once more, on what the pruned blocks before it give",
+    )
+    group.add_argument("--epochs", type=int, help=f"of blockwise {_default('epochs')}")
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"of blockwise, relative to the size of the weights {_default('learning_rate')}",
     )
     group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
@@ -232,8 +247,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     opener = open_model if recipe.searches else open_lean
     opened = opener(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)
-    plan = plan_opened(opened, statistics, recipe, not arguments.quiet)
+    plan = plan_opened(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -264,6 +280,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             eval_dataset=arguments.eval_dataset,
             eval_windows=arguments.eval_windows,
             device=arguments.device,
+            latency_table=arguments.latency_table,
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -285,6 +302,8 @@ def _print_result(result: PruneResult) -> None:
         print(f"{title}: {was} -> {now}")
     if any(report.fits):
         print(f"least squares: {fits_summary(report.fits)}")
+    if report.refits:
+        print(f"blocks fitted again: {refits_summary(report.refits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -378,6 +397,10 @@ def build_parser() -> argparse.ArgumentParser:
     recovery = add_recover(commands)
     evaluation = add_evaluate(commands)
 
+    latency = commands.add_parser("latency", help="seconds of a model by its FFN widths, measured")
+    _add_model(latency)
+    add_latency(latency)
+
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     exporting.add_argument("--to", required=True, metavar="|".join(EXPORTERS))
@@ -396,21 +419,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     reporting = add_report(commands)
 
-    for command in (
-        demo,
-        calibration,
-        plan,
-        curves,
-        pruning,
-        recovery,
-        evaluation,
-        exporting,
-        reporting,
-    ):
+    listed = (
+        *(demo, calibration, plan, curves, pruning),
+        *(recovery, evaluation, latency, exporting, reporting),
+    )
+    for command in listed:
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, recovery, exporting, reporting):
+    for command in (demo, calibration, pruning, recovery, latency, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -139,12 +139,8 @@ def make_plan(
         for number, block in enumerate(statistics.blocks)
         for group in block.groups or (ChannelGroup(len(block.sum)),)
     ]
-    experts = tuple(group.experts for _, group in ffns)
+    sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
-    of_widths = partial(_select, statistics, ranking, recipe)
-    sizes = [group.channels for _, group in ffns]
-    if recipe.uniform:
-        return of_widths(equal_widths(sizes, budget.sparsity, recipe.width_multiple))
     problem = AllocationProblem(
         importance[[number for number, _ in ffns]],
         ranking.scores,
@@ -152,9 +148,17 @@ def make_plan(
         experts,
         budget.costs,
         recipe.width_multiple,
-        scaled_curves(ranking, statistics, recipe),
+        () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
     )
-    widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
+
+    def widths_at(sparsity: float) -> tuple[int, ...]:
+        if recipe.uniform:
+            return equal_widths(sizes, sparsity, recipe.width_multiple)
+        asked = replace(problem, sparsity=sparsity)
+        return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
+
+    widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
+    of_widths = partial(_select, statistics, ranking, recipe)
     return of_widths(search(of_widths, widths, problem) if search is not None else widths)
 
 

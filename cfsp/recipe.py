@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from .allocation import ALLOCATORS, NEEDS_CURVES, SEARCH
-from .budgets import parse_budget
-from .compensation import COMPENSATIONS, NEEDS_GRAM
+from .budgets import ModelBudget, parse_budget
+from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .error_curves import ERROR_SCALES
 from .errors import CfspError, unknown_name
 from .least_squares import DAMPING
+from .refitting import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 from .statistics import INFLUENCE_METRICS
 from .text import BOS_CHOICES
@@ -59,7 +60,13 @@ class Recipe:
     """None: the scorer's own."""
     damping: float = DAMPING
     """Of least squares: how strongly the kept columns are pulled towards what they were, relative
-    to the mean square of a channel."""
+    to the mean square of each channel."""
+    sequential: bool = False
+    """Fit each block once more to its dense output, on what the pruned blocks before it give."""
+    epochs: int = EPOCHS
+    """Of Adam over the calibration windows, for each block, where the compensation is blockwise."""
+    learning_rate: float = LEARNING_RATE
+    """Of Adam: its step, relative to the root mean square of each matrix."""
     importance: str = "angular"
     """Metric of the coarse block importance."""
     error_scale: str = "output"
@@ -105,6 +112,10 @@ class Recipe:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
         if not 0 <= self.damping < float("inf"):
             raise CfspError(f"damping must be 0 or more, got {self.damping}")
+        if self.epochs < 1:
+            raise CfspError(f"epochs must be 1 or more, got {self.epochs}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise CfspError(f"learning_rate must be more than 0, got {self.learning_rate}")
         if self.importance not in INFLUENCE_METRICS:
             raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
         if self.error_scale not in ERROR_SCALES:
@@ -112,6 +123,8 @@ class Recipe:
         for name in ("search_generations", "search_offspring", "search_windows"):
             if getattr(self, name) < 1:
                 raise CfspError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.searches and self.budget is not None and self.budget.startswith("latency"):
+            raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
         if self.searches and self.search_windows > self.calibration.samples:
             raise CfspError(
                 f"search_windows {self.search_windows} is more than the calibration's "
@@ -129,6 +142,11 @@ class Recipe:
             raise CfspError(f"micro_batch must be 1 or more, got {self.micro_batch}")
 
     @property
+    def model_budget(self) -> ModelBudget | None:
+        """The budget, read."""
+        return parse_budget(self.budget) if self.budget is not None else None
+
+    @property
     def resolved_allocator(self) -> str:
         """The allocator in force."""
         return "uniform" if self.uniform else self.allocator or SCORERS[self.scorer].allocator
@@ -142,6 +160,16 @@ class Recipe:
     def searches(self) -> bool:
         """Whether widths are searched for by measuring pruned models."""
         return self.resolved_allocator == SEARCH
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether all weights of a cut FFN are fitted again."""
+        return self.resolved_compensation in BLOCKWISE
+
+    @property
+    def refits(self) -> bool:
+        """Whether calibration windows go through the blocks once more, as these are cut."""
+        return self.sequential or self.blockwise
 
     @property
     def ranks_by_gram(self) -> bool:

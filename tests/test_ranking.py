@@ -138,8 +138,8 @@ def test_a_kept_ranking_needs_neither_weights_nor_gram_matrices(
 
 def test_without_gram_matrices_obs_and_knapsack_are_refused(statistics: Statistics) -> None:
     bare = statistics.without_grams()
+    plain = replace(OBS, compensation="none")
     with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
-        plain = replace(OBS, compensation="none")
         cfsp.prune(make_tiny(), make_tokenizer(), plain, statistics=bare, progress=False)
     knapsack = cfsp.Recipe(allocator="knapsack", width_multiple=1)
     with pytest.raises(CfspError, match="allocator 'knapsack' needs Gram matrices"):
@@ -236,6 +236,8 @@ def test_a_search_without_a_model_is_refused(statistics: Statistics) -> None:
         CfspError, match="search_windows 8 is more than the calibration's 4 windows"
     ):
         replace(SEARCH, calibration=cfsp.Calibration(samples=4))
+    with pytest.raises(CfspError, match="not seconds"):
+        cfsp.Recipe(allocator="search", budget="latency=0.2")
     bare = replace(SEARCH, compensation="least-squares", scorer="cfsp")
     with pytest.raises(CfspError, match="compensation 'least-squares' needs Gram matrices"):
         width_search(make_tiny(), LAYOUTS["llama"], statistics.without_grams(), bare, None)(
