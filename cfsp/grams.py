@@ -46,6 +46,14 @@ class Gram:
     product: torch.Tensor
     """[F, F] fp32, x^T x, symmetric."""
 
+    def moments(self, centred: bool = False) -> torch.Tensor:
+        """[F, F] x^T x / T in fp32; centred: the covariance in fp64. Zero without tokens."""
+        tokens = max(self.tokens, 1)
+        if not centred:
+            return self.product / tokens
+        mean = self.sum / tokens
+        return (self.product.double() / tokens).addr_(mean, mean, alpha=-1)
+
 
 @dataclass(frozen=True)
 class GramFolder:

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import CfspError
+from .least_squares import DAMPING
 
-DAMPING = 1e-2
-"""lambda in units of the mean of diag G."""
 STEPS_PER_UPDATE = 64
 """Removals between two updates of whole matrices; changes rounding only."""
 RANK_STEP = 2.0**-40
@@ -39,9 +38,9 @@ class Removal:
 
     @property
     def scores(self) -> torch.Tensor:
-        """[F] fp64 on the CPU, in [0, 1]: the share of tr(W H W^T) that is lost when the channel
-        is the last one removed, and a little for its rank; distinct, so that the ``width`` highest
-        are exactly what the greedy removal leaves."""
+        """Channel scores [F] fp64 on the CPU, in [0, 1]: the share of tr(W H W^T) that is lost when
+        the channel is the last one removed, and a little for its rank; distinct, so that the
+        ``width`` highest are exactly what the greedy removal leaves."""
         error, order = self.error.cpu(), self.order.cpu()
         share = error / error[-1] if error[-1] > 0 else error
         ranked = share.cummax(0).values + RANK_STEP * torch.arange(len(order))
@@ -78,8 +77,8 @@ def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPI
     e = A_:i - A_ii c / 2. The updates of whole matrices are made for many removals at once; until
     then single columns are corrected as they are needed. Equal costs: the highest index goes.
 
-    Cost: 2 D F^2 for A, F^3 for the inverse, 2 F^3 for the updates; three [F, F] fp64 beside the
-    Gram matrix. The host never waits for the device within.
+    Cost: 2 D F^2 for A, F^3 for the inverse, 2 F^3 for the updates; four [F, F] fp64 beside the
+    Gram matrix. The host waits for the device once.
 
     Args:
         down: [D, F], any float dtype.

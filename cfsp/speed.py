@@ -109,15 +109,15 @@ def random_prompts(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
 def time_round(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
     """(seconds of the prefill, seconds of the decoding)."""
     prompts = random_prompts(model, workload)
-    last = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        last["logits_to_keep"] = 1
+    known = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    cache = "cache" if "cache" in known else "past_key_values"  # the name before transformers 5.24
     started = _clock(prompts.device)
     output = model(input_ids=prompts, use_cache=True, **last)
     prefilled = _clock(prompts.device)
     for _ in range(workload.new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
     return prefilled - started, _clock(prompts.device) - prefilled
 
 
