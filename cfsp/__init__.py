@@ -10,8 +10,9 @@ from .errors import CfspError
 from .estimate import Estimate
 from .evaluation import Perplexity, perplexity
 from .exports import ExportResult, export
+from .latency import LatencyTable
 from .models import open_model
-from .pipeline import PruneResult, calibrate, plan, prune
+from .pipeline import PruneResult, calibrate, latency_table, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
 from .recipe import Calibration, Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover
@@ -26,6 +27,7 @@ __all__ = [
     "Distillation",
     "Estimate",
     "ExportResult",
+    "LatencyTable",
     "Perplexity",
     "PruneResult",
     "PruningPlan",
@@ -36,6 +38,7 @@ __all__ = [
     "calibrate",
     "estimate",
     "export",
+    "latency_table",
     "load",
     "load_plan",
     "load_recipe",

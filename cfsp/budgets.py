@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .allocation import reachable
 from .errors import CfspError
+from .latency import LatencyLimit, Widths
 
 KINDS = ("params", "flops", "latency")
 FORM = "params=0.25, params=6B, flops=0.25 or latency=0.25, the last two perhaps with @1x1024"
@@ -90,6 +91,21 @@ class ChannelBudget:
     sparsity: float
     costs: tuple[int, ...]
     """Of one channel of width in every FFN, in all its experts."""
+    latency: LatencyLimit | None = None
+    """Where it is one: ``sparsity`` is then what it would be if channels were all that counted."""
+
+    def widths(
+        self,
+        widths_at: Callable[[float], Widths],
+        sizes: Sequence[int],
+        multiple: int,
+        *,
+        equal: bool = False,
+    ) -> Widths:
+        """Widths under the budget; see :meth:`cfsp.latency.LatencyLimit.fitted` for arguments."""
+        if self.latency is None:
+            return widths_at(self.sparsity)
+        return self.latency.fitted(widths_at, sizes, multiple, equal=equal)
 
 
 def channel_budget(

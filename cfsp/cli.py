@@ -13,22 +13,27 @@ from rich.console import Console
 from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
+from .cli_curves import add_curves
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .cli_evaluate import add_evaluate
+from .cli_latency import add_latency, add_latency_table
 from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
+from .error_curves import ERROR_SCALES
 from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
-from .fits import fits_summary
-from .footprint import plan_within
+from .fits import fits_summary, refits_summary
+from .latency_measure import table_for
+from .models import open_model
 from .pipeline import (
     PruneResult,
     as_calibrated,
     calibrate,
+    plan_opened,
     prune,
 )
 from .plan import load_plan, save_plan
@@ -103,6 +108,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--sparsity", type=float, help=f"fraction to remove {_default('sparsity')}")
     amount.add_argument("--budget", metavar="KIND=AMOUNT", help=f"of the whole model: {FORM}")
+    add_latency_table(group)
     group.add_argument("--scorer", help=f"{', '.join(SCORERS)} {_default('scorer')}")
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
@@ -110,11 +116,44 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--damping",
         type=float,
         help="of least squares: pull towards the weights as they were, relative to the mean square "
-        f"of a channel {_default('damping')}",
+        f"of each channel {_default('damping')}",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_const",
+        const=True,
+        help="fit each block once more, on what the pruned blocks before it give",
+    )
+    group.add_argument("--epochs", type=int, help=f"of blockwise {_default('epochs')}")
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"of blockwise, relative to the size of the weights {_default('learning_rate')}",
     )
     group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
     )
+    group.add_argument(
+        "--error-scale",
+        metavar="|".join(ERROR_SCALES),
+        help="what the errors that a knapsack adds up are measured in: energy of the FFN's output, "
+        f"of the hidden state, nothing {_default('error_scale')}",
+    )
+    group.add_argument(
+        "--importance-exponent",
+        type=float,
+        help="in that sum a block counts times its importance to this power "
+        f"{_default('importance_exponent')}",
+    )
+    for name, what in (
+        ("generations", "of allocator search: rounds"),
+        ("offspring", "candidates of a round"),
+        ("windows", "calibration windows that candidates are measured on"),
+        ("seed", "of the exchanges of width"),
+    ):
+        group.add_argument(
+            f"--search-{name}", type=int, help=f"{what} {_default(f'search_{name}')}"
+        )
     group.add_argument(
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
     )
@@ -205,15 +244,12 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = _recipe(arguments)
     statistics = load_statistics(arguments.statistics)
-    opened = open_lean(arguments.model, recipe.dtype, arguments.device)
+    opener = open_model if recipe.searches else open_lean
+    opened = opener(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = plan_within(
-        statistics,
-        opened.blocks.ffn_weights,
-        as_calibrated(recipe, statistics),
-        opened.model,
-        opened.layout,
-    )
+    table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
+    recipe = as_calibrated(recipe, statistics)
+    plan = plan_opened(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -244,6 +280,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             eval_dataset=arguments.eval_dataset,
             eval_windows=arguments.eval_windows,
             device=arguments.device,
+            latency_table=arguments.latency_table,
             max_memory=arguments.max_memory,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -265,6 +302,8 @@ def _print_result(result: PruneResult) -> None:
         print(f"{title}: {was} -> {now}")
     if any(report.fits):
         print(f"least squares: {fits_summary(report.fits)}")
+    if report.refits:
+        print(f"blocks fitted again: {refits_summary(report.refits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -309,7 +348,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument(
         "--gram",
         action="store_true",
-        help="Gram matrices too, for least squares: a folder STATS.safetensors.grams beside it",
+        help="Gram matrices too, for least squares, obs and knapsack: a folder "
+        "STATS.safetensors.grams beside it",
     )
     _add_calibration(calibration)
     add_memory(calibration)
@@ -320,6 +360,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", metavar="PLAN.json", help="save the plan")
     _add_recipe(plan)
     plan.set_defaults(run=_plan)
+
+    curves = add_curves(commands)
 
     pruning = commands.add_parser("prune", help="a smaller model in a new folder")
     _add_model(pruning)
@@ -355,6 +397,10 @@ def build_parser() -> argparse.ArgumentParser:
     recovery = add_recover(commands)
     evaluation = add_evaluate(commands)
 
+    latency = commands.add_parser("latency", help="seconds of a model by its FFN widths, measured")
+    _add_model(latency)
+    add_latency(latency)
+
     exporting = commands.add_parser("export", help="a model in the format of another runtime")
     exporting.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     exporting.add_argument("--to", required=True, metavar="|".join(EXPORTERS))
@@ -373,11 +419,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     reporting = add_report(commands)
 
-    for command in (demo, calibration, plan, pruning, recovery, evaluation, exporting, reporting):
+    listed = (
+        *(demo, calibration, plan, curves, pruning),
+        *(recovery, evaluation, latency, exporting, reporting),
+    )
+    for command in listed:
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, recovery, exporting, reporting):
+    for command in (demo, calibration, pruning, recovery, latency, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -62,6 +62,7 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
         recipe,
         eval_windows=arguments.eval_windows,
         max_memory=arguments.max_memory,
+        latency_table=arguments.latency_table,
         device=arguments.device,
         **{name: value for name, value in given.items() if value is not None},
     )

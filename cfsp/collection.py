@@ -1,9 +1,8 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -18,9 +17,9 @@ from .blocks import Blocks, LiveBlocks
 from .channels import ChannelGroup, sizes_of
 from .errors import CfspError, Stopped
 from .gram_sums import GramSums, Split, check_ranks
-from .grams import GramFolder, file_bytes, held_out_windows
+from .gram_writing import GramWriter, gram_writer
+from .grams import GramFolder, held_out_windows
 from .layouts import Layout
-from .memory import format_bytes
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
 from .ranks import ALONE, Ranks
@@ -94,7 +93,7 @@ class _BlockCollector:
             self.own_influences[index, column] = getattr(part, metric)
 
     def result(
-        self, number: int, windows: int, micro_batch: int, folder: GramFolder | None
+        self, number: int, windows: int, micro_batch: int, writer: GramWriter | None
     ) -> BlockStatistics:
         ranks = self.ranks
         influences = ranks.fill_(self.influences.cpu())
@@ -119,7 +118,7 @@ class _BlockCollector:
             influences.sum(0),
             self.groups,
             tuple(int(tokens) for tokens in expert_tokens),
-            self.grams.write(folder, number) if self.grams is not None and folder else (),
+            self.grams.write(writer, number) if self.grams is not None and writer else (),
         )
 
 
@@ -143,30 +142,6 @@ def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
         warnings.warn(
             f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
             "tells their channels apart; calibrate on more, or other, text",
-            stacklevel=3,
-        )
-
-
-def _check_grams(
-    folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ranks: Ranks
-) -> None:
-    """Raise CfspError where Gram matrices cannot be collected; warn where none is held out."""
-    check_ranks(ranks.size)
-    problem = f"rank {ranks.rank} does not see the folder {folder.path}"
-    if folder.path.is_dir():
-        need = sum(file_bytes(own, windows) for own in sizes)
-        free = shutil.disk_usage(folder.path).free
-        problem = (
-            f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
-            f"{format_bytes(free)} free"
-            if need > free
-            else ""
-        )
-    ranks.check(problem or None)
-    if not held_out_windows(windows):
-        warnings.warn(
-            "a single calibration window leaves none to hold out: nothing will tell whether a "
-            "compensation lowers the error",
             stacklevel=3,
         )
 
@@ -228,8 +203,11 @@ def collect_statistics(
         "machine or version": versions(device),
     }
     ranks.check_same(identity)
+    writing: AbstractContextManager[GramWriter | None] = nullcontext()
     if grams is not None:
-        _check_grams(grams, [sizes_of(layout.groups(block)) for block in blocks], count, ranks)
+        check_ranks(ranks.size)
+        sizes = [sizes_of(layout.groups(block)) for block in blocks]
+        writing = gram_writer(grams, sizes, count, ranks)
     training = model.training
     model.eval()
     results = []
@@ -245,7 +223,7 @@ def collect_statistics(
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
-        with bar, needed as turns:
+        with bar, writing as writer, needed as turns:
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
@@ -265,11 +243,9 @@ def collect_statistics(
 
                 with _observed(block, layout, collector, fused):
                     run_block(block, number, calls, observe)
-                results.append(collector.result(number, count, micro_batch, grams))
+                results.append(collector.result(number, count, micro_batch, writer))
     finally:
         model.train(training)
-    if grams is not None:
-        ranks.barrier()  # until the last rank has written the last file
     _warn_of_idle_experts(results)
     return Statistics(
         tuple(results),

@@ -95,8 +95,11 @@ COMPENSATIONS: dict[str, Compensation] = {
     "bias": bias,
     "least-squares": least_squares,
     "least-squares-bias": partial(least_squares, bias=True),
+    "blockwise": least_squares,
 }
-NEEDS_GRAM = frozenset({"least-squares", "least-squares-bias"})
+BLOCKWISE = frozenset({"blockwise"})
+"""Compensations after which all weights of the FFN are fitted again, see :mod:`cfsp.refitting`."""
+NEEDS_GRAM = frozenset({"least-squares", "least-squares-bias"}) | BLOCKWISE
 NEEDS_STATISTICS = NEEDS_GRAM | {"bias"}
 ADD_BIAS = frozenset({"bias", "least-squares-bias"})
 """Compensations after which the down projection has a bias."""

@@ -19,11 +19,14 @@ from .footprint import Footprints, footprints
 from .gram_costs import GramCosts
 from .gram_sums import check_ranks
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .latency import LatencyTable
+from .latency_measure import known_table
 from .layouts import unsupported
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
 from .recipe import Recipe
+from .refit_costs import RefitCosts
 from .rewriting import planned_tensors
 from .scoring import SCORERS
 from .shards import TensorInfo, pack_shards
@@ -46,6 +49,7 @@ class Job:
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
+    table: LatencyTable | None = None
 
 
 def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> Tensors:
@@ -71,7 +75,7 @@ def _plan(described: Description, job: Job) -> PruningPlan | None:
         CfspError: a budget, where the layout is not known.
     """
     if described.layout is not None:
-        return job.plan or even_plan(described.model, described.layout, job.recipe)
+        return job.plan or even_plan(described.model, described.layout, job.recipe, job.table)
     if job.recipe.budget is not None:
         raise unsupported(described.model.config.model_type)
     return None
@@ -108,6 +112,16 @@ def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCost
     return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
 
 
+def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:
+    """Of a job that fits blocks again after the cut; None for any other."""
+    recipe = job.recipe
+    if pruned is None or not recipe.refits:
+        return None
+    epochs = recipe.epochs if recipe.blockwise else 0
+    windows = recipe.calibration
+    return RefitCosts(dense, pruned, windows.samples, windows.seqlen, epochs, recipe.sequential)
+
+
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
@@ -134,12 +148,13 @@ def _workload(described: Description, job: Job, device: str, plan: PruningPlan |
         job.evaluation_windows,
         recipe.calibration.seqlen,
         micro_batch or default_micro_batch(torch.device(device), recipe.calibration.seqlen),
-        SCORERS[recipe.scorer].reads_weights and job.plan is None,
+        (SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram) and job.plan is None,
         described.streamed,
         job.ranks,
         job.nodes,
         device,
         _gram_costs(described, job, dense),
+        _refit_costs(job, dense, pruned),
     )
 
 
@@ -162,10 +177,10 @@ def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
     return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
 
 
-def _sizes(described: Description, plan: PruningPlan | None) -> Footprints | None:
+def _sizes(described: Description, plan: PruningPlan | None, job: Job) -> Footprints | None:
     if plan is None or described.layout is None:
         return None
-    return footprints(described.model, described.layout, plan)
+    return footprints(described.model, described.layout, plan, job.table)
 
 
 def _estimate(
@@ -186,7 +201,7 @@ def _estimate(
         streamed=workload.streamed,
         parameters=costs.parameters,
         parameters_after=(pruned or costs).parameters,
-        sizes=_sizes(described, plan),
+        sizes=_sizes(described, plan, job),
         blocks=len(costs.blocks),
         largest_block_bytes=costs.largest_block,
         largest_stored_block_bytes=workload.stored.largest_block,
@@ -258,6 +273,7 @@ def estimate(
     hardware: Hardware | str | None = None,
     tflops: float | None = None,
     disk_gbps: float | None = None,
+    latency_table: str | Path | None = None,
 ) -> Estimate:
     """What :func:`cfsp.prune` will take of a model, from its config alone; weights are not read.
 
@@ -272,6 +288,8 @@ def estimate(
         hardware: another machine instead, or the name of one in ``cfsp.hardware.HARDWARE``.
         tflops: 1e12 FLOP/s that a device sustains, instead.
         disk_gbps: 1e9 bytes/s that the disk of a node sustains, instead.
+        latency_table: see :func:`cfsp.prune`; nothing is measured here, so that a recipe with a
+            latency needs one, or one kept from before.
 
     Raises:
         CfspError: no config, seqlen beyond the model's positions, no widths meet the sparsity.
@@ -285,5 +303,11 @@ def estimate(
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
     machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)
-    job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes)
+    where = pick_device(device if hardware is None else "cpu")
+    table = None
+    if described.layout is not None:
+        table = known_table(
+            described.model, described.layout, where, recipe.model_budget, latency_table
+        )
+    job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes, table=table)
     return _estimate(described, job, machine, budget)

@@ -1,7 +1,8 @@
 """The error of an FFN's output as a function of its width, and its scale beside other FFNs'."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -33,6 +34,45 @@ class ErrorCurve:
         return replace(self, errors=self.errors * factor)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How a scorer ranks the channels of a model, and what their removal costs."""
+
+    scorer: str
+    compensation: str
+    """That the curves count on."""
+    damping: float
+    """Of least squares."""
+    scores: tuple[torch.Tensor, ...]
+    """[experts * F] fp64 of every FFN."""
+    curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN; () where they were not asked for."""
+
+    @property
+    def made_by(self) -> tuple[str, str, float]:
+        """What scores and curves follow from beside the statistics."""
+        return self.scorer, self.compensation, self.damping
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything but the names, for a file."""
+        named = {f"{ffn:05d}.scores": scores for ffn, scores in enumerate(self.scores)}
+        for ffn, curve in enumerate(self.curves):
+            named[f"{ffn:05d}.widths"] = curve.widths
+            named[f"{ffn:05d}.errors"] = curve.errors
+        return named
+
+
+def ranking_of(made_by: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> Ranking:
+    """What :attr:`Ranking.made_by` and :meth:`Ranking.tensors` take apart."""
+
+    def each(name: str) -> list[torch.Tensor]:
+        return [tensors[key] for key in sorted(tensors) if key.endswith(f".{name}")]
+
+    curves = map(ErrorCurve, each("widths"), each("errors"))
+    scorer, compensation, damping = made_by
+    return Ranking(scorer, compensation, damping, tuple(each("scores")), tuple(curves))
+
+
 def curve_widths(channels: int) -> torch.Tensor:
     """Widths of an error curve, int64, ascending from 0 to F: at most 65, at one distance but for
     the last."""
@@ -40,10 +80,14 @@ def curve_widths(channels: int) -> torch.Tensor:
     return torch.tensor([*range(0, channels, step), channels])
 
 
-def of_experts(curves: Sequence[ErrorCurve], tokens: Sequence[int]) -> ErrorCurve:
-    """The curve of experts of one width: each counts by the tokens it saw, before its gate."""
-    total = max(sum(tokens), 1)
-    shares = [curve.errors * (count / total) for curve, count in zip(curves, tokens, strict=True)]
+def of_experts(
+    curves: Sequence[ErrorCurve], tokens: Sequence[int], block_tokens: int
+) -> ErrorCurve:
+    """The curve of an FFN's experts, which have one width, over all tokens of the block: each
+    expert's output counts where the router sent tokens to it, before its gate."""
+    shares = [
+        curve.errors * (count / block_tokens) for curve, count in zip(curves, tokens, strict=True)
+    ]
     return replace(curves[0], errors=torch.stack(shares).sum(0))
 
 

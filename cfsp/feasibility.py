@@ -12,18 +12,21 @@ from .classes import parameter_shapes, stock_model
 from .compensation import ADD_BIAS
 from .errors import CfspError
 from .footprint import check_met, groups_of, resolve_budget
+from .latency import LatencyTable
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan, flat_channels
 from .recipe import Recipe
 from .rewriting import planned_tensors
 
 
-def check_recipe(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> None:
+def check_recipe(
+    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
+) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
     check_biases(model, layout, recipe.resolved_compensation)
     for group in groups_of(model, layout):
         check_expert_width(recipe.width_multiple, group.experts)
-    plan = even_plan(model, layout, recipe)
+    plan = even_plan(model, layout, recipe, table)
     if recipe.uniform:
         _check_stock(model, layout, plan)
 
@@ -40,7 +43,9 @@ def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
                     )
 
 
-def even_plan(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> PruningPlan:
+def even_plan(
+    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
+) -> PruningPlan:
     """A plan of about equal widths; the output of any other of this sparsity is as large.
 
     Raises:
@@ -48,22 +53,25 @@ def even_plan(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> Pruning
     """
     blocks = [layout.groups(block) for block in layout.find_blocks(model)]
     sizes = [group.channels for block in blocks for group in block]
-    budget, multiple = resolve_budget(model, layout, recipe), recipe.width_multiple
-    keep = (1 - budget.sparsity) * sum(map(mul, sizes, budget.costs))
-    check_budget(sizes, keep, multiple, budget.costs)
-    if recipe.uniform:
-        widths = equal_widths(sizes, budget.sparsity, multiple)
-    else:
-        ideal = (1 - budget.sparsity) * torch.tensor(sizes, dtype=torch.float64)
-        even = torch.zeros(len(sizes))
-        widths = apportion(ideal, sizes, keep, multiple, even, budget.costs)
+    budget, multiple = resolve_budget(model, layout, recipe, table), recipe.width_multiple
+    total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes))
+
+    def widths_at(sparsity: float) -> tuple[int, ...]:
+        keep = (1 - sparsity) * total
+        check_budget(sizes, keep, multiple, budget.costs)
+        if recipe.uniform:
+            return equal_widths(sizes, sparsity, multiple)
+        ideal = (1 - sparsity) * torch.tensor(sizes, dtype=torch.float64)
+        return apportion(ideal, sizes, keep, multiple, even, budget.costs)
+
+    widths = budget.widths(widths_at, sizes, multiple, equal=recipe.uniform)
     plans, next_width = [], iter(widths)
     for block in blocks:
         kept = [torch.arange(next(next_width)).expand(group.experts, -1) for group in block]
         total = sum(group.total for group in block)
         plans.append(BlockPlan(total, flat_channels(kept, block), 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
-    check_met(model, layout, plan)
+    check_met(model, layout, plan, table)
     return plan
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .channels import FitRecord
+from .refitting import BlockRefit
 
 Fits = Sequence[Sequence[FitRecord]]
 """[block][FFN or expert]."""
@@ -68,5 +69,37 @@ error of the output on held-out calibration windows.
 
 | block | error without | error with the fit | FFNs fitted | damping |
 |---:|---:|---:|---:|---:|
+{rows}
+"""
+
+
+def refits_summary(refits: Sequence[BlockRefit]) -> str:
+    """One line for a terminal."""
+    changed = sum(refit.kept > 0 for refit in refits)
+    line = f"{changed} of {len(refits)} fits kept"
+    judged = [refit.errors for refit in refits if refit.errors]
+    if not judged:
+        return f"{line}; nothing was held out to judge by"
+    before, after = _mean([e[0] for e in judged]), _mean([min(e) for e in judged])
+    return f"{line}; held-out error of the blocks {_error(before)} -> {_error(after)} on average"
+
+
+def refits_section(refits: Sequence[BlockRefit]) -> str:
+    """A section of the model card; empty where no block was fitted again."""
+    if not refits:
+        return ""
+    rows = "\n".join(
+        f"| {r.block} | {r.way} | {', '.join(map(_error, r.errors)) or 'not known'} | {r.kept} |"
+        for r in refits
+    )
+    return f"""
+## Blocks fitted again
+
+After the cut each block was fitted to the dense block's output, on what the pruned blocks before it
+give. The error is that of the block's output on held-out calibration windows, relative to what the
+dense block adds to its input: first as cut, then after each step. The step with the least was kept.
+
+| block | way | errors | kept |
+|---:|---|---|---:|
 {rows}
 """

@@ -1,25 +1,25 @@
 """What a model takes before and after pruning: channels, parameters, FLOPs and, measured, time."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .budgets import BATCH, LENGTH, ChannelBudget, channel_budget, parse_budget
-from .channels import ChannelGroup, FFNWeights
+from .budgets import BATCH, LENGTH, ChannelBudget, channel_budget
+from .channels import ChannelGroup
 from .compensation import ADD_BIAS
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import kept_tensors, tensor_infos
+from .errors import CfspError
+from .latency import LatencyLimit, LatencyTable
 from .layouts import Layout
 from .models import check_seqlen
-from .plan import PruningPlan, make_plan
+from .plan import PruningPlan, WidthSearch, make_plan
+from .ranking import Weights
 from .recipe import Recipe
 from .rewriting import planned_tensors
 from .statistics import Statistics
-
-Weights = Callable[[int], Sequence[FFNWeights]]
 
 
 @dataclass(frozen=True)
@@ -127,23 +127,33 @@ def _added_parameters(model: PreTrainedModel, layout: Layout, recipe: Recipe) ->
     return added
 
 
-def resolve_budget(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> ChannelBudget:
+def resolve_budget(
+    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
+) -> ChannelBudget:
     """What a recipe's sparsity or budget comes to in the FFN channels of a model.
 
     Args:
         model: dense, perhaps on meta.
         layout: its layout.
         recipe: its sparsity or budget, compensation and width multiple are read.
+        table: of the model, where the budget is a latency.
 
     Raises:
-        CfspError: no widths meet the budget; says what they could.
+        CfspError: no widths meet the budget; says what they could. No table, where it needs one.
     """
     groups = groups_of(model, layout)
     experts = tuple(group.experts for group in groups)
-    if recipe.budget is None:
+    budget = recipe.model_budget
+    if budget is None:
         return ChannelBudget(recipe.sparsity, experts)
-    budget = parse_budget(recipe.budget)
     sizes, multiple = [group.channels for group in groups], recipe.width_multiple
+    if budget.kind == "latency":
+        if table is None:
+            raise CfspError(
+                f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
+            )
+        limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
+        return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit)
     costs = _costs(model, layout, tensor_infos(dense_tensors(model)))
     per_channel = channel_costs(model, layout, costs)[budget.kind]
     if budget.kind == "params":
@@ -153,25 +163,34 @@ def resolve_budget(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> Ch
     return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
 
 
-def footprints(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> Footprints:
-    """What a plan makes of a model, at the batch and length of its recipe's budget.
+def footprints(
+    model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
+) -> Footprints:
+    """What a plan makes of a model, at the batch and length of the table or its recipe's budget.
 
     Args:
         model: dense, perhaps on meta.
         layout: its layout.
         plan: what every block keeps.
+        table: of the model, where one was measured.
     """
-    budget = parse_budget(plan.recipe.budget) if plan.recipe.budget is not None else None
+    budget = plan.recipe.model_budget
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    batch, length = (budget.batch, budget.length) if budget else (BATCH, min(LENGTH, limit))
+    shaped = table or budget
+    batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
     tensors = dense_tensors(model)
     left = planned_tensors(tensors, model, layout, plan)
     channels = sum(block.intermediate_size for block in plan.blocks), sum(plan.widths)
+    seconds: tuple[float | None, float | None] = (None, None)
+    if table is not None:
+        widths = [kept.shape[1] for block in plan.blocks for kept in block.kept_by_group]
+        seconds = table.dense_seconds, table.predicted(widths)
     before, after = (
-        Footprint(kept, costs.parameters, costs.flops(length) * batch * length)
-        for kept, costs in zip(
+        Footprint(kept, costs.parameters, costs.flops(length) * batch * length, time)
+        for kept, costs, time in zip(
             channels,
             (_costs(model, layout, part) for part in (tensor_infos(tensors), left)),
+            seconds,
             strict=True,
         )
     )
@@ -179,25 +198,35 @@ def footprints(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> Foo
 
 
 def plan_within(
-    statistics: Statistics, weights: Weights, recipe: Recipe, model: PreTrainedModel, layout: Layout
+    statistics: Statistics,
+    weights: Weights,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    layout: Layout,
+    table: LatencyTable | None = None,
+    *,
+    search: WidthSearch | None = None,
+    progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
 
     Raises:
         CfspError: no widths meet the budget.
     """
-    plan = make_plan(statistics, weights, recipe, resolve_budget(model, layout, recipe))
-    check_met(model, layout, plan)
+    budget = resolve_budget(model, layout, recipe, table)
+    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
+    check_met(model, layout, plan, table)
     return plan
 
 
-def check_met(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> None:
+def check_met(
+    model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
+) -> None:
     """Raise CfspError where a plan is not what its recipe's budget asks for."""
-    if plan.recipe.budget is None:
+    budget = plan.recipe.model_budget
+    if budget is None:
         return
-    budget, found = parse_budget(plan.recipe.budget), footprints(model, layout, plan)
-    kept, total = (
-        (side.parameters if budget.kind == "params" else side.flops)
-        for side in (found.after, found.before)
-    )
+    found = footprints(model, layout, plan, table)
+    unit = {"params": "parameters", "flops": "flops", "latency": "seconds"}[budget.kind]
+    kept, total = (getattr(side, unit) for side in (found.after, found.before))
     budget.check(kept, total, plan.recipe.width_multiple)

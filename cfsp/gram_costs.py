@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .channels import ChannelGroup, sizes_of
 from .gram_sums import Split, products_held
+from .gram_writing import PENDING
 from .grams import PANEL, file_bytes
 from .least_squares import ROWS
 
@@ -47,9 +48,10 @@ class GramCosts:
         return products_held(split, ranks) * max(values) * FP32
 
     def panel_bytes(self, split: Split, ranks: int) -> int:
-        """On the host, while a file is written: a panel of every term and of their sum."""
+        """On the host, while a file is written: a panel of every term and of their sum, and those
+        that wait to be written."""
         widest = max(group.channels for block in self.blocks for group in block)
-        return (products_held(split, ranks) + 1) * min(PANEL, widest) * widest * FP32
+        return (products_held(split, ranks) + 1 + PENDING) * min(PANEL, widest) * widest * FP32
 
     def _kept(self, group: ChannelGroup) -> int:
         return round(group.channels * (1 - self.sparsity))

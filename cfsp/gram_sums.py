@@ -1,4 +1,4 @@
-"""Gram matrices of a block while it runs: summed on its device, then written to its file.
+"""Gram matrices of a block while it runs: summed on its device, then over all ranks.
 
 fp32 products are added up in fp32. A sum over n tokens errs by at most (m + n / m) 2^-23 of the
 sum of the absolute products, where m is the number of tokens in a micro-batch: those of one
@@ -10,7 +10,6 @@ ranks make the same additions.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +17,19 @@ import torch
 from cfsp_kernels import ChannelStatistics, channel_statistics, gram
 
 from .errors import CfspError
+from .gram_writing import GramWriter
 from .grams import (
     FIT,
     HELD_OUT,
-    GramFolder,
     StoredGram,
     gram_digest,
     held_out_windows,
     panel_name,
     panels,
     parts_of,
-    planned_file,
     tensor_name,
 )
 from .ranks import Ranks
-from .shards import ShardWriter
 
 CHUNKS = 8
 
@@ -156,24 +153,15 @@ class GramSums:
             if len(own):
                 found[part].add(chunk, own, channel_statistics(own).sum)
 
-    def write(self, folder: GramFolder, block: int) -> tuple[StoredGram, ...]:
+    def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes.
 
         Raises:
             CfspError: no space, or no permission.
         """
-        shard = planned_file(folder.file(block).name, self.sizes, self.split.windows)
-        try:
-            with ShardWriter(folder.path, [shard]) if self.ranks.last else nullcontext() as writer:
-                return tuple(
-                    self._write_ffn(folder, block, ffn, writer) for ffn in range(len(self.sizes))
-                )
-        except OSError as error:
-            raise CfspError(f"cannot write Gram matrices: {folder.path}: {error}") from None
+        return tuple(self._write_ffn(writer, block, ffn) for ffn in range(len(self.sizes)))
 
-    def _write_ffn(
-        self, folder: GramFolder, block: int, ffn: int, writer: ShardWriter | None
-    ) -> StoredGram:
+    def _write_ffn(self, writer: GramWriter, block: int, ffn: int) -> StoredGram:
         size, ranks = self.sizes[ffn], self.ranks
         known: dict[str, tuple[int, torch.Tensor]] = {}
         for part, own in self.found[ffn].items():
@@ -181,17 +169,16 @@ class GramSums:
             like = torch.zeros(size, dtype=torch.float64)
             total = ranks.ordered_sum([x.cpu() for x in own.sums], like)
             known[part] = tokens, total
-            if writer is not None:
-                writer.write(tensor_name(ffn, part, "tokens"), torch.tensor([tokens]))
-                writer.write(tensor_name(ffn, part, "sum"), total)
+            writer.put(tensor_name(block, ffn, part, "tokens"), torch.tensor([tokens]))
+            writer.put(tensor_name(block, ffn, part, "sum"), total)
             for start, end in panels(size):
                 panel = ranks.running_sum(
                     [product[start:end, :end].cpu() for product in own.products],
                     torch.empty(end - start, end),
                 )
-                if writer is not None:
-                    writer.write(panel_name(ffn, part, start), panel)
+                writer.put(panel_name(block, ffn, part, start), panel)
             own.products.clear()
         held = known[HELD_OUT][0] if HELD_OUT in known else 0
         kept = {part: sums for part, sums in known.items() if part == FIT or held}
-        return StoredGram(folder, block, ffn, size, (known[FIT][0], held), gram_digest(kept))
+        digest = gram_digest(kept)
+        return StoredGram(writer.folder, block, ffn, size, (known[FIT][0], held), digest)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,14 @@ class Gram:
     product: torch.Tensor
     """[F, F] fp32, x^T x, symmetric."""
 
+    def moments(self, centred: bool = False) -> torch.Tensor:
+        """[F, F] x^T x / T in fp32; centred: the covariance in fp64. Zero without tokens."""
+        tokens = max(self.tokens, 1)
+        if not centred:
+            return self.product / tokens
+        mean = self.sum / tokens
+        return (self.product.double() / tokens).addr_(mean, mean, alpha=-1)
+
 
 @dataclass(frozen=True)
 class GramFolder:
@@ -57,17 +66,26 @@ class GramFolder:
         return self.path / f"block-{block:04d}.safetensors"
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise CfspError where a folder holds anything but Gram matrices."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    for file in found:
+        if not file.name.removeprefix(".").startswith("block-"):
+            raise CfspError(f"{path} is in the way: it holds {file.name}; choose another place")
+
+
 def temporary_folder(path: Path | None = None) -> GramFolder:
     """An empty folder that is removed when nothing refers to it any more; None: where temporary
-    files go (``TMPDIR``).
+    files go (``TMPDIR``). Gram matrices that a killed process left in it go at once.
 
     Raises:
-        CfspError: it cannot be made.
+        CfspError: it cannot be made, or holds something else.
     """
     try:
         if path is None:
             path = Path(tempfile.mkdtemp(prefix="cfsp-grams-"))
         else:
+            check_replaceable(path)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
     except OSError as error:
@@ -82,32 +100,32 @@ def panels(channels: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + PANEL, channels)) for start in range(0, channels, PANEL))
 
 
-def tensor_name(ffn: int, part: str, what: str) -> str:
-    """Name in the file of a block's ``tokens``, ``sum`` or panel of an FFN."""
-    return f"ffn.{ffn:04d}.{part}.{what}"
+def tensor_name(block: int, ffn: int, part: str, what: str) -> str:
+    """Name in a block's file of the ``tokens``, the ``sum`` or a panel of an FFN."""
+    return f"block.{block:04d}.ffn.{ffn:04d}.{part}.{what}"
 
 
-def panel_name(ffn: int, part: str, start: int) -> str:
-    """Name in the file of the panel that begins with a row."""
-    return tensor_name(ffn, part, f"product.{start:06d}")
+def panel_name(block: int, ffn: int, part: str, start: int) -> str:
+    """Name in a block's file of the panel that begins with a row."""
+    return tensor_name(block, ffn, part, f"product.{start:06d}")
 
 
-def planned_file(name: str, sizes: Sequence[int], windows: int) -> Shard:
+def planned_file(name: str, block: int, sizes: Sequence[int], windows: int) -> Shard:
     """What the file of a block holds, its FFNs having ``sizes`` channels."""
     sums, triangles = {}, {}
     for ffn, channels in enumerate(sizes):
         for part in parts_of(windows):
-            sums[tensor_name(ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
-            sums[tensor_name(ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
+            sums[tensor_name(block, ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
+            sums[tensor_name(block, ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
             for start, end in panels(channels):
                 shape = (end - start, end)
-                triangles[panel_name(ffn, part, start)] = TensorInfo(torch.float32, shape)
+                triangles[panel_name(block, ffn, part, start)] = TensorInfo(torch.float32, shape)
     return Shard(name, {**sums, **triangles})
 
 
 def file_bytes(sizes: Sequence[int], windows: int) -> int:
     """Size of the file of a block."""
-    shard = planned_file("", sizes, windows)
+    shard = planned_file("", 0, sizes, windows)
     return len(shard.header()) + shard.nbytes
 
 
@@ -142,6 +160,7 @@ class StoredGram:
         Raises:
             CfspError: the file is missing, damaged or of another calibration.
         """
+        _read_ahead(self.folder.file(self.block + 1))
         return self._read(FIT, torch.device(device))
 
     def held_out(self, device: torch.device | str = "cpu") -> Gram | None:
@@ -171,7 +190,7 @@ class StoredGram:
         """Tokens and sum of every part. Raises CfspError for the file of another calibration."""
         try:
             small = {
-                (part, what): stored[tensor_name(self.ffn, part, what)]
+                (part, what): stored[tensor_name(self.block, self.ffn, part, what)]
                 for part, tokens in zip(PARTS, self.tokens, strict=True)
                 for what in ("tokens", "sum")
                 if tokens or part == FIT
@@ -191,7 +210,7 @@ class StoredGram:
     def _panel(
         self, file: Path, stored: Mapping[str, StoredTensor], part: str, start: int, end: int
     ) -> torch.Tensor:
-        found = stored.get(panel_name(self.ffn, part, start))
+        found = stored.get(panel_name(self.block, self.ffn, part, start))
         if found is None or found.shape != (end - start, end) or found.dtype != torch.float32:
             raise self._other(file)
         return read_tensors({"": found})[""]
@@ -199,6 +218,17 @@ class StoredGram:
     @staticmethod
     def _other(file: Path) -> CfspError:
         return CfspError(f"{file} is not of these statistics: calibrate with --gram again")
+
+
+def _read_ahead(file: Path) -> None:
+    """Tell Linux that a file will be read soon."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # the last block has none after it
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:

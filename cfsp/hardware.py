@@ -164,19 +164,30 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 * PROBE_PRODUCTS / seconds
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called; of a CPU the threads that compute on it too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Hardware:
     """This machine: memory as it is, speed of a matrix product, other speeds assumed.
 
     The disk is not measured: a sample tells more of the page cache than of the disk. Without
     ``measure`` compute takes no time.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     flops = EFFICIENCY * measured_flops(device, dtype) if measure else math.inf
     source = f"{EFFICIENCY:.0%} of a matrix product's, measured" if measure else "not measured"
     return Hardware(
         device.type,
-        name + threads,
+        device_name(device),
         device_memory(device),
         host_memory(),
         flops,

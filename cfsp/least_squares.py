@@ -1,13 +1,13 @@
 """Least squares for what is kept: a down projection that makes up for the channels removed.
 
 W is the down projection [D, F], x [T, F] its input over the fitting tokens, K the kept channels.
-With G = x^T x / T (the covariance, where a bias is fitted too), m = mean(diag G) and W_K the
-old columns, the new ones W' minimise
+With G = x^T x / T (the covariance, where a bias is fitted too), M = diag(G_KK) and W_K the old
+columns, the new ones W' minimise
 
-    || x W^T - x_K W'^T ||^2 / T  +  damping m || W' - W_K ||^2
+    || x W^T - x_K W'^T ||^2 / T  +  damping || (W' - W_K) M^1/2 ||^2
 
-The change of the columns, W' - W_K = W_R G_RK (G_KK + damping m I)^-1 over the removed channels R,
-is what is solved for: it is nothing where nothing is removed.
+The change of the columns, W' - W_K = W_R G_RK (G_KK + damping M)^-1 over the removed channels R, is
+what is solved for: it is nothing where nothing is removed.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,13 @@ from .grams import Gram
 
 ROWS = 1024  # of the projection that are fp64 at a time
 COLUMNS = 2048  # of a Gram matrix
-DAMPING = 0.1
+DAMPING = 0.2
 ATTEMPTS = 6
 MORE_DAMPING = 10.0
 LEAST_DAMPING = 1e-6
 """What a factorisation that fails without damping is tried again with."""
+QUIET = 1e-3
+"""Least mean square of a channel, relative to their mean, that damping reckons with."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,48 @@ def _removed(kept: torch.Tensor, channels: int) -> torch.Tensor:
     return goes.nonzero().flatten()
 
 
-def _factor(moments: torch.Tensor, mean: float, damping: float) -> tuple[torch.Tensor, float]:
-    """Cholesky factor of the moments, damped in place, and the damping with which there is one.
+def ridge_of(moments: torch.Tensor) -> torch.Tensor:
+    """[K], what damping 1 adds to the diagonal of [K, K] moments: each channel's own mean square.
 
-    Raises:
-        ValueError: there is none; the moments are not finite.
+    Correlations shrink by one factor then, whatever the scales of the channels. One that is next to
+    silent counts as if it had a part of the mean: nothing is known of what it does elsewhere.
     """
+    own = moments.diagonal()
+    return own.clamp_min(QUIET * float(own.mean()))
+
+
+def _factor(
+    moments: torch.Tensor, ridge: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, float] | None:
+    """Cholesky factor of the moments, damped in place, and the damping with which there is one."""
     diagonal = moments.diagonal().clone()
     for _ in range(ATTEMPTS):
-        moments.diagonal().copy_(diagonal + damping * mean)
+        moments.diagonal().copy_(diagonal + damping * ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if not failed and bool(factor.diagonal().isfinite().all()):
             return factor, damping
         damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
-    raise ValueError("no Cholesky factor")
+    return None
+
+
+def solve_damped(
+    moments: torch.Tensor, across: torch.Tensor, damping: float
+) -> torch.Tensor | None:
+    """across (moments + damping ridge)^-1, with the ridge of :func:`ridge_of`.
+
+    Args:
+        moments: [K, K] fp64, symmetric; damped in place.
+        across: [D, K] fp64.
+        damping: see :func:`fit_down`.
+
+    Returns:
+        [D, K] fp64; None where the moments are zero, not finite or have no factor.
+    """
+    ridge = ridge_of(moments)
+    if not 0 < float(ridge.mean()) < torch.inf:
+        return None
+    found = _factor(moments, ridge, damping)
+    return torch.cholesky_solve(across.T, found[0]).T if found is not None else None
 
 
 @torch.no_grad()
@@ -88,7 +118,7 @@ def fit_down(
         down: [D, F] fp16, bf16 or fp32.
         kept: [K] int64, ascending.
         gram: of its input, on the same device.
-        damping: weight of the second term, relative to the mean square of a channel. Where the
+        damping: weight of the second term. Where the
             moments have no Cholesky factor it is raised tenfold, at most 5 times.
         bias: remove the means first and give a bias.
         pull: where the second term pulls: pull * W_K. 0 is ordinary ridge regression.
@@ -98,16 +128,17 @@ def fit_down(
     """
     channels = down.shape[1]
     removed = _removed(kept, channels)
-    mean = gram.product.diagonal().double() / max(gram.tokens, 1)
-    if bias:
-        mean = mean - (gram.sum / max(gram.tokens, 1)).square()
-    scale = float(mean.mean())
-    if not 0 < scale < torch.inf:
+    if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None
-    try:
-        factor, used = _factor(_moments(gram, kept, kept, bias), scale, damping)
-    except ValueError:
+    moments = _moments(gram, kept, kept, bias)
+    ridge = ridge_of(moments)
+    if not 0 < float(ridge.mean()) < torch.inf:
         return None
+    found = _factor(moments, ridge, damping)
+    del moments  # as large as the factor
+    if found is None:
+        return None
+    factor, used = found
     across = _moments(gram, removed, kept, bias)
     weight = down.new_empty(down.shape[0], len(kept))
     added = down.new_zeros(down.shape[0]) if bias else None
@@ -116,7 +147,7 @@ def fit_down(
         old = rows[:, kept]
         target = rows[:, removed] @ across
         if pull != 1:
-            target -= (1 - pull) * used * scale * old
+            target -= (1 - pull) * used * ridge * old
         new = old + torch.cholesky_solve(target.T, factor).T
         weight[start : start + ROWS] = new
         if added is not None:

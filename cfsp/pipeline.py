@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks
+from .budgets import BATCH, LENGTH
 from .channels import FFNWeights
 from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
@@ -22,11 +23,16 @@ from .footprint import plan_within
 from .grams import temporary_folder
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
+from .latency import LatencyTable
+from .latency_measure import table_for, table_of
+from .live_search import width_search
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
+from .ranking import stored_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
+from .refitting import check_refits
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_grams, check_statistics, load_statistics
@@ -96,8 +102,9 @@ def calibrate(
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
         gram: collect Gram matrices too, which least squares need; see docs/streaming.md for what
             they take.
-        gram_folder: where they go, block by block, until :func:`cfsp.save_statistics` puts them
-            beside the statistics; it is removed with the result. None: a temporary folder.
+        gram_folder: a new folder where they go, block by block, until
+            :func:`cfsp.save_statistics` puts them beside the statistics; it is removed with the
+            result. None: one where temporary files go.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
@@ -119,10 +126,43 @@ def calibrate(
         return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks, grams=grams)
 
 
+def latency_table(
+    model: nn.Module | str | Path,
+    *,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    dtype: str = "auto",
+    device: str = "auto",
+    again: bool = False,
+    progress: bool = True,
+) -> LatencyTable:
+    """Seconds of a forward call of a model by the widths of its FFNs, measured on a device.
+
+    Args:
+        model: hub id, folder, .gguf file or a live causal LM of transformers, dense.
+        batch: windows of the call.
+        length: tokens of each; 1 for a step of generation.
+        dtype: for a model given by name.
+        device: for a model given by name.
+        again: measure even where a table of the same is kept in ~/.cache/cfsp, or $CFSP_CACHE.
+        progress: show a bar on stderr.
+
+    Raises:
+        CfspError: bad input, no memory for it, or no place to keep the table.
+    """
+    if min(batch, length) < 1:
+        raise CfspError(f"batch and length must be 1 or more, got {batch} x {length}")
+    opened = _open(model, None, dtype, device)
+    return table_of(opened, batch, length, again=again, progress=progress)
+
+
 def plan(
     statistics: Statistics,
     weights: Callable[[int], Sequence[FFNWeights]] | nn.Module,
     recipe: Recipe,
+    tokenizer: Any = None,
+    *,
+    progress: bool = False,
 ) -> PruningPlan:
     """Which channels of which block stay: score, allocate, select.
 
@@ -132,16 +172,49 @@ def plan(
             :class:`cfsp.channels.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
         recipe: scorer, allocator, importance, width multiple and sparsity or budget are read. A
-            budget needs the model.
+            budget needs the model, and so does allocator ``search``, which measures it.
+        tokenizer: for allocator ``search``.
+        progress: show bars on stderr where it takes long.
 
     Raises:
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        opened = adopt(weights, None)
-        given = opened.blocks.ffn_weights
-        return plan_within(statistics, given, recipe, opened.model, opened.layout)
-    return make_plan(statistics, weights, recipe)
+        return plan_opened(adopt(weights, tokenizer), statistics, recipe, progress=progress)
+    return make_plan(statistics, weights, recipe, progress=progress)
+
+
+def search_windows(
+    opened: OpenModel, recipe: Recipe, windows: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """What a search measures on: the calibration's last windows; None where nothing is searched.
+
+    ``windows``: those of the calibration, where they are at hand.
+    """
+    if not recipe.searches:
+        return None
+    if windows is None:
+        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    return windows[-recipe.search_windows :]
+
+
+def plan_opened(
+    opened: OpenModel,
+    statistics: Statistics,
+    recipe: Recipe,
+    table: LatencyTable | None = None,
+    *,
+    progress: bool = False,
+) -> PruningPlan:
+    """The plan for an open model, which is in memory where its widths are searched for."""
+    model, layout, windows = opened.model, opened.layout, search_windows(opened, recipe)
+    search = None
+    if windows is not None:
+        search = width_search(model, layout, statistics, recipe, windows, progress=progress)
+    given = opened.blocks.ffn_weights
+    return plan_within(
+        statistics, given, recipe, model, layout, table, search=search, progress=progress
+    )
 
 
 def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
@@ -191,6 +264,7 @@ def prune(
     eval_dataset: str | None = None,
     eval_windows: int | None = None,
     device: str = "auto",
+    latency_table: LatencyTable | str | Path | None = None,
     max_memory: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -214,6 +288,10 @@ def prune(
             of the calibration dataset.
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
+        latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, measured on the
+            device that the result is for. Where the recipe's budget is a latency and this is None,
+            the model is measured on its device here, once: the table is kept in ~/.cache/cfsp, or
+            $CFSP_CACHE.
         max_memory: what the run may take: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a
             CPU both are the process's memory. The micro-batch, where the recipe has none, is the
             largest that fits, up to the default.
@@ -248,17 +326,24 @@ def prune(
     if verify and not isinstance(model, nn.Module):
         _check_files(model, progress and ranks.first, ranks)
     where = ranks.device(device)
-    opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
+    searches = recipe.searches and plan is None
+    if searches and ranks.size > 1:
+        raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+    streamed = out is not None and not searches
+    opened = _open(model, tokenizer, recipe.dtype, where, streamed=streamed)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
+    wanted = recipe.model_budget if plan is None else None
+    table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
     if plan is not None:
         check_biases(opened.model, layout, recipe.resolved_compensation)
         check_plan(plan, opened.model, layout, fingerprint)
     else:
-        check_recipe(opened.model, layout, recipe)
+        check_recipe(opened.model, layout, recipe, table)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
-        if reader := recipe.needs_gram(planned=plan is not None):
+        planned = plan is not None or stored_ranking(statistics, recipe) is not None
+        if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
     held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
 
@@ -266,8 +351,17 @@ def prune(
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    refit_windows = None
+    if recipe.refits:
+        check_refits(opened.model, layout, ranks)
+        refit_windows = (
+            windows
+            if windows is not None
+            else calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+        )
     progress = progress and ranks.first
     job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
+    job = dataclasses.replace(job, table=table)
     micro_batch = _announced(opened, job, budget, progress, ranks)
     run = Run(
         opened,
@@ -275,6 +369,7 @@ def prune(
         plan,
         statistics,
         windows,
+        refit_windows,
         micro_batch,
         held_out,
         overwrite,
@@ -282,6 +377,8 @@ def prune(
         stop,
         progress,
         ranks,
+        search_windows(opened, recipe, windows) if searches else None,
+        table,
     )
     folder = Path(out) if out is not None else None
     with device_capped(model_device(opened.model), budget.device):

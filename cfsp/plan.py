@@ -3,9 +3,9 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budgets import ChannelBudget
-from .channels import ChannelGroup, FFNWeights
+from .channels import ChannelGroup
+from .error_curves import Ranking
 from .errors import CfspError
+from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe, recipe_from_dict
-from .scoring import SCORERS
 from .selection import score_quantiles, select_by_expert
-from .statistics import BlockStatistics, Statistics, check_grams
+from .statistics import Statistics
 
 FORMAT = "cfsp-plan-1"
+
+
+WidthSearch = Callable[
+    [Callable[[Sequence[int]], "PruningPlan"], tuple[int, ...], AllocationProblem], tuple[int, ...]
+]
+"""(plan of given widths, widths to begin with, the problem they solve) -> better widths."""
 
 
 @dataclass(frozen=True)
@@ -98,83 +105,81 @@ class PruningPlan:
 
 def make_plan(
     statistics: Statistics,
-    weights: Callable[[int], Sequence[FFNWeights]],
+    weights: Weights,
     recipe: Recipe,
     budget: ChannelBudget | None = None,
+    *,
+    search: WidthSearch | None = None,
+    progress: bool = False,
 ) -> PruningPlan:
     """Score, allocate, select.
 
     Args:
         statistics: of the dense model.
         weights: block number -> the matrices of its FFNs, of every expert. Called
-            only for scorers that read weights.
+            only for scorers that read weights, and for error curves.
         recipe: the choices.
         budget: what the recipe's comes to in this model, see
             :func:`cfsp.footprint.resolve_budget`; None: the recipe has a sparsity.
+        search: for allocator ``search``, see :func:`cfsp.live_search.width_search`.
+        progress: show a bar on stderr where scoring takes long.
 
     Raises:
-        CfspError: no widths meet the budget; Gram matrices that the scorer needs are not there.
+        CfspError: no widths meet the budget; Gram matrices that the scorer or the allocator needs
+            are not there.
     """
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
-    if SCORERS[recipe.scorer].needs_gram:
-        check_grams(statistics, f"scorer {recipe.scorer!r}")
+    if recipe.searches and search is None:
+        raise CfspError("allocator 'search' measures pruned models: give the model itself")
+    ranking = rank(statistics, weights, recipe, progress=progress)
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
         for number, block in enumerate(statistics.blocks)
         for group in block.groups or (ChannelGroup(len(block.sum)),)
     ]
-    scores = [
-        part
-        for number, block in enumerate(statistics.blocks)
-        for part in _block_scores(block, partial(weights, number), recipe.scorer)
-    ]
-    experts = tuple(group.experts for _, group in ffns)
+    sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
-    if recipe.uniform:
-        sizes = [group.channels for _, group in ffns]
-        widths = equal_widths(sizes, budget.sparsity, recipe.width_multiple)
-    else:
-        problem = AllocationProblem(
-            importance[[number for number, _ in ffns]],
-            tuple(scores),
-            budget.sparsity,
-            experts,
-            budget.costs,
-        )
-        widths = allocate_widths(problem, recipe.resolved_allocator, recipe.width_multiple)
-    kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
-        kept[number].append(select_by_expert(ffn_scores, group.experts, width))
-        block_scores[number].append(ffn_scores)
-    blocks = tuple(
-        BlockPlan(
-            len(block.sum),
-            flat_channels(kept[number], block.groups),
-            float(value),
-            block.groups,
-            score_quantiles(torch.cat(block_scores[number])),
-        )
-        for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
+    problem = AllocationProblem(
+        importance[[number for number, _ in ffns]],
+        ranking.scores,
+        budget.sparsity,
+        experts,
+        budget.costs,
+        recipe.width_multiple,
+        () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
     )
-    return PruningPlan(blocks, statistics.model_fingerprint, recipe)
+
+    def widths_at(sparsity: float) -> tuple[int, ...]:
+        if recipe.uniform:
+            return equal_widths(sizes, sparsity, recipe.width_multiple)
+        asked = replace(problem, sparsity=sparsity)
+        return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
+
+    widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
+    of_widths = partial(_select, statistics, ranking, recipe)
+    return of_widths(search(of_widths, widths, problem) if search is not None else widths)
 
 
-def _block_scores(
-    block: BlockStatistics, weights: Callable[[], Sequence[FFNWeights]], scorer: str
-) -> list[torch.Tensor]:
-    """Scores of every FFN of a block, [experts * channels] each."""
-    weights = cache(weights)
-    score = SCORERS[scorer].score
-    of_experts = [
-        score(part, lambda expert=expert: weights()[expert])  # type: ignore[misc]
-        for expert, part in enumerate(block.ffns())
-    ]
-    counts = [group.experts for group in block.groups] or [1]
-    starts = [0, *accumulate(counts)]
-    return [torch.cat(of_experts[start:end]) for start, end in pairwise(starts)]
+def _select(
+    statistics: Statistics, ranking: Ranking, recipe: Recipe, widths: Sequence[int]
+) -> PruningPlan:
+    """The plan that gives every FFN its width."""
+    ffn = iter(zip(ranking.scores, widths, strict=True))
+    importance = statistics.importance(recipe.importance).tolist()
+    blocks = []
+    for block, value in zip(statistics.blocks, importance, strict=True):
+        groups = block.groups or (ChannelGroup(len(block.sum)),)
+        own = list(islice(ffn, len(groups)))
+        kept = [
+            select_by_expert(scores, group.experts, width)
+            for (scores, width), group in zip(own, groups, strict=True)
+        ]
+        quantiles = score_quantiles(torch.cat([scores for scores, _ in own]))
+        channels = flat_channels(kept, block.groups)
+        blocks.append(BlockPlan(len(block.sum), channels, value, block.groups, quantiles))
+    return PruningPlan(tuple(blocks), statistics.model_fingerprint, recipe)
 
 
 def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:

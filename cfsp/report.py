@@ -5,9 +5,11 @@ from typing import Any
 
 from .channels import FitRecord
 from .evaluation import Perplexity
-from .fits import fits_section, fits_to_dicts
+from .fits import fits_section, fits_to_dicts, refits_section
 from .footprint import Footprints
+from .latency import LatencyTable
 from .plan import PruningPlan
+from .refitting import BlockRefit
 from .statistics import Statistics
 
 
@@ -21,8 +23,12 @@ class PruneReport:
     statistics: Statistics | None
     fits: tuple[tuple[FitRecord, ...], ...]
     """What compensations that fit came to, in each FFN and expert of each block; () for others."""
+    refits: tuple[BlockRefit, ...]
+    """What fitting blocks again after the cut came to; () where they were not."""
     sizes: Footprints
-    """What the model took and takes; shapes alone say it."""
+    """What the model took and takes."""
+    table: LatencyTable | None
+    """That seconds are by."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
@@ -51,6 +57,7 @@ class PruneReport:
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
             **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
+            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
         }
 
 
@@ -71,6 +78,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
             "model_fingerprint": report.plan.model_fingerprint,
             "statistics": statistics.provenance if statistics is not None else None,
             "versions": report.versions,
+            "latency_table": report.table.to_dict() if report.table is not None else None,
         },
         "result": result,
     }
@@ -157,6 +165,6 @@ def model_card(report: PruneReport) -> str:
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
-        fits=fits_section(report.fits),
+        fits=fits_section(report.fits) + refits_section(report.refits),
         usage=usage,
     )

@@ -14,6 +14,7 @@ from .grams import StoredGram
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
 from .recipe import Recipe
+from .refitting import Refitting
 from .shards import Room, TensorInfo
 from .statistics import BlockStatistics, Statistics, check_grams, model_fingerprint
 
@@ -111,9 +112,10 @@ def prune_model_(
     plan: PruningPlan,
     statistics: Statistics | None = None,
     *,
+    refitting: Refitting | None = None,
     progress: bool = True,
 ) -> tuple[tuple[FitRecord, ...], ...]:
-    """Cut every FFN of a live model to its plan, in place.
+    """Cut every FFN of a live model to its plan, in place; ``refitting`` fits each block after it.
 
     Returns:
         What :func:`prune_block_` does, for each block.
@@ -129,9 +131,13 @@ def prune_model_(
     bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
     for number, block_plan in enumerate(bar):
         block_statistics = statistics.blocks[number] if statistics is not None else None
+        if refitting is not None:
+            refitting.run_dense(number)
         records.append(
             prune_block_(blocks[number], layout, block_plan, plan.recipe, block_statistics)
         )
+        if refitting is not None:
+            refitting.run_pruned(number)
     return tuple(records)
 
 

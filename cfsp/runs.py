@@ -31,11 +31,15 @@ from .evaluation import Perplexity, perplexity, ridden_perplexity
 from .footprint import Footprints, footprints, plan_within
 from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
+from .latency import LatencyTable
+from .live_search import width_search
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
+from .ranking import stored_ranking, with_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
+from .refitting import RefitSettings, Refitting
 from .report import PruneReport, model_card, recipe_document
 from .resume import (
     begin,
@@ -134,6 +138,8 @@ class Run:
     statistics: Statistics | None
     windows: torch.Tensor | None
     """[N, S] calibration tokens; None where no calibration is needed."""
+    refit_windows: torch.Tensor | None
+    """[N, S] calibration tokens that blocks are fitted on after the cut; None: they are not."""
     micro_batch: int
     """Windows per forward call of calibration."""
     held_out: HeldOut
@@ -142,6 +148,10 @@ class Run:
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
+    search_windows: torch.Tensor | None = None
+    """[N, S], for allocator ``search``; None: for others."""
+    table: LatencyTable | None = None
+    """Of the model on the device that the result is for."""
 
     def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
         """The statistics given, or those of a pass over the calibration tokens.
@@ -162,18 +172,57 @@ class Run:
             self.ranks.of_first(grams) if needs_gram else None,
         )
 
+    def refitting(self) -> Refitting | None:
+        """The calibration windows on their way through the blocks, where these are fitted again."""
+        if self.refit_windows is None:
+            return None
+        recipe = self.recipe
+        settings = RefitSettings(
+            recipe.sequential,
+            recipe.damping,
+            recipe.epochs if recipe.blockwise else 0,
+            recipe.learning_rate,
+            recipe.calibration.seed,
+        )
+        return Refitting(self.opened.model, self.opened.layout, self.refit_windows, settings)
+
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
         if self.plan is not None:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        opened = self.opened
+        opened, windows = self.opened, self.search_windows
+        search = None
+        if windows is not None:
+            search = width_search(
+                opened.model,
+                opened.layout,
+                statistics,
+                self.recipe,
+                windows,
+                progress=self.progress,
+            )
         return self.ranks.of_first(
             lambda: plan_within(
-                statistics, opened.blocks.ffn_weights, self.recipe, opened.model, opened.layout
+                statistics,
+                opened.blocks.ffn_weights,
+                self.recipe,
+                opened.model,
+                opened.layout,
+                self.table,
+                search=search,
+                progress=self.progress,
             )
         )
+
+    def ranked(self, statistics: Statistics) -> Statistics:
+        """The statistics with the ranking that the plan follows from, where that takes long."""
+        planned = self.plan is not None or stored_ranking(statistics, self.recipe) is not None
+        if planned or not self.recipe.ranks_by_gram:
+            return statistics
+        weights = self.opened.blocks.ffn_weights
+        return with_ranking(statistics, weights, self.recipe, curves=False, progress=self.progress)
 
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
@@ -188,9 +237,11 @@ class Run:
             "model": blocks.checkpoint_fingerprint(),
             "recipe": recipe,
             "micro-batch": self.micro_batch,
+            "latency table": self.table.fingerprint() if self.table is not None else None,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
+            "refitting text": tokens(self.refit_windows),
             "evaluation text": tokens(self.held_out.tokens),
             "machine or version": versions(blocks.device),
         }
@@ -201,7 +252,9 @@ def _report(
     plan: PruningPlan,
     statistics: Statistics | None,
     fits: Sequence[tuple[FitRecord, ...]],
+    refitting: Refitting | None,
     sizes: Footprints,
+    table: LatencyTable | None,
     before: Perplexity | None,
     after: Perplexity | None,
 ) -> PruneReport:
@@ -210,7 +263,9 @@ def _report(
         plan=plan,
         statistics=statistics,
         fits=tuple(fits),
+        refits=tuple(refitting.refits) if refitting is not None else (),
         sizes=sizes,
+        table=table,
         perplexity_before=before,
         perplexity_after=after,
         stock=is_stock(opened.model),
@@ -249,13 +304,16 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     pruned = opened.model
     training = pruned.training
     pruned.eval()
-    sizes = footprints(pruned, opened.layout, plan)
+    sizes = footprints(pruned, opened.layout, plan, run.table)
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
-    fits = prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
+    refitting = run.refitting()
+    fits = prune_model_(
+        pruned, opened.layout, plan, statistics, refitting=refitting, progress=run.progress
+    )
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, fits, sizes, before, measure())
+    report = _report(opened, plan, statistics, fits, refitting, sizes, run.table, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -305,14 +363,26 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
             statistics = run.calibrated(lambda: kept_grams(folder))
         if statistics is not None and run.windows is not None and ranks.first:
             keep_statistics(folder, statistics)
+            statistics = run.ranked(statistics)
+            keep_statistics(folder, statistics)
         plan = run.planned(statistics)
-        sizes = footprints(opened.model, opened.layout, plan)
+        sizes = footprints(opened.model, opened.layout, plan, run.table)
         second = _second_pass(run, plan, statistics, folder)
 
         def finish() -> PruneReport:
             _become_pruned_(opened, plan)
             known = statistics.without_grams() if statistics is not None else None
-            report = _report(opened, plan, known, second.fits, sizes, second.before, second.after)
+            report = _report(
+                opened,
+                plan,
+                known,
+                second.fits,
+                second.refitting,
+                sizes,
+                run.table,
+                second.before,
+                second.after,
+            )
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
             empty_(opened.model)  # one model's embeddings in memory at a time
@@ -332,6 +402,7 @@ class _SecondPass:
 
     fits: tuple[tuple[FitRecord, ...], ...]
     """Of every block, on the first rank, which reads all."""
+    refitting: Refitting | None
     before: Perplexity | None
     after: Perplexity | None
     probe: torch.Tensor
@@ -355,6 +426,7 @@ def _second_pass(
     if tokens is not None:
         own = tokens[ranks.share(len(tokens))]
         pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
+    refitting = run.refitting()
     stopped = False
     fits: dict[int, tuple[FitRecord, ...]] = {}
     try:
@@ -365,6 +437,7 @@ def _second_pass(
             folder,
             before=pair[:1],
             after=[*pair[1:], probe],
+            refitting=refitting,
             stop=run.stop,
             progress=run.progress,
             ranks=ranks,
@@ -380,4 +453,4 @@ def _second_pass(
             for riding in pair
         )
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    return _SecondPass(tuple(fits.values()), before, after, logits)
+    return _SecondPass(tuple(fits.values()), refitting, before, after, logits)

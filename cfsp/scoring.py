@@ -2,17 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from cfsp_kernels import channel_importance
 
 from .channels import FFNWeights
+from .least_squares import DAMPING
+from .obs import removal_order
 from .statistics import BlockStatistics
 
-ScoreFunction = Callable[[BlockStatistics, Callable[[], FFNWeights]], torch.Tensor]
-"""(statistics, weights on demand) -> scores [F] fp64 on the CPU. A function that does not call
-the second argument reads no weights, and nothing loads them for it."""
+
+class ScoreFunction(Protocol):
+    """(statistics, weights on demand, damping of least squares) -> scores [F] fp64 on the CPU. A
+    function that does not call the second argument reads no weights, and nothing loads them for
+    it."""
+
+    def __call__(
+        self,
+        statistics: BlockStatistics,
+        weights: Callable[[], FFNWeights],
+        damping: float = DAMPING,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,16 @@ class Scorer:
     """Whether it reads the Gram matrices in the statistics."""
 
 
-def activation_norm(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+def activation_norm(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
     """n_i, the L2 norm of the channel's activation. Reads no weights."""
     return statistics.norm
 
 
-def cfsp(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+def cfsp(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
     """The score of the released CFSP (three_w_one_wa with b = c = 1). Reads no weights.
 
     It is the mean over j of (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n.
@@ -48,7 +64,9 @@ def _kernel_score(
 ) -> ScoreFunction:
     """A score of ``cfsp_kernels.channel_importance``."""
 
-    def score(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+    def score(
+        statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    ) -> torch.Tensor:
         ffn = weights()
         given = {m: getattr(ffn, m) for m in matrices}
         if statistic is not None:
@@ -57,6 +75,25 @@ def _kernel_score(
         return channel_importance(name, **given).double().cpu()
 
     return score
+
+
+def obs(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """When greedy removal takes the channel, see :func:`cfsp.obs.removal_order`."""
+    if statistics.gram is None:
+        raise ValueError("scorer obs needs the Gram matrices of the block")
+    down = weights().down
+    return removal_order(down, statistics.gram.fit(down.device).moments(), damping).scores
+
+
+def cfsp_output(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
+    to that of what it adds to the output."""
+    magnitude = channel_importance("magnitude", down=weights().down).double().cpu()
+    return statistics.norm * magnitude.sqrt()
 
 
 EVERY_MATRIX = ("gate", "up", "down")
@@ -68,6 +105,12 @@ SCORERS: dict[str, Scorer] = {
         "cfsp",
         "none",
         "Eq. 8 of the paper at second hand: down normalised over channels",
+    ),
+    "cfsp-output": Scorer(
+        cfsp_output,
+        "cfsp",
+        "least-squares",
+        "activation norm times the root of the norm of the column of down; best with least squares",
     ),
     "cfsp-balanced": Scorer(
         _kernel_score("balanced", "norms", EVERY_MATRIX),
@@ -90,6 +133,13 @@ SCORERS: dict[str, Scorer] = {
     ),
     "magnitude-sp": Scorer(
         _kernel_score("magnitude"), "uniform", "none", "L2 norm of the column of down"
+    ),
+    "obs": Scorer(
+        obs,
+        "knapsack",
+        "least-squares",
+        "greedy removal of the channel that costs the output least after a refit (OBS)",
+        needs_gram=True,
     ),
 }
 """Scorer by name; each with the allocator and compensation that it is published with."""

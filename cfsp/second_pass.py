@@ -20,6 +20,7 @@ from .models import OpenModel
 from .plan import PruningPlan
 from .progress import BlockProgress
 from .ranks import ALONE, Ranks
+from .refitting import Refitting
 from .rewriting import check_compensation, check_plan, planned_tensors, prune_block_
 from .shards import Room, Shard, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
 from .statistics import Statistics
@@ -119,6 +120,7 @@ def prune_to_shards_(
     *,
     before: Sequence[RidingWindows] = (),
     after: Sequence[RidingWindows] = (),
+    refitting: Refitting | None = None,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
@@ -135,6 +137,7 @@ def prune_to_shards_(
         folder: where the shards go; those that an earlier run finished there stay as they are.
         before: windows that go through the dense blocks.
         after: windows that go through the pruned blocks.
+        refitting: fits each block after it is cut.
         stop: asked after each block; shards that are being written are finished first. Ranks stop
             each on their own.
         progress: show a bar on stderr.
@@ -157,7 +160,7 @@ def prune_to_shards_(
     shards = pack_shards(planned, MAX_SHARD_BYTES)
     mine = _to_write(shards, folder, ranks)
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
-    riding = any(len(windows.windows) for windows in (*before, *after))
+    riding = refitting or any(len(windows.windows) for windows in (*before, *after))
     wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     aside = _Aside(
@@ -180,12 +183,16 @@ def prune_to_shards_(
             shown.turn(number, opened.blocks.stored_bytes(number))
             for windows in before:
                 windows.ride(number)
+            if refitting is not None:
+                refitting.run_dense(number)
             block_statistics = statistics.blocks[number] if statistics is not None else None
             writing.result()  # at most one block waits to be written
             block_plan, room = plan.blocks[number], aside.room()
             records[number] = prune_block_(
                 block, layout, block_plan, plan.recipe, block_statistics, room
             )
+            if refitting is not None:
+                refitting.run_pruned(number)
             for windows in after:
                 windows.ride(number)
             prefix = f"{layout.blocks}.{number}."

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .channels import ChannelGroup, sizes_of
+from .error_curves import Ranking, ranking_of
 from .errors import CfspError
-from .grams import GramFolder, StoredGram, check_files, link_files
+from .grams import GramFolder, StoredGram, check_files, check_replaceable, link_files
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
@@ -103,6 +104,8 @@ class Statistics:
     model_fingerprint: str
     provenance: dict[str, Any]
     """Calibration settings, tokens' hash, micro-batch, dtype and versions."""
+    rankings: tuple[Ranking, ...] = ()
+    """Scores and error curves that were asked for; see :func:`cfsp.ranking.with_ranking`."""
 
     @property
     def intermediate_sizes(self) -> tuple[int, ...]:
@@ -145,6 +148,10 @@ def statistics_fingerprint(statistics: Statistics) -> str:
         for sums in (block.sum, block.sum_of_squares, block.influence):
             digest.update(sums.numpy().tobytes())
         digest.update("".join(gram.digest for gram in block.grams).encode())
+    for ranking in statistics.rankings:
+        digest.update(repr(ranking.made_by).encode())
+        for name, tensor in ranking.tensors().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -186,6 +193,7 @@ def _save_grams(statistics: Statistics, path: Path) -> None:
     target, source = gram_path(path), statistics.gram_folder
     if source is not None and target.exists() and target.samefile(source.path):
         return
+    check_replaceable(target)
     old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
     if source is not None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -212,6 +220,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     for number, block in enumerate(statistics.blocks):
         for name in ("sum", "sum_of_squares", "influence"):
             tensors[f"block.{number:04d}.{name}"] = getattr(block, name)
+    for number, ranking in enumerate(statistics.rankings):
+        prefix = f"ranking.{number:04d}."
+        tensors.update({prefix + name: value for name, value in ranking.tensors().items()})
     header = {
         "format": FORMAT,
         "tokens": [block.tokens for block in statistics.blocks],
@@ -225,6 +236,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
             [[gram.channels, gram.tokens, gram.digest] for gram in block.grams]
             for block in statistics.blocks
         ],
+        "rankings": [ranking.made_by for ranking in statistics.rankings],
         "influence_metrics": INFLUENCE_METRICS,
         "model_fingerprint": statistics.model_fingerprint,
         "provenance": statistics.provenance,
@@ -235,6 +247,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
+    except CfspError:
+        partial.unlink(missing_ok=True)
+        raise
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CfspError(f"cannot write statistics {path}: {error}") from None
@@ -260,6 +275,16 @@ def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -
     )
 
 
+def _rankings(file: Any, header: dict[str, Any]) -> tuple[Ranking, ...]:
+    found = []
+    for number, made_by in enumerate(header.get("rankings", ())):
+        prefix = f"ranking.{number:04d}."
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        found.append(ranking_of(made_by, tensors))
+    return tuple(found)
+
+
 def load_statistics(path: str | Path) -> Statistics:
     """Read what :func:`save_statistics` wrote; Gram matrices are read when they are needed.
 
@@ -274,6 +299,7 @@ def load_statistics(path: str | Path) -> Statistics:
             folder = GramFolder(gram_path(Path(path)))
             count = len(header["tokens"])
             blocks = tuple(_block(file, header, number, folder) for number in range(count))
+            rankings = _rankings(file, header)
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
-    return Statistics(blocks, header["model_fingerprint"], header["provenance"])
+    return Statistics(blocks, header["model_fingerprint"], header["provenance"], rankings)

@@ -162,6 +162,22 @@ def test_files_that_are_missing_damaged_or_others_are_refused(
     refused(message, tmp_path / "without")
 
 
+def test_nothing_but_gram_matrices_is_replaced(statistics: Path, tmp_path: Path) -> None:
+    for name in ("new", "s.grams"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "block-0000.safetensors").touch()
+    assert not list(temporary_folder(tmp_path / "new").path.iterdir())
+    save_statistics(load_statistics(statistics), tmp_path / "s")
+    (tmp_path / "s.grams" / "notes.txt").touch()
+    before = (tmp_path / "s").read_bytes()
+    with pytest.raises(CfspError, match=r"s\.grams is in the way: it holds notes\.txt"):
+        save_statistics(load_statistics(statistics).without_grams(), tmp_path / "s")
+    with pytest.raises(CfspError, match="is in the way"):
+        temporary_folder(tmp_path)
+    assert (tmp_path / "s").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.grams"]
+
+
 def test_statistics_of_the_version_before_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

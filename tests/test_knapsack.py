@@ -155,8 +155,9 @@ def test_the_hidden_energy_is_found_from_the_change_of_direction() -> None:
 
 def test_experts_count_by_their_tokens() -> None:
     curves = [convex_curve(8, 1, 1.0), convex_curve(8, 1, 5.0)]
-    assert of_experts(curves, (3, 1)).errors[0] == pytest.approx(2.0)
-    assert of_experts(curves, (0, 0)).errors.eq(0).all()
+    assert of_experts(curves, (3, 1), 4).errors[0] == pytest.approx(2.0)
+    assert of_experts(curves, (3, 1), 2).errors[0] == pytest.approx(4.0)  # two for each token
+    assert of_experts(curves, (0, 0), 4).errors.eq(0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 63, 64, 65, 1536, 14336])

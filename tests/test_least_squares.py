@@ -35,9 +35,10 @@ def reference(
     x, down = x.double(), down.double()
     if bias:
         x = x - x.mean(0)
-    weight = (damping * x.square().mean() * len(x)).sqrt()
-    matrix = torch.cat([x[:, kept], weight * torch.eye(len(kept), dtype=torch.float64)])
-    target = torch.cat([x @ down.T, weight * pull * down[:, kept].T])
+    own = x[:, kept].square().mean(0)
+    weight = (damping * own.clamp_min(1e-3 * own.mean()) * len(x)).sqrt().diag()
+    matrix = torch.cat([x[:, kept], weight])
+    target = torch.cat([x @ down.T, pull * weight @ down[:, kept].T])
     return torch.linalg.lstsq(matrix, target).solution.T
 
 

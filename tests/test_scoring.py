@@ -66,6 +66,7 @@ def test_scores_match_their_formulas(
     expected = {
         "activation-norm": n,
         "magnitude-sp": down.square().sum(0).sqrt(),
+        "cfsp-output": n * down.square().sum(0) ** 0.25,
         "wanda-sp": down.abs().mean(0) * n,
         "wifn": down.abs().mean(0) * n,
         "flap": variance * down.square().sum(0),
@@ -77,4 +78,4 @@ def test_scores_match_their_formulas(
     for name, value in expected.items():
         score = SCORERS[name].score(statistics, lambda: weights)
         assert torch.allclose(score, value, rtol=1e-6), name
-    assert set(expected) | {"cfsp"} == set(SCORERS)
+    assert set(expected) | {"cfsp", "obs"} == set(SCORERS)  # obs: tests/test_obs.py
