@@ -15,6 +15,7 @@ from .models import open_model
 from .pipeline import PruneResult, calibrate, latency_table, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
 from .recipe import Calibration, Recipe, load_recipe
+from .recovery import Distillation, Recovery, RecoveryResult, recover
 from .registration import register
 from .statistics import Statistics, load_statistics, save_statistics
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "CfspError",
+    "Distillation",
     "Estimate",
     "ExportResult",
     "LatencyTable",
@@ -30,6 +32,8 @@ __all__ = [
     "PruneResult",
     "PruningPlan",
     "Recipe",
+    "Recovery",
+    "RecoveryResult",
     "Statistics",
     "calibrate",
     "estimate",
@@ -43,6 +47,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "recover",
     "register",
     "save_plan",
     "save_statistics",

@@ -1,12 +1,14 @@
 """How many channels every block keeps: pure functions under one total budget."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 
 import torch
 
+from .error_curves import CURVE_POINTS, ErrorCurve
 from .errors import CfspError
+from .knapsack import least_error_choices
 
 REFERENCE_TOKENS = 131072
 """The released CFSP sums its importance over 128 windows of 1024 tokens. Ours is a mean; times
@@ -32,6 +34,9 @@ class AllocationProblem:
     costs: tuple[int, ...] = ()
     """What one more channel of width costs in every FFN, in all its experts, in any unit; ():
     one per channel, so that channels themselves are the budget."""
+    width_multiple: int = 1
+    curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN, scaled so that they may be added up; () where no allocator asks for them."""
 
     @property
     def intermediate_sizes(self) -> torch.Tensor:
@@ -51,6 +56,12 @@ class AllocationProblem:
         return (1 - self.sparsity) * total
 
 
+def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
+    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
+    131072 tokens."""
+    return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+
+
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Fraction of channels that each block keeps, as the released CFSP has it.
 
@@ -66,7 +77,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 
     Source: arXiv 2409.13199 and its released code.
     """
-    share = torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+    share = importance_shares(importance_sum)
     mean = share.mean()
     if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
         room = mean * (1 / (1 - sparsity) - 1)
@@ -106,12 +117,42 @@ def global_threshold(problem: AllocationProblem) -> torch.Tensor:
     return torch.bincount(block_of[:kept], minlength=len(problem.scores)).double()
 
 
+def knapsack(problem: AllocationProblem) -> torch.Tensor:
+    """Least sum of errors over all FFNs under the budget, at multiples of the width multiple.
+
+    Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance; see
+    :func:`cfsp.knapsack.least_error_choices`. Sources: SPDY (arXiv 2201.13096), ZipLM
+    (arXiv 2302.04089).
+    """
+    if not problem.curves:
+        raise CfspError("allocator 'knapsack' needs error curves")
+    experts = problem.experts or (1,) * len(problem.scores)
+    costs, multiple = problem.costs or experts, problem.width_multiple
+    sizes = [len(s) // count for s, count in zip(problem.scores, experts, strict=True)]
+    widths = [_knapsack_widths(size, multiple) for size in sizes]
+    chosen = least_error_choices(
+        [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
+        [(of_ffn * cost).numpy() for of_ffn, cost in zip(widths, costs, strict=True)],
+        check_budget(sizes, problem.budget, multiple, costs) * multiple,
+    )
+    found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
+    return torch.tensor(found, dtype=torch.float64) * torch.tensor(experts)
+
+
+def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
+    most = size // multiple
+    step = -(-most // CURVE_POINTS)
+    return torch.tensor(sorted({1, *range(step, most, step), most})) * multiple
+
+
 ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "cfsp": cfsp,
     "uniform": uniform,
     "global": global_threshold,
+    "knapsack": knapsack,
 }
 """Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
+NEEDS_CURVES = frozenset({"knapsack"})
 
 
 def check_budget(
@@ -235,7 +276,7 @@ def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -
     experts = problem.experts or (1,) * len(problem.scores)
     counts = torch.tensor(experts)
     return apportion(
-        ALLOCATORS[allocator](problem) / counts,
+        ALLOCATORS[allocator](replace(problem, width_multiple=multiple)) / counts,
         (problem.intermediate_sizes // counts).tolist(),
         problem.budget,
         multiple,

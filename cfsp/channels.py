@@ -1,6 +1,6 @@
 """The channels of an FFN: its matrices, the groups that share a width, where channels lie."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from cfsp_kernels import ChannelStatistics, gather_columns, gather_rows
 
 from .errors import CfspError
 
-Collect = Callable[[int, ChannelStatistics], None]
-"""Takes (number of the expert, 0 in a plain FFN; statistics of its activation)."""
+Collect = Callable[[int, ChannelStatistics, torch.Tensor, torch.Tensor | None], None]
+"""Takes (number of the expert, 0 in a plain FFN; statistics of its activation; the activation
+[..., F]; positions of its rows among the tokens of the call, None where it is all of them)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,26 @@ class FFNWeights:
 
 
 @dataclass(frozen=True)
+class FitRecord:
+    """What came of fitting the down projection of one FFN, or of one expert."""
+
+    applied: bool
+    """Whether the fit was put in; otherwise the columns are those of the dense model."""
+    error_before: float | None
+    """|| change of the output ||^2 / || output ||^2 on held-out tokens, with the columns as they
+    were; None where nothing was held out."""
+    error_after: float | None
+    """The same with the fit, whether it was put in or not."""
+    damping: float
+    """Relative to the mean square of a channel: what was asked for, or the tenfolds of it that a
+    factorisation took."""
+    tokens: int
+    """That it was fitted on."""
+    channels: int
+    """Of the dense FFN."""
+
+
+@dataclass(frozen=True)
 class CutDown:
     """The down projection of a pruned FFN."""
 
@@ -34,6 +55,8 @@ class CutDown:
     """[D, width]."""
     bias: torch.Tensor | None
     """[D], to be added to the bias that the projection may have."""
+    record: FitRecord | None = None
+    """Of compensations that fit."""
 
 
 Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]
@@ -52,6 +75,11 @@ class ChannelGroup:
     def total(self) -> int:
         """Channels of all experts."""
         return self.channels * self.experts
+
+
+def sizes_of(groups: Sequence[ChannelGroup]) -> list[int]:
+    """Channels of every FFN, and of every expert of those that have some."""
+    return [group.channels for group in groups for _ in range(group.experts)]
 
 
 EXPERT_WIDTH_MULTIPLE = 8

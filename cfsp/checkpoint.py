@@ -147,7 +147,8 @@ def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
         config.pop(name, None)
     if not is_stock(model):
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-        base = type(model.base_model).__name__
+        prefix = modeling_cfsp.PREFIX  # a reloaded model's base is of the family's own class
+        base = prefix + type(model.base_model).__name__.removeprefix(prefix)
         module = MODELING_FILE.stem
         config["auto_map"] = {
             "AutoConfig": f"{module}.{type(model.config).__name__}",

@@ -14,16 +14,20 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_evaluate import add_evaluate
 from .cli_latency import add_latency, add_latency_table
+from .cli_recover import add_recover
+from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
+from .error_curves import ERROR_SCALES
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS, evaluation_windows, perplexity
+from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
+from .fits import fits_summary, refits_summary
 from .footprint import plan_within
 from .latency_measure import table_for
-from .models import check_seqlen, open_model
 from .pipeline import (
     PruneResult,
     as_calibrated,
@@ -32,7 +36,7 @@ from .pipeline import (
 )
 from .plan import load_plan, save_plan
 from .process import ended, quiet, sigterm
-from .ranks import Ranks, joined, own_rank
+from .ranks import joined, own_rank
 from .recipe import DTYPES, Calibration, Recipe, load_recipe
 from .scoring import SCORERS
 from .statistics import (
@@ -107,7 +111,37 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allocator", help=f"{', '.join(ALLOCATORS)} (default: the scorer's)")
     group.add_argument("--compensation", help=f"{', '.join(COMPENSATIONS)} (default: the scorer's)")
     group.add_argument(
+        "--damping",
+        type=float,
+        help="of least squares: pull towards the weights as they were, relative to the mean square "
+        f"of each channel {_default('damping')}",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_const",
+        const=True,
+        help="fit each block once more, on what the pruned blocks before it give",
+    )
+    group.add_argument("--epochs", type=int, help=f"of blockwise {_default('epochs')}")
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"of blockwise, relative to the size of the weights {_default('learning_rate')}",
+    )
+    group.add_argument(
         "--importance", help=f"{', '.join(INFLUENCE_METRICS)} {_default('importance')}"
+    )
+    group.add_argument(
+        "--error-scale",
+        metavar="|".join(ERROR_SCALES),
+        help="what the errors that a knapsack adds up are measured in: energy of the FFN's output, "
+        f"of the hidden state, nothing {_default('error_scale')}",
+    )
+    group.add_argument(
+        "--importance-exponent",
+        type=float,
+        help="in that sum a block counts times its importance to this power "
+        f"{_default('importance_exponent')}",
     )
     group.add_argument(
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
@@ -172,6 +206,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=_recipe(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
         device=arguments.device,
         max_memory=arguments.max_memory,
         progress=not arguments.quiet,
@@ -206,6 +242,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         opened.model,
         opened.layout,
         table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet),
+        progress=not arguments.quiet,
     )
     if arguments.out:
         save_plan(plan, arguments.out)
@@ -257,6 +294,10 @@ def _print_result(result: PruneResult) -> None:
     Console().print(result.plan.table())
     for title, was, now in report.sizes.rows():
         print(f"{title}: {was} -> {now}")
+    if any(report.fits):
+        print(f"least squares: {fits_summary(report.fits)}")
+    if report.refits:
+        print(f"blocks fitted again: {refits_summary(report.refits)}")
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         print(
@@ -264,31 +305,6 @@ def _print_result(result: PruneResult) -> None:
             f"({before.dataset}, {before.windows} windows of {before.seqlen})"
         )
     print(f"saved, reloaded and compared: {result.out}")
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    settings = Calibration(seqlen=arguments.seqlen, bos=arguments.bos)
-    ranks: Ranks = arguments.group
-    opened = open_model(arguments.model, arguments.dtype, ranks.device(arguments.device))
-    check_seqlen(opened.model, settings.seqlen)
-    windows = evaluation_windows(
-        opened.tokenizer, arguments.dataset, settings.seqlen, arguments.windows, settings.bos
-    )
-    measured = perplexity(
-        opened.model,
-        windows,
-        dataset=arguments.dataset,
-        progress=ranks.first and not arguments.quiet,
-        ranks=ranks,
-    )
-    if not ranks.first:
-        return
-    values = {"model": arguments.model, **measured.to_dict()}
-    if not _print_json(arguments, values):
-        print(
-            f"perplexity {measured.perplexity:.4f} over {measured.windows} windows of "
-            f"{measured.seqlen} ({measured.tokens:,} predicted tokens, {measured.seconds:.1f} s)"
-        )
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -323,6 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="statistics of a model, once, in a file")
     _add_model(calibration)
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
+    calibration.add_argument(
+        "--gram",
+        action="store_true",
+        help="Gram matrices too, for least squares, obs and knapsack: a folder "
+        "STATS.safetensors.grams beside it",
+    )
     _add_calibration(calibration)
     add_memory(calibration)
     calibration.set_defaults(run=_calibrate, shared=True)
@@ -364,14 +386,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pruning.set_defaults(run=_prune, shared=True)
 
-    evaluation = commands.add_parser("evaluate", help="perplexity of a model")
-    _add_model(evaluation)
-    evaluation.add_argument("--dataset", default="wikitext2", help="(default: %(default)s)")
-    evaluation.add_argument("--seqlen", type=int, default=1024, help="(default: %(default)s)")
-    evaluation.add_argument("--windows", type=int, help="only the first N (default: all)")
-    evaluation.add_argument("--bos", default="auto", metavar="|".join(BOS_CHOICES))
-    evaluation.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
-    evaluation.set_defaults(run=_evaluate, shared=True)
+    recovery = add_recover(commands)
+    evaluation = add_evaluate(commands)
 
     latency = commands.add_parser("latency", help="seconds of a model by its FFN widths, measured")
     _add_model(latency)
@@ -393,11 +409,14 @@ def build_parser() -> argparse.ArgumentParser:
     exporting.add_argument("--quiet", action="store_true", help="no progress bars")
     exporting.set_defaults(run=_export)
 
-    for command in (demo, calibration, plan, pruning, evaluation, latency, exporting):
+    reporting = add_report(commands)
+
+    listed = (demo, calibration, plan, pruning, recovery, evaluation, latency, exporting, reporting)
+    for command in listed:
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"
         )
-    for command in (demo, calibration, pruning, latency, exporting):
+    for command in (demo, calibration, pruning, recovery, latency, exporting, reporting):
         command.add_argument("--overwrite", action="store_true", help="replace what --out names")
     return parser
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,8 +14,11 @@ from tqdm import tqdm
 from cfsp_kernels import ChannelStatistics, block_influence
 
 from .blocks import Blocks, LiveBlocks
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
 from .errors import CfspError, Stopped
+from .gram_sums import GramSums, Split, check_ranks
+from .gram_writing import GramWriter, gram_writer
+from .grams import GramFolder, held_out_windows
 from .layouts import Layout
 from .progress import BlockProgress
 from .provenance import tokens_fingerprint, versions
@@ -37,9 +40,11 @@ class _BlockCollector:
         micro_batches: int,
         device: torch.device,
         ranks: Ranks,
+        split: Split | None,
     ) -> None:
+        """``split``: of the tokens, where Gram matrices are wanted."""
         self.groups = groups
-        sizes = [group.channels for group in groups for _ in range(group.experts)]
+        sizes = sizes_of(groups)
         self.ranges = [
             slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
@@ -54,9 +59,20 @@ class _BlockCollector:
         self.influences = torch.zeros(
             micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
         )
-        self.own_influences = self.influences[ranks.share(micro_batches)]
+        mine = ranks.share(micro_batches)
+        self.own_influences = self.influences[mine]
+        self.seen = 0
+        """Micro-batches that are through."""
+        self.grams = GramSums(sizes, split, mine.start, device, ranks) if split else None
 
-    def add_channels(self, first: int, expert: int, part: ChannelStatistics) -> None:
+    def add_channels(
+        self,
+        first: int,
+        expert: int,
+        part: ChannelStatistics,
+        x: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
         """``expert`` counts from the ``first`` of its FFN among all of the block."""
         if not self.sums or not (self.ranks.first or self.begun):
             self.sums.append(self.zeros.clone())
@@ -65,15 +81,20 @@ class _BlockCollector:
         channels = self.ranges[first + expert]
         self.sums[-1][0, channels] += part.sum
         self.sums[-1][1, channels] += part.sum_of_squares
+        if self.grams is not None:
+            self.grams.add(first + expert, self.seen, part, x, tokens)
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.tokens += before.shape[:-1].numel()
         self.begun = False
+        self.seen += 1
         part = block_influence(before, after)
         for column, metric in enumerate(INFLUENCE_METRICS):
             self.own_influences[index, column] = getattr(part, metric)
 
-    def result(self, number: int, windows: int, micro_batch: int) -> BlockStatistics:
+    def result(
+        self, number: int, windows: int, micro_batch: int, writer: GramWriter | None
+    ) -> BlockStatistics:
         ranks = self.ranks
         influences = ranks.fill_(self.influences.cpu())
         broken = (~influences.isfinite().all(1)).nonzero()
@@ -97,6 +118,7 @@ class _BlockCollector:
             influences.sum(0),
             self.groups,
             tuple(int(tokens) for tokens in expert_tokens),
+            self.grams.write(writer, number) if self.grams is not None and writer else (),
         )
 
 
@@ -136,11 +158,14 @@ def collect_statistics(
     weights: Blocks | None = None,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
+    grams: GramFolder | None = None,
 ) -> Statistics:
     """One dense forward pass over each block, with statistics of its FFN and its influence.
 
     Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
-    ranks other than the first, [2, F] fp64 for each of their micro-batches.
+    ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices, on
+    the device, [F, F] fp32 three times for the block at work, on ranks other than the first as
+    often as each has eighths of the windows, and once more.
 
     Args:
         model: a causal LM on its device; left as it was found.
@@ -154,10 +179,12 @@ def collect_statistics(
         stop: asked before each block.
         ranks: each runs its share of the micro-batches; all get the same result, which does not
             depend on how many they are.
+        grams: collect Gram matrices too, in this folder, which all ranks see.
 
     Raises:
         CfspError: a block gives NaN or infinite activations; names it and the window. Ranks with
-            another model, text or version than the first.
+            another model, text or version than the first. With Gram matrices: no space for them,
+            or another number of ranks than 1, 2, 4 or 8.
         Stopped: ``stop`` said so, on any rank.
     """
     device = next(model.parameters()).device
@@ -165,6 +192,7 @@ def collect_statistics(
     given = micro_batch
     micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
     micro_batches = -(-count // micro_batch)
+    split = Split(count, seqlen, micro_batch) if grams is not None else None
     mine = ranks.share(micro_batches)
     own_windows = windows[mine.start * micro_batch : mine.stop * micro_batch]
     blocks = layout.find_blocks(model)
@@ -175,6 +203,11 @@ def collect_statistics(
         "machine or version": versions(device),
     }
     ranks.check_same(identity)
+    writing: AbstractContextManager[GramWriter | None] = nullcontext()
+    if grams is not None:
+        check_ranks(ranks.size)
+        sizes = [sizes_of(layout.groups(block)) for block in blocks]
+        writing = gram_writer(grams, sizes, count, ranks)
     training = model.training
     model.eval()
     results = []
@@ -190,12 +223,14 @@ def collect_statistics(
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
-        with bar, needed as turns:
+        with bar, writing as writer, needed as turns:
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                collector = _BlockCollector(layout.groups(block), micro_batches, device, ranks)
+                collector = _BlockCollector(
+                    layout.groups(block), micro_batches, device, ranks, split
+                )
 
                 def observe(
                     index: int,
@@ -208,7 +243,7 @@ def collect_statistics(
 
                 with _observed(block, layout, collector, fused):
                     run_block(block, number, calls, observe)
-                results.append(collector.result(number, count, micro_batch))
+                results.append(collector.result(number, count, micro_batch, writer))
     finally:
         model.train(training)
     _warn_of_idle_experts(results)
@@ -221,6 +256,7 @@ def collect_statistics(
             "windows": count,
             "seqlen": seqlen,
             "micro_batch": micro_batch,
+            **({"held_out_windows": held_out_windows(count)} if grams is not None else {}),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "versions": identity["machine or version"],
         },

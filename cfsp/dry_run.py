@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import MAX_SHARD_BYTES
+from .compensation import NEEDS_GRAM
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
 from .errors import CfspError, unknown_name
@@ -15,6 +16,8 @@ from .estimate import Estimate
 from .evaluation import EVALUATION_WINDOWS
 from .feasibility import even_plan
 from .footprint import Footprints, footprints
+from .gram_costs import GramCosts
+from .gram_sums import check_ranks
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
 from .latency import LatencyTable
 from .latency_measure import known_table
@@ -23,6 +26,7 @@ from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
 from .recipe import Recipe
+from .refit_costs import RefitCosts
 from .rewriting import planned_tensors
 from .scoring import SCORERS
 from .shards import TensorInfo, pack_shards
@@ -40,6 +44,8 @@ class Job:
     evaluation_windows: int = 0
     prunes: bool = True
     """False: only the statistics are wanted."""
+    gram: bool = False
+    """Whether Gram matrices are, though nothing that is to be done reads them."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -94,6 +100,28 @@ def _file_bytes(tensors: Tensors) -> int:
     return sum(len(shard.header()) + shard.nbytes for shard in shards)
 
 
+def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCosts | None:
+    """Of a job that collects or reads Gram matrices; None for any other."""
+    recipe, layout = job.recipe, described.layout
+    fits = job.prunes and recipe.resolved_compensation in NEEDS_GRAM
+    read = job.prunes and recipe.needs_gram(planned=job.plan is not None) is not None
+    if layout is None or not (job.gram or read):
+        return None
+    blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
+    active = costs.blocks[-1].active_experts
+    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
+
+
+def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:
+    """Of a job that fits blocks again after the cut; None for any other."""
+    recipe = job.recipe
+    if pruned is None or not recipe.refits:
+        return None
+    epochs = recipe.epochs if recipe.blockwise else 0
+    windows = recipe.calibration
+    return RefitCosts(dense, pruned, windows.samples, windows.seqlen, epochs, recipe.sequential)
+
+
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
@@ -120,11 +148,13 @@ def _workload(described: Description, job: Job, device: str, plan: PruningPlan |
         job.evaluation_windows,
         recipe.calibration.seqlen,
         micro_batch or default_micro_batch(torch.device(device), recipe.calibration.seqlen),
-        SCORERS[recipe.scorer].reads_weights and job.plan is None,
+        (SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram) and job.plan is None,
         described.streamed,
         job.ranks,
         job.nodes,
         device,
+        _gram_costs(described, job, dense),
+        _refit_costs(job, dense, pruned),
     )
 
 
@@ -158,6 +188,8 @@ def _estimate(
 ) -> Estimate:
     plan = _plan(described, job) if job.prunes else None
     workload = _workload(described, job, hardware.device, plan)
+    if workload.gram is not None and job.windows:
+        check_ranks(job.ranks)
     if job.recipe.micro_batch is None:
         workload = _fitted(workload, _room(hardware, budget))
     stage, parts = workload.device_parts()
@@ -184,6 +216,7 @@ def _estimate(
         device_parts=parts,
         host_parts=workload.host_parts(resident_bytes()),
         hardware=hardware,
+        gram_bytes=workload.gram.disk_bytes(job.windows) if workload.gram and job.windows else 0,
     )
 
 
@@ -205,6 +238,27 @@ def estimate_opened(
     described, model = describe_opened(opened), opened.model
     hardware = this_machine(model_device(model), model.dtype, measure=measure)
     return _estimate(described, job, hardware, budget)
+
+
+def choose_hardware(
+    hardware: Hardware | str | None,
+    device: str,
+    dtype: torch.dtype,
+    tflops: float | None = None,
+    disk_gbps: float | None = None,
+) -> Hardware:
+    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
+
+    Raises:
+        CfspError: no such name or device, or a stated speed that is not above 0.
+    """
+    if isinstance(hardware, str):
+        if hardware not in HARDWARE:
+            raise unknown_name("hardware", hardware, HARDWARE)
+        hardware = HARDWARE[hardware]
+    if hardware is None:
+        hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
+    return hardware.stated(tflops, disk_gbps)
 
 
 def estimate(
@@ -245,20 +299,15 @@ def estimate(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
     budget = parse_budget(max_memory)
-    if isinstance(hardware, str):
-        if hardware not in HARDWARE:
-            raise unknown_name("hardware", hardware, HARDWARE)
-        hardware = HARDWARE[hardware]
-    where = pick_device(device if hardware is None else "cpu")
     described = describe(model, recipe)
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
-    if hardware is None:
-        hardware = this_machine(where, described.model.dtype, measure=tflops is None)
+    machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)
+    where = pick_device(device if hardware is None else "cpu")
     table = None
     if described.layout is not None:
         table = known_table(
             described.model, described.layout, where, recipe.model_budget, latency_table
         )
     job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes, table=table)
-    return _estimate(described, job, hardware.stated(tflops, disk_gbps), budget)
+    return _estimate(described, job, machine, budget)

@@ -25,7 +25,7 @@ LOWERED_BY = {
 class Estimate:
     """What a run will take. Nothing here was measured but the figures of ``hardware`` that say so.
 
-    FLOPs count a multiplication and an addition as two. Bytes are of weights.
+    FLOPs count a multiplication and an addition as two. Bytes are of weights and Gram matrices.
     """
 
     model: str
@@ -58,6 +58,8 @@ class Estimate:
     host_parts: dict[str, int]
     """Bytes that each process holds at most."""
     hardware: Hardware
+    gram_bytes: int = 0
+    """Of Gram matrices on the disk."""
 
     @property
     def device_bytes(self) -> int:
@@ -112,6 +114,7 @@ class Estimate:
             f"{self.model}: {' -> '.join(counts)} parameters, {self.blocks} blocks of up to "
             f"{format_bytes(self.largest_block_bytes)} ({self.dtype}), "
             f"{self.windows} windows of {self.seqlen}, {self.micro_batch} a call"
+            + (f", {format_bytes(self.gram_bytes)} of Gram matrices" if self.gram_bytes else "")
         )
 
     def _memory(self) -> str:

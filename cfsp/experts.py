@@ -78,7 +78,7 @@ class ExpertsFFN(FFN):
                     tokens = rows % len(hidden_states)
                     both = linear(hidden_states[tokens], gate_up[expert])
                     product, part = activate(*both.chunk(2, dim=-1))
-                    collect(expert, part)
+                    collect(expert, part, product, tokens)
                     output = linear(product, down[expert]) * shares[rows, None]
                     total.index_add_(0, tokens, output.to(total.dtype))
             return total

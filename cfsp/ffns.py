@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -126,7 +126,7 @@ class FFN:
     @contextmanager
     def _hooked(self, block: nn.Module, collect: Collect) -> Iterator[None]:
         hook = self.projection(block, self.down).register_forward_pre_hook(
-            lambda module, args: collect(0, channel_statistics(args[0]))
+            lambda module, args: collect(0, channel_statistics(args[0]), args[0], None)
         )
         try:
             yield
@@ -149,7 +149,7 @@ class FFN:
 
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
             product, part = swiglu_statistics(*gate_and_up(hidden_states), activation)
-            collect(0, part)
+            collect(0, part, product, None)
             return down(product)
 
         return forward_instead([self.module(block)], [forward])
@@ -266,4 +266,4 @@ class Conv1DFFN(FFN):
         cut = compensate(0, weights.down, None)
         shape = (width, weights.down.shape[0])
         place = room(shape, cut.weight.dtype) if room is not None else cut.weight.new_empty(shape)
-        return CutDown(place.copy_(cut.weight.T), cut.bias)
+        return replace(cut, weight=place.copy_(cut.weight.T))

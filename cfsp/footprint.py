@@ -206,6 +206,8 @@ def plan_within(
     model: PreTrainedModel,
     layout: Layout,
     table: LatencyTable | None = None,
+    *,
+    progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
 
@@ -213,7 +215,7 @@ def plan_within(
         CfspError: no widths meet the budget.
     """
     budget = resolve_budget(model, layout, recipe, table)
-    plan = make_plan(statistics, weights, recipe, budget)
+    plan = make_plan(statistics, weights, recipe, budget, progress=progress)
     check_met(model, layout, plan, table)
     return plan
 

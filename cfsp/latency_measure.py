@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .blocks import set_parameters_
 from .budgets import ModelBudget
-from .channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup
+from .channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from .compensation import none
 from .errors import CfspError
 from .forwards import forward_instead
@@ -264,9 +264,11 @@ def _curves(
         block = copy.deepcopy(dense)
         ffn = layout.block_ffns(block)[position]
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
-        ffn.cut_(
-            block, kept, lambda e, down, out: none(down, kept[e].to(down.device), None, out), None
-        )
+
+        def cut(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
+            return none(down, kept[expert].to(down.device), None, 0.0, out)
+
+        ffn.cut_(block, kept, cut, None)
         return lambda: block(calls.hidden, *args, **kwargs)
 
     found = []

@@ -258,3 +258,8 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -20,6 +20,7 @@ from .errors import CfspError
 from .evaluation import EVALUATION_WINDOWS, evaluation_windows
 from .feasibility import check_biases, check_recipe
 from .footprint import plan_within
+from .grams import temporary_folder
 from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
 from .latency import LatencyTable
@@ -27,11 +28,13 @@ from .latency_measure import table_for, table_of
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
+from .ranking import stored_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Calibration, Recipe
+from .refitting import check_refits
 from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
-from .statistics import Statistics, check_statistics, load_statistics
+from .statistics import Statistics, check_grams, check_statistics, load_statistics
 from .streaming import open_lean
 from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
 
@@ -83,6 +86,8 @@ def calibrate(
     tokenizer: Any = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     *,
+    gram: bool = False,
+    gram_folder: str | Path | None = None,
     device: str = "auto",
     max_memory: str | None = None,
     progress: bool = True,
@@ -94,6 +99,11 @@ def calibrate(
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
+        gram: collect Gram matrices too, which least squares need; see docs/streaming.md for what
+            they take.
+        gram_folder: a new folder where they go, block by block, until
+            :func:`cfsp.save_statistics` puts them beside the statistics; it is removed with the
+            result. None: one where temporary files go.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
@@ -107,10 +117,12 @@ def calibrate(
     progress = progress and ranks.first
     opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, len(windows), prunes=False, ranks=ranks.size)
+    job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
+    folder = Path(gram_folder) if gram_folder is not None else None
+    grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
     with device_capped(model_device(opened.model), budget.device):
-        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks)
+        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks, grams=grams)
 
 
 def latency_table(
@@ -175,7 +187,9 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=calibration)
 
 
-def _held_out(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
+def held_out_windows(
+    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
+) -> HeldOut:
     """Held-out windows to measure on. A local calibration file has no held-out part of its own,
     so the text that ships with Python stands in unless ``dataset`` names another."""
     if windows == 0:
@@ -287,12 +301,23 @@ def prune(
         check_recipe(opened.model, layout, recipe, table)
     if statistics is not None:
         check_statistics(statistics, opened.model, layout, fingerprint)
-    held_out = _held_out(opened, recipe, eval_dataset, eval_windows)
+        planned = plan is not None or stored_ranking(statistics, recipe) is not None
+        if reader := recipe.needs_gram(planned):
+            check_grams(statistics, reader)
+    held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
 
     windows = None
     compensation = recipe.resolved_compensation
     if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    refit_windows = None
+    if recipe.refits:
+        check_refits(opened.model, layout, ranks)
+        refit_windows = (
+            windows
+            if windows is not None
+            else calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+        )
     progress = progress and ranks.first
     job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
     job = dataclasses.replace(job, table=table)
@@ -303,6 +328,7 @@ def prune(
         plan,
         statistics,
         windows,
+        refit_windows,
         micro_batch,
         held_out,
         overwrite,

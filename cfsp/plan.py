@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from rich.table import Table
 
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budgets import ChannelBudget
-from .channels import ChannelGroup, FFNWeights
+from .channels import ChannelGroup
 from .errors import CfspError
+from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe, recipe_from_dict
-from .scoring import SCORERS
-from .selection import select_by_expert
-from .statistics import BlockStatistics, Statistics
+from .selection import score_quantiles, select_by_expert
+from .statistics import Statistics
 
 FORMAT = "cfsp-plan-1"
 
@@ -34,6 +33,8 @@ class BlockPlan:
     importance: float
     groups: tuple[ChannelGroup, ...] = ()
     """The FFNs whose channels these are, one after the other; () for a single one."""
+    score_quantiles: tuple[float, ...] = ()
+    """Of the scores of all its channels, see :func:`cfsp.selection.score_quantiles`."""
 
     @property
     def kept_by_group(self) -> tuple[torch.Tensor, ...]:
@@ -96,44 +97,45 @@ class PruningPlan:
 
 def make_plan(
     statistics: Statistics,
-    weights: Callable[[int], Sequence[FFNWeights]],
+    weights: Weights,
     recipe: Recipe,
     budget: ChannelBudget | None = None,
+    *,
+    progress: bool = False,
 ) -> PruningPlan:
     """Score, allocate, select.
 
     Args:
         statistics: of the dense model.
         weights: block number -> the matrices of its FFNs, of every expert. Called
-            only for scorers that read weights.
+            only for scorers that read weights, and for error curves.
         recipe: the choices.
         budget: what the recipe's comes to in this model, see
             :func:`cfsp.footprint.resolve_budget`; None: the recipe has a sparsity.
+        progress: show a bar on stderr where scoring takes long.
 
     Raises:
-        CfspError: no widths meet the budget.
+        CfspError: no widths meet the budget; Gram matrices that the scorer or the allocator needs
+            are not there.
     """
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
+    ranking = rank(statistics, weights, recipe, progress=progress)
     importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
         for number, block in enumerate(statistics.blocks)
         for group in block.groups or (ChannelGroup(len(block.sum)),)
     ]
-    scores = [
-        part
-        for number, block in enumerate(statistics.blocks)
-        for part in _block_scores(block, partial(weights, number), recipe.scorer)
-    ]
     sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
     problem = AllocationProblem(
         importance[[number for number, _ in ffns]],
-        tuple(scores),
+        ranking.scores,
         budget.sparsity,
         experts,
         budget.costs,
+        curves=() if recipe.uniform else scaled_curves(ranking, statistics, recipe),
     )
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
@@ -144,30 +146,21 @@ def make_plan(
 
     widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
     kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    for (number, group), ffn_scores, width in zip(ffns, scores, widths, strict=True):
+    block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
+    for (number, group), ffn_scores, width in zip(ffns, ranking.scores, widths, strict=True):
         kept[number].append(select_by_expert(ffn_scores, group.experts, width))
+        block_scores[number].append(ffn_scores)
     blocks = tuple(
         BlockPlan(
-            len(block.sum), flat_channels(kept[number], block.groups), float(value), block.groups
+            len(block.sum),
+            flat_channels(kept[number], block.groups),
+            float(value),
+            block.groups,
+            score_quantiles(torch.cat(block_scores[number])),
         )
         for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
     )
     return PruningPlan(blocks, statistics.model_fingerprint, recipe)
-
-
-def _block_scores(
-    block: BlockStatistics, weights: Callable[[], Sequence[FFNWeights]], scorer: str
-) -> list[torch.Tensor]:
-    """Scores of every FFN of a block, [experts * channels] each."""
-    weights = cache(weights)
-    score = SCORERS[scorer].score
-    of_experts = [
-        score(part, lambda expert=expert: weights()[expert])  # type: ignore[misc]
-        for expert, part in enumerate(block.ffns())
-    ]
-    counts = [group.experts for group in block.groups] or [1]
-    starts = [0, *accumulate(counts)]
-    return [torch.cat(of_experts[start:end]) for start, end in pairwise(starts)]
 
 
 def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
@@ -215,6 +208,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
                 "importance": block.importance,
                 "kept": _to_ranges(block.kept),
                 **_groups_to_dict(block.groups),
+                "score_quantiles": " ".join(f"{q:.5g}" for q in block.score_quantiles),
             }
             for number, block in enumerate(plan.blocks)
         ],
@@ -258,7 +252,8 @@ def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
         ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
         for ffn in entry.get("ffns", [])
     )
-    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups)
+    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
+    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups, quantiles)
     _check_experts(number, block)
     return block
 

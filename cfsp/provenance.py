@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,9 +12,11 @@ PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets"
 SAMPLED_VALUES = 256
 
 
-def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+def versions(
+    device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES
+) -> dict[str, str]:
     """Versions of what computed a result, and the device it ran on."""
-    found = {"python": platform.python_version(), **_package_versions()}
+    found = {"python": platform.python_version(), **_package_versions(tuple(packages))}
     device = torch.device(device)
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
@@ -24,9 +26,9 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 @cache
-def _package_versions() -> dict[str, str]:
+def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

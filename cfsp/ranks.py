@@ -49,6 +49,11 @@ class Ranks:
         """Whether this is the rank that writes and prints what there is only one of."""
         return self.rank == 0
 
+    @property
+    def last(self) -> bool:
+        """Whether this is the rank that sums in order of ranks end at."""
+        return self.rank == self.size - 1
+
     def share(self, count: int) -> slice:
         """Which of ``count`` equal pieces of work are this rank's."""
         return self._share(self.rank, count)
@@ -94,18 +99,29 @@ class Ranks:
             parts: this rank's, of the shape and dtype of ``like``, on the CPU.
             like: shape and dtype of the sum.
         """
+        total = self.running_sum(parts, like)
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _exchange():
+                dist.broadcast(total, self.size - 1, group=self.group)
+        return total
+
+    def running_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
+
+        Ranks work on several sums at a time: one has handed on the first when it turns to the next.
+        """
         import torch.distributed as dist
 
         total = torch.zeros_like(like, device="cpu")
         with _exchange():
-            if self.size > 1 and self.rank > 0:
+            if self.rank > 0:
                 dist.recv(total, self.rank - 1, group=self.group)
             for part in parts:
                 total += part
-            if self.size > 1:
-                if self.rank + 1 < self.size:
-                    dist.send(total, self.rank + 1, group=self.group)
-                dist.broadcast(total, self.size - 1, group=self.group)
+            if not self.last:
+                dist.send(total, self.rank + 1, group=self.group)
         return total
 
     def fill_(self, rows: torch.Tensor) -> torch.Tensor:

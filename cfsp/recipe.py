@@ -7,10 +7,13 @@ from typing import Any
 
 import yaml
 
-from .allocation import ALLOCATORS
+from .allocation import ALLOCATORS, NEEDS_CURVES
 from .budgets import ModelBudget, parse_budget
-from .compensation import COMPENSATIONS
+from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
+from .error_curves import ERROR_SCALES
 from .errors import CfspError, unknown_name
+from .least_squares import DAMPING
+from .refitting import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 from .statistics import INFLUENCE_METRICS
 from .text import BOS_CHOICES
@@ -55,8 +58,22 @@ class Recipe:
     """None: the scorer's own, as its authors use it."""
     compensation: str | None = None
     """None: the scorer's own."""
+    damping: float = DAMPING
+    """Of least squares: how strongly the kept columns are pulled towards what they were, relative
+    to the mean square of each channel."""
+    sequential: bool = False
+    """Fit each block once more to its dense output, on what the pruned blocks before it give."""
+    epochs: int = EPOCHS
+    """Of Adam over the calibration windows, for each block, where the compensation is blockwise."""
+    learning_rate: float = LEARNING_RATE
+    """Of Adam: its step, relative to the root mean square of each matrix."""
     importance: str = "angular"
     """Metric of the coarse block importance."""
+    error_scale: str = "output"
+    """Of the error curves that a knapsack adds up: in units of the energy of the FFN's own output,
+    of that of the block's hidden state, or absolute."""
+    importance_exponent: float = 0.0
+    """In the sum of error curves a block counts times its importance to this power; 0: as any."""
     uniform: bool = False
     """The same width for all blocks: the result is of a class of transformers itself."""
     width_multiple: int = 128
@@ -84,8 +101,20 @@ class Recipe:
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
         if self.compensation is not None and self.compensation not in COMPENSATIONS:
             raise unknown_name("compensation", self.compensation, COMPENSATIONS)
+        if not 0 <= self.damping < float("inf"):
+            raise CfspError(f"damping must be 0 or more, got {self.damping}")
+        if self.epochs < 1:
+            raise CfspError(f"epochs must be 1 or more, got {self.epochs}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise CfspError(f"learning_rate must be more than 0, got {self.learning_rate}")
         if self.importance not in INFLUENCE_METRICS:
             raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
+        if self.error_scale not in ERROR_SCALES:
+            raise unknown_name("error scale", self.error_scale, ERROR_SCALES)
+        if not abs(self.importance_exponent) <= 100:
+            raise CfspError(
+                f"importance_exponent must be in [-100, 100], got {self.importance_exponent}"
+            )
         if self.width_multiple < 1:
             raise CfspError(f"width_multiple must be 1 or more, got {self.width_multiple}")
         if self.dtype not in DTYPES:
@@ -107,6 +136,32 @@ class Recipe:
     def resolved_compensation(self) -> str:
         """The compensation in force."""
         return self.compensation or SCORERS[self.scorer].compensation
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether all weights of a cut FFN are fitted again."""
+        return self.resolved_compensation in BLOCKWISE
+
+    @property
+    def refits(self) -> bool:
+        """Whether calibration windows go through the blocks once more, as these are cut."""
+        return self.sequential or self.blockwise
+
+    @property
+    def ranks_by_gram(self) -> bool:
+        """Whether scores or error curves are made from Gram matrices."""
+        return SCORERS[self.scorer].needs_gram or self.resolved_allocator in NEEDS_CURVES
+
+    def needs_gram(self, planned: bool = False) -> str | None:
+        """What reads Gram matrices: a compensation; a scorer or allocator, unless all is
+        ``planned``; or None."""
+        if self.resolved_compensation in NEEDS_GRAM:
+            return f"compensation {self.resolved_compensation!r}"
+        if SCORERS[self.scorer].needs_gram and not planned:
+            return f"scorer {self.scorer!r}"
+        if self.resolved_allocator in NEEDS_CURVES and not planned:
+            return f"allocator {self.resolved_allocator!r}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .channels import FitRecord
 from .evaluation import Perplexity
+from .fits import fits_section, fits_to_dicts, refits_section
 from .footprint import Footprints
 from .latency import LatencyTable
 from .plan import PruningPlan
+from .refitting import BlockRefit
 from .statistics import Statistics
 
 
@@ -18,6 +21,10 @@ class PruneReport:
     """The dense model: hub id, folder or file name."""
     plan: PruningPlan
     statistics: Statistics | None
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
+    refits: tuple[BlockRefit, ...]
+    """What fitting blocks again after the cut came to; () where they were not."""
     sizes: Footprints
     """What the model took and takes."""
     table: LatencyTable | None
@@ -49,6 +56,8 @@ class PruneReport:
             "sizes": self.sizes.to_dict(),
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
+            **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
+            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
         }
 
 
@@ -107,7 +116,7 @@ width of its own per block.
 `{calibration.dataset}`, seed {calibration.seed} |
 
 `recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
-
+{fits}
 ## Use
 
 ```python
@@ -156,5 +165,6 @@ def model_card(report: PruneReport) -> str:
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
+        fits=fits_section(report.fits) + refits_section(report.refits),
         usage=usage,
     )

@@ -7,9 +7,10 @@ from typing import Any
 from uuid import uuid4
 
 from .errors import CfspError
+from .grams import GramFolder
 from .plan import write_json
 from .ranks import Ranks
-from .statistics import Statistics, load_statistics, save_statistics
+from .statistics import Statistics, gram_path, load_statistics, save_statistics
 
 FORMAT = "cfsp-run-1"
 STATE_FOLDER = ".cfsp-run"
@@ -80,6 +81,13 @@ def kept_statistics(partial: Path) -> Statistics | None:
     """The calibration of a run that had finished its first pass."""
     file = partial / STATE_FOLDER / STATISTICS
     return load_statistics(file) if file.is_file() else None
+
+
+def kept_grams(partial: Path) -> GramFolder:
+    """Where a run's Gram matrices go, beside its statistics."""
+    folder = gram_path(partial / STATE_FOLDER / STATISTICS)
+    folder.mkdir(exist_ok=True)
+    return GramFolder(folder)
 
 
 def keep_statistics(partial: Path, statistics: Statistics) -> None:

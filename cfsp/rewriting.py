@@ -1,18 +1,22 @@
 """Compact tensors into a live model: block by block, in place."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .channels import CutDown, check_expert_width
-from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_STATISTICS
+from .channels import CutDown, FitRecord, check_expert_width
+from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_GRAM, NEEDS_STATISTICS
 from .errors import CfspError
+from .grams import StoredGram
 from .layouts import Layout
 from .plan import BlockPlan, PruningPlan
+from .recipe import Recipe
+from .refitting import Refitting
 from .shards import Room, TensorInfo
-from .statistics import BlockStatistics, Statistics, model_fingerprint
+from .statistics import BlockStatistics, Statistics, check_grams, model_fingerprint
 
 
 def check_plan(
@@ -36,11 +40,31 @@ def check_plan(
         raise CfspError("the plan is for another model: same shapes, different weights")
 
 
+TOKENS_PER_CHANNEL = 4
+"""Below it least squares fit noise too."""
+
+
 def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
-    """Raise CfspError where the plan's compensation needs statistics that are not there."""
+    """Raise CfspError where the plan's compensation needs statistics that are not there; warn where
+    these are of few tokens."""
     compensation = plan.recipe.resolved_compensation
     if compensation in NEEDS_STATISTICS and statistics is None:
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
+    if compensation in NEEDS_GRAM and statistics is not None:
+        check_grams(statistics, f"compensation {compensation!r}")
+        _warn_of_few_tokens([gram for block in statistics.blocks for gram in block.grams])
+
+
+def _warn_of_few_tokens(grams: Sequence[StoredGram]) -> None:
+    few = [gram for gram in grams if gram.tokens[0] < TOKENS_PER_CHANNEL * gram.channels]
+    if few:
+        worst = min(few, key=lambda gram: gram.tokens[0] / gram.channels)
+        warnings.warn(
+            f"least squares: {len(few)} of {len(grams)} FFNs have fewer than {TOKENS_PER_CHANNEL} "
+            f"tokens per channel, block {worst.block} {worst.tokens[0]} for {worst.channels}: "
+            "calibrate on more windows",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -48,14 +72,19 @@ def prune_block_(
     block: nn.Module,
     layout: Layout,
     plan: BlockPlan,
-    compensation: str,
+    recipe: Recipe,
     statistics: BlockStatistics | None,
     room: Room | None = None,
-) -> None:
+) -> tuple[FitRecord, ...]:
     """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
-    or what ``room`` gives."""
-    cut = COMPENSATIONS[compensation]
+    or what ``room`` gives.
+
+    Returns:
+        For compensations that fit, what came of it in each FFN and expert.
+    """
+    cut = COMPENSATIONS[recipe.resolved_compensation]
     known = statistics.ffns() if statistics is not None else None
+    records: list[FitRecord] = []
     first = 0
     for ffn, kept in zip(layout.block_ffns(block), plan.kept_by_group, strict=True):
         own = known[first : first + len(kept)] if known is not None else [None] * len(kept)
@@ -67,10 +96,14 @@ def prune_block_(
             kept: torch.Tensor = kept,
             own: Sequence[BlockStatistics | None] = own,
         ) -> CutDown:
-            return cut(down, kept[expert].to(down.device), own[expert], out)
+            found = cut(down, kept[expert].to(down.device), own[expert], recipe.damping, out)
+            if found.record is not None:
+                records.append(found.record)
+            return found
 
         ffn.cut_(block, kept, compensate, room)
         first += len(kept)
+    return tuple(records)
 
 
 def prune_model_(
@@ -79,9 +112,13 @@ def prune_model_(
     plan: PruningPlan,
     statistics: Statistics | None = None,
     *,
+    refitting: Refitting | None = None,
     progress: bool = True,
-) -> None:
-    """Cut every FFN of a live model to its plan, in place.
+) -> tuple[tuple[FitRecord, ...], ...]:
+    """Cut every FFN of a live model to its plan, in place; ``refitting`` fits each block after it.
+
+    Returns:
+        What :func:`prune_block_` does, for each block.
 
     Raises:
         CfspError: a plan for another model, or a compensation whose statistics are missing.
@@ -89,12 +126,19 @@ def prune_model_(
     """
     check_plan(plan, model, layout)
     check_compensation(plan, statistics)
-    compensation = plan.recipe.resolved_compensation
     blocks = layout.find_blocks(model)
+    records = []
     bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
     for number, block_plan in enumerate(bar):
         block_statistics = statistics.blocks[number] if statistics is not None else None
-        prune_block_(blocks[number], layout, block_plan, compensation, block_statistics)
+        if refitting is not None:
+            refitting.run_dense(number)
+        records.append(
+            prune_block_(blocks[number], layout, block_plan, plan.recipe, block_statistics)
+        )
+        if refitting is not None:
+            refitting.run_pruned(number)
+    return tuple(records)
 
 
 def planned_tensors(

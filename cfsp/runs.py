@@ -1,7 +1,7 @@
 """A job whose input is checked: in memory or from disk to disk, with what comes of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .blocks import StoredBlocks, empty_
+from .channels import FitRecord
 from .checkpoint import (
     load,
     new_folder,
@@ -28,15 +29,26 @@ from .collection import collect_statistics
 from .errors import CfspError, Stopped
 from .evaluation import Perplexity, perplexity, ridden_perplexity
 from .footprint import Footprints, footprints, plan_within
+from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
 from .latency import LatencyTable
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
+from .ranking import stored_ranking, with_ranking
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
+from .refitting import RefitSettings, Refitting
 from .report import PruneReport, model_card, recipe_document
-from .resume import begin, check_resume, check_shared, end, keep_statistics, kept_statistics
+from .resume import (
+    begin,
+    check_resume,
+    check_shared,
+    end,
+    keep_statistics,
+    kept_grams,
+    kept_statistics,
+)
 from .rewriting import prune_model_
 from .second_pass import prune_to_shards_
 from .statistics import Statistics, statistics_fingerprint
@@ -94,8 +106,10 @@ def collect(
     progress: bool,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
+    grams: GramFolder | None = None,
 ) -> Statistics:
-    """Statistics of a calibration pass, with where they come from."""
+    """Statistics of a calibration pass, with where they come from; Gram matrices where they have a
+    folder."""
     return collect_statistics(
         opened.model,
         opened.layout,
@@ -109,6 +123,7 @@ def collect(
         weights=opened.blocks,
         stop=stop,
         ranks=ranks,
+        grams=grams,
     )
 
 
@@ -122,6 +137,8 @@ class Run:
     statistics: Statistics | None
     windows: torch.Tensor | None
     """[N, S] calibration tokens; None where no calibration is needed."""
+    refit_windows: torch.Tensor | None
+    """[N, S] calibration tokens that blocks are fitted on after the cut; None: they are not."""
     micro_batch: int
     """Windows per forward call of calibration."""
     held_out: HeldOut
@@ -133,10 +150,14 @@ class Run:
     table: LatencyTable | None = None
     """Of the model on the device that the result is for."""
 
-    def calibrated(self) -> Statistics | None:
-        """The statistics given, or those of a pass over the calibration tokens."""
+    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
+        """The statistics given, or those of a pass over the calibration tokens.
+
+        ``grams`` makes the folder for Gram matrices, where they are needed.
+        """
         if self.windows is None:
             return self.statistics
+        needs_gram = self.recipe.needs_gram(planned=self.plan is not None)
         return collect(
             self.opened,
             self.recipe,
@@ -145,7 +166,22 @@ class Run:
             self.progress,
             self.stop,
             self.ranks,
+            self.ranks.of_first(grams) if needs_gram else None,
         )
+
+    def refitting(self) -> Refitting | None:
+        """The calibration windows on their way through the blocks, where these are fitted again."""
+        if self.refit_windows is None:
+            return None
+        recipe = self.recipe
+        settings = RefitSettings(
+            recipe.sequential,
+            recipe.damping,
+            recipe.epochs if recipe.blockwise else 0,
+            recipe.learning_rate,
+            recipe.calibration.seed,
+        )
+        return Refitting(self.opened.model, self.opened.layout, self.refit_windows, settings)
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
@@ -162,8 +198,17 @@ class Run:
                 opened.model,
                 opened.layout,
                 self.table,
+                progress=self.progress,
             )
         )
+
+    def ranked(self, statistics: Statistics) -> Statistics:
+        """The statistics with the ranking that the plan follows from, where that takes long."""
+        planned = self.plan is not None or stored_ranking(statistics, self.recipe) is not None
+        if planned or not self.recipe.ranks_by_gram:
+            return statistics
+        weights = self.opened.blocks.ffn_weights
+        return with_ranking(statistics, weights, self.recipe, curves=False, progress=self.progress)
 
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
@@ -182,6 +227,7 @@ class Run:
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
             "calibration text": tokens(self.windows),
+            "refitting text": tokens(self.refit_windows),
             "evaluation text": tokens(self.held_out.tokens),
             "machine or version": versions(blocks.device),
         }
@@ -191,6 +237,8 @@ def _report(
     opened: OpenModel,
     plan: PruningPlan,
     statistics: Statistics | None,
+    fits: Sequence[tuple[FitRecord, ...]],
+    refitting: Refitting | None,
     sizes: Footprints,
     table: LatencyTable | None,
     before: Perplexity | None,
@@ -200,6 +248,8 @@ def _report(
         name=opened.name,
         plan=plan,
         statistics=statistics,
+        fits=tuple(fits),
+        refits=tuple(refitting.refits) if refitting is not None else (),
         sizes=sizes,
         table=table,
         perplexity_before=before,
@@ -223,7 +273,7 @@ def _become_pruned_(opened: OpenModel, plan: PruningPlan) -> None:
 def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
     opened, held_out = run.opened, run.held_out
-    statistics = run.calibrated()
+    statistics = run.calibrated(temporary_folder)
     plan = run.planned(statistics)
 
     def measure() -> Perplexity | None:
@@ -244,9 +294,12 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     before = measure()
     if run.ranks.any(run.stop()):
         raise Stopped
-    prune_model_(pruned, opened.layout, plan, statistics, progress=run.progress)
+    refitting = run.refitting()
+    fits = prune_model_(
+        pruned, opened.layout, plan, statistics, refitting=refitting, progress=run.progress
+    )
     _become_pruned_(opened, plan)
-    report = _report(opened, plan, statistics, sizes, run.table, before, measure())
+    report = _report(opened, plan, statistics, fits, refitting, sizes, run.table, before, measure())
     device = next(pruned.parameters()).device
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
@@ -291,8 +344,12 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
         if ranks.first:
             begin(folder, identity)
         check_shared(folder, ranks)
-        statistics = ranks.of_first(lambda: kept_statistics(folder)) or run.calibrated()
+        statistics = ranks.of_first(lambda: kept_statistics(folder))
+        if statistics is None:
+            statistics = run.calibrated(lambda: kept_grams(folder))
         if statistics is not None and run.windows is not None and ranks.first:
+            keep_statistics(folder, statistics)
+            statistics = run.ranked(statistics)
             keep_statistics(folder, statistics)
         plan = run.planned(statistics)
         sizes = footprints(opened.model, opened.layout, plan, run.table)
@@ -300,8 +357,17 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
 
         def finish() -> PruneReport:
             _become_pruned_(opened, plan)
+            known = statistics.without_grams() if statistics is not None else None
             report = _report(
-                opened, plan, statistics, sizes, run.table, second.before, second.after
+                opened,
+                plan,
+                known,
+                second.fits,
+                second.refitting,
+                sizes,
+                run.table,
+                second.before,
+                second.after,
             )
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(folder, plan, recipe_document(report), model_card(report))
@@ -320,6 +386,9 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
 class _SecondPass:
     """What pass 2 measured."""
 
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """Of every block, on the first rank, which reads all."""
+    refitting: Refitting | None
     before: Perplexity | None
     after: Perplexity | None
     probe: torch.Tensor
@@ -343,15 +412,18 @@ def _second_pass(
     if tokens is not None:
         own = tokens[ranks.share(len(tokens))]
         pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
+    refitting = run.refitting()
     stopped = False
+    fits: dict[int, tuple[FitRecord, ...]] = {}
     try:
-        prune_to_shards_(
+        fits = prune_to_shards_(
             opened,
             plan,
             statistics,
             folder,
             before=pair[:1],
             after=[*pair[1:], probe],
+            refitting=refitting,
             stop=run.stop,
             progress=run.progress,
             ranks=ranks,
@@ -367,4 +439,4 @@ def _second_pass(
             for riding in pair
         )
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    return _SecondPass(before, after, logits)
+    return _SecondPass(tuple(fits.values()), refitting, before, after, logits)

@@ -2,17 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from cfsp_kernels import channel_importance
 
 from .channels import FFNWeights
+from .least_squares import DAMPING
+from .obs import removal_order
 from .statistics import BlockStatistics
 
-ScoreFunction = Callable[[BlockStatistics, Callable[[], FFNWeights]], torch.Tensor]
-"""(statistics, weights on demand) -> scores [F] fp64 on the CPU. A function that does not call
-the second argument reads no weights, and nothing loads them for it."""
+
+class ScoreFunction(Protocol):
+    """(statistics, weights on demand, damping of least squares) -> scores [F] fp64 on the CPU. A
+    function that does not call the second argument reads no weights, and nothing loads them for
+    it."""
+
+    def __call__(
+        self,
+        statistics: BlockStatistics,
+        weights: Callable[[], FFNWeights],
+        damping: float = DAMPING,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,20 @@ class Scorer:
     compensation: str
     summary: str
     reads_weights: bool = True
+    needs_gram: bool = False
+    """Whether it reads the Gram matrices in the statistics."""
 
 
-def activation_norm(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+def activation_norm(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
     """n_i, the L2 norm of the channel's activation. Reads no weights."""
     return statistics.norm
 
 
-def cfsp(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+def cfsp(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
     """The score of the released CFSP (three_w_one_wa with b = c = 1). Reads no weights.
 
     It is the mean over j of (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n.
@@ -46,7 +64,9 @@ def _kernel_score(
 ) -> ScoreFunction:
     """A score of ``cfsp_kernels.channel_importance``."""
 
-    def score(statistics: BlockStatistics, weights: Callable[[], FFNWeights]) -> torch.Tensor:
+    def score(
+        statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    ) -> torch.Tensor:
         ffn = weights()
         given = {m: getattr(ffn, m) for m in matrices}
         if statistic is not None:
@@ -55,6 +75,16 @@ def _kernel_score(
         return channel_importance(name, **given).double().cpu()
 
     return score
+
+
+def obs(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """When greedy removal takes the channel, see :func:`cfsp.obs.removal_order`."""
+    if statistics.gram is None:
+        raise ValueError("scorer obs needs the Gram matrices of the block")
+    down = weights().down
+    return removal_order(down, statistics.gram.fit(down.device).moments(), damping).scores
 
 
 EVERY_MATRIX = ("gate", "up", "down")
@@ -88,6 +118,13 @@ SCORERS: dict[str, Scorer] = {
     ),
     "magnitude-sp": Scorer(
         _kernel_score("magnitude"), "uniform", "none", "L2 norm of the column of down"
+    ),
+    "obs": Scorer(
+        obs,
+        "knapsack",
+        "least-squares",
+        "greedy removal of the channel that costs the output least after a refit (OBS)",
+        needs_gram=True,
     ),
 }
 """Scorer by name; each with the allocator and compensation that it is published with."""

@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 
 from .arena import Arena, aligned
+from .channels import FitRecord
 from .checkpoint import MAX_SHARD_BYTES, saved_tensors
 from .errors import Stopped
 from .models import OpenModel
 from .plan import PruningPlan
 from .progress import BlockProgress
 from .ranks import ALONE, Ranks
+from .refitting import Refitting
 from .rewriting import check_compensation, check_plan, planned_tensors, prune_block_
 from .shards import Room, Shard, ShardWriter, TensorInfo, finished_shards, pack_shards, write_index
 from .statistics import Statistics
@@ -118,10 +120,11 @@ def prune_to_shards_(
     *,
     before: Sequence[RidingWindows] = (),
     after: Sequence[RidingWindows] = (),
+    refitting: Refitting | None = None,
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
-) -> None:
+) -> dict[int, tuple[FitRecord, ...]]:
     """Write the weights of the pruned model, the bytes that a pruned live model's would be.
 
     Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
@@ -134,10 +137,14 @@ def prune_to_shards_(
         folder: where the shards go; those that an earlier run finished there stay as they are.
         before: windows that go through the dense blocks.
         after: windows that go through the pruned blocks.
+        refitting: fits each block after it is cut.
         stop: asked after each block; shards that are being written are finished first. Ranks stop
             each on their own.
         progress: show a bar on stderr.
         ranks: those that share the shards.
+
+    Returns:
+        What :func:`cfsp.rewriting.prune_block_` does, by number of the blocks that were read.
 
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be
@@ -148,13 +155,12 @@ def prune_to_shards_(
     layout, model = opened.layout, opened.model
     check_plan(plan, model, layout, opened.blocks.fingerprint())
     check_compensation(plan, statistics)
-    compensation = plan.recipe.resolved_compensation
     dense = saved_tensors(model)
     planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
     mine = _to_write(shards, folder, ranks)
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
-    riding = any(len(windows.windows) for windows in (*before, *after))
+    riding = refitting or any(len(windows.windows) for windows in (*before, *after))
     wanted = None if riding else blocks_of(mine, layout.blocks)
     total = sum(shard.nbytes for shard in shards)
     aside = _Aside(
@@ -172,14 +178,21 @@ def prune_to_shards_(
         writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
+        records: dict[int, tuple[FitRecord, ...]] = {}
         for number, block in turns:
             shown.turn(number, opened.blocks.stored_bytes(number))
             for windows in before:
                 windows.ride(number)
+            if refitting is not None:
+                refitting.run_dense(number)
             block_statistics = statistics.blocks[number] if statistics is not None else None
             writing.result()  # at most one block waits to be written
             block_plan, room = plan.blocks[number], aside.room()
-            prune_block_(block, layout, block_plan, compensation, block_statistics, room)
+            records[number] = prune_block_(
+                block, layout, block_plan, plan.recipe, block_statistics, room
+            )
+            if refitting is not None:
+                refitting.run_pruned(number)
             for windows in after:
                 windows.ride(number)
             prefix = f"{layout.blocks}.{number}."
@@ -198,3 +211,4 @@ def prune_to_shards_(
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
     if ranks.first:
         write_index(folder, shards)
+    return records

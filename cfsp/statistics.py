@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .channels import ChannelGroup
+from .channels import ChannelGroup, sizes_of
+from .error_curves import Ranking, ranking_of
 from .errors import CfspError
+from .grams import GramFolder, StoredGram, check_files, check_replaceable, link_files
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
-FORMAT = "cfsp-statistics-2"
+FORMAT = "cfsp-statistics-3"
+READABLE = (FORMAT, "cfsp-statistics-2")
+"""The earlier one knew no Gram matrices."""
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
 
 
@@ -38,20 +43,35 @@ class BlockStatistics:
     """The FFNs whose channels these are, one after the other; () for a single one."""
     expert_tokens: tuple[int, ...] = ()
     """Tokens that each FFN saw, and each expert of those that have some; () where all saw all."""
+    grams: tuple[StoredGram, ...] = ()
+    """Gram matrices of each FFN, and of each expert of those that have some; () without."""
+
+    @property
+    def gram(self) -> StoredGram | None:
+        """The Gram matrices of a block with a single FFN, or of what :meth:`ffns` gives."""
+        return self.grams[0] if len(self.grams) == 1 else None
 
     def ffns(self) -> tuple["BlockStatistics", ...]:
         """The statistics of every FFN, and of every expert of those that have some, each alone."""
         if len(self.expert_tokens) < 2:
             return (self,)
-        sizes = [group.channels for group in self.groups for _ in range(group.experts)]
+        sizes = sizes_of(self.groups)
+        grams: list[tuple[StoredGram, ...]] = [(gram,) for gram in self.grams]
         return tuple(
             replace(
-                self, tokens=tokens, sum=part, sum_of_squares=squares, groups=(), expert_tokens=()
+                self,
+                tokens=tokens,
+                sum=part,
+                sum_of_squares=squares,
+                groups=(),
+                expert_tokens=(),
+                grams=gram,
             )
-            for tokens, part, squares in zip(
+            for tokens, part, squares, gram in zip(
                 self.expert_tokens,
                 self.sum.split(sizes),
                 self.sum_of_squares.split(sizes),
+                grams or [()] * len(sizes),
                 strict=True,
             )
         )
@@ -84,11 +104,22 @@ class Statistics:
     model_fingerprint: str
     provenance: dict[str, Any]
     """Calibration settings, tokens' hash, micro-batch, dtype and versions."""
+    rankings: tuple[Ranking, ...] = ()
+    """Scores and error curves that were asked for; see :func:`cfsp.ranking.with_ranking`."""
 
     @property
     def intermediate_sizes(self) -> tuple[int, ...]:
         """FFN channels of every block."""
         return tuple(len(block.sum) for block in self.blocks)
+
+    @property
+    def gram_folder(self) -> GramFolder | None:
+        """Where its Gram matrices are; None without."""
+        return next((gram.folder for block in self.blocks for gram in block.grams), None)
+
+    def without_grams(self) -> "Statistics":
+        """The same without Gram matrices."""
+        return replace(self, blocks=tuple(replace(block, grams=()) for block in self.blocks))
 
     def importance(self, metric: str) -> torch.Tensor:
         """[L] fp64, coarse importance of every block: its mean influence per token."""
@@ -110,12 +141,17 @@ def model_fingerprint(model: nn.Module, layout: Layout) -> str:
 
 
 def statistics_fingerprint(statistics: Statistics) -> str:
-    """SHA-256 over all sums, as 64 hexadecimal digits."""
+    """SHA-256 over all sums, as 64 hexadecimal digits; of Gram matrices, over their digests."""
     digest = hashlib.sha256(statistics.model_fingerprint.encode())
     for block in statistics.blocks:
         digest.update(f"{block.tokens} {block.windows} {block.expert_tokens}".encode())
         for sums in (block.sum, block.sum_of_squares, block.influence):
             digest.update(sums.numpy().tobytes())
+        digest.update("".join(gram.digest for gram in block.grams).encode())
+    for ranking in statistics.rankings:
+        digest.update(repr(ranking.made_by).encode())
+        for name, tensor in ranking.tensors().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -137,13 +173,56 @@ def check_statistics(
         raise CfspError("the statistics are of another model: same shapes, different weights")
 
 
+def check_grams(statistics: Statistics, what: str) -> None:
+    """Raise CfspError where ``what`` needs Gram matrices that the statistics lack, or whose files
+    are missing or damaged."""
+    if not all(block.grams for block in statistics.blocks):
+        raise CfspError(
+            f"{what} needs Gram matrices, which the statistics lack: calibrate with --gram"
+        )
+    check_files([block.grams for block in statistics.blocks])
+
+
+def gram_path(path: Path) -> Path:
+    """Where the Gram matrices of a statistics file are: beside it."""
+    return path.with_name(f"{path.name}.grams")
+
+
+def _save_grams(statistics: Statistics, path: Path) -> None:
+    """Put the Gram matrices beside a statistics file, where they are not there already."""
+    target, source = gram_path(path), statistics.gram_folder
+    if source is not None and target.exists() and target.samefile(source.path):
+        return
+    check_replaceable(target)
+    old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
+    if source is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            link_files(source, partial, len(statistics.blocks))
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    if source is not None:
+        os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
-    """Write statistics as one safetensors file, whole or not at all."""
+    """Write statistics as one safetensors file, whole or not at all.
+
+    Gram matrices are a folder beside it, ``PATH.grams``, of one file for each block.
+    """
     path = Path(path)
     tensors = {}
     for number, block in enumerate(statistics.blocks):
         for name in ("sum", "sum_of_squares", "influence"):
             tensors[f"block.{number:04d}.{name}"] = getattr(block, name)
+    for number, ranking in enumerate(statistics.rankings):
+        prefix = f"ranking.{number:04d}."
+        tensors.update({prefix + name: value for name, value in ranking.tensors().items()})
     header = {
         "format": FORMAT,
         "tokens": [block.tokens for block in statistics.blocks],
@@ -153,6 +232,11 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
             for block in statistics.blocks
         ],
         "expert_tokens": [block.expert_tokens for block in statistics.blocks],
+        "grams": [
+            [[gram.channels, gram.tokens, gram.digest] for gram in block.grams]
+            for block in statistics.blocks
+        ],
+        "rankings": [ranking.made_by for ranking in statistics.rankings],
         "influence_metrics": INFLUENCE_METRICS,
         "model_fingerprint": statistics.model_fingerprint,
         "provenance": statistics.provenance,
@@ -161,14 +245,19 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
+        _save_grams(statistics, path)
         os.replace(partial, path)
+    except CfspError:
+        partial.unlink(missing_ok=True)
+        raise
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CfspError(f"cannot write statistics {path}: {error}") from None
 
 
-def _block(file: Any, header: dict[str, Any], number: int) -> BlockStatistics:
+def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -> BlockStatistics:
     groups, expert_tokens = header["groups"][number], header["expert_tokens"][number]
+    grams = header["grams"][number] if "grams" in header else ()
     sums = {
         name: file.get_tensor(f"block.{number:04d}.{name}")
         for name in ("sum", "sum_of_squares", "influence")
@@ -179,11 +268,25 @@ def _block(file: Any, header: dict[str, Any], number: int) -> BlockStatistics:
         **sums,
         groups=tuple(ChannelGroup(*group) for group in groups),
         expert_tokens=tuple(expert_tokens),
+        grams=tuple(
+            StoredGram(folder, number, ffn, channels, (fitted, held), digest)
+            for ffn, (channels, (fitted, held), digest) in enumerate(grams)
+        ),
     )
 
 
+def _rankings(file: Any, header: dict[str, Any]) -> tuple[Ranking, ...]:
+    found = []
+    for number, made_by in enumerate(header.get("rankings", ())):
+        prefix = f"ranking.{number:04d}."
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        found.append(ranking_of(made_by, tensors))
+    return tuple(found)
+
+
 def load_statistics(path: str | Path) -> Statistics:
-    """Read what :func:`save_statistics` wrote.
+    """Read what :func:`save_statistics` wrote; Gram matrices are read when they are needed.
 
     Raises:
         CfspError: no such file, or not a statistics file.
@@ -191,9 +294,12 @@ def load_statistics(path: str | Path) -> Statistics:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cfsp", "{}"))
-            if header.get("format") != FORMAT:
+            if header.get("format") not in READABLE:
                 raise CfspError(f"{path} is not a statistics file of this version ({FORMAT})")
-            blocks = tuple(_block(file, header, number) for number in range(len(header["tokens"])))
+            folder = GramFolder(gram_path(Path(path)))
+            count = len(header["tokens"])
+            blocks = tuple(_block(file, header, number, folder) for number in range(count))
+            rankings = _rankings(file, header)
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
-    return Statistics(blocks, header["model_fingerprint"], header["provenance"])
+    return Statistics(blocks, header["model_fingerprint"], header["provenance"], rankings)

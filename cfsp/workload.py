@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from .costs import ModelCosts
 from .evaluation import ROWS_PER_LOSS
+from .gram_costs import FP64_SLOWER, GramCosts
+from .gram_sums import Split
 from .hardware import Hardware
+from .refit_costs import RefitCosts
 
 TEXT_BYTES = 300 << 20
 """Host memory of the tokenizer, the text and its tokens."""
@@ -37,7 +40,7 @@ class Workload:
 
     Bytes and FLOPs follow :mod:`cfsp.runs`: a model that is streamed is read once for the
     statistics, its FFNs once more for scorers that read weights, once for the cut, and the output
-    once to be verified.
+    once to be verified. Gram matrices are written once and read once, for the cut.
     """
 
     costs: ModelCosts
@@ -61,6 +64,13 @@ class Workload:
     nodes: int
     device: str
     """cpu or cuda."""
+    gram: GramCosts | None = None
+    refit: RefitCosts | None = None
+    """Of Gram matrices, where these are collected or read."""
+
+    @property
+    def _split(self) -> Split:
+        return Split(self.windows, self.seqlen, self.micro_batch)
 
     def _windows_of_rank(self) -> int:
         """Calibration windows of the busiest rank: whole micro-batches are shared out."""
@@ -72,7 +82,21 @@ class Workload:
 
     def calibration_flops(self) -> float:
         """Of all windows through all blocks; the head does not run."""
-        return self.windows * self.seqlen * self.costs.block_flops(self.seqlen)
+        gram = self.gram.sum_flops() if self.gram is not None else 0.0
+        return self.windows * self.seqlen * (self.costs.block_flops(self.seqlen) + gram)
+
+    def _fitting(self) -> tuple[int, float, float]:
+        """(bytes read, FLOPs of all ranks, and as if they were those of a forward pass those of
+        the busiest) of least squares. Each rank fits the blocks that its windows go through."""
+        if self.gram is None or not self.gram.fits:
+            return 0, 0.0, 0.0
+        flops = self.gram.fit_flops()
+        ranks = self.ranks if self.evaluation_windows else min(2, self.ranks)
+        return (
+            self.gram.disk_bytes(self.windows or 2),
+            flops * ranks,
+            flops * FP64_SLOWER[self.device],
+        )
 
     def evaluation_flops(self) -> float:
         """Of all windows through the model, before and after."""
@@ -111,8 +135,11 @@ class Workload:
         if self.windows:
             share = self._windows_of_rank() / self.windows
             flops = self.calibration_flops()
+            grams = self.gram.disk_bytes(self.windows) if self.gram is not None else 0
             found.append(
-                self._stage("calibrate", hardware, per_pass, 0, flops, share, copied=per_pass)
+                self._stage(
+                    "calibrate", hardware, per_pass, grams, flops, share, copied=per_pass + grams
+                )
             )
         if self.pruned is None:
             return tuple(found)
@@ -120,15 +147,20 @@ class Workload:
             read = self.stored.ffn_bytes
             found.append(self._stage("score", hardware, read, copied=read))
         share = self._evaluation_windows_of_rank() / max(1, self.evaluation_windows)
+        read, fitting, busiest = self._fitting()
+        refitting = self.refit.flops() if self.refit is not None else 0.0
+        flops = self.evaluation_flops() + fitting + refitting
+        busiest += refitting
+        busiest += self.evaluation_flops() * share
         found.append(
             self._stage(
                 "prune",
                 hardware,
-                per_pass,
+                per_pass + read,
                 self.output_bytes,
-                self.evaluation_flops(),
-                share,
-                copied=per_pass + self.pruned.block_bytes,
+                flops,
+                busiest / max(1.0, flops),
+                copied=per_pass + read + self.pruned.block_bytes,
             )
         )
         found.append(self._stage("verify", hardware, self.output_bytes, copied=self.output_bytes))
@@ -157,6 +189,9 @@ class Workload:
                 "hidden states": self._states(self._windows_of_rank()),
                 "micro-batch": costs.working_bytes(self.micro_batch, self.seqlen, self.device),
             }
+            if self.gram is not None:
+                held = self.gram.sum_bytes(self._split, self.ranks)
+                found["calibrate"]["Gram matrices"] = held
         if self.pruned is not None:
             pruned = self.pruned.largest_block
             evaluated = self._evaluation_windows_of_rank()
@@ -170,6 +205,14 @@ class Workload:
                 "hidden states": 2 * self._states(evaluated) if self.streamed else 0,
                 "micro-batch": max(working, 0 if self.streamed else logits),
             }
+            if self.gram is not None and self.gram.fits:
+                found["prune"]["least squares"] = self.gram.fit_bytes()
+            if self.refit is not None:
+                found["prune"]["blocks fitted again"] = self.refit.fit_bytes()
+                found["prune"]["hidden states"] += self.refit.state_bytes()
+                found["prune"]["micro-batch"] = max(
+                    found["prune"]["micro-batch"], costs.working_bytes(1, self.seqlen, self.device)
+                )
             if self.streamed:
                 found["evaluate"] = {
                     "embeddings, norm, head": outer,
@@ -197,6 +240,8 @@ class Workload:
     def host_parts(self, process: int) -> dict[str, int]:
         """What the host holds at most, part by part; ``process``: what it does now."""
         parts = {"process": process, "text": TEXT_BYTES}
+        if self.gram is not None and self.windows:
+            parts["Gram matrices, written"] = self.gram.panel_bytes(self._split, self.ranks)
         if self.device == "cpu":
             return {**parts, **self.device_parts()[1]}
         if not self.streamed:

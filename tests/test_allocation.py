@@ -15,6 +15,7 @@ from cfsp.allocation import (
     cfsp_keep_fractions,
     equal_widths,
 )
+from cfsp.error_curves import ErrorCurve
 from cfsp.errors import CfspError
 
 
@@ -22,7 +23,11 @@ def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProbl
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 0.5
     scores = tuple(torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes)
-    return AllocationProblem(importance, scores, sparsity)
+    curves = tuple(
+        ErrorCurve(torch.arange(size + 1), torch.cat([score.cumsum(0).flip(0), torch.zeros(1)]))
+        for size, score in zip(sizes, scores, strict=True)
+    )
+    return AllocationProblem(importance, scores, sparsity, curves=curves)
 
 
 def test_cfsp_fractions_follow_the_formula_where_nothing_is_contracted() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cfsp.errors import CfspError
 from cfsp.plan import BlockPlan, PruningPlan, _from_ranges, _to_ranges, load_plan, save_plan
 from cfsp.recipe import Recipe
-from cfsp.selection import select_channels
+from cfsp.selection import score_quantiles, select_channels
 
 
 def test_selection_keeps_the_highest_in_ascending_order_with_ties_by_index() -> None:
@@ -40,6 +40,15 @@ def test_selection_refuses_nan_and_widths_out_of_range() -> None:
         select_channels(torch.zeros(2), 3)
 
 
+def test_score_quantiles_run_from_the_lowest_finite_score_to_the_highest() -> None:
+    scores = torch.arange(321.0)[torch.randperm(321)]
+    assert score_quantiles(scores) == tuple(float(10 * part) for part in range(33))
+    with_infinite = torch.cat([scores, torch.tensor([float("inf"), float("-inf")])])
+    assert score_quantiles(with_infinite) == score_quantiles(scores)
+    assert score_quantiles(torch.tensor([float("inf")])) == ()
+    assert score_quantiles(torch.tensor([1.2345678])) == (1.2346,) * 33
+
+
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_round_trip(kept: set[int]) -> None:
     assert _from_ranges(_to_ranges(torch.tensor(sorted(kept)))) == sorted(kept)
@@ -48,7 +57,7 @@ def test_ranges_round_trip(kept: set[int]) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     blocks = (
-        BlockPlan(8, torch.tensor([0, 1, 2, 5]), 0.5),
+        BlockPlan(8, torch.tensor([0, 1, 2, 5]), 0.5, (), (-1e-9, 0.25, 3e7)),
         BlockPlan(8, torch.tensor([7]), 0.1),
     )
     save_plan(PruningPlan(blocks, "abc", Recipe(sparsity=0.6, width_multiple=1)), tmp_path / "p")
@@ -66,6 +75,7 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
     assert plan.widths == (4, 1)
     assert plan.blocks[0].removed.tolist() == [3, 4, 6, 7]
     assert plan.recipe == Recipe(sparsity=0.6, width_multiple=1)
+    assert [block.score_quantiles for block in plan.blocks] == [(-1e-9, 0.25, 3e7), ()]
     edit(saved, kept="0-2,4-5", width=5)
     assert load_plan(saved).blocks[0].kept.tolist() == [0, 1, 2, 4, 5]
 

@@ -41,6 +41,8 @@ MEASURED = [
     "2",
     "--scorer",
     "flap",
+    "--compensation",
+    "least-squares-bias",
 ]
 FEW = [*EXACT, "--samples", "2", "--eval-windows", "1"]
 CALIBRATE = ["--seqlen", "32", "--samples", str(SAMPLES), "--quiet"]
@@ -80,6 +82,7 @@ class Here:
             str(self.folder / out),
             *datasets,
             *CALIBRATE,
+            "--gram",
         ]
 
     def evaluate(self) -> list[str]:
@@ -258,6 +261,7 @@ def test_statistics_and_perplexity_are_those_of_one_process(
     assert four.codes("calibrate") == four.codes("evaluate") == [0] * 4
     files = [here.folder / f"{size}.safetensors" for size in (1, 4)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    assert_same_files(*(file.with_name(f"{file.name}.grams") for file in files))
     assert main(here.evaluate()) == 0
     found, expected = (
         {**json.loads(out.splitlines()[-1]), "seconds": 0}

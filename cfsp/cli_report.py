@@ -1,0 +1,53 @@
+"""The command line of ``cfsp report``."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CfspError
+from .html_report import write_report
+from .plots import write_pictures
+from .results import read_evaluation, read_result
+
+
+def add_report(commands: Any) -> argparse.ArgumentParser:
+    """``cfsp report``; returns its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "report", help="one HTML page about pruned folders"
+    )
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="what cfsp prune wrote")
+    parser.add_argument("--out", default="report.html", help="(default: %(default)s)")
+    parser.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="what `cfsp evaluate --json` printed, of these and of other models; may be repeated",
+    )
+    parser.add_argument("--png", metavar="DIR", help="write pictures for model cards there too")
+    parser.set_defaults(run=report, quiet=True)
+    return parser
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the page, and the pictures where they are asked for."""
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    results = [read_result(folder) for folder in arguments.folders]
+    evaluations = [model for file in arguments.evaluation for model in read_evaluation(file)]
+    pictures: list[Path] = []
+    if arguments.png:
+        names = [result.name for result in results]
+        if len(set(names)) < len(names):
+            raise CfspError("--png names pictures after folders, and two of them have one name")
+        pictures = [
+            picture for result in results for picture in write_pictures(result, Path(arguments.png))
+        ]
+    write_report(results, out, evaluations)
+    written = [str(path) for path in (out, *pictures)]
+    if arguments.json:
+        print(json.dumps({"report": str(out), "pictures": written[1:]}))
+    else:
+        print("\n".join(written))

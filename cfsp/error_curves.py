@@ -1,0 +1,128 @@
+"""The error of an FFN's output as a function of its width, and its scale beside other FFNs'."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+CURVE_POINTS = 64
+"""Widths of an error curve beside 0."""
+ERROR_SCALES = ("output", "hidden", "absolute")
+"""What errors of different blocks are measured in: the energy of the FFN's own output; that of the
+block's hidden state; nothing."""
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """Error of one FFN's output at some widths, linear between them."""
+
+    widths: torch.Tensor
+    """[n] int64, ascending from 0 to F; of one expert."""
+    errors: torch.Tensor
+    """[n] fp64, mean square over tokens and the hidden axis; at width 0, of the output itself."""
+
+    def at(self, widths: torch.Tensor) -> torch.Tensor:
+        """Errors at any widths in [0, F], fp64."""
+        right = torch.searchsorted(self.widths, widths).clamp(1, len(self.widths) - 1)
+        low, high = self.widths[right - 1], self.widths[right]
+        share = (widths - low).double() / (high - low)
+        return torch.lerp(self.errors[right - 1], self.errors[right], share)
+
+    def times(self, factor: float) -> "ErrorCurve":
+        """The same with all errors times a factor."""
+        return replace(self, errors=self.errors * factor)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How a scorer ranks the channels of a model, and what their removal costs."""
+
+    scorer: str
+    compensation: str
+    """That the curves count on."""
+    damping: float
+    """Of least squares."""
+    scores: tuple[torch.Tensor, ...]
+    """[experts * F] fp64 of every FFN."""
+    curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN; () where they were not asked for."""
+
+    @property
+    def made_by(self) -> tuple[str, str, float]:
+        """What scores and curves follow from beside the statistics."""
+        return self.scorer, self.compensation, self.damping
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything but the names, for a file."""
+        named = {f"{ffn:05d}.scores": scores for ffn, scores in enumerate(self.scores)}
+        for ffn, curve in enumerate(self.curves):
+            named[f"{ffn:05d}.widths"] = curve.widths
+            named[f"{ffn:05d}.errors"] = curve.errors
+        return named
+
+
+def ranking_of(made_by: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> Ranking:
+    """What :attr:`Ranking.made_by` and :meth:`Ranking.tensors` take apart."""
+
+    def each(name: str) -> list[torch.Tensor]:
+        return [tensors[key] for key in sorted(tensors) if key.endswith(f".{name}")]
+
+    curves = map(ErrorCurve, each("widths"), each("errors"))
+    scorer, compensation, damping = made_by
+    return Ranking(scorer, compensation, damping, tuple(each("scores")), tuple(curves))
+
+
+def curve_widths(channels: int) -> torch.Tensor:
+    """Widths of an error curve, int64, ascending from 0 to F: at most 65, at one distance but for
+    the last."""
+    step = -(-channels // CURVE_POINTS)
+    return torch.tensor([*range(0, channels, step), channels])
+
+
+def of_experts(
+    curves: Sequence[ErrorCurve], tokens: Sequence[int], block_tokens: int
+) -> ErrorCurve:
+    """The curve of an FFN's experts, which have one width, over all tokens of the block: each
+    expert's output counts where the router sent tokens to it, before its gate."""
+    shares = [
+        curve.errors * (count / block_tokens) for curve, count in zip(curves, tokens, strict=True)
+    ]
+    return replace(curves[0], errors=torch.stack(shares).sum(0))
+
+
+def hidden_energy(mse: float, cosine: float) -> float:
+    """Mean square of a block's hidden state, from the mean square of its change and 1 - cos.
+
+    1 - cos = (|y - x|^2 - (|y| - |x|)^2) / (2 |x| |y|) is |y - x|^2 / (2 |x|^2) where the norm
+    changes little; this is the ratio of the two means. A block that turns nothing gives infinity.
+    """
+    return mse / (2 * cosine) if cosine > 0 else float("inf")
+
+
+def weighted(
+    curves: Sequence[ErrorCurve],
+    importance: torch.Tensor,
+    hidden: Sequence[float],
+    scale: str,
+    exponent: float,
+) -> tuple[ErrorCurve, ...]:
+    """Curves that may be added up over FFNs.
+
+    Args:
+        curves: one for each FFN.
+        importance: [FFNs], coarse importance of each FFN's block.
+        hidden: :func:`hidden_energy` of each FFN's block.
+        scale: of ERROR_SCALES.
+        exponent: errors count times the importance to this power; 0 leaves it out.
+    """
+    energies = {
+        "output": [float(curve.errors[0]) for curve in curves],
+        "hidden": hidden,
+        "absolute": [1.0] * len(curves),
+    }[scale]
+    powers = importance.double().clamp_min(0) ** exponent
+    return tuple(
+        curve.times(float(power) / energy if energy > 0 else 0.0)
+        for curve, power, energy in zip(curves, powers, energies, strict=True)
+    )

@@ -1,0 +1,199 @@
+"""The steps: transformers' Trainer on windows that are drawn before, with checkpoints to resume."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..errors import CfspError, Stopped
+from .distillation import distillation_loss
+from .settings import Recovery
+
+SAVE_STEPS = 50
+"""Steps between checkpoints; one more is made where a run is stopped."""
+WARMUP = 0.05
+TRAINED, COMPLETE = "trained.safetensors", "complete"
+
+
+class WindowDataset(Dataset):
+    """Windows [N, S] in their order, as a causal LM takes them."""
+
+    def __init__(self, windows: torch.Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[number], "labels": self.windows[number]}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer that may have a teacher, and whose checkpoints hold what is trained alone."""
+
+    def __init__(self, settings: Recovery, teacher: PreTrainedModel | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.distillation = settings.distillation
+        self.teacher = teacher
+        self.model_accepts_loss_kwargs = False  # windows are of one length: means of means
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean over the tokens of a micro-batch: cross entropy, perhaps beside a teacher."""
+        choice = self.distillation
+        options = {"use_cache": False}
+        if choice is not None:
+            options["output_hidden_states"] = choice.hidden_weight > 0
+        outputs = model(**inputs, **options)
+        loss = outputs.loss
+        if choice is not None and self.teacher is not None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                goal = self.teacher(input_ids=inputs["input_ids"], **options)
+            loss = distillation_loss(outputs, goal, loss, choice)
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = trained_parameters(self.model)
+        save_file({name: value.detach() for name, value in trained.items()}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / TRAINED)
+        for name, value in trained_parameters(self.model).items():
+            value.data.copy_(stored[name])
+
+
+class Watch(TrainerCallback):
+    """Shows a bar, notices a loss that is no number, and ends training where that is asked."""
+
+    def __init__(self, steps: int, stop: Callable[[], bool], progress: bool) -> None:
+        self.stop = stop
+        self.bar = tqdm(total=steps, desc="recover", unit="step", disable=not progress)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Steps of an earlier run count as done."""
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each optimizer step."""
+        self.bar.update()
+        if self.stop() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """After each step too, with its loss."""
+        loss = logs.get("loss", 0.0)
+        self.bar.set_postfix_str(f"loss {loss:.3f}")
+        if not math.isfinite(loss):
+            raise CfspError(
+                f"training diverged: the loss of step {state.global_step} is {loss}; "
+                f"lower the learning rate, now {args.learning_rate}"
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After a checkpoint was written whole."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written whole."""
+    found = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(
+    model: nn.Module,
+    windows: torch.Tensor,
+    settings: Recovery,
+    folder: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    half: bool = False,
+    stop: Callable[[], bool] = bool,
+    progress: bool = True,
+) -> tuple[float, ...]:
+    """Train what requires gradients, in place; continue where ``folder`` has a checkpoint.
+
+    Args:
+        model: on its device; in eval mode again afterwards.
+        windows: [steps * batch_size, seqlen] int64, in the order in which they are seen.
+        settings: resolved.
+        folder: for checkpoints.
+        teacher: where the settings distil.
+        half: compute in bf16 what may be.
+        stop: asked after every step.
+        progress: show a bar on stderr.
+
+    Returns:
+        The loss of every step, those of runs before included.
+
+    Raises:
+        CfspError: the loss is no number any more.
+        Stopped: ``stop`` said so, and a checkpoint was written.
+    """
+    watch = Watch(settings.steps, stop, progress)
+    arguments = _arguments(settings, folder, next(model.parameters()).device, half)
+    trainer = RecoveryTrainer(
+        settings,
+        teacher,
+        model=model,
+        args=arguments,
+        train_dataset=WindowDataset(windows),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(folder)
+    with watch.bar:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
+    if trainer.state.global_step < settings.steps:
+        raise Stopped
+    return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def _arguments(
+    settings: Recovery, folder: Path, device: torch.device, half: bool
+) -> TrainingArguments:
+    batch_size, micro_batch = settings.batch_size or 1, settings.micro_batch or 1
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch_size // micro_batch,
+        learning_rate=settings.learning_rate or 0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(WARMUP * settings.steps),
+        train_sampling_strategy="sequential",
+        seed=settings.seed,
+        bf16=half,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a visible second GPU would get a replica
+    return arguments

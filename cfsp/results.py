@@ -1,0 +1,121 @@
+"""What a pruned folder says of itself, and what ``cfsp evaluate --json`` measured."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import CfspError
+from .layouts import PRUNED_PREFIX
+from .plan import PruningPlan, load_plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """The documents of one pruned folder."""
+
+    folder: Path
+    plan: PruningPlan
+    record: Mapping[str, Any]
+    """recipe.yaml: ``recipe``, ``provenance``, ``result``."""
+    config: Mapping[str, Any]
+    """config.json."""
+    nbytes: int
+    """Of the weight files."""
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def dense_name(self) -> str:
+        """What the dense model was called: hub id, folder or file name."""
+        return str(self.provenance.get("model", "unknown model"))
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Model, fingerprint, calibration and versions."""
+        return _mapping(self.record.get("provenance"))
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """Parameters and perplexity, before and after."""
+        return _mapping(self.record.get("result"))
+
+    @property
+    def fits(self) -> list[Mapping[str, Any]]:
+        """What least squares came to, see :func:`cfsp.fits.fits_to_dicts`; [] without them."""
+        return _mappings(self.measured.get("fits"))
+
+    @property
+    def error_curves(self) -> list[Mapping[str, Any]]:
+        """Of some blocks ``block``, ``widths`` and ``errors`` at these, ascending from width 0."""
+        return _mappings(self.measured.get("error_curves"))
+
+    @property
+    def recoveries(self) -> list[Mapping[str, Any]]:
+        """``settings`` and ``result`` of each ``cfsp recover`` since it was pruned."""
+        return _mappings(self.record.get("recovery"))
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of the architecture that it was before it was pruned."""
+        return str(self.config.get("model_type", "")).removeprefix(PRUNED_PREFIX)
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is an architecture of transformers itself."""
+        return not str(self.config.get("model_type", "")).startswith(PRUNED_PREFIX)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return (
+        [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+    )
+
+
+def read_result(folder: str | Path) -> Result:
+    """Read the documents of a folder that ``cfsp prune`` wrote.
+
+    Raises:
+        CfspError: a document is missing or not what it should be.
+    """
+    folder = Path(folder)
+    if not (folder / "plan.json").is_file():
+        raise CfspError(f"{folder} has no plan.json; a report is of a folder that cfsp prune wrote")
+    try:
+        record = yaml.safe_load((folder / "recipe.yaml").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CfspError(f"cannot read {folder}: {' '.join(str(error).split())}") from None
+    for name, document in (("recipe.yaml", record), ("config.json", config)):
+        if not isinstance(document, dict):
+            raise CfspError(f"{folder / name} must be a mapping")
+    return Result(folder, load_plan(folder / "plan.json"), record, config, nbytes)
+
+
+def read_evaluation(path: str | Path) -> list[dict[str, Any]]:
+    """The models of a file that holds what ``cfsp evaluate --json`` printed.
+
+    Raises:
+        CfspError: unreadable, or something else.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise CfspError(f"cannot read evaluation {path}: {error}") from None
+    models = document.get("models", [document]) if isinstance(document, dict) else None
+    if not isinstance(models, list) or not all(
+        isinstance(model, dict) and isinstance(model.get("model"), str) for model in models
+    ):
+        raise CfspError(f"{path} is not what cfsp evaluate --json prints")
+    return models
