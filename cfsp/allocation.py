@@ -139,6 +139,11 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64) * torch.tensor(experts)
 
 
+def search_start(problem: AllocationProblem) -> torch.Tensor:
+    """Where a search begins: the knapsack's widths where there are error curves, else CFSP's."""
+    return (knapsack if problem.curves else cfsp)(problem)
+
+
 def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
     most = size // multiple
     step = -(-most // CURVE_POINTS)
@@ -150,9 +155,12 @@ ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "uniform": uniform,
     "global": global_threshold,
     "knapsack": knapsack,
+    "search": search_start,
 }
 """Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
 NEEDS_CURVES = frozenset({"knapsack"})
+SEARCH = "search"
+"""Its widths are only where a search on the model begins; see :mod:`cfsp.live_search`."""
 
 
 def check_budget(

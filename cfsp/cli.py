@@ -13,6 +13,7 @@ from rich.console import Console
 from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
+from .cli_curves import add_curves
 from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
 from .cli_evaluate import add_evaluate
 from .cli_latency import add_latency, add_latency_table
@@ -26,12 +27,13 @@ from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .fits import fits_summary, refits_summary
-from .footprint import plan_within
 from .latency_measure import table_for
+from .models import open_model
 from .pipeline import (
     PruneResult,
     as_calibrated,
     calibrate,
+    plan_opened,
     prune,
 )
 from .plan import load_plan, save_plan
@@ -143,6 +145,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="in that sum a block counts times its importance to this power "
         f"{_default('importance_exponent')}",
     )
+    for name, what in (
+        ("generations", "of allocator search: rounds"),
+        ("offspring", "candidates of a round"),
+        ("windows", "calibration windows that candidates are measured on"),
+        ("seed", "of the exchanges of width"),
+    ):
+        group.add_argument(
+            f"--search-{name}", type=int, help=f"{what} {_default(f'search_{name}')}"
+        )
     group.add_argument(
         "--width-multiple", type=int, help=f"1: exact widths {_default('width_multiple')}"
     )
@@ -233,17 +244,12 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = _recipe(arguments)
     statistics = load_statistics(arguments.statistics)
-    opened = open_lean(arguments.model, recipe.dtype, arguments.device)
+    opener = open_model if recipe.searches else open_lean
+    opened = opener(arguments.model, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
-    plan = plan_within(
-        statistics,
-        opened.blocks.ffn_weights,
-        as_calibrated(recipe, statistics),
-        opened.model,
-        opened.layout,
-        table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet),
-        progress=not arguments.quiet,
-    )
+    table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
+    recipe = as_calibrated(recipe, statistics)
+    plan = plan_opened(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
     if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
@@ -355,6 +361,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(plan)
     plan.set_defaults(run=_plan)
 
+    curves = add_curves(commands)
+
     pruning = commands.add_parser("prune", help="a smaller model in a new folder")
     _add_model(pruning)
     pruning.add_argument("--out", metavar="DIR", help="needed but for --dry-run")
@@ -411,7 +419,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     reporting = add_report(commands)
 
-    listed = (demo, calibration, plan, pruning, recovery, evaluation, latency, exporting, reporting)
+    listed = (
+        *(demo, calibration, plan, curves, pruning),
+        *(recovery, evaluation, latency, exporting, reporting),
+    )
     for command in listed:
         command.add_argument(
             "--json", action="store_true", help="one JSON object as the last line of stdout"

@@ -116,4 +116,4 @@ def describe(model: str | Path, recipe: Recipe) -> Description:
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
     whole = gguf or quantised or renamed or (path / "adapter_config.json").exists()
     name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
-    return Description(name, skeleton, known, layout, blocks, not whole)
+    return Description(name, skeleton, known, layout, blocks, not whole and not recipe.searches)

@@ -26,6 +26,7 @@ from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, check_seqlen, model_device, pick_device
 from .plan import PruningPlan
 from .recipe import Recipe
+from .refit_costs import RefitCosts
 from .rewriting import planned_tensors
 from .scoring import SCORERS
 from .shards import TensorInfo, pack_shards
@@ -111,6 +112,16 @@ def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCost
     return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
 
 
+def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:
+    """Of a job that fits blocks again after the cut; None for any other."""
+    recipe = job.recipe
+    if pruned is None or not recipe.refits:
+        return None
+    epochs = recipe.epochs if recipe.blockwise else 0
+    windows = recipe.calibration
+    return RefitCosts(dense, pruned, windows.samples, windows.seqlen, epochs, recipe.sequential)
+
+
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
@@ -143,6 +154,7 @@ def _workload(described: Description, job: Job, device: str, plan: PruningPlan |
         job.nodes,
         device,
         _gram_costs(described, job, dense),
+        _refit_costs(job, dense, pruned),
     )
 
 

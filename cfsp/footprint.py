@@ -1,6 +1,5 @@
 """What a model takes before and after pruning: channels, parameters, FLOPs and, measured, time."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .budgets import BATCH, LENGTH, ChannelBudget, channel_budget
-from .channels import ChannelGroup, FFNWeights
+from .channels import ChannelGroup
 from .compensation import ADD_BIAS
 from .costs import ModelCosts, Tensors, costs_of
 from .descriptions import kept_tensors, tensor_infos
@@ -16,12 +15,11 @@ from .errors import CfspError
 from .latency import LatencyLimit, LatencyTable
 from .layouts import Layout
 from .models import check_seqlen
-from .plan import PruningPlan, make_plan
+from .plan import PruningPlan, WidthSearch, make_plan
+from .ranking import Weights
 from .recipe import Recipe
 from .rewriting import planned_tensors
 from .statistics import Statistics
-
-Weights = Callable[[int], Sequence[FFNWeights]]
 
 
 @dataclass(frozen=True)
@@ -207,6 +205,7 @@ def plan_within(
     layout: Layout,
     table: LatencyTable | None = None,
     *,
+    search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.plan.make_plan` under the recipe's budget of this very model.
@@ -215,7 +214,7 @@ def plan_within(
         CfspError: no widths meet the budget.
     """
     budget = resolve_budget(model, layout, recipe, table)
-    plan = make_plan(statistics, weights, recipe, budget, progress=progress)
+    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     check_met(model, layout, plan, table)
     return plan
 

@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from . import figures
+from .error_figures import curves_figure, fits_figure
 from .errors import CfspError
-from .measurements import Values, compared, evaluation_table, perplexity_pair, tiles
+from .measurements import Values, compared, evaluation_table, number_at, perplexities, tiles
 from .results import Result
 from .usage import usage
 
@@ -45,6 +46,7 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     folder = files(__package__) / "templates"
+    environment.globals["number_at"] = number_at
     template = environment.from_string((folder / "report.html").read_text("utf-8"))
     labels = _labels(results)
     return template.render(
@@ -75,12 +77,16 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "dense": result.dense_name,
         "sparsity": f"{plan.sparsity:.1%}",
         "tiles": tiles(result, evaluations),
-        "perplexity": perplexity_pair(result),
+        "perplexity": perplexities(result),
         "widths": figures.widths_figure(plan),
         "importance": figures.importance_figure(plan),
         "importance_metric": plan.recipe.importance,
         "scores": figures.scores_figure(plan),
         "scorer": plan.recipe.scorer,
+        "curves": curves_figure(result.error_curves, plan),
+        "fits": result.fits,
+        "fits_figure": fits_figure(result.fits, len(plan.blocks)),
+        "recoveries": [_flat(recovery) for recovery in result.recoveries],
         "strips": figures.strips(plan),
         "blocks": plan.blocks,
         "recipe": _recipe(result),

@@ -39,23 +39,35 @@ def bars(rows: Sequence[tuple[str, float, str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def perplexity_pair(result: Result) -> dict[str, Any] | None:
-    """Before and after pruning, on what, and bars; None where it was not measured."""
-    before = number_at(result.measured, "perplexity_before", "perplexity")
-    after = number_at(result.measured, "perplexity_after", "perplexity")
-    if before is None or after is None:
-        return None
-    on = result.measured["perplexity_before"]
-    rows = [
-        ("dense", before, f"{before:,.2f}", "other"),
-        ("pruned", after, f"{after:,.2f}", "kept"),
+def perplexities(result: Result) -> dict[str, Any] | None:
+    """Of the dense model, the pruned one, and after each recovery that was measured on the same
+    text; on what, and bars. None where it was not measured."""
+    steps = [
+        ("dense", result.measured.get("perplexity_before")),
+        ("pruned", result.measured.get("perplexity_after")),
     ]
-    return {
-        "before": before,
-        "after": after,
-        "on": f"{on.get('dataset')}, {on.get('windows')} windows of {on.get('seqlen')} tokens",
-        "bars": bars(rows),
-    }
+    for recovery in result.recoveries:
+        found = recovery.get("result")
+        steps.append(
+            ("recovered", found.get("perplexity_after") if isinstance(found, Mapping) else None)
+        )
+    on = _text_of(steps[0][1])
+    rows = []
+    for label, measured in steps:
+        value = number_at(measured, "perplexity")
+        if value is not None and _text_of(measured) == on:
+            rows.append((label, value, f"{value:,.2f}", "other" if label == "dense" else "kept"))
+    if [label for label, *_ in rows[:2]] != ["dense", "pruned"]:
+        return None
+    return {"before": rows[0][1], "after": rows[-1][1], "on": on, "bars": bars(rows)}
+
+
+def _text_of(measured: Any) -> str:
+    """What a perplexity was measured on."""
+    if not isinstance(measured, Mapping):
+        return ""
+    dataset, windows, seqlen = (measured.get(key) for key in ("dataset", "windows", "seqlen"))
+    return f"{dataset}, {windows} windows of {seqlen} tokens"
 
 
 def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]:
@@ -68,7 +80,7 @@ def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]
         found.append(_tile("parameters", before, after, "{:,.0f}"))
     channels = sum(block.intermediate_size for block in plan.blocks)
     found.append(_tile("FFN channels", channels, sum(plan.widths), "{:,.0f}"))
-    pair = perplexity_pair(result)
+    pair = perplexities(result)
     if pair is not None:
         found.append(_tile("perplexity", pair["before"], pair["after"], "{:,.2f}"))
     dense, own = (_entry(evaluations, name) for name in (result.dense_name, result.name))
@@ -105,7 +117,7 @@ def compared(results: Sequence[Result], labels: Sequence[str]) -> dict[str, Any]
     """Several results beside each other: a table, widths, and perplexity on the same text."""
     rows, measured = [], []
     for position, (result, label) in enumerate(zip(results, labels, strict=True)):
-        pair = perplexity_pair(result)
+        pair = perplexities(result)
         after = number_at(result.measured, "parameters_after")
         rows.append(
             {

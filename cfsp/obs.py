@@ -1,14 +1,15 @@
 """Optimal Brain Surgeon for channels: the order of their removal and the error at every width.
 
 For one FFN, W [D, F] is its down projection and G = X^T X / T [F, F] the Gram matrix of its input.
-With H = G + lambda I, lambda = damping * mean(diag G), keeping the channels K and removing R costs
+With H = G + damping M, M the mean squares of the channels as least squares damp them (see
+:func:`cfsp.least_squares.ridge_of`, of all channels here), keeping K and removing R costs
 
     min over V of  tr(Delta H Delta^T),  Delta = [V, 0] - W    =    tr(W_R S W_R^T),
 
     S = H_RR - H_RK H_KK^-1 H_KR = ((H^-1)_RR)^-1,    V = W H[:, K] H_KK^-1:
 
 the damping pulls the refitted V towards the weights as they were. What the FFN's output loses is
-tr(Delta G Delta^T), the same less lambda |Delta|^2. Everything here is in fp64.
+tr(Delta G Delta^T), the same less damping tr(Delta M Delta^T). Everything here is in fp64.
 
 Sources: Hassibi and Stork, Second order derivatives for network pruning (1992); for groups of
 weights, ZipLM (arXiv 2302.04089); for channels of language models, OSSCAR (arXiv 2403.12983).
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import CfspError
-from .least_squares import DAMPING
+from .least_squares import DAMPING, ridge_of
 
 STEPS_PER_UPDATE = 64
 """Removals between two updates of whole matrices; changes rounding only."""
@@ -48,12 +49,14 @@ class Removal:
 
 
 def _damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """H and lambda. Where all activations are zero, lambda is 1: weights alone decide."""
+    """H and what damping added to its diagonal [F]. Where all activations are zero that is 1:
+    weights alone decide."""
     if damping < 0:
         raise CfspError(f"damping must be 0 or more, got {damping}")
     damped = gram.to(torch.float64, copy=True)
-    mean = damped.diagonal().mean()
-    added = torch.where(mean > 0, damping * mean, 1.0)
+    added = damping * ridge_of(damped)
+    if not bool(damped.diagonal().any()):
+        added = torch.ones_like(added)
     damped.diagonal().add_(added)
     return damped, added
 
@@ -78,12 +81,12 @@ def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPI
     then single columns are corrected as they are needed. Equal costs: the highest index goes.
 
     Cost: 2 D F^2 for A, F^3 for the inverse, 2 F^3 for the updates; four [F, F] fp64 beside the
-    Gram matrix. The host waits for the device once.
+    Gram matrix. The host waits for the device to check G, not between removals.
 
     Args:
         down: [D, F], any float dtype.
         gram: [F, F] X^T X / T, symmetric, fp32 or fp64, on the device of ``down``.
-        damping: lambda in units of the mean of diag G.
+        damping: of least squares.
 
     Raises:
         CfspError: a negative damping, or one too small for a singular G.
@@ -160,14 +163,14 @@ def error_curve(
     block B is removed from K + B, W_K -= W_B L_BB (L^-1)_BK, at the cost |W_B L_BB|^2 in H.
 
     Cost: F^3 / 3 for the factor, F^3 for its inverse, 2 D F^2; three [F, F] fp64 beside the Gram
-    matrix. The host waits for the device once.
+    matrix. The host waits for the device to check G and for the result.
 
     Args:
         down: [D, F], any float dtype.
         gram: [F, F] X^T X / T, symmetric, fp32 or fp64, on the device of ``down``.
         order: [F] int64, a permutation: the first to go first.
         widths: int64, ascending, in [0, F].
-        damping: lambda in units of the mean of diag G.
+        damping: of least squares.
 
     Returns:
         Error at every width, fp64 on the CPU, in the units of the output squared, summed over D,
@@ -182,15 +185,16 @@ def error_curve(
     del damped
     inverse = torch.eye(len(order), dtype=torch.float64, device=down.device)
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    added = added[order]
     old = down[:, order].double()
-    new, energy = old.clone(), old.square().sum(0)
+    new, energy = old.clone(), old.square().sum(0) * added
     lost, end, errors = energy.new_zeros(()), len(order), []
     for width in widths.flip(0).tolist():
         part = new[:, width:end] @ factor[width:end, width:end]
         lost = lost + part.square().sum()
         new[:, :width] -= part @ inverse[width:end, :width]
-        change = (new[:, :width] - old[:, :width]).square().sum() + energy[width:].sum()
-        errors.append(lost - added * change)
+        change = (new[:, :width] - old[:, :width]).square().sum(0) @ added[:width]
+        errors.append(lost - change - energy[width:].sum())
         end = width
     return torch.stack(errors).flip(0).clamp_min(0).cpu()
 

@@ -25,6 +25,7 @@ from .hardware import device_capped
 from .hashes import check_hashes, known_hashes, weight_files
 from .latency import LatencyTable
 from .latency_measure import table_for, table_of
+from .live_search import width_search
 from .memory import MemoryBudget, parse_budget
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
@@ -159,6 +160,9 @@ def plan(
     statistics: Statistics,
     weights: Callable[[int], Sequence[FFNWeights]] | nn.Module,
     recipe: Recipe,
+    tokenizer: Any = None,
+    *,
+    progress: bool = False,
 ) -> PruningPlan:
     """Which channels of which block stay: score, allocate, select.
 
@@ -168,16 +172,49 @@ def plan(
             :class:`cfsp.channels.FFNWeights` for a plain block, one per expert elsewhere. Not
             touched by scorers that need no weights.
         recipe: scorer, allocator, importance, width multiple and sparsity or budget are read. A
-            budget needs the model.
+            budget needs the model, and so does allocator ``search``, which measures it.
+        tokenizer: for allocator ``search``.
+        progress: show bars on stderr where it takes long.
 
     Raises:
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        opened = adopt(weights, None)
-        given = opened.blocks.ffn_weights
-        return plan_within(statistics, given, recipe, opened.model, opened.layout)
-    return make_plan(statistics, weights, recipe)
+        return plan_opened(adopt(weights, tokenizer), statistics, recipe, progress=progress)
+    return make_plan(statistics, weights, recipe, progress=progress)
+
+
+def search_windows(
+    opened: OpenModel, recipe: Recipe, windows: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """What a search measures on: the calibration's last windows; None where nothing is searched.
+
+    ``windows``: those of the calibration, where they are at hand.
+    """
+    if not recipe.searches:
+        return None
+    if windows is None:
+        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    return windows[-recipe.search_windows :]
+
+
+def plan_opened(
+    opened: OpenModel,
+    statistics: Statistics,
+    recipe: Recipe,
+    table: LatencyTable | None = None,
+    *,
+    progress: bool = False,
+) -> PruningPlan:
+    """The plan for an open model, which is in memory where its widths are searched for."""
+    model, layout, windows = opened.model, opened.layout, search_windows(opened, recipe)
+    search = None
+    if windows is not None:
+        search = width_search(model, layout, statistics, recipe, windows, progress=progress)
+    given = opened.blocks.ffn_weights
+    return plan_within(
+        statistics, given, recipe, model, layout, table, search=search, progress=progress
+    )
 
 
 def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
@@ -289,7 +326,11 @@ def prune(
     if verify and not isinstance(model, nn.Module):
         _check_files(model, progress and ranks.first, ranks)
     where = ranks.device(device)
-    opened = _open(model, tokenizer, recipe.dtype, where, streamed=out is not None)
+    searches = recipe.searches and plan is None
+    if searches and ranks.size > 1:
+        raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+    streamed = out is not None and not searches
+    opened = _open(model, tokenizer, recipe.dtype, where, streamed=streamed)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     wanted = recipe.model_budget if plan is None else None
@@ -336,6 +377,7 @@ def prune(
         stop,
         progress,
         ranks,
+        search_windows(opened, recipe, windows) if searches else None,
         table,
     )
     folder = Path(out) if out is not None else None

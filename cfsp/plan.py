@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from functools import partial
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budgets import ChannelBudget
 from .channels import ChannelGroup
+from .error_curves import Ranking
 from .errors import CfspError
 from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe, recipe_from_dict
@@ -21,6 +23,12 @@ from .selection import score_quantiles, select_by_expert
 from .statistics import Statistics
 
 FORMAT = "cfsp-plan-1"
+
+
+WidthSearch = Callable[
+    [Callable[[Sequence[int]], "PruningPlan"], tuple[int, ...], AllocationProblem], tuple[int, ...]
+]
+"""(plan of given widths, widths to begin with, the problem they solve) -> better widths."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ def make_plan(
     recipe: Recipe,
     budget: ChannelBudget | None = None,
     *,
+    search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
     """Score, allocate, select.
@@ -112,6 +121,7 @@ def make_plan(
         recipe: the choices.
         budget: what the recipe's comes to in this model, see
             :func:`cfsp.footprint.resolve_budget`; None: the recipe has a sparsity.
+        search: for allocator ``search``, see :func:`cfsp.live_search.width_search`.
         progress: show a bar on stderr where scoring takes long.
 
     Raises:
@@ -120,6 +130,8 @@ def make_plan(
     """
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
+    if recipe.searches and search is None:
+        raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
     importance = statistics.importance(recipe.importance)
     ffns = [
@@ -135,7 +147,8 @@ def make_plan(
         budget.sparsity,
         experts,
         budget.costs,
-        curves=() if recipe.uniform else scaled_curves(ranking, statistics, recipe),
+        recipe.width_multiple,
+        () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
     )
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
@@ -145,22 +158,28 @@ def make_plan(
         return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
 
     widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
-    kept: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    block_scores: list[list[torch.Tensor]] = [[] for _ in statistics.blocks]
-    for (number, group), ffn_scores, width in zip(ffns, ranking.scores, widths, strict=True):
-        kept[number].append(select_by_expert(ffn_scores, group.experts, width))
-        block_scores[number].append(ffn_scores)
-    blocks = tuple(
-        BlockPlan(
-            len(block.sum),
-            flat_channels(kept[number], block.groups),
-            float(value),
-            block.groups,
-            score_quantiles(torch.cat(block_scores[number])),
-        )
-        for number, (block, value) in enumerate(zip(statistics.blocks, importance, strict=True))
-    )
-    return PruningPlan(blocks, statistics.model_fingerprint, recipe)
+    of_widths = partial(_select, statistics, ranking, recipe)
+    return of_widths(search(of_widths, widths, problem) if search is not None else widths)
+
+
+def _select(
+    statistics: Statistics, ranking: Ranking, recipe: Recipe, widths: Sequence[int]
+) -> PruningPlan:
+    """The plan that gives every FFN its width."""
+    ffn = iter(zip(ranking.scores, widths, strict=True))
+    importance = statistics.importance(recipe.importance).tolist()
+    blocks = []
+    for block, value in zip(statistics.blocks, importance, strict=True):
+        groups = block.groups or (ChannelGroup(len(block.sum)),)
+        own = list(islice(ffn, len(groups)))
+        kept = [
+            select_by_expert(scores, group.experts, width)
+            for (scores, width), group in zip(own, groups, strict=True)
+        ]
+        quantiles = score_quantiles(torch.cat([scores for scores, _ in own]))
+        channels = flat_channels(kept, block.groups)
+        blocks.append(BlockPlan(len(block.sum), channels, value, block.groups, quantiles))
+    return PruningPlan(tuple(blocks), statistics.model_fingerprint, recipe)
 
 
 def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from tqdm import tqdm
 
-from .allocation import NEEDS_CURVES
+from .allocation import NEEDS_CURVES, SEARCH
 from .channels import FFNWeights
 from .compensation import ADD_BIAS, NEEDS_GRAM
 from .error_curves import ErrorCurve, Ranking, curve_widths, hidden_energy, of_experts, weighted
@@ -24,9 +24,15 @@ Weights = Callable[[int], Sequence[FFNWeights]]
 def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
     """The ranking for a recipe that the statistics have already; None where they have none."""
     wanted = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
-    asks = recipe.resolved_allocator in NEEDS_CURVES
+    asks = _asks_for_curves(statistics, recipe)
     fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not asks))
     return next(fitting, None)
+
+
+def _asks_for_curves(statistics: Statistics, recipe: Recipe) -> bool:
+    """A search begins with them where they can be had."""
+    allocator, grams = recipe.resolved_allocator, statistics.gram_folder is not None
+    return allocator in NEEDS_CURVES or (allocator == SEARCH and grams)
 
 
 def rank(
@@ -50,13 +56,13 @@ def rank(
         CfspError: Gram matrices that the scorer or the allocator needs are not there.
     """
     found = stored_ranking(statistics, recipe)
-    curves = curves or recipe.resolved_allocator in NEEDS_CURVES
+    curves = curves or _asks_for_curves(statistics, recipe)
     if found is not None and (found.curves or not curves):
         return found
     if SCORERS[recipe.scorer].needs_gram:
         check_grams(statistics, f"scorer {recipe.scorer!r}")
     elif curves:
-        check_grams(statistics, "an error curve")
+        check_grams(statistics, f"allocator {recipe.resolved_allocator!r}")
     reads_grams = curves or SCORERS[recipe.scorer].needs_gram
     bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not (progress and reads_grams))
     scores: list[torch.Tensor] = []

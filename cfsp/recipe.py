@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .allocation import ALLOCATORS, NEEDS_CURVES
+from .allocation import ALLOCATORS, NEEDS_CURVES, SEARCH
 from .budgets import ModelBudget, parse_budget
 from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .error_curves import ERROR_SCALES
@@ -74,6 +74,15 @@ class Recipe:
     of that of the block's hidden state, or absolute."""
     importance_exponent: float = 0.0
     """In the sum of error curves a block counts times its importance to this power; 0: as any."""
+    search_generations: int = 20
+    """Rounds of a search."""
+    search_offspring: int = 4
+    """Candidates of a round."""
+    search_windows: int = 8
+    """The calibration's last windows, on which a search measures; least squares hold some of these
+    out."""
+    search_seed: int = 0
+    """Of a search's exchanges."""
     uniform: bool = False
     """The same width for all blocks: the result is of a class of transformers itself."""
     width_multiple: int = 128
@@ -111,6 +120,16 @@ class Recipe:
             raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
         if self.error_scale not in ERROR_SCALES:
             raise unknown_name("error scale", self.error_scale, ERROR_SCALES)
+        for name in ("search_generations", "search_offspring", "search_windows"):
+            if getattr(self, name) < 1:
+                raise CfspError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.searches and self.budget is not None and self.budget.startswith("latency"):
+            raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
+        if self.searches and self.search_windows > self.calibration.samples:
+            raise CfspError(
+                f"search_windows {self.search_windows} is more than the calibration's "
+                f"{self.calibration.samples} windows"
+            )
         if not abs(self.importance_exponent) <= 100:
             raise CfspError(
                 f"importance_exponent must be in [-100, 100], got {self.importance_exponent}"
@@ -136,6 +155,11 @@ class Recipe:
     def resolved_compensation(self) -> str:
         """The compensation in force."""
         return self.compensation or SCORERS[self.scorer].compensation
+
+    @property
+    def searches(self) -> bool:
+        """Whether widths are searched for by measuring pruned models."""
+        return self.resolved_allocator == SEARCH
 
     @property
     def blockwise(self) -> bool:

@@ -223,6 +223,8 @@ class Refitting:
             for master in masters.values()
         ]
         adam = torch.optim.Adam(groups, betas=BETAS)
+        block = self.blocks[number]
+        frozen = {name: parameter.detach() for name, parameter in block.named_parameters()}
         step, steps = 0, settings.epochs * windows
         for epoch in range(1, settings.epochs + 1):
             seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
@@ -233,7 +235,7 @@ class Refitting:
                 for group in adam.param_groups:
                     group["lr"] = group["rate"] * factor
                 with torch.enable_grad():
-                    values = _cast(masters, parameters)
+                    values = {**frozen, **_cast(masters, parameters)}
                     self._lack(number, index, values).square().mean().backward()
                 adam.step()
                 adam.zero_grad()

@@ -47,6 +47,21 @@ class Result:
         return _mapping(self.record.get("result"))
 
     @property
+    def fits(self) -> list[Mapping[str, Any]]:
+        """What least squares came to, see :func:`cfsp.fits.fits_to_dicts`; [] without them."""
+        return _mappings(self.measured.get("fits"))
+
+    @property
+    def error_curves(self) -> list[Mapping[str, Any]]:
+        """Of some blocks ``block``, ``widths`` and ``errors`` at these, ascending from width 0."""
+        return _mappings(self.measured.get("error_curves"))
+
+    @property
+    def recoveries(self) -> list[Mapping[str, Any]]:
+        """``settings`` and ``result`` of each ``cfsp recover`` since it was pruned."""
+        return _mappings(self.record.get("recovery"))
+
+    @property
     def family(self) -> str:
         """``model_type`` of the architecture that it was before it was pruned."""
         return str(self.config.get("model_type", "")).removeprefix(PRUNED_PREFIX)
@@ -59,6 +74,12 @@ class Result:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return (
+        [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+    )
 
 
 def read_result(folder: str | Path) -> Result:

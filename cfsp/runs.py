@@ -32,6 +32,7 @@ from .footprint import Footprints, footprints, plan_within
 from .grams import GramFolder, temporary_folder
 from .hashes import write_hashes
 from .latency import LatencyTable
+from .live_search import width_search
 from .models import OpenModel, quiet_loading
 from .plan import PruningPlan, plan_to_dict
 from .provenance import tokens_fingerprint, versions
@@ -147,6 +148,8 @@ class Run:
     stop: Callable[[], bool]
     progress: bool
     ranks: Ranks
+    search_windows: torch.Tensor | None = None
+    """[N, S], for allocator ``search``; None: for others."""
     table: LatencyTable | None = None
     """Of the model on the device that the result is for."""
 
@@ -189,7 +192,17 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        opened = self.opened
+        opened, windows = self.opened, self.search_windows
+        search = None
+        if windows is not None:
+            search = width_search(
+                opened.model,
+                opened.layout,
+                statistics,
+                self.recipe,
+                windows,
+                progress=self.progress,
+            )
         return self.ranks.of_first(
             lambda: plan_within(
                 statistics,
@@ -198,6 +211,7 @@ class Run:
                 opened.model,
                 opened.layout,
                 self.table,
+                search=search,
                 progress=self.progress,
             )
         )

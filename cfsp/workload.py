@@ -8,6 +8,7 @@ from .evaluation import ROWS_PER_LOSS
 from .gram_costs import FP64_SLOWER, GramCosts
 from .gram_sums import Split
 from .hardware import Hardware
+from .refit_costs import RefitCosts
 
 TEXT_BYTES = 300 << 20
 """Host memory of the tokenizer, the text and its tokens."""
@@ -64,6 +65,7 @@ class Workload:
     device: str
     """cpu or cuda."""
     gram: GramCosts | None = None
+    refit: RefitCosts | None = None
     """Of Gram matrices, where these are collected or read."""
 
     @property
@@ -146,7 +148,9 @@ class Workload:
             found.append(self._stage("score", hardware, read, copied=read))
         share = self._evaluation_windows_of_rank() / max(1, self.evaluation_windows)
         read, fitting, busiest = self._fitting()
-        flops = self.evaluation_flops() + fitting
+        refitting = self.refit.flops() if self.refit is not None else 0.0
+        flops = self.evaluation_flops() + fitting + refitting
+        busiest += refitting
         busiest += self.evaluation_flops() * share
         found.append(
             self._stage(
@@ -203,6 +207,12 @@ class Workload:
             }
             if self.gram is not None and self.gram.fits:
                 found["prune"]["least squares"] = self.gram.fit_bytes()
+            if self.refit is not None:
+                found["prune"]["blocks fitted again"] = self.refit.fit_bytes()
+                found["prune"]["hidden states"] += self.refit.state_bytes()
+                found["prune"]["micro-batch"] = max(
+                    found["prune"]["micro-batch"], costs.working_bytes(1, self.seqlen, self.device)
+                )
             if self.streamed:
                 found["evaluate"] = {
                     "embeddings, norm, head": outer,

@@ -28,8 +28,8 @@ def refit_errors(
     down: torch.Tensor, gram: torch.Tensor, kept: list[int], damping: float
 ) -> tuple[float, float]:
     """tr(Delta H Delta^T) and tr(Delta G Delta^T) after the damped refit, by the formula."""
-    added = damping * gram.diagonal().mean()
-    damped = gram + added * torch.eye(len(gram), dtype=torch.float64)
+    own = gram.diagonal()
+    damped = gram + damping * torch.diag(own.clamp_min(1e-3 * own.mean()))
     delta = -down.clone()
     if kept:
         delta[:, kept] += down @ damped[:, kept] @ torch.linalg.inv(damped[kept][:, kept])

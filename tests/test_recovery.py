@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import cfsp
 from cfsp.errors import CfspError
@@ -98,6 +99,11 @@ def test_the_result_is_a_pruned_folder_with_a_recovery(recovered: Recovered) -> 
 
 def test_the_merged_model_says_what_the_adapter_says(recovered: Recovered) -> None:
     adapter = recovered.result.out / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    report = recovered.result.report
+    assert sum(tensor.numel() for tensor in tensors.values()) == report.trained_parameters
+    ranks_found = {len(t) for name, t in tensors.items() if "lora_A" in name}
+    assert ranks_found == set(report.ranks)
     adapted = PeftModel.from_pretrained(cfsp.load(recovered.pruned), adapter).eval()
     merged, plain = cfsp.load(recovered.result.out), cfsp.load(recovered.pruned)
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-4)

@@ -1,7 +1,9 @@
 """A recovery that was interrupted ends in the bytes of one that was not, or is refused."""
 
+import errno
 import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import cfsp
 from cfsp.cli import main
 from cfsp.errors import CfspError, Stopped
-from cfsp.recovery import training
+from cfsp.recovery import run, training
 from cfsp.recovery.training import RecoveryTrainer, Watch
 
 from .test_recovery import OPTIONS, TEXT, contents, pruned_folder
@@ -108,6 +110,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert contents(tmp_path / "killed") == contents(reference)
 
 
+def test_a_full_disk_after_the_last_step_costs_no_step(
+    pruned: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_model", fill)
+        with pytest.raises(CfspError, match="No space left on device; --resume continues"):
+            recover(pruned, tmp_path / "out")
+    passes = count_passes(monkeypatch)
+    recover(pruned, tmp_path / "out", resume=True)
+    assert not passes
+    assert contents(tmp_path / "out") == contents(reference)
+
+
 def test_gradient_checkpointing_changes_no_bit(
     pruned: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +173,18 @@ def test_sigterm_ends_the_command_in_order(
     assert found["out"] == str(tmp_path / "out")
     assert len(found["losses"]) == 3
     assert found["perplexity_after"]["perplexity"] != found["perplexity_before"]["perplexity"]
+
+
+def test_generators_and_modes_are_as_they_were(pruned: Path, tmp_path: Path) -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    expected = random.random(), torch.rand(1)
+    random.seed(1)
+    torch.manual_seed(1)
+    settings = replace(SETTINGS, steps=1)
+    result = cfsp.recover(pruned, tmp_path / "out", settings, **{**OPTIONS, "eval_windows": 0})
+    assert (random.random(), torch.rand(1)) == expected
+    assert not any(module.training for module in result.model.modules())
 
 
 def test_a_training_that_diverges_leaves_nothing(pruned: Path, tmp_path: Path) -> None:

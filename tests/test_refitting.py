@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
+from cfsp.costs import ModelCosts, costs_of
 from cfsp.errors import CfspError
 from cfsp.layouts import LAYOUTS, hidden_states_of
+from cfsp.plan import BlockPlan
 from cfsp.ranks import Ranks
+from cfsp.refit_costs import RefitCosts
 from cfsp.refitting import RefitSettings, Refitting, check_refits
+from cfsp.rewriting import prune_block_
+from cfsp.shards import TensorInfo
 
 from .conftest import make_tiny, make_tokenizer
 from .test_families import make
@@ -187,3 +193,29 @@ def test_who_cannot_be_fitted_again_is_told_early() -> None:
 def test_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(CfspError, match=next(iter(values))):
         replace(BLOCKWISE, **values)
+
+
+@pytest.mark.parametrize("recipe", [SEQUENTIAL, BLOCKWISE])
+def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
+    model, layout = make_tiny(attn_implementation="eager"), LAYOUTS["llama"]
+    blocks = layout.find_blocks(model)
+    plan = BlockPlan(48, torch.arange(24), 0.0)
+    epochs = recipe.epochs if recipe.blockwise else 0
+    settings = RefitSettings(recipe.sequential, 0.1, epochs, 0.01, 0)
+    refits = Refitting(model, layout, torch.randint(0, 256, (20, 32)), settings)
+    dense = shapes(model)
+    with FlopCounterMode(display=False) as counter:
+        for number, block in enumerate(blocks):
+            refits.run_dense(number)
+            prune_block_(block, layout, plan, replace(CUT, compensation="none"), None)
+            refits.run_pruned(number)
+    costs = RefitCosts(dense, shapes(model), 20, 32, epochs, recipe.sequential)
+    # the reference of gram multiplies whole tiles of 512 columns
+    expected = counter.get_total_flops() - recipe.sequential * 18 * 32 * 4 * 24**2
+    assert costs.flops() == pytest.approx(expected, rel=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def shapes(model: PreTrainedModel) -> ModelCosts:
+    named = {n: TensorInfo(p.dtype, tuple(p.shape)) for n, p in model.named_parameters()}
+    return costs_of(model.config, named, "model.layers", 4)

@@ -180,6 +180,53 @@ def test_a_plan_of_an_earlier_version_has_no_scores_to_show(
     assert "Scores of the channels" not in report_html([read_result(folder)])
 
 
+def with_record(pruned: Result, **changes: object) -> Result:
+    """The result with more in recipe.yaml."""
+    record = {**pruned.record, **changes}
+    record["result"] = {**pruned.record["result"], **changes.get("result", {})}
+    return dataclasses.replace(pruned, record=record)
+
+
+def test_least_squares_and_error_curves_are_shown_where_they_are_known(
+    results: list[Result],
+) -> None:
+    fits = [
+        {"block": 0, "ffns": 1, "applied": 1, "error_before": 0.5, "error_after": 0.25},
+        {"block": 2, "ffns": 1, "applied": 0, "error_before": 0.125, "error_after": 0.375},
+        {"block": 3, "ffns": 2, "applied": 2, "error_before": None, "error_after": None},
+    ]
+    curves = [
+        {"block": 1, "widths": [0, 24, 48], "errors": [8.0, 2.0, 0.0]},
+        {"block": 9, "widths": [0, 48], "errors": [1.0, 0.0]},
+        {"block": 0, "widths": [0], "errors": "x"},
+    ]
+    page = report_html([with_record(results[0], result={"fits": fits, "error_curves": curves})])
+    text = Elements(page).text
+    assert "block 0: error 0.5 without, 0.25 with the fit; fitted" in text
+    assert "block 2: error 0.125 without, 0.375 with the fit; left as it was" in text
+    assert "block 3: error" not in text
+    assert "2 of 2" in text
+    width = results[0].plan.widths[1]
+    error = 0.25 * (48 - width) / 24 if width > 24 else 1 - 0.75 * width / 24
+    assert f"block 1: {100 * width / 48:.0f}% kept, error {error:.3g}" in text
+    assert page.count('class="curve"') == 1
+    plain = Elements(report_html(results[:1])).text
+    assert "Least squares" not in plain
+    assert "Error curves" not in plain
+
+
+def test_a_recovery_on_the_same_text_is_the_last_perplexity(results: list[Result]) -> None:
+    measured = results[0].measured["perplexity_after"]
+    recovery = [
+        {"settings": {"steps": 7}, "result": {"perplexity_after": {**measured, **changes}}}
+        for changes in ({"perplexity": 12.5}, {"perplexity": 3.25, "windows": 99})
+    ]
+    text = Elements(report_html([with_record(results[0], recovery=recovery)])).text
+    assert text.count("12.50") == 2  # tile and bar
+    assert "3.25" not in text.partition("Recovery 1")[0]
+    assert "settings · steps" in text
+
+
 def pixels(uri: str) -> tuple[int, list[int]]:
     """(width, levels) of a strip's PNG."""
     data = base64.b64decode(uri.partition(",")[2])

@@ -183,10 +183,12 @@ def _write(job: Job, report: RecoveryReport, folder: Path) -> PreTrainedModel:
 def _random_state_kept() -> Iterator[None]:
     """Training seeds every generator; afterwards they go on as if it had not."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    with torch.random.fork_rng(range(min(1, torch.cuda.device_count()))):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextmanager
