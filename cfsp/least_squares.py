@@ -19,7 +19,7 @@ from .grams import Gram
 
 ROWS = 1024  # of the projection that are fp64 at a time
 COLUMNS = 2048  # of a Gram matrix
-DAMPING = 0.1
+DAMPING = 0.2
 ATTEMPTS = 6
 MORE_DAMPING = 10.0
 LEAST_DAMPING = 1e-6
@@ -135,6 +135,7 @@ def fit_down(
     if not 0 < float(ridge.mean()) < torch.inf:
         return None
     found = _factor(moments, ridge, damping)
+    del moments  # as large as the factor
     if found is None:
         return None
     factor, used = found

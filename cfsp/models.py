@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from .blocks import Blocks, LiveBlocks
@@ -238,8 +239,9 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # left out with the values
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,17 +16,23 @@ def versions(
     device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:
     """Versions of what computed a result, and the device it ran on."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **_package_versions(tuple(packages))}
     device = torch.device(device)
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     else:
         found["device"] = f"{device.type} ({platform.machine()})"
+    return found
+
+
+@cache
+def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return found
 
 

@@ -87,6 +87,15 @@ def obs(
     return removal_order(down, statistics.gram.fit(down.device).moments(), damping).scores
 
 
+def cfsp_output(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
+    to that of what it adds to the output."""
+    magnitude = channel_importance("magnitude", down=weights().down).double().cpu()
+    return statistics.norm * magnitude.sqrt()
+
+
 EVERY_MATRIX = ("gate", "up", "down")
 
 SCORERS: dict[str, Scorer] = {
@@ -96,6 +105,12 @@ SCORERS: dict[str, Scorer] = {
         "cfsp",
         "none",
         "Eq. 8 of the paper at second hand: down normalised over channels",
+    ),
+    "cfsp-output": Scorer(
+        cfsp_output,
+        "cfsp",
+        "least-squares",
+        "activation norm times the root of the norm of the column of down; best with least squares",
     ),
     "cfsp-balanced": Scorer(
         _kernel_score("balanced", "norms", EVERY_MATRIX),

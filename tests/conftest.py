@@ -29,6 +29,8 @@ from cfsp.statistics import Statistics
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 """For tests of what families share; tests/test_families.py goes through all of them."""
+TEXT = str(Path(__file__).resolve().parents[1] / "LICENSE")
+"""Enough for tiny models, and read in a fiftieth of the time that the builtin text takes."""
 TINY = {
     "vocab_size": 260,
     "hidden_size": 32,
@@ -76,9 +78,14 @@ def make_tokenizer(puts_bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+LONGEST = ("smollm2", "streaming", "prune", "ranks", "families", "resume", "benchmark_suite", "cli")
+"""Files that take longest come first, so that two workers with a file each end together."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model first: its file takes longest, and a worker has a file to itself."""
-    items.sort(key=lambda item: "test_smollm2" not in item.nodeid)
+    """In the order of :data:`LONGEST`, then as they were found."""
+    place = {f"test_{name}": position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import cfsp
 from cfsp.cli import build_parser, main
 
-from .conftest import make_tiny, make_tokenizer
+from .conftest import TEXT, make_tiny, make_tokenizer
 
-SMALL = ["--dataset", "builtin", "--samples", "3", "--seqlen", "32", "--quiet"]
+SMALL = ["--dataset", TEXT, "--samples", "3", "--seqlen", "32", "--quiet"]
 EXACT = ["--width-multiple", "1", "--eval-windows", "0"]
 
 

@@ -24,7 +24,7 @@ from .test_families import make
 from .test_streaming import RECIPE, assert_same_files, prune, saved
 
 CALIBRATION = replace(RECIPE.calibration, samples=12)
-FITTED = replace(RECIPE, compensation="least-squares", calibration=CALIBRATION)
+FITTED = replace(RECIPE, compensation="least-squares", damping=0.1, calibration=CALIBRATION)
 BIASED = replace(FITTED, compensation="least-squares-bias")
 pytestmark = pytest.mark.filterwarnings("ignore:least squares. 4 of 4 FFNs have fewer")
 

@@ -15,7 +15,7 @@ from cfsp.progress import BlockProgress
 from cfsp.resume import check_resume
 from cfsp.stream import default_micro_batch
 
-from .conftest import make_tiny
+from .conftest import TEXT, make_tiny
 from .test_cli import EXACT, SMALL, run
 from .test_estimate import CONFIGS, build
 
@@ -162,7 +162,7 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
 ) -> None:
     """A GPU whose free memory is stated; the work itself is done on the CPU."""
     recipe = cfsp.Recipe(
-        width_multiple=1, calibration=cfsp.Calibration(dataset="builtin", samples=40, seqlen=128)
+        width_multiple=1, calibration=cfsp.Calibration(dataset=TEXT, samples=40, seqlen=128)
     )
     default = default_micro_batch(torch.device("cuda"), 128)
     whole = cfsp.estimate(tiny_folder, recipe, hardware=gpu(1 << 40), eval_windows=0)
@@ -199,7 +199,7 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
 
 def test_a_cpu_without_a_budget_runs_as_before(tiny_folder: Path, tmp_path: Path) -> None:
     recipe = cfsp.Recipe(
-        width_multiple=1, calibration=cfsp.Calibration(dataset="builtin", samples=2, seqlen=32)
+        width_multiple=1, calibration=cfsp.Calibration(dataset=TEXT, samples=2, seqlen=32)
     )
     plain, _ = (
         cfsp.prune(

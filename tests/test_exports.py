@@ -19,7 +19,7 @@ from cfsp.exports import gguf_model, padded
 from cfsp.exports.gguf_tokenizer import merge_scores, pre_tokenizer_name, vocabulary
 from cfsp.shards import ShardWriter
 
-from .conftest import FAMILIES, make_tiny
+from .conftest import FAMILIES, TEXT, make_tiny
 
 gguf = pytest.importorskip("gguf")
 
@@ -87,7 +87,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 sparsity=0.3,
                 width_multiple=1,
                 compensation=compensation,
-                calibration=cfsp.Calibration(dataset="builtin", samples=2, seqlen=32),
+                calibration=cfsp.Calibration(dataset=TEXT, samples=2, seqlen=32),
             )
             cfsp.prune(model, tokenizer, recipe, made[key], eval_windows=0, progress=False)
         return made[key]

@@ -12,7 +12,7 @@ import cfsp
 from cfsp.errors import CfspError
 from cfsp.hashes import known_hashes, sha256_of, weight_files
 
-from .conftest import make_tiny, make_tokenizer
+from .conftest import TEXT, make_tiny, make_tokenizer
 from .test_cli import EXACT, SMALL, check_refusal, run
 
 
@@ -106,7 +106,7 @@ def test_a_gguf_is_its_own_file_and_a_pickle_has_none(tmp_path: Path) -> None:
 
 
 def test_a_live_model_has_no_file_to_verify_but_its_result_has_hashes(tmp_path: Path) -> None:
-    calibration = cfsp.Calibration(dataset="builtin", samples=2, seqlen=32)
+    calibration = cfsp.Calibration(dataset=TEXT, samples=2, seqlen=32)
     cfsp.prune(
         make_tiny(),
         make_tokenizer(),

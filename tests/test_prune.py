@@ -27,12 +27,12 @@ from cfsp.plan import load_plan
 from cfsp.recipe import load_recipe
 from cfsp.scoring import SCORERS
 
-from .conftest import FAMILIES, make_tiny, make_tokenizer
+from .conftest import FAMILIES, TEXT, make_tiny, make_tokenizer
 
 RECIPE = cfsp.Recipe(
     sparsity=0.3,
     width_multiple=1,
-    calibration=cfsp.Calibration(dataset="builtin", samples=4, seqlen=32),
+    calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32),
 )
 QUIET = {"progress": False}
 

@@ -16,6 +16,7 @@ from cfsp import checkpoint, runs, second_pass, shards
 from cfsp.cli import main
 from cfsp.errors import CfspError, Stopped
 
+from .conftest import TEXT
 from .test_streaming import RECIPE, assert_same_files, prune, saved
 
 
@@ -165,7 +166,7 @@ def test_sigterm_ends_the_command_in_order(
 ) -> None:
     folder = saved(tmp_path / "m")
     arguments = [
-        "prune", str(folder), "--out", str(tmp_path / "out"), "--dataset", "builtin", "--samples",
+        "prune", str(folder), "--out", str(tmp_path / "out"), "--dataset", TEXT, "--samples",
         "4", "--seqlen", "32", "--width-multiple", "1", "--eval-windows", "0", "--quiet",
     ]  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)

@@ -66,6 +66,7 @@ def test_scores_match_their_formulas(
     expected = {
         "activation-norm": n,
         "magnitude-sp": down.square().sum(0).sqrt(),
+        "cfsp-output": n * down.square().sum(0) ** 0.25,
         "wanda-sp": down.abs().mean(0) * n,
         "wifn": down.abs().mean(0) * n,
         "flap": variance * down.square().sum(0),

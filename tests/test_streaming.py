@@ -23,7 +23,7 @@ from cfsp.shards import read_header
 from cfsp.statistics import Statistics, model_fingerprint
 from cfsp.streaming import open_streamed
 
-from .conftest import FAMILIES, make_tiny, make_tokenizer
+from .conftest import FAMILIES, TEXT, make_tiny, make_tokenizer
 
 
 def saved(folder: Path, family: str = "llama", shards: bool = False, **config: object) -> Path:
@@ -204,12 +204,12 @@ def test_a_hub_id_is_its_local_snapshot(tmp_path: Path, monkeypatch: pytest.Monk
 RECIPE = cfsp.Recipe(
     sparsity=0.3,
     width_multiple=1,
-    calibration=cfsp.Calibration(dataset="builtin", samples=4, seqlen=32),
+    calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32),
 )
 
 
 def prune(model: object, out: Path, recipe: cfsp.Recipe = RECIPE, **options: object) -> object:
-    given = {"eval_windows": 0, "progress": False, **options}
+    given = {"eval_windows": 0, "eval_dataset": TEXT, "progress": False, **options}
     return cfsp.prune(model, recipe=recipe, out=out, **given)
 
 

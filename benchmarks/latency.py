@@ -1,0 +1,112 @@
+"""Latency budgets against the clock: a random model of real proportions, predicted and measured.
+
+    python benchmarks/latency.py --threads 1 --out latency.json
+
+The table is made as ``cfsp latency`` does; then the dense and the pruned models take turns.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import cfsp
+from benchmarks.environment import describe
+from cfsp.feasibility import even_plan
+from cfsp.latency import LatencyTable
+from cfsp.models import adopt
+from cfsp.rewriting import prune_block_
+
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 4096,
+}
+
+
+def build(device: str, dtype: str) -> PreTrainedModel:
+    """A Llama of :data:`SHAPE`, random."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPE)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
+
+
+def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[Any, float]:
+    """A copy cut to a budget, and its predicted seconds."""
+    left = copy.deepcopy(model)
+    opened = adopt(left, None)
+    plan = even_plan(left, opened.layout, cfsp.Recipe(budget=budget), table)
+    for block, of_plan in zip(opened.layout.find_blocks(left), plan.blocks, strict=True):
+        prune_block_(block, opened.layout, of_plan, "none", None)
+    return left, table.predicted(plan.widths)
+
+
+@torch.no_grad()
+def seconds(models: list[PreTrainedModel], tokens: torch.Tensor, rounds: int) -> list[float]:
+    """Median of a forward call of each; they take turns, there and back."""
+    found: list[list[float]] = [[] for _ in models]
+    for turn in range(rounds + 1):
+        order = range(len(models)) if turn % 2 else reversed(range(len(models)))
+        for number in order:
+            started = time.perf_counter()
+            models[number](input_ids=tokens, use_cache=False)
+            if tokens.is_cuda:
+                torch.cuda.synchronize()
+            if turn:
+                found[number].append(time.perf_counter() - started)
+    return [median(times) for times in found]
+
+
+def main() -> None:
+    """Print a line per budget; write all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fractions", default="0.1,0.25,0.4")
+    parser.add_argument("--shape", default="1x128")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batch, length = map(int, options.shape.split("x"))
+    model = build(options.device, options.dtype)
+    table = cfsp.latency_table(model, batch=batch, length=length, again=True, progress=False)
+    budgets = [f"latency={fraction}@{options.shape}" for fraction in options.fractions.split(",")]
+    cut = [pruned(model, budget, table) for budget in budgets]
+    tokens = torch.randint(0, SHAPE["vocab_size"], (batch, length), device=options.device)
+    measured = seconds([model, *(left for left, _ in cut)], tokens, options.rounds)
+    result: dict[str, Any] = {
+        "environment": describe(),
+        "table": table.to_dict(),
+        "dense": {"predicted": table.dense_seconds, "measured": measured[0]},
+        "budgets": {},
+    }
+    print(f"dense: predicted {table.dense_seconds * 1e3:.2f} ms, measured {measured[0] * 1e3:.2f}")
+    for budget, (_, predicted), found in zip(budgets, cut, measured[1:], strict=True):
+        wanted = 1 - float(budget.partition("@")[0].removeprefix("latency="))
+        row = {"wanted": wanted, "predicted": predicted, "measured": found}
+        row["measured_fraction"] = found / measured[0]
+        row["off_request"] = row["measured_fraction"] / wanted - 1
+        result["budgets"][budget] = row
+        print(
+            f"{budget}: wanted {wanted:.0%} of dense, measured {row['measured_fraction']:.1%} "
+            f"({row['off_request']:+.1%}); predicted {predicted * 1e3:.2f} ms, measured "
+            f"{found * 1e3:.2f} ({found / predicted - 1:+.1%})"
+        )
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
