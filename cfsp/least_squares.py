@@ -135,10 +135,10 @@ def fit_down(
     if not 0 < float(ridge.mean()) < torch.inf:
         return None
     found = _factor(moments, ridge, damping)
-    del moments  # as large as the factor
     if found is None:
         return None
     factor, used = found
+    del moments, found  # as large as the factor
     across = _moments(gram, removed, kept, bias)
     weight = down.new_empty(down.shape[0], len(kept))
     added = down.new_zeros(down.shape[0]) if bias else None
