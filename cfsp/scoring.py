@@ -97,8 +97,8 @@ def cfsp_output(
 
 
 RESIDUAL_DAMPING = 1.5
-"""Between what a channel is (much of it) and what the others cannot replace (little). Too little buys
-the calibration's own text at the price of all others."""
+"""Between what a channel is (much of it) and what the others cannot replace (little). Too little
+buys the calibration's own text at the price of all others."""
 
 
 def cfsp_residual(
