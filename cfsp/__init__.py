@@ -14,6 +14,7 @@ from .latency import LatencyTable
 from .models import open_model
 from .pipeline import PruneResult, calibrate, latency_table, plan, prune
 from .plan import PruningPlan, load_plan, save_plan
+from .ranking import with_ranking
 from .recipe import Calibration, Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover
 from .registration import register
@@ -51,6 +52,7 @@ __all__ = [
     "register",
     "save_plan",
     "save_statistics",
+    "with_ranking",
 ]
 
 register()

@@ -109,7 +109,8 @@ def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCost
         return None
     blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
     active = costs.blocks[-1].active_experts
-    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits)
+    ranks = job.prunes and recipe.ranks_by_gram and job.plan is None
+    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits, ranks)
 
 
 def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:

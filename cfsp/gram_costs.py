@@ -28,6 +28,8 @@ class GramCosts:
     sparsity: float
     fits: bool
     """Whether least squares are fitted."""
+    ranks: bool = False
+    """Whether channels are ranked by them, or error curves made."""
 
     def disk_bytes(self, windows: int) -> int:
         """Of the files of all blocks, which each hold as many parts as ``windows`` have."""
@@ -55,6 +57,22 @@ class GramCosts:
 
     def _kept(self, group: ChannelGroup) -> int:
         return round(group.channels * (1 - self.sparsity))
+
+    def rank_flops(self) -> float:
+        """Of removing all channels greedily and of an error curve, all in fp64: at most, for other
+        scorers leave the first out."""
+        groups = [group for block in self.blocks for group in block if self.ranks]
+        return sum(
+            group.experts
+            * (13 / 3 * group.channels**3 + 3.0 * self.hidden_size * group.channels**2)
+            for group in groups
+        )
+
+    def rank_bytes(self) -> int:
+        """On the device, while the channels of one FFN are ranked: see
+        :func:`cfsp.obs.removal_order`."""
+        widest = max(group.channels for block in self.blocks for group in block)
+        return widest**2 * (FP32 + 4 * FP64) + 2 * FP64 * self.hidden_size * widest
 
     def fit_flops(self) -> float:
         """Of fitting every FFN and of judging it, all in fp64."""

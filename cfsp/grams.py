@@ -217,7 +217,7 @@ class StoredGram:
 
     @staticmethod
     def _other(file: Path) -> CfspError:
-        return CfspError(f"{file} is not of these statistics: calibrate with --gram again")
+        return CfspError(f"{file} is not of these statistics: calibrate again")
 
 
 def _read_ahead(file: Path) -> None:
@@ -235,7 +235,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         return read_header(file)
     except CfspError as error:
-        raise CfspError(f"Gram matrices: {error}; calibrate with --gram again") from None
+        raise CfspError(f"Gram matrices: {error}; calibrate again") from None
 
 
 def check_files(blocks: Sequence[Sequence[StoredGram]]) -> None:

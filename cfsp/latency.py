@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,13 +128,14 @@ class LatencyLimit:
     """The request, for errors."""
 
     def costs(self, sizes: Sequence[int]) -> Widths:
-        """About what one channel of width costs in every FFN, in 1e-5 of the dearest one."""
+        """About what one channel of width costs in every FFN, to a hundredth of the dearest one."""
         slopes = [
             max(0.0, -float(curve.at(np.array(curve.widths[0]))) / (size - curve.widths[0] or 1))
             for curve, size in zip(self.table.curves, sizes, strict=True)
         ]
         dearest = max(slopes) or 1.0
-        return tuple(max(1, round(1e5 * slope / dearest)) for slope in slopes)
+        found = [max(1, round(100 * slope / dearest)) for slope in slopes]
+        return tuple(cost // math.gcd(*found) for cost in found)
 
     def fitted(
         self,

@@ -135,7 +135,6 @@ def fit_down(
     if not 0 < float(ridge.mean()) < torch.inf:
         return None
     found = _factor(moments, ridge, damping)
-    del moments  # as large as the factor
     if found is None:
         return None
     factor, used = found

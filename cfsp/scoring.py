@@ -10,7 +10,7 @@ from cfsp_kernels import channel_importance
 
 from .channels import FFNWeights
 from .least_squares import DAMPING
-from .obs import removal_order
+from .obs import removal_order, residual_norms
 from .statistics import BlockStatistics
 
 
@@ -96,6 +96,24 @@ def cfsp_output(
     return statistics.norm * magnitude.sqrt()
 
 
+RESIDUAL_DAMPING = 1.5
+"""Between what a channel is (much of it) and what the others cannot replace (little). Too little
+buys the calibration's own text at the price of all others."""
+
+
+def cfsp_residual(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """r_i ||W_down[:, i]||^1/2 with what the other channels leave of the activation, see
+    :func:`cfsp.obs.residual_norms`, in place of its norm."""
+    if statistics.gram is None:
+        raise ValueError("scorer cfsp-residual needs the Gram matrices of the block")
+    down = weights().down
+    gram = statistics.gram.fit(down.device).moments()
+    magnitude = channel_importance("magnitude", down=down).double()
+    return (residual_norms(gram, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
+
+
 EVERY_MATRIX = ("gate", "up", "down")
 
 SCORERS: dict[str, Scorer] = {
@@ -111,6 +129,13 @@ SCORERS: dict[str, Scorer] = {
         "cfsp",
         "least-squares",
         "activation norm times the root of the norm of the column of down; best with least squares",
+    ),
+    "cfsp-residual": Scorer(
+        cfsp_residual,
+        "cfsp",
+        "least-squares",
+        "cfsp-output, of what the other channels leave of the activation",
+        needs_gram=True,
     ),
     "cfsp-balanced": Scorer(
         _kernel_score("balanced", "norms", EVERY_MATRIX),

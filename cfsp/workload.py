@@ -143,9 +143,13 @@ class Workload:
             )
         if self.pruned is None:
             return tuple(found)
-        if self.reads_weights and self.streamed:
-            read = self.stored.ffn_bytes
-            found.append(self._stage("score", hardware, read, copied=read))
+        ranks = self.gram is not None and self.gram.ranks
+        if (self.reads_weights and self.streamed) or ranks:
+            read, flops, slower = self.stored.ffn_bytes if self.streamed else 0, 0.0, 1.0
+            if self.gram is not None and ranks:
+                read += self.gram.disk_bytes(self.windows or 2)
+                flops, slower = self.gram.rank_flops(), FP64_SLOWER[self.device]
+            found.append(self._stage("score", hardware, read, 0, flops, slower, copied=read))
         share = self._evaluation_windows_of_rank() / max(1, self.evaluation_windows)
         read, fitting, busiest = self._fitting()
         refitting = self.refit.flops() if self.refit is not None else 0.0
@@ -192,6 +196,12 @@ class Workload:
             if self.gram is not None:
                 held = self.gram.sum_bytes(self._split, self.ranks)
                 found["calibrate"]["Gram matrices"] = held
+        if self.pruned is not None and self.gram is not None and self.gram.ranks:
+            found["score"] = {
+                "embeddings, norm, head": outer,
+                "blocks": self._blocks_at_work(),
+                "ranking": self.gram.rank_bytes(),
+            }
         if self.pruned is not None:
             pruned = self.pruned.largest_block
             evaluated = self._evaluation_windows_of_rank()

@@ -1,5 +1,6 @@
 """Estimates of Gram matrices and least squares against what they take."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cfsp.grams import temporary_folder
 from cfsp.layouts import LAYOUTS
 from cfsp.least_squares import fit_down, output_errors
 from cfsp.memory import parse_budget
+from cfsp.obs import removal_order
 
 from .conftest import make_tokenizer
 from .test_estimate import Live, reference
@@ -77,6 +79,19 @@ def test_flops_and_memory_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     solved = width**3 / 3 + 2 * hidden * width**2  # which the counter does not know
     assert counted.get_total_flops() + solved == costs.fit_flops()
     assert costs.fit_bytes() == pytest.approx(live.peak, rel=0.1)
+
+
+def test_memory_of_a_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, channels = 100, 600
+    x, down, _ = problem(700, channels, hidden, channels)
+    gram = gram_of(x)
+    costs = GramCosts([[ChannelGroup(channels)]], hidden, 1, 0.3, True, True)
+    with Live([down]) as live:
+        live.sizes[-1] = gram.product.nbytes
+        removal_order(down, gram.product / gram.tokens)
+    assert live.peak <= costs.rank_bytes() * 1.1
+    assert live.peak >= costs.rank_bytes() * 0.6
+    assert replace(costs, ranks=False).rank_flops() == 0 < costs.rank_flops()
 
 
 def test_a_70b_model_says_what_they_take() -> None:

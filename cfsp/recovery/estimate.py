@@ -31,6 +31,8 @@ ADAM_VALUES = 4
 """fp32 values of a trained parameter: itself, its gradient and two moments."""
 LOSS_BYTES = 12
 """Of a logit at the peak: itself in fp32, the logarithm of its softmax, and its gradient."""
+LIBRARY_BYTES = 80 << 20
+"""Of the process: the Trainer and peft, loaded when training begins."""
 DISTILLED_BYTES = 16
 """More beside a teacher: its logit, the logarithms of both softmaxes at temperature, a gradient."""
 
@@ -181,6 +183,7 @@ def _parts(
     settings: Recovery,
     trained: int,
     hardware: Hardware,
+    process: int,
 ) -> dict[str, int]:
     """Bytes at the peak, without activations of blocks."""
     tokens = (settings.micro_batch or 1) * (settings.seqlen or 1)
@@ -194,7 +197,7 @@ def _parts(
         parts["teacher"] = teacher.block_bytes + teacher.outer_bytes
         parts["logits beside the teacher's"] = tokens * costs.vocab_size * DISTILLED_BYTES
     if hardware.device == "cpu":
-        parts["process and text"] = resident_bytes() + TEXT_BYTES
+        parts["process and text"] = process + LIBRARY_BYTES + TEXT_BYTES
     return parts
 
 
@@ -231,6 +234,7 @@ def estimate_training(
     evaluation_windows: int,
     hardware: Hardware,
     budget: MemoryBudget,
+    process: int,
 ) -> RecoveryEstimate:
     """The estimate of a recovery whose settings are resolved.
 
@@ -244,12 +248,13 @@ def estimate_training(
         evaluation_windows: measured on before and after.
         hardware: that trains.
         budget: what the run may take at most.
+        process: bytes that the process held before it had the model.
     """
     frozen = hardware.device != "cpu" and settings.method == "lora"
     costs = _costs(described, described.model.dtype if frozen else torch.float32)
     goal = _costs(teacher, teacher.model.dtype) if teacher is not None else None
     tokens = (settings.micro_batch or 1) * (settings.seqlen or 1)
-    parts = _parts(costs, goal, settings, trained, hardware)
+    parts = _parts(costs, goal, settings, trained, hardware, process)
 
     def with_activations(checkpointing: bool) -> dict[str, int]:
         kept = _activations(costs, tokens, settings.seqlen or 1, checkpointing)
@@ -299,7 +304,7 @@ def estimate_recovery(
     Raises:
         CfspError: no pruned folder, settings that do not fit the model.
     """
-    pruned = read_pruned(Path(folder))
+    process, pruned = resident_bytes(), read_pruned(Path(folder))
     described = describe(folder, Recipe())
     if described.layout is None:
         raise unsupported(described.model.config.model_type)
@@ -321,4 +326,5 @@ def estimate_recovery(
         eval_windows,
         machine,
         parse_budget(max_memory),
+        process,
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import saved_tensors
 from ..descriptions import describe_opened
 from ..errors import CfspError
-from ..hardware import this_machine
+from ..hardware import resident_bytes, this_machine
 from ..memory import MemoryBudget
 from ..models import OpenModel, count_parameters, open_model, quiet_loading
 from ..pipeline import calibration_windows, held_out_windows
@@ -99,7 +99,7 @@ def make_job(
     Raises:
         CfspError: bad input or too little memory, in one line.
     """
-    pruned = read_pruned(folder)
+    process, pruned = resident_bytes(), read_pruned(folder)
     opened = open_model(folder, device=device)
     check_opened(pruned, opened)
     model = opened.model
@@ -121,6 +121,7 @@ def make_job(
         len(held_out.tokens) if held_out.tokens is not None else 0,
         this_machine(where, model.dtype, measure=measure),
         budget,
+        process,
     )
     estimate.check(budget)
     return Job(

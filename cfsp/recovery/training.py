@@ -101,7 +101,9 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """After each step too, with its loss."""
-        loss = logs.get("loss", 0.0)
+        if "loss" not in logs:  # the summary at the end
+            return
+        loss = logs["loss"]
         self.bar.set_postfix_str(f"loss {loss:.3f}")
         if not math.isfinite(loss):
             raise CfspError(
