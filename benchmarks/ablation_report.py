@@ -32,6 +32,8 @@ EXPLANATION = (
     "recipe needs them. Cut: compensation and fitting again included. x CFSP: calibration, plan "
     "and cut over those of plain CFSP. Bold: the lowest perplexity."
 )
+WIDE = 8
+"""Ratio of perplexities from which an axis has ticks by decades."""
 PLAIN = ("cfsp", "cfsp", "none")
 """Scorer, allocator and compensation of the published method."""
 
@@ -101,12 +103,15 @@ def usual_calibration(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_cell(cells: Sequence[Mapping[str, Any]], cell: Mapping[str, Any]) -> Any:
-    """Plain CFSP among the cells of a budget: of the cell's calibration where there is one."""
-    plain = [
-        c for c in cells if names(c) == PLAIN and not c["recipe"]["sequential"] and "error" not in c
-    ]
-    same = [c for c in plain if c["calibration"] == cell["calibration"]]
-    return next(iter([*same, *plain]), None)
+    """Plain CFSP among the cells of a budget: of the cell's calibration and with all defaults where
+    there is such a one; None without any."""
+
+    def apart(plain: Mapping[str, Any]) -> tuple[bool, int]:
+        other = plain["calibration"] != cell["calibration"]
+        return other, len(also(plain, plain["recipe"]["calibration"]))
+
+    plain = [c for c in cells if names(c) == PLAIN and not c["recipe"]["sequential"]]
+    return min((c for c in plain if "error" not in c), key=apart, default=None)
 
 
 def gap_closed(cell: Mapping[str, Any], plain: Any, dense: Any, domain: str) -> float | None:
@@ -217,7 +222,7 @@ def picture(values: Mapping[str, Any], path: Path) -> None:
     recipes = dict.fromkeys(label(cell, usual) for cells in panels.values() for cell in cells)
     colours = pyplot.get_cmap("tab10").colors
     styles = {
-        name: {"color": colours[number % 10], "marker": "osD^vPX<>h"[number // 10 % 10]}
+        name: {"color": colours[number % 10], "marker": "osD^vPX<>h"[(number + number // 10) % 10]}
         for number, name in enumerate(recipes)
     }
     figure, axes = pyplot.subplots(
@@ -231,10 +236,8 @@ def picture(values: Mapping[str, Any], path: Path) -> None:
         for axis in axes.flat
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    place = {"loc": "outside lower center", "ncols": 2, "frameon": False, "fontsize": 8}
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 8}
     figure.legend(handles.values(), handles.keys(), **place)
-    figure.supxlabel(f"in-domain perplexity, {values['asked']['in_domain']['text']}", fontsize=9)
-    figure.supylabel(f"out-of-domain, {values['asked']['out_of_domain']['text']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -255,11 +258,18 @@ def _draw(
     for cell in cells:
         name = label(cell, usual)
         axis.scatter(*(cell[d] for d in DOMAINS), label=name, s=42, alpha=0.85, **styles[name])
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     axis.set_xscale("log")
     axis.set_yscale("log")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter("{x:.3g}")
-        side.set_minor_formatter("{x:.3g}")
+    for side, domain in ((axis.xaxis, "in_domain"), (axis.yaxis, "out_of_domain")):
+        low, high = side.get_view_interval()
+        wide = high > WIDE * low
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+        side.set_minor_locator(NullLocator())
+        side.set_major_formatter("{x:g}")
+        text = values["asked"][domain]["text"]
+        side.set_label_text(f"{DOMAINS[domain]} perplexity, {text}", fontsize=9)
     axis.tick_params(which="both", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,20 @@ def test_the_topics_are_all_that_python_ships() -> None:
     assert text.startswith(topics[min(topics)] + "\n\n")
     assert text.endswith("\n\n" + topics[max(topics)])
     assert len(text) == sum(map(len, topics.values())) + 2 * (len(topics) - 1)
+
+
+def test_the_page_shows_valid_commands_and_recipes(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "ablation.md").read_text()
+    (command,) = re.findall(r"^python -m benchmarks.ablation (.*?)\n```", page, re.M | re.S)
+    options = ablation.build_parser().parse_args(shlex.split(command.replace("\\\n", " ")))
+    assert (options.model, options.out_of_domain) == ("MODEL", "builtin-topics")
+    (recipes,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "recipes.yaml").write_text(recipes)
+    found = ablation_grid.grid(
+        ablation_grid.read_recipes(tmp_path / "recipes.yaml"),
+        ["0.3", "params=0.25"],
+        cfsp.Calibration(samples=160),
+        "auto",
+    )
+    assert [recipe.calibration.samples for recipe in found] == [160, 160, 48] * 2
+    assert len(ablation_report.MARKED.findall(page)) == 1
