@@ -138,6 +138,7 @@ def fit_down(
     if found is None:
         return None
     factor, used = found
+    del moments, found  # as large as the factor
     across = _moments(gram, removed, kept, bias)
     weight = down.new_empty(down.shape[0], len(kept))
     added = down.new_zeros(down.shape[0]) if bias else None

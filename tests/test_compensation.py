@@ -19,7 +19,7 @@ from cfsp.compensation import least_squares
 from cfsp.errors import Stopped
 from cfsp.layouts import LAYOUTS
 
-from .conftest import make_tiny, make_tokenizer
+from .conftest import TEXT, make_tiny, make_tokenizer
 from .test_families import make
 from .test_streaming import RECIPE, assert_same_files, prune, saved
 
@@ -213,7 +213,7 @@ def test_the_documents_say_what_came_of_it(folder: Path) -> None:
 
 
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--dataset", "builtin", "--samples", "12", "--seqlen", "32", "--quiet"]
+    data = ["--dataset", TEXT, "--samples", "12", "--seqlen", "32", "--quiet"]
     s, out = str(tmp_path / "s"), str(tmp_path / "out")
     assert main(["calibrate", str(folder / "m"), "--out", s, "--gram", *data]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.grams"]
