@@ -96,7 +96,7 @@ def cfsp_output(
     return statistics.norm * magnitude.sqrt()
 
 
-RESIDUAL_DAMPING = 1.5
+RESIDUAL_DAMPING = 2.0
 """Between what a channel is (much of it) and what the others cannot replace (little). Too little
 buys the calibration's own text at the price of all others."""
 

@@ -93,7 +93,7 @@ def test_overwrite_replaces_the_folder_whole(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scorer", "x"], "unknown scorer 'x'; valid: cfsp, cfsp-output, cfsp-residual, cfsp-ba"),
+        (["--scorer", "x"], "unknown scorer 'x'; valid: cfsp, cfsp-eq8, cfsp-output, cfsp-resid"),
         (["--allocator", "x"], "unknown allocator 'x'; valid: cfsp, uniform, global"),
         (["--compensation", "x"], "unknown compensation 'x'; valid: none, bias"),
         (["--importance", "x"], "unknown importance metric 'x'; valid: angular, cosine, mse, mae"),
