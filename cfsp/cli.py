@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +13,16 @@ from . import __version__
 from .allocation import ALLOCATORS
 from .budgets import FORM
 from .cli_curves import add_curves
-from .cli_estimate import add_dry_run, add_memory, check_no_dry_run, dry_run
+from .cli_estimate import DRY_RUN_OPTIONS, add_dry_run, add_memory, dry_run
 from .cli_evaluate import add_evaluate
 from .cli_latency import add_latency, add_latency_table
+from .cli_options import add_measuring, add_resume, check_no_dry_run, given, print_json
 from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
 from .demo import print_demo, run_demo
 from .error_curves import ERROR_SCALES
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS
 from .exports import EXPORTERS, export
 from .exports.gguf_tensors import GGUF_TYPES
 from .fits import fits_summary, refits_summary
@@ -168,35 +167,24 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    values = {name: getattr(arguments, name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """Defaults, then the recipe file, then what the command line says."""
     path = getattr(arguments, "recipe", None)
     recipe = load_recipe(path) if path else Recipe()
-    calibration = _given(arguments, CALIBRATION_OPTIONS)
+    calibration = given(arguments, CALIBRATION_OPTIONS)
     if calibration and getattr(arguments, "statistics", None):
         option = next(iter(calibration))
         raise CfspError(f"--statistics fixes the calibration; drop --{option}")
-    given = _given(arguments, RECIPE_OPTIONS)
-    if "budget" in given:  # what the file says of the other gives way
-        given["sparsity"] = Recipe.sparsity
-    elif "sparsity" in given:
-        given["budget"] = None
+    choices = given(arguments, RECIPE_OPTIONS)
+    if "budget" in choices:  # what the file says of the other gives way
+        choices["sparsity"] = Recipe.sparsity
+    elif "sparsity" in choices:
+        choices["budget"] = None
     return dataclasses.replace(
         recipe,
-        **given,
+        **choices,
         calibration=dataclasses.replace(recipe.calibration, **calibration),
     )
-
-
-def _print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:
-    if arguments.json:
-        print(json.dumps(values))
-    return bool(arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -206,7 +194,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         progress=not arguments.quiet,
     )
-    if not _print_json(arguments, demo.result.report.to_dict()):
+    if not print_json(arguments, demo.result.report.to_dict()):
         print_demo(demo, Console())
 
 
@@ -235,7 +223,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
             metric: statistics.importance(metric).tolist() for metric in INFLUENCE_METRICS
         },
     }
-    if not _print_json(arguments, summary):
+    if not print_json(arguments, summary):
         print(f"{out}: {summary['blocks']} blocks, {summary['tokens']:,} tokens")
 
 
@@ -252,7 +240,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan = plan_opened(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
-    if not _print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
+    if not print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
         Console().print(plan.table())
 
 
@@ -264,7 +252,7 @@ def _prune(arguments: argparse.Namespace) -> None:
             raise CfspError("--dry-run is for one process; --ranks says how many a run will have")
         dry_run(arguments, _recipe(arguments))
         return
-    check_no_dry_run(arguments)
+    check_no_dry_run(arguments, "prune", DRY_RUN_OPTIONS)
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
         for name in ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS):
@@ -291,7 +279,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         )
     if not arguments.group.first:
         return
-    if not _print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
+    if not print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
         _print_result(result)
 
 
@@ -324,7 +312,7 @@ def _export(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
     )
-    if not _print_json(arguments, result.to_dict()):
+    if not print_json(arguments, result.to_dict()):
         for name, value in result.details.items():
             print(f"{name.replace('_', ' ')}: {value}")
         print(f"written, read back and compared: {result.out} ({result.nbytes:,} bytes)")
@@ -371,27 +359,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_calibration(pruning)
     add_memory(pruning)
     add_dry_run(pruning)
-    pruning.add_argument(
-        "--resume", action="store_true", help="continue a run of this command that was interrupted"
-    )
+    add_resume(pruning)
     pruning.add_argument(
         "--verify",
         action="store_true",
         help="check the SHA-256 of the model's files, by SHA256SUMS or the hub's cache, and list "
         "those of the result",
     )
-    measuring = pruning.add_argument_group("evaluation, before and after")
-    measuring.add_argument(
-        "--eval-dataset",
-        metavar="NAME|PATH",
-        help="(default: the held-out part of --dataset; builtin where that is a file)",
-    )
-    measuring.add_argument(
-        "--eval-windows",
-        type=int,
-        default=EVALUATION_WINDOWS,
-        help="0 skips it (default: %(default)s)",
-    )
+    add_measuring(pruning)
     pruning.set_defaults(run=_prune, shared=True)
 
     recovery = add_recover(commands)

@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
+from .cli_options import print_json
 from .compensation import COMPENSATIONS
 from .ranking import stored_ranking, with_ranking
 from .recipe import Recipe
@@ -66,8 +66,6 @@ def curves(arguments: argparse.Namespace) -> None:
         "damping": recipe.damping,
         "new": not known,
     }
-    if arguments.json:
-        print(json.dumps(summary))
-    else:
+    if not print_json(arguments, summary):
         added = "has them already" if known else "error curves added"
         print(f"{arguments.statistics}: {recipe.scorer}, {summary['compensation']}: {added}")

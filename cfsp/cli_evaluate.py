@@ -1,12 +1,12 @@
 """The command line of ``cfsp evaluate``: models side by side."""
 
 import argparse
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .cli_options import print_json
 from .errors import CfspError
 from .evaluation import evaluation_windows, perplexity
 from .measurements import evaluation_table
@@ -113,9 +113,9 @@ def _perplexity(arguments: argparse.Namespace, opened: OpenModel) -> dict[str, A
 def _print(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     """One JSON object, a line for the perplexity of one model, or a table."""
     first = found[0]
-    if arguments.json:
-        print(json.dumps(first if len(found) == 1 else {"models": found}))
-    elif len(found) == 1 and not {"speed", "tasks"} & first.keys() and "perplexity" in first:
+    if print_json(arguments, first if len(found) == 1 else {"models": found}):
+        return
+    if len(found) == 1 and not {"speed", "tasks"} & first.keys() and "perplexity" in first:
         print(
             f"perplexity {first['perplexity']:.4f} over {first['windows']} windows of "
             f"{first['seqlen']} ({first['tokens']:,} predicted tokens, {first['seconds']:.1f} s)"

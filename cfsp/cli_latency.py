@@ -1,7 +1,6 @@
 """The command line of latency: ``cfsp latency`` and ``--latency-table``."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .budgets import BATCH, LENGTH
+from .cli_options import print_json
 from .errors import CfspError
 from .latency import LatencyTable
 from .latency_measure import save_table
@@ -61,9 +61,7 @@ def run_latency(arguments: argparse.Namespace) -> None:
     )
     if out is not None:
         save_table(table, out)
-    if arguments.json:
-        print(json.dumps({**table.to_dict(), "dense_seconds": table.dense_seconds}))
-    else:
+    if not print_json(arguments, {**table.to_dict(), "dense_seconds": table.dense_seconds}):
         print_latency(table, Console())
 
 

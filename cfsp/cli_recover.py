@@ -2,15 +2,20 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from .cli_options import (
+    add_machine,
+    add_measuring,
+    add_resume,
+    check_no_dry_run,
+    given,
+    print_json,
+)
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS
-from .hardware import HARDWARE
 from .memory import parse_budget
 from .process import sigterm
 from .recovery import Distillation, Recovery, RecoveryResult, recover
@@ -35,21 +40,8 @@ def add_recover(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-adapter", action="store_true", help="keep the adapters too, in DIR2/adapter"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue a run of this command that was interrupted"
-    )
-    measuring = parser.add_argument_group("evaluation, before and after")
-    measuring.add_argument(
-        "--eval-dataset",
-        metavar="NAME|PATH",
-        help="(default: the held-out part of --dataset; builtin where that is a file)",
-    )
-    measuring.add_argument(
-        "--eval-windows",
-        type=int,
-        default=EVALUATION_WINDOWS,
-        help="0 skips it (default: %(default)s)",
-    )
+    add_resume(parser)
+    add_measuring(parser)
     _add_memory(parser.add_argument_group("memory and time"))
     parser.set_defaults(run=run)
     return parser
@@ -119,29 +111,16 @@ def _add_memory(group: Any) -> None:
         help="recompute activations (default: auto, where memory is too small otherwise)",
     )
     group.add_argument("--max-memory", metavar="20GiB", help="(default: a GPU's free memory)")
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print memory, FLOPs and seconds from the config alone; weights are not read",
-    )
-    group.add_argument(
-        "--hardware", metavar="|".join(HARDWARE), help="for this machine (default: the one here)"
-    )
-    group.add_argument("--tflops", type=float, help="1e12 FLOP/s that the device sustains")
-
-
-def _given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    add_machine(group, "memory, FLOPs and seconds")
 
 
 def settings_of(arguments: argparse.Namespace) -> Recovery:
     """What the command line says of a recovery."""
-    weights = _given(arguments, WEIGHTS)
+    weights = given(arguments, WEIGHTS)
     if weights and not arguments.teacher:
         raise CfspError(f"--{next(iter(weights)).replace('_', '-')} needs --teacher MODEL")
     distillation = Distillation(arguments.teacher, **weights) if arguments.teacher else None
-    return Recovery(**_given(arguments, SETTINGS), distillation=distillation)
+    return Recovery(**given(arguments, SETTINGS), distillation=distillation)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -150,11 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(arguments, settings)
         return
-    if not arguments.out:
-        raise CfspError("cfsp recover needs --out DIR, or --dry-run")
-    for name in ("hardware", "tflops"):
-        if getattr(arguments, name) is not None:
-            raise CfspError(f"--{name} is for --dry-run")
+    check_no_dry_run(arguments, "recover", ("hardware", "tflops"))
     with sigterm() as stop:
         result = recover(
             arguments.model,
@@ -170,10 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
             stop=stop,
             progress=not arguments.quiet,
         )
-    if arguments.json:
-        values = {"out": str(result.out), "settings": result.report.settings.to_dict()}
-        print(json.dumps({**values, **result.report.to_dict()}))
-    else:
+    values = {"out": str(result.out), "settings": result.report.settings.to_dict()}
+    if not print_json(arguments, {**values, **result.report.to_dict()}):
         _print_result(result)
 
 
@@ -187,9 +160,7 @@ def _dry_run(arguments: argparse.Namespace, settings: Recovery) -> None:
         hardware=arguments.hardware,
         tflops=arguments.tflops,
     )
-    if arguments.json:
-        print(json.dumps(found.to_dict()))
-    else:
+    if not print_json(arguments, found.to_dict()):
         Console().print(found.table())
     found.check(parse_budget(arguments.max_memory))
 

@@ -1,10 +1,10 @@
 """The command line of ``cfsp report``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from .cli_options import print_json
 from .errors import CfspError
 from .html_report import write_report
 from .plots import write_pictures
@@ -47,7 +47,5 @@ def report(arguments: argparse.Namespace) -> None:
         ]
     write_report(results, out, evaluations)
     written = [str(path) for path in (out, *pictures)]
-    if arguments.json:
-        print(json.dumps({"report": str(out), "pictures": written[1:]}))
-    else:
+    if not print_json(arguments, {"report": str(out), "pictures": written[1:]}):
         print("\n".join(written))

@@ -39,7 +39,8 @@ class RefitCosts:
             total += (fitted + 2 * judged) * pruned + fitted * self._normal_equations()
         if self.epochs:
             total += (
-                self.epochs * fitted * (pruned + backwards) + (1 + self.epochs) * judged * pruned
+                self.epochs * fitted * (pruned + backwards)
+                + (self.epochs + (not self.sequential)) * judged * pruned
             )
         return total * self.seqlen
 

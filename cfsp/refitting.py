@@ -112,10 +112,13 @@ class Refitting:
     @torch.no_grad()
     def run_pruned(self, number: int) -> None:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
+        known: tuple[float, ...] = ()
         if self.settings.sequential:
-            self.refits.append(self._solve_(number))
+            solved = self._solve_(number)
+            self.refits.append(solved)
+            known = solved.errors[solved.kept :][:1]
         if self.settings.epochs:
-            self.refits.append(self._train_(number))
+            self.refits.append(self._train_(number, known))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
 
@@ -195,11 +198,14 @@ class Refitting:
         product += product.tril(-1).T
         return solve_damped(product.double(), across, self.settings.damping)
 
-    def _train_(self, number: int) -> BlockRefit:
+    def _train_(self, number: int, known: tuple[float, ...]) -> BlockRefit:
+        """``known``: the error before, where it was measured."""
         parameters = self._parameters(number)
         masters = {name: _master(parameter) for name, parameter in parameters.items()}
         judged = bool(self.held_out)
-        errors = [self._error(number, parameters)] if judged else []
+        errors = list(known)
+        if judged and not known:
+            errors.append(self._error(number, parameters))
         kept = 0
         for epoch in self._epochs(number, masters, parameters):
             if judged:

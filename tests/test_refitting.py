@@ -195,7 +195,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
         replace(BLOCKWISE, **values)
 
 
-@pytest.mark.parametrize("recipe", [SEQUENTIAL, BLOCKWISE])
+@pytest.mark.parametrize("recipe", [SEQUENTIAL, BLOCKWISE, replace(BLOCKWISE, sequential=True)])
 def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     model, layout = make_tiny(attn_implementation="eager"), LAYOUTS["llama"]
     blocks = layout.find_blocks(model)
