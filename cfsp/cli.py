@@ -335,9 +335,9 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument("--out", required=True, metavar="STATS.safetensors")
     calibration.add_argument(
         "--gram",
-        action="store_true",
-        help="Gram matrices too, for least squares, obs and knapsack: a folder "
-        "STATS.safetensors.grams beside it",
+        action=argparse.BooleanOptionalAction,
+        help="whether with Gram matrices, a folder STATS.safetensors.grams beside it: everything "
+        "but the published methods reads them (default: with)",
     )
     _add_calibration(calibration)
     add_memory(calibration)

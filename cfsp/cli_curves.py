@@ -24,7 +24,7 @@ def add_curves(commands: Any) -> argparse.ArgumentParser:
         "--statistics",
         required=True,
         metavar="FILE",
-        help="of `cfsp calibrate --gram`; is added to",
+        help="of `cfsp calibrate`; is added to",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--dtype", default=default.dtype, help="(default: %(default)s)")

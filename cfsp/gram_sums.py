@@ -21,6 +21,7 @@ from .gram_writing import GramWriter
 from .grams import (
     FIT,
     HELD_OUT,
+    WITHOUT,
     StoredGram,
     gram_digest,
     held_out_windows,
@@ -37,7 +38,7 @@ CHUNKS = 8
 def check_ranks(ranks: int) -> None:
     """Raise CfspError for a number of ranks that chunks cannot be shared by."""
     if CHUNKS % ranks:
-        raise CfspError(f"Gram matrices take 1, 2, 4 or 8 ranks, not {ranks}")
+        raise CfspError(f"Gram matrices take 1, 2, 4 or 8 ranks, not {ranks}: {WITHOUT}")
 
 
 @dataclass(frozen=True)

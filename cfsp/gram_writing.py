@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from .errors import CfspError
-from .grams import GramFolder, file_bytes, held_out_windows, planned_file
+from .grams import WITHOUT, GramFolder, file_bytes, held_out_windows, planned_file
 from .memory import format_bytes
 from .ranks import Ranks
 from .shards import ShardWriter
@@ -88,7 +88,7 @@ def _check(folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ran
         need = sum(file_bytes(own, windows) for own in sizes)
         free = shutil.disk_usage(folder.path).free
         few = f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
-        problem = f"{few}{format_bytes(free)} free" if need > free else ""
+        problem = f"{few}{format_bytes(free)} free: {WITHOUT}" if need > free else ""
     ranks.check(problem or None)
     if not held_out_windows(windows):
         warnings.warn(

@@ -17,6 +17,8 @@ from .shards import Shard, StoredTensor, TensorInfo, read_header, read_tensors
 
 FIT, HELD_OUT = "fit", "held_out"
 PARTS = (FIT, HELD_OUT)
+WITHOUT = "scorer cfsp, the published method, needs none"
+"""What errors say to those who cannot have them."""
 PANEL = 1024
 """Rows of a triangle that are one tensor in the file, as wide as the last of them is long."""
 

@@ -87,7 +87,7 @@ def calibrate(
     tokenizer: Any = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     *,
-    gram: bool = False,
+    gram: bool | None = None,
     gram_folder: str | Path | None = None,
     device: str = "auto",
     max_memory: str | None = None,
@@ -100,8 +100,8 @@ def calibrate(
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
-        gram: collect Gram matrices too, which least squares need; see docs/streaming.md for what
-            they take.
+        gram: collect Gram matrices too; see docs/streaming.md for what they take. None: where the
+            recipe needs them, as the default one does.
         gram_folder: a new folder where they go, block by block, until
             :func:`cfsp.save_statistics` puts them beside the statistics; it is removed with the
             result. None: one where temporary files go.
@@ -116,6 +116,7 @@ def calibrate(
     """
     budget = parse_budget(max_memory)
     progress = progress and ranks.first
+    gram = recipe.needs_gram() is not None if gram is None else gram
     opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)

@@ -53,7 +53,8 @@ class Recipe:
     """Fraction of all FFN channels to remove, in [0, 1)."""
     budget: str | None = None
     """Of the whole model, instead of a sparsity: see :func:`cfsp.budgets.parse_budget`."""
-    scorer: str = "cfsp"
+    scorer: str = "cfsp-residual"
+    """``cfsp`` is the published method."""
     allocator: str | None = None
     """None: the scorer's own, as its authors use it."""
     compensation: str | None = None

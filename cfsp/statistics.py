@@ -17,7 +17,14 @@ from torch import nn
 from .channels import ChannelGroup, sizes_of
 from .error_curves import Ranking, ranking_of
 from .errors import CfspError
-from .grams import GramFolder, StoredGram, check_files, check_replaceable, link_files
+from .grams import (
+    WITHOUT,
+    GramFolder,
+    StoredGram,
+    check_files,
+    check_replaceable,
+    link_files,
+)
 from .layouts import Layout
 from .provenance import SAMPLED_VALUES, samples_fingerprint
 
@@ -178,7 +185,8 @@ def check_grams(statistics: Statistics, what: str) -> None:
     are missing or damaged."""
     if not all(block.grams for block in statistics.blocks):
         raise CfspError(
-            f"{what} needs Gram matrices, which the statistics lack: calibrate with --gram"
+            f"{what} needs Gram matrices, which the statistics lack: calibrate "
+            f"again without --no-gram; {WITHOUT}"
         )
     check_files([block.grams for block in statistics.blocks])
 

@@ -136,7 +136,7 @@ def wikitext_recipe() -> cfsp.Recipe:
     """CFSP at 30%, exact widths, on 48 windows of WikiText-2 validation."""
     dataset = str(shared("data/wikitext2-validation.parquet"))
     calibration = cfsp.Calibration(dataset=dataset, samples=48, seqlen=1024, seed=0)
-    return cfsp.Recipe(sparsity=0.3, width_multiple=1, calibration=calibration)
+    return cfsp.Recipe(scorer="cfsp", width_multiple=1, calibration=calibration)
 
 
 @pytest.fixture(scope="session")

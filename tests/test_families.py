@@ -101,6 +101,7 @@ CASES = [
 ]
 """(family, scorer or UNIFORM)."""
 RECIPE = cfsp.Recipe(
+    scorer="cfsp",
     sparsity=0.3,
     width_multiple=1,
     micro_batch=2,

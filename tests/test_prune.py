@@ -30,6 +30,7 @@ from cfsp.scoring import SCORERS
 from .conftest import FAMILIES, TEXT, make_tiny, make_tokenizer
 
 RECIPE = cfsp.Recipe(
+    scorer="cfsp",
     sparsity=0.3,
     width_multiple=1,
     calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32),

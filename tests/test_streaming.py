@@ -202,6 +202,7 @@ def test_a_hub_id_is_its_local_snapshot(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 RECIPE = cfsp.Recipe(
+    scorer="cfsp",
     sparsity=0.3,
     width_multiple=1,
     calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32),
