@@ -16,7 +16,15 @@ from .cli_curves import add_curves
 from .cli_estimate import DRY_RUN_OPTIONS, add_dry_run, add_memory, dry_run
 from .cli_evaluate import add_evaluate
 from .cli_latency import add_latency, add_latency_table
-from .cli_options import add_measuring, add_resume, check_no_dry_run, given, print_json
+from .cli_options import (
+    add_dataset,
+    add_measuring,
+    add_resume,
+    check_no_dry_run,
+    given,
+    print_json,
+    print_perplexities,
+)
 from .cli_recover import add_recover
 from .cli_report import add_report
 from .compensation import COMPENSATIONS
@@ -47,7 +55,7 @@ from .statistics import (
     save_statistics,
 )
 from .streaming import open_lean
-from .text import BOS_CHOICES, DATASETS
+from .text import BOS_CHOICES
 
 CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
 RECIPE_OPTIONS = tuple(
@@ -79,12 +87,7 @@ def _default(field: str) -> str:
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     default = Calibration()
     group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--dataset",
-        metavar="NAME|PATH",
-        help=f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file "
-        f"(default: {default.dataset})",
-    )
+    add_dataset(group, default.dataset)
     group.add_argument("--samples", type=int, help=f"windows (default: {default.samples})")
     group.add_argument("--seqlen", type=int, help=f"tokens a window (default: {default.seqlen})")
     group.add_argument("--seed", type=int, help=f"(default: {default.seed})")
@@ -292,12 +295,7 @@ def _print_result(result: PruneResult) -> None:
         print(f"least squares: {fits_summary(report.fits)}")
     if report.refits:
         print(f"blocks fitted again: {refits_summary(report.refits)}")
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is not None and after is not None:
-        print(
-            f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
-            f"({before.dataset}, {before.windows} windows of {before.seqlen})"
-        )
+    print_perplexities(report.perplexity_before, report.perplexity_after)
     print(f"saved, reloaded and compared: {result.out}")
 
 

@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS
+from .evaluation import EVALUATION_WINDOWS, Perplexity, perplexities_by_dataset
 from .hardware import HARDWARE
+from .text import DATASETS
+
+
+def add_dataset(group: Any, default: str) -> None:
+    """``--dataset``, which may name several."""
+    group.add_argument(
+        "--dataset",
+        metavar="NAME|PATH[:WEIGHT],...",
+        help=f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several "
+        f"are shared out by weight (default: {default})",
+    )
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +33,8 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation, before and after")
     group.add_argument(
         "--eval-dataset",
-        metavar="NAME|PATH",
-        help="(default: the held-out part of --dataset; builtin where that is a file)",
+        metavar="NAME|PATH[:WEIGHT],...",
+        help="(default: the held-out parts of --dataset; builtin where these are all files)",
     )
     group.add_argument(
         "--eval-windows",
@@ -65,3 +76,15 @@ def print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:
     if arguments.json:
         print(json.dumps(values))
     return bool(arguments.json)
+
+
+def print_perplexities(before: Perplexity | None, after: Perplexity | None) -> None:
+    """A line, and one for each dataset where they are several; nothing where none was measured."""
+    if before is None or after is None:
+        return
+    print(
+        f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
+        f"({before.dataset}, {before.windows} windows of {before.seqlen})"
+    )
+    for name, was, now in perplexities_by_dataset(before, after):
+        print(f"perplexity of {name}: {was:.2f} -> {now:.2f}")

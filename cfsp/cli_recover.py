@@ -8,12 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from .cli_options import (
+    add_dataset,
     add_machine,
     add_measuring,
     add_resume,
     check_no_dry_run,
     given,
     print_json,
+    print_perplexities,
 )
 from .errors import CfspError
 from .memory import parse_budget
@@ -21,7 +23,7 @@ from .process import sigterm
 from .recovery import Distillation, Recovery, RecoveryResult, recover
 from .recovery.estimate import estimate_recovery
 from .recovery.settings import ALLOCATIONS, GRADIENT_CHECKPOINTING, METHODS, TARGETS
-from .text import BOS_CHOICES, DATASETS
+from .text import BOS_CHOICES
 
 SETTINGS = tuple(f.name for f in dataclasses.fields(Recovery) if f.name != "distillation")
 WEIGHTS = tuple(f.name for f in dataclasses.fields(Distillation) if f.name != "teacher")
@@ -78,12 +80,7 @@ def _add_training(group: Any) -> None:
 
 
 def _add_text(group: Any) -> None:
-    group.add_argument(
-        "--dataset",
-        metavar="NAME|PATH",
-        help=f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file "
-        "(default: that of the pruning)",
-    )
+    add_dataset(group, "that of the pruning")
     group.add_argument("--seqlen", type=int, help="tokens a window (default: as pruned)")
     group.add_argument("--seed", type=int, help=f"(default: {Recovery().seed})")
     group.add_argument("--bos", metavar="|".join(BOS_CHOICES), help="(default: as pruned)")
@@ -176,10 +173,5 @@ def _print_result(result: RecoveryResult) -> None:
         else f"parameters trained: {report.trained_parameters:,}"
     )
     print(f"loss: {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in {len(report.losses)} steps")
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is not None and after is not None:
-        print(
-            f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
-            f"({before.dataset}, {before.windows} windows of {before.seqlen})"
-        )
+    print_perplexities(report.perplexity_before, report.perplexity_after)
     print(f"saved, reloaded and compared: {result.out}")

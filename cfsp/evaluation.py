@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .mixtures import naming
 from .ranks import ALONE, Ranks
 from .stream import RidingWindows
-from .text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
+from .text import EVALUATE, bos_token, check_dataset, consecutive_windows, load_text, tokenize
 
 EVALUATION_WINDOWS = 16
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
@@ -31,10 +32,15 @@ class Perplexity:
     seqlen: int
     dataset: str
     seconds: float
+    by_dataset: Mapping[str, float] = field(default_factory=dict)
+    """Perplexity of the windows of each dataset, where they are of several."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.by_dataset:
+            del values["by_dataset"]
+        return values
 
 
 @torch.no_grad()
@@ -43,6 +49,7 @@ def perplexity(
     windows: torch.Tensor,
     *,
     dataset: str = "",
+    counts: Mapping[str, int] | None = None,
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
@@ -52,6 +59,7 @@ def perplexity(
         model: a causal LM in eval mode.
         windows: [N, S] int64; each is read on its own, and predicts its last S - 1 tokens.
         dataset: kept with the result.
+        counts: windows of each dataset, one after another, where they are of several.
         progress: show a bar on stderr.
         ranks: each reads its share of the windows; the perplexity does not depend on how many.
     """
@@ -68,7 +76,9 @@ def perplexity(
             bar.update(len(window))
 
     with bar:
-        measured = perplexity_of_logits(logits(), windows, dataset=dataset, ranks=ranks)
+        measured = perplexity_of_logits(
+            logits(), windows, dataset=dataset, counts=counts, ranks=ranks
+        )
     return replace(measured, seconds=ranks.most(time.perf_counter() - started))
 
 
@@ -78,6 +88,7 @@ def perplexity_of_logits(
     windows: torch.Tensor,
     *,
     dataset: str = "",
+    counts: Mapping[str, int] | None = None,
     ranks: Ranks = ALONE,
 ) -> Perplexity:
     """:func:`perplexity` from what a model says to each window, however it was run.
@@ -86,24 +97,35 @@ def perplexity_of_logits(
         logits: [1, S, V] of every window of this rank's share in order, asked for one at a time.
         windows: [N, S] int64, those of all ranks.
         dataset: kept with the result.
+        counts: windows of each dataset, one after another, where they are of several.
         ranks: those that share the windows.
     """
     count, seqlen = windows.shape
-    tokens = count * (seqlen - 1)
     own = ranks.share(count)
     found = [_loss(*pair) for pair in zip(logits, windows[own], strict=True)]
     losses = torch.zeros(count, dtype=torch.float64)
     if found:
         losses[own] = torch.stack(found).cpu()
-    mean = math.fsum(ranks.fill_(losses).tolist()) / tokens
+    ranks.fill_(losses)
+    several = counts if counts is not None and len(counts) > 1 else {}
+    parts = losses.split(list(several.values())) if several else ()
     return Perplexity(
-        math.nan if math.isnan(mean) else math.exp(min(mean, 700.0)),
+        _perplexity(losses, seqlen),
         count,
-        tokens,
+        count * (seqlen - 1),
         seqlen,
         dataset,
         seconds=0.0,
+        by_dataset={
+            name: _perplexity(part, seqlen) for name, part in zip(several, parts, strict=True)
+        },
     )
+
+
+def _perplexity(losses: torch.Tensor, seqlen: int) -> float:
+    """Of windows with these losses [N] fp64, each a sum over its seqlen - 1 tokens."""
+    mean = math.fsum(losses.tolist()) / (len(losses) * (seqlen - 1))
+    return math.nan if math.isnan(mean) else math.exp(min(mean, 700.0))
 
 
 def _loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
@@ -118,7 +140,12 @@ def _loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
 
 
 def ridden_perplexity(
-    riding: RidingWindows, windows: torch.Tensor, *, dataset: str = "", ranks: Ranks = ALONE
+    riding: RidingWindows,
+    windows: torch.Tensor,
+    *,
+    dataset: str = "",
+    counts: Mapping[str, int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """:func:`perplexity` of windows [N, S] that have gone through every block.
 
@@ -126,9 +153,12 @@ def ridden_perplexity(
         riding: this rank's share of them.
         windows: those of all ranks.
         dataset: kept with the result.
+        counts: windows of each dataset, one after another, where they are of several.
         ranks: those that share the windows.
     """
-    measured = perplexity_of_logits(riding.logits(), windows, dataset=dataset, ranks=ranks)
+    measured = perplexity_of_logits(
+        riding.logits(), windows, dataset=dataset, counts=counts, ranks=ranks
+    )
     return replace(measured, seconds=ranks.most(riding.seconds))
 
 
@@ -138,6 +168,28 @@ def evaluation_windows(
     """Non-overlapping windows [N, S] of a dataset's held-out text."""
     tokens = tokenize(tokenizer, load_text(dataset, EVALUATE))
     return consecutive_windows(tokens, seqlen, windows, bos_token(tokenizer, bos))
+
+
+def mixed_evaluation_windows(
+    tokenizer: Any, counts: Mapping[str, int], seqlen: int, bos: str
+) -> torch.Tensor:
+    """:func:`evaluation_windows` [N, S] of several datasets, so many of each, one after another."""
+    for dataset in counts:
+        check_dataset(dataset)
+    drawn = []
+    start = bos_token(tokenizer, bos)
+    for dataset, count in counts.items():
+        tokens = tokenize(tokenizer, load_text(dataset, EVALUATE))
+        with naming(dataset):
+            drawn.append(consecutive_windows(tokens, seqlen, count, start))
+    return torch.cat(drawn)
+
+
+def perplexities_by_dataset(
+    before: Perplexity, after: Perplexity
+) -> list[tuple[str, float, float]]:
+    """(dataset, before, after) of each dataset of several that the same windows are of."""
+    return [(name, value, after.by_dataset[name]) for name, value in before.by_dataset.items()]
 
 
 @dataclass(frozen=True)

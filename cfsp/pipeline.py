@@ -17,7 +17,7 @@ from .checkpoint import check_out
 from .compensation import NEEDS_STATISTICS
 from .dry_run import Job, estimate_opened
 from .errors import CfspError
-from .evaluation import EVALUATION_WINDOWS, evaluation_windows
+from .evaluation import EVALUATION_WINDOWS, mixed_evaluation_windows
 from .feasibility import check_biases, check_recipe
 from .footprint import plan_within
 from .grams import temporary_folder
@@ -27,6 +27,13 @@ from .latency import LatencyTable
 from .latency_measure import table_for, table_of
 from .live_search import width_search
 from .memory import MemoryBudget, parse_budget
+from .mixtures import (
+    calibration_tokens,
+    format_mixture,
+    held_out_mixture,
+    parse_mixture,
+    share_out,
+)
 from .models import OpenModel, adopt, check_seqlen, model_device, open_model
 from .plan import PruningPlan, make_plan
 from .ranking import stored_ranking
@@ -37,7 +44,6 @@ from .rewriting import check_plan
 from .runs import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
 from .statistics import Statistics, check_grams, check_statistics, load_statistics
 from .streaming import open_lean
-from .text import CALIBRATE, DATASETS, bos_token, load_text, random_windows, tokenize
 
 
 def _open(
@@ -61,9 +67,14 @@ def calibration_windows(
     check_seqlen(model, settings.seqlen)
     if tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
-    tokens = tokenize(tokenizer, load_text(settings.dataset, CALIBRATE))
-    bos = bos_token(tokenizer, settings.bos)
-    return random_windows(tokens, settings.samples, settings.seqlen, settings.seed, bos)
+    return calibration_tokens(
+        tokenizer,
+        parse_mixture(settings.dataset),
+        settings.samples,
+        settings.seqlen,
+        settings.seed,
+        settings.bos,
+    )
 
 
 def _count(windows: torch.Tensor | None) -> int:
@@ -228,19 +239,21 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
 def held_out_windows(
     opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
 ) -> HeldOut:
-    """Held-out windows to measure on. A local calibration file has no held-out part of its own,
-    so the text that ships with Python stands in unless ``dataset`` names another."""
+    """Held-out windows to measure on: of ``dataset``, or else of those of the calibration's
+    datasets that have a held-out part, see :func:`cfsp.mixtures.held_out_mixture`."""
     if windows == 0:
         return HeldOut("", None)
-    name = dataset or recipe.calibration.dataset
-    if dataset is None and name not in DATASETS:
-        name = "builtin"
+    mixture = parse_mixture(dataset or recipe.calibration.dataset)
+    if dataset is None:
+        mixture = held_out_mixture(mixture)
     seqlen = recipe.calibration.seqlen
     check_seqlen(opened.model, seqlen)
     if opened.tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
     bos = recipe.calibration.bos
-    return HeldOut(name, evaluation_windows(opened.tokenizer, name, seqlen, windows, bos))
+    counts = share_out(mixture, windows, "eval_windows")
+    tokens = mixed_evaluation_windows(opened.tokenizer, counts, seqlen, bos)
+    return HeldOut(format_mixture(mixture), tokens, counts)
 
 
 def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
@@ -285,8 +298,8 @@ def prune(
         out: folder for the result; None keeps it in memory. It appears when it is whole.
         statistics: of an earlier calibration of this model, instead of a new one.
         plan: apply this one; its own recipe is then what counts.
-        eval_dataset: measure perplexity before and after on this text; None: the held-out part
-            of the calibration dataset.
+        eval_dataset: measure perplexity before and after on this text, or mix of texts; None:
+            the held-out parts of the calibration's datasets, or builtin where all are files.
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
         latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, measured on the

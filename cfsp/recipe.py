@@ -13,6 +13,7 @@ from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .error_curves import ERROR_SCALES
 from .errors import CfspError, unknown_name
 from .least_squares import DAMPING
+from .mixtures import parse_mixture, share_out
 from .refitting import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 from .statistics import INFLUENCE_METRICS
@@ -26,9 +27,10 @@ class Calibration:
     """The tokens that a model is calibrated on."""
 
     dataset: str = "wikitext2"
-    """wikitext2, c4, ptb, builtin or the path of a local file."""
+    """wikitext2, c4, ptb, builtin or the path of a local file; or several of these with weights,
+    as ``wikitext2:3,c4:1``, see :func:`cfsp.mixtures.parse_mixture`."""
     samples: int = 128
-    """Number of windows."""
+    """Number of windows, of all datasets."""
     seqlen: int = 1024
     """Tokens per window."""
     seed: int = 0
@@ -43,6 +45,12 @@ class Calibration:
             raise CfspError(f"seqlen must be 2 or more, got {self.seqlen}")
         if self.bos not in BOS_CHOICES:
             raise unknown_name("bos", self.bos, BOS_CHOICES)
+        share_out(parse_mixture(self.dataset), self.samples)
+
+    @property
+    def windows_by_dataset(self) -> dict[str, int]:
+        """Windows of each dataset."""
+        return share_out(parse_mixture(self.dataset), self.samples)
 
 
 @dataclass(frozen=True)

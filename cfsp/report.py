@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .channels import FitRecord
-from .evaluation import Perplexity
+from .evaluation import Perplexity, perplexities_by_dataset
 from .fits import fits_section, fits_to_dicts, refits_section
 from .footprint import Footprints
 from .latency import LatencyTable
 from .plan import PruningPlan
+from .recipe import Calibration
 from .refitting import BlockRefit
 from .statistics import Statistics
 
@@ -113,7 +114,7 @@ width of its own per block.
 | block importance | `{recipe.importance}` |
 | width multiple | {recipe.width_multiple} |
 | calibration | {calibration.samples} windows of {calibration.seqlen} tokens of \
-`{calibration.dataset}`, seed {calibration.seed} |
+{datasets}, seed {calibration.seed} |
 
 `recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
 {fits}
@@ -147,7 +148,18 @@ def _perplexity_row(report: PruneReport) -> str:
     if before is None or after is None:
         return "| perplexity | not measured | not measured |"
     label = f"perplexity, `{before.dataset}`, {before.windows} windows of {before.seqlen} tokens"
-    return f"| {label} | {before.perplexity:.2f} | {after.perplexity:.2f} |"
+    rows = [f"| {label} | {before.perplexity:.2f} | {after.perplexity:.2f} |"]
+    for name, was, now in perplexities_by_dataset(before, after):
+        rows.append(f"| of these, `{name}` | {was:.2f} | {now:.2f} |")
+    return "\n".join(rows)
+
+
+def _datasets(calibration: Calibration) -> str:
+    """`wikitext2`, or `wikitext2` (96) and so on where they are several."""
+    counts = calibration.windows_by_dataset
+    if len(counts) == 1:
+        return f"`{calibration.dataset}`"
+    return ", ".join(f"`{name}` ({count})" for name, count in counts.items())
 
 
 def model_card(report: PruneReport) -> str:
@@ -165,6 +177,7 @@ def model_card(report: PruneReport) -> str:
         perplexity=_perplexity_row(report),
         recipe=recipe,
         calibration=recipe.calibration,
+        datasets=_datasets(recipe.calibration),
         fits=fits_section(report.fits) + refits_section(report.refits),
         usage=usage,
     )

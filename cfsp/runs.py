@@ -1,9 +1,9 @@
 """A job whose input is checked: in memory or from disk to disk, with what comes of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ class HeldOut:
     dataset: str
     tokens: torch.Tensor | None
     """[N, S] int64; None where nothing is measured."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Windows of each dataset, one dataset after another."""
 
 
 def collect(
@@ -297,6 +299,7 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
             opened.model,
             held_out.tokens,
             dataset=held_out.dataset,
+            counts=held_out.counts,
             progress=run.progress,
             ranks=run.ranks,
         )
@@ -449,7 +452,9 @@ def _second_pass(
     before = after = None
     if tokens is not None:
         before, after = (
-            ridden_perplexity(riding, tokens, dataset=held_out.dataset, ranks=ranks)
+            ridden_perplexity(
+                riding, tokens, dataset=held_out.dataset, counts=held_out.counts, ranks=ranks
+            )
             for riding in pair
         )
     logits = next(probe.logits(), torch.empty(0)).cpu()

@@ -1,5 +1,6 @@
 """Text in, token windows out: the datasets by name, local files, and the two ways to cut."""
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ DATASETS: dict[str, Callable[[str], list[str]]] = {
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
+def check_dataset(dataset: str) -> None:
+    """Raise CfspError where a dataset is neither a name nor the path of something."""
+    if dataset not in DATASETS and not os.path.exists(dataset):
+        raise CfspError(
+            f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}, or the path of a text, "
+            f"parquet, json or arrow file"
+        )
+
+
 def load_text(dataset: str, purpose: str) -> str:
     """One string: a named dataset's split for ``purpose``, or the whole of a local file.
 
@@ -98,12 +108,8 @@ def load_text(dataset: str, purpose: str) -> str:
     Raises:
         CfspError: unknown name, unreadable file, or a file with no column of text.
     """
+    check_dataset(dataset)
     named = DATASETS.get(dataset)
-    if named is None and not Path(dataset).exists():
-        raise CfspError(
-            f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}, or the path of a text, "
-            f"parquet, json or arrow file"
-        )
     try:
         texts = named(purpose) if named is not None else _local_texts(Path(dataset))
     except CfspError:

@@ -90,7 +90,7 @@ def make_job(
     Args:
         folder: of the pruned model.
         settings: as the user gave them.
-        eval_dataset: None: the held-out part of the training dataset.
+        eval_dataset: None: see :func:`cfsp.mixtures.held_out_mixture`.
         eval_windows: 0: nothing is measured.
         device: a name.
         budget: of memory.

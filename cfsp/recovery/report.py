@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation import Perplexity
+from ..evaluation import Perplexity, perplexities_by_dataset
 from .settings import Recovery
 
 
@@ -85,6 +85,8 @@ def card_section(report: RecoveryReport) -> str:
             f"| perplexity before and after, `{after.dataset}`, {after.windows} windows of "
             f"{after.seqlen} tokens | {before.perplexity:.2f} -> {after.perplexity:.2f} |"
         )
+        for name, was, now in perplexities_by_dataset(before, after):
+            perplexity += f"\n| of these, `{name}` | {was:.2f} -> {now:.2f} |"
     how = "all parameters of the FFNs"
     if settings.method == "lora":
         how = (

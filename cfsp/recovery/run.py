@@ -61,8 +61,8 @@ def recover(
         folder: what :func:`cfsp.prune` or this function wrote.
         out: folder for the result, of the same format. It appears when it is whole.
         settings: how to train.
-        eval_dataset: measure perplexity before and after on this text; None: the held-out part
-            of the training dataset.
+        eval_dataset: measure perplexity before and after on this text, or mix of texts; None:
+            the held-out parts of the training datasets, or builtin where all are files.
         eval_windows: windows to measure on; 0 skips it.
         device: "auto", "cpu" or "cuda", the first GPU that is visible.
         max_memory: what training may take, "20GiB": decides on gradient checkpointing where that is
@@ -118,7 +118,13 @@ def _measured(job: Job, progress: bool) -> Perplexity | None:
     held = job.held_out
     if held.tokens is None:
         return None
-    return perplexity(job.opened.model, held.tokens, dataset=held.dataset, progress=progress)
+    return perplexity(
+        job.opened.model,
+        held.tokens,
+        dataset=held.dataset,
+        counts=held.counts,
+        progress=progress,
+    )
 
 
 def _train(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CfspError, unknown_name
+from ..mixtures import parse_mixture
 from ..recipe import Calibration
 from ..stream import default_micro_batch
 from ..text import BOS_CHOICES
@@ -104,6 +105,8 @@ class Recovery:
         ):
             if value not in valid:
                 raise unknown_name(name, value, valid)
+        if self.dataset is not None:
+            parse_mixture(self.dataset)
         for name in ("rank", "steps", "batch_size", "micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
