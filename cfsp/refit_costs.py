@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from .block_cache import MOST_KEPT
 from .costs import FP32, ModelCosts
 from .grams import held_out_windows
 
@@ -25,23 +26,23 @@ class RefitCosts:
     def flops(self) -> float:
         """Of all blocks.
 
-        Backwards there are gradients of the FFN's matrices and of the input of the last of them;
-        nothing goes further.
+        What is before the FFN of a pruned block runs once for each window; the FFN alone to fit it
+        and to judge that, and twice for what is to be kept of a window. Backwards there are
+        gradients of the FFN's matrices and of the input of the last of them; nothing goes further.
         """
-        pruned = self.pruned.block_flops(self.seqlen)
-        backwards = 0.0
+        ffn = backwards = 0.0
         for block in self.pruned.blocks:
             own = [flops for name, flops in block.matrix_flops().items() if name in block.ffn()]
+            ffn += sum(own)
             backwards += sum(own) + min(own)
         fitted, judged = self.windows - self._held_out, self._held_out
-        total = self.windows * (self.dense.block_flops(self.seqlen) + pruned)
+        blocks = self.dense.block_flops(self.seqlen) + self.pruned.block_flops(self.seqlen)
+        total = self.windows * blocks + 2 * ffn
         if self.sequential:
-            total += (fitted + 2 * judged) * pruned + fitted * self._normal_equations()
+            total += (fitted + 2 * judged) * ffn + fitted * self._normal_equations()
         if self.epochs:
-            total += (
-                self.epochs * fitted * (pruned + backwards)
-                + (self.epochs + (not self.sequential)) * judged * pruned
-            )
+            total += self.epochs * fitted * (ffn + backwards)
+            total += (self.epochs + (not self.sequential)) * judged * ffn
         return total * self.seqlen
 
     def _normal_equations(self) -> float:
@@ -53,9 +54,9 @@ class RefitCosts:
         return total
 
     def state_bytes(self) -> int:
-        """Hidden states of all windows, dense and pruned."""
+        """Hidden states of all windows, dense and pruned, and what is kept of them in a block."""
         values = self.windows * self.seqlen * self.dense.hidden_size
-        return 2 * values * self.dense.itemsize
+        return (2 + MOST_KEPT) * values * self.dense.itemsize
 
     def fit_bytes(self) -> int:
         """The weights of one block in fp32, their gradient and two moments, and as the block

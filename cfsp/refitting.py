@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from cfsp_kernels import gram
 
+from .block_cache import BlockCache
 from .errors import CfspError
 from .ffns import FFN
 from .grams import held_out_windows
@@ -75,8 +76,9 @@ class BlockRefit:
 class Refitting:
     """Windows on their way through the dense and the pruned blocks.
 
-    Memory: the hidden states of all windows twice; for the block at work its FFN four times over
-    in fp32 (weights, gradient and the two moments of Adam), or in closed form z^T z of one FFN.
+    Memory: the hidden states of all windows twice, and once or twice more what the block at work
+    computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
+    gradient and the two moments of Adam), or in closed form z^T z of one FFN.
 
     Args:
         model: the causal LM, with its embeddings in memory.
@@ -97,6 +99,7 @@ class Refitting:
         fitted = len(windows) - held_out_windows(len(windows))
         self.fitted, self.held_out = range(fitted), range(fitted, len(windows))
         self._change = 0.0
+        self._cache: BlockCache | None = None
 
     def run_dense(self, number: int) -> None:
         """Take the dense windows through a block that is not cut yet: they are its targets."""
@@ -112,6 +115,9 @@ class Refitting:
     @torch.no_grad()
     def run_pruned(self, number: int) -> None:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
+        self._cache = BlockCache(
+            self.blocks[number], self._parameters(number), lambda: self._run(number, 0)
+        )
         known: tuple[float, ...] = ()
         if self.settings.sequential:
             solved = self._solve_(number)
@@ -121,11 +127,19 @@ class Refitting:
             self.refits.append(self._train_(number, known))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
+        self._cache = None
 
     def _output(
         self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """[1, S, D]: the pruned block's output for a window, with these parameters."""
+        if self._cache is None:
+            return self._run(number, index, values)
+        return self._cache.run(index, lambda: self._run(number, index, values))
+
+    def _run(
+        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         block = self.blocks[number]
         args, kwargs = self.dense.arguments[number][index]
         states = self.pruned[index : index + 1]
