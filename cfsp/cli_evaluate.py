@@ -14,7 +14,7 @@ from .models import OpenModel, check_seqlen, open_model, pick_device
 from .ranks import Ranks
 from .recipe import DTYPES, Calibration
 from .speed import PeakMemory, Workload, measure_speed, random_prompts, time_round
-from .tasks import check_tasks, run_tasks
+from .tasks import find_tasks, run_tasks
 from .text import BOS_CHOICES
 
 
@@ -60,8 +60,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise CfspError("--speed and --tasks are for one process; start it without torchrun")
     if arguments.windows == 0 and not arguments.speed and not tasks:
         raise CfspError("nothing to measure: --windows 0 leaves out the perplexity")
-    if tasks:
-        check_tasks(tasks, arguments.task_path)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise CfspError(f"limit must be 1 or more, got {arguments.limit}")
+    progress = not arguments.quiet
+    index = find_tasks(tasks, arguments.task_path, progress=progress) if tasks else None
     kept: list[OpenModel] = []
     found: list[dict[str, Any]] = []
     peaks: list[int | None] = []
@@ -81,9 +83,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
             values["tasks"] = run_tasks(
                 opened,
                 tasks,
-                folder=arguments.task_path,
+                index,
                 limit=arguments.limit,
                 batch=workload.batch,
+                progress=progress,
             )
         found.append(values)
         del opened

@@ -1,60 +1,57 @@
-"""Pictures of the errors of FFN outputs: at every width, and before and after least squares."""
+"""Pictures of errors: of FFN outputs, at every width and with and without least squares; of block
+outputs, before and after they were fitted again."""
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
+import torch
 from markupsafe import Markup
 
 from .charts import PADDING, Axis, band, block_labels, dot, legend, line, mark, plot
 from .figures import HEIGHT
 from .measurements import number_at
 from .plan import PruningPlan
+from .refitting import BlockRefit
+
+CUT = "cut"
+REFIT_MARKS = {
+    CUT: ("without", "as cut"),
+    "sequential": ("importance", "after the closed form"),
+    "blockwise": ("with", "after epochs of Adam"),
+}
+"""Class and text of each way of fitting again."""
 
 
-def _numbers(values: Any) -> list[float]:
-    """A list of numbers; [] for anything else."""
-    if not isinstance(values, list):
-        return []
-    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-
-
-def curves_figure(curves: Sequence[Mapping[str, Any]], plan: PruningPlan) -> Markup | None:
-    """Error of every block's output, relative to the output, at each share of its channels, and
+def curves_figure(plan: PruningPlan) -> Markup | None:
+    """Error of every FFN's output, relative to the output, at each share of its channels, and
     where the plan has put it; None where no curve is known."""
     axis = Axis(0, 1, HEIGHT)
     lines, dots = [], []
-    for curve in curves:
-        number, widths, errors = (curve.get(key) for key in ("block", "widths", "errors"))
-        widths, errors = _numbers(widths), _numbers(errors)
-        if number not in range(len(plan.blocks)) or len(widths) != len(errors) or len(widths) < 2:
-            continue
-        if not (widths[-1] > 0 and errors[0] > 0 and widths == sorted(widths)):
-            continue
-        points = [
-            (100 * w / widths[-1], e / errors[0]) for w, e in zip(widths, errors, strict=True)
-        ]
-        block = plan.blocks[int(str(number))]
-        share = 100 * block.width / block.intermediate_size
-        error = _between(points, share)
-        lines.append(line([(x, axis.y(y)) for x, y in points], HEIGHT + PADDING, "curve"))
-        shown = f"block {number}: {share:.0f}% kept, error {error:.3g}"
-        dots.append(mark(shown, dot(share, axis.y(error), "importance", 3.5)))
+    for number, block in enumerate(plan.blocks):
+        for ffn, (curve, kept) in enumerate(
+            zip(block.error_curves, block.kept_by_group, strict=False)
+        ):
+            dense, channels = float(curve.errors[0]), int(curve.widths[-1])
+            if not (dense > 0 and curve.errors.isfinite().all()):
+                continue
+            shares, errors = 100 * curve.widths.double() / channels, curve.errors / dense
+            points = zip(shares.tolist(), errors.tolist(), strict=True)
+            lines.append(line([(x, axis.y(y)) for x, y in points], HEIGHT + PADDING, "curve"))
+            width = kept.shape[1]
+            share, error = 100 * width / channels, float(curve.at(torch.tensor([width]))) / dense
+            name = (
+                f"block {number}, FFN {ffn}" if len(block.error_curves) > 1 else f"block {number}"
+            )
+            shown = f"{name}: {share:.0f}% kept, error {error:.3g}"
+            dots.append(mark(shown, dot(share, axis.y(error), "importance", 3.5)))
     if not lines:
         return None
-    label = f"relative error of the outputs of {len(lines)} blocks by the percent of channels kept"
+    label = f"relative error of the outputs of {len(lines)} FFNs by the percent of channels kept"
     ticks = [(float(percent), f"{percent}%") for percent in (0, 25, 50, 75, 100)]
     return plot(axis, [*lines, *dots], label, ticks) + legend(
-        [("quartiles", "a block at each width"), ("importance", "the width that it has")]
+        [("quartiles", "an FFN at each width"), ("importance", "the width that it has")]
     )
-
-
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The height of a line through points at ``x``."""
-    for (left, low), (right, high) in pairwise(points):
-        if left <= x <= right:
-            return low + (high - low) * (x - left) / ((right - left) or 1)
-    return points[-1][1]
 
 
 def fits_figure(fits: Sequence[Mapping[str, Any]], count: int) -> Markup | None:
@@ -86,3 +83,30 @@ def fits_figure(fits: Sequence[Mapping[str, Any]], count: int) -> Markup | None:
     if fitted < len(known):
         entries.append(("importance", "with a fit that was not better, and was left out"))
     return plot(axis, marks, label, block_labels(count)) + legend(entries)
+
+
+def refits_figure(refits: Sequence[BlockRefit], count: int) -> Markup | None:
+    """Held-out error of every block's output as it was cut, and after each way of fitting it again
+    with the step that was kept; None where it is not known of any."""
+    points: dict[tuple[int, str], float] = {}
+    for refit in refits:
+        if not refit.errors or refit.way not in REFIT_MARKS:
+            continue
+        before, after = refit.errors[0], refit.errors[refit.kept]
+        if math.isfinite(before) and math.isfinite(after):
+            points.setdefault((refit.block, CUT), before)
+            points[refit.block, refit.way] = after
+    if not points:
+        return None
+    axis = Axis(0, max(points.values()), HEIGHT)
+    marks = []
+    for (number, way), error in points.items():
+        left, width = band(number, count)
+        kind, text = REFIT_MARKS[way]
+        shown = f"block {number}: error {error:.3g} {text}"
+        marks.append(mark(shown, dot(left + width / 2, axis.y(error), kind)))
+    blocks, ways = ({key[part] for key in points} for part in (0, 1))
+    label = f"held-out error of the outputs of {len(blocks)} blocks fitted again"
+    return plot(axis, marks, label, block_labels(count)) + legend(
+        [entry for way, entry in REFIT_MARKS.items() if way in ways]
+    )

@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from . import figures
-from .error_figures import curves_figure, fits_figure
+from .error_figures import curves_figure, fits_figure, refits_figure
 from .errors import CfspError
 from .measurements import Values, compared, evaluation_table, number_at, perplexities, tiles
+from .refitting import BlockRefit
 from .results import Result
 from .usage import usage
 
@@ -83,9 +84,12 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "importance_metric": plan.recipe.importance,
         "scores": figures.scores_figure(plan),
         "scorer": plan.recipe.scorer,
-        "curves": curves_figure(result.error_curves, plan),
+        "curves": curves_figure(plan),
+        "compensation": plan.recipe.resolved_compensation,
         "fits": result.fits,
         "fits_figure": fits_figure(result.fits, len(plan.blocks)),
+        "refits": [_refit_texts(refit) for refit in result.refits],
+        "refits_figure": refits_figure(result.refits, len(plan.blocks)),
         "recoveries": [_flat(recovery) for recovery in result.recoveries],
         "strips": figures.strips(plan),
         "blocks": plan.blocks,
@@ -93,6 +97,13 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "provenance": _flat(result.provenance),
         "usage": usage(result, label),
     }
+
+
+def _refit_texts(refit: BlockRefit) -> list[str]:
+    """A row of the table of blocks fitted again."""
+    errors = [f"{error:.4g}" for error in refit.errors]
+    before, after = errors[0] if errors else "–", ", ".join(errors[1:]) or "–"
+    return [str(refit.block), refit.way, before, after, str(refit.kept)]
 
 
 def _recipe(result: Result) -> list[tuple[str, str]]:

@@ -15,8 +15,9 @@ from rich.table import Table
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budgets import ChannelBudget
 from .channels import ChannelGroup
-from .error_curves import Ranking
+from .error_curves import ErrorCurve, Ranking
 from .errors import CfspError
+from .plan_text import from_pairs, from_ranges, to_pairs, to_ranges
 from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe, recipe_from_dict
 from .selection import score_quantiles, select_by_expert
@@ -43,6 +44,8 @@ class BlockPlan:
     """The FFNs whose channels these are, one after the other; () for a single one."""
     score_quantiles: tuple[float, ...] = ()
     """Of the scores of all its channels, see :func:`cfsp.selection.score_quantiles`."""
+    error_curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN, with the recipe's compensation; () where the ranking had none."""
 
     @property
     def kept_by_group(self) -> tuple[torch.Tensor, ...]:
@@ -167,6 +170,7 @@ def _select(
 ) -> PruningPlan:
     """The plan that gives every FFN its width."""
     ffn = iter(zip(ranking.scores, widths, strict=True))
+    curves = iter(ranking.curves)
     importance = statistics.importance(recipe.importance).tolist()
     blocks = []
     for block, value in zip(statistics.blocks, importance, strict=True):
@@ -178,7 +182,10 @@ def _select(
         ]
         quantiles = score_quantiles(torch.cat([scores for scores, _ in own]))
         channels = flat_channels(kept, block.groups)
-        blocks.append(BlockPlan(len(block.sum), channels, value, block.groups, quantiles))
+        own_curves = tuple(islice(curves, len(groups)))
+        blocks.append(
+            BlockPlan(len(block.sum), channels, value, block.groups, quantiles, own_curves)
+        )
     return PruningPlan(tuple(blocks), statistics.model_fingerprint, recipe)
 
 
@@ -193,26 +200,6 @@ def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) 
     return torch.cat(flat)
 
 
-def _to_ranges(kept: torch.Tensor) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    ranges: list[list[int]] = []
-    for index in kept.tolist():
-        if ranges and index == ranges[-1][1] + 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
-
-
-def _from_ranges(text: str) -> list[int]:
-    """ "0-2,5" -> [0, 1, 2, 5]."""
-    indices: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        indices.extend(range(int(low), int(high or low) + 1))
-    return indices
-
-
 def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
     """Plain values, for JSON."""
     return {
@@ -225,9 +212,10 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
                 "intermediate_size": block.intermediate_size,
                 "width": block.width,
                 "importance": block.importance,
-                "kept": _to_ranges(block.kept),
+                "kept": to_ranges(block.kept),
                 **_groups_to_dict(block.groups),
                 "score_quantiles": " ".join(f"{q:.5g}" for q in block.score_quantiles),
+                **_curves_to_dict(block.error_curves),
             }
             for number, block in enumerate(plan.blocks)
         ],
@@ -239,6 +227,10 @@ def _groups_to_dict(groups: Sequence[ChannelGroup]) -> dict[str, Any]:
     if all(group.experts == 1 for group in groups) and len(groups) < 2:
         return {}
     return {"ffns": [{"experts": g.experts, "intermediate_size": g.channels} for g in groups]}
+
+
+def _curves_to_dict(curves: Sequence[ErrorCurve]) -> dict[str, Any]:
+    return {"error_curves": [to_pairs(curve) for curve in curves]} if curves else {}
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -258,7 +250,7 @@ def save_plan(plan: PruningPlan, path: str | Path) -> None:
 
 def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
     size, width = int(entry["intermediate_size"]), int(entry["width"])
-    kept = sorted(_from_ranges(entry["kept"]))
+    kept = sorted(from_ranges(entry["kept"]))
     if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
         raise CfspError(
             f"plan, block {number}: kept must be distinct channels in [0, {size - 1}], one or more"
@@ -272,9 +264,21 @@ def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
         for ffn in entry.get("ffns", [])
     )
     quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
-    block = BlockPlan(size, torch.tensor(kept), float(entry["importance"]), groups, quantiles)
+    curves = tuple(from_pairs(text) for text in entry.get("error_curves", []))
+    importance = float(entry["importance"])
+    block = BlockPlan(size, torch.tensor(kept), importance, groups, quantiles, curves)
     _check_experts(number, block)
+    _check_curves(number, block)
     return block
+
+
+def _check_curves(number: int, block: BlockPlan) -> None:
+    sizes = [group.channels for group in block.groups] or [block.intermediate_size]
+    ends = [int(curve.widths[-1]) for curve in block.error_curves]
+    if ends and ends != sizes:
+        raise CfspError(
+            f"plan, block {number}: its error curves end at widths {ends}, its FFNs have {sizes}"
+        )
 
 
 def _check_experts(number: int, block: BlockPlan) -> None:

@@ -11,6 +11,7 @@ import yaml
 from .errors import CfspError
 from .layouts import PRUNED_PREFIX
 from .plan import PruningPlan, load_plan
+from .refitting import BlockRefit
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Result:
         return _mappings(self.measured.get("fits"))
 
     @property
-    def error_curves(self) -> list[Mapping[str, Any]]:
-        """Of some blocks ``block``, ``widths`` and ``errors`` at these, ascending from width 0."""
-        return _mappings(self.measured.get("error_curves"))
+    def refits(self) -> list[BlockRefit]:
+        """What fitting blocks again came to; [] where they were not."""
+        found = map(_refit, _mappings(self.measured.get("refits")))
+        return [refit for refit in found if refit is not None]
 
     @property
     def recoveries(self) -> list[Mapping[str, Any]]:
@@ -80,6 +82,16 @@ def _mappings(value: Any) -> list[Mapping[str, Any]]:
     return (
         [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
     )
+
+
+def _refit(entry: Mapping[str, Any]) -> BlockRefit | None:
+    """What :meth:`cfsp.refitting.BlockRefit.to_dict` takes apart; None for anything else."""
+    try:
+        errors = tuple(float(error) for error in entry["errors"])
+        refit = BlockRefit(int(entry["block"]), str(entry["way"]), errors, int(entry["kept"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return refit if not errors or refit.kept in range(len(errors)) else None
 
 
 def read_result(folder: str | Path) -> Result:

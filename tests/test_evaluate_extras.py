@@ -13,7 +13,7 @@ from cfsp.cli import main
 from cfsp.errors import CfspError
 from cfsp.models import adopt
 from cfsp.speed import PeakMemory, Workload, measure_speed, random_prompts, time_round
-from cfsp.tasks import run_tasks
+from cfsp.tasks import find_tasks, run_tasks
 
 from .conftest import make_tiny, make_tokenizer
 
@@ -84,14 +84,19 @@ def fake_harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     def simple_evaluate(**options: object) -> dict[str, object]:
         asked.update(options)
+        print("a bar of the harness", file=sys.stderr)
         results = {"acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,strict": 1, "alias": "q"}
         return {"results": {"questions": results}}
+
+    def load(tasks: list[str]) -> None:
+        if tasks == ["offline"]:
+            raise ConnectionError("Couldn't reach 'x'\non the Hub")
 
     names = ("lm_eval", "lm_eval.tasks", "lm_eval.models", "lm_eval.models.huggingface")
     modules = {name: ModuleType(name) for name in names}
     modules["lm_eval"].simple_evaluate = simple_evaluate
     modules["lm_eval.tasks"].TaskManager = lambda include_path: SimpleNamespace(
-        all_tasks=["questions"], include_path=include_path
+        all_tasks=["questions", "offline"], include_path=include_path, load=load
     )
     modules["lm_eval.models.huggingface"].HFLM = lambda **options: options
     for name, module in modules.items():
@@ -103,11 +108,15 @@ def test_tasks_are_handed_to_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_pa
     asked = fake_harness(monkeypatch)
     model, tokenizer = make_tiny(), make_tokenizer()
     opened = adopt(model, tokenizer)
-    found = run_tasks(opened, ["questions"], folder=tmp_path, limit=3, batch=2)
+    index = find_tasks(["questions"], tmp_path)
+    found = run_tasks(opened, ["questions"], index, limit=3, batch=2)
     assert found == {"questions": {"acc": 0.5, "exact_match (strict)": 1.0}}
     assert (asked["tasks"], asked["limit"]) == (["questions"], 3)
-    assert asked["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 2}
-    assert asked["task_manager"].include_path == str(tmp_path)
+    assert asked["model"] == {
+        "pretrained": model, "tokenizer": tokenizer, "backend": "causal", "batch_size": 2
+    }  # fmt: skip
+    assert asked["task_manager"] is index
+    assert index.include_path == str(tmp_path)
 
 
 def cli(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -125,7 +134,8 @@ def test_the_command_sets_models_side_by_side(
 ) -> None:
     fake_harness(monkeypatch)
     extras = (*SPEED, "--tasks", "questions")
-    code, printed, _ = cli(capsys, *folders, *TEXT, *extras, "--json")
+    code, printed, error = cli(capsys, *folders, *TEXT, *extras, "--json")
+    assert "harness" not in error
     models = json.loads(printed)["models"]
     assert code == 0
     assert [model["model"] for model in models] == [str(folder) for folder in folders]
@@ -161,6 +171,8 @@ def test_mistakes_are_told_before_a_model_is_read(
     fake_harness(monkeypatch)
     for arguments, message in (
         (("--tasks", "other"), "unknown task 'other'"),
+        (("--tasks", "questions,offline"), "cannot load task 'offline': Couldn't reach 'x' on the"),
+        (("--tasks", "questions", "--limit", 0), "limit must be 1 or more, got 0"),
         (("--tasks", "questions", "--task-path", "absent"), "no such folder of tasks: absent"),
     ):
         code, _, error = cli(capsys, "absent/model/x", *arguments)

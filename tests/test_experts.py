@@ -12,9 +12,13 @@ from transformers import PreTrainedModel
 
 import cfsp
 from cfsp.allocation import AllocationProblem, allocate_widths, apportion
+from cfsp.channels import ChannelGroup
 from cfsp.collection import collect_statistics
+from cfsp.error_curves import ErrorCurve
+from cfsp.error_figures import curves_figure
 from cfsp.errors import CfspError
 from cfsp.layouts import LAYOUTS
+from cfsp.ranking import rank
 from cfsp.statistics import Statistics, load_statistics, save_statistics
 
 from .conftest import make_tokenizer
@@ -144,6 +148,19 @@ def test_a_budget_below_one_multiple_of_every_expert_is_refused() -> None:
         apportion(torch.ones(2), [64, 64], 16, 8, torch.ones(2), [8, 1])
 
 
+def with_curves(statistics: Statistics) -> Statistics:
+    """With an error curve for every FFN, whose error without any channel is their number."""
+    ranking = rank(statistics, lambda number: pytest.fail("reads weights"), RECIPE)
+    sizes = [
+        group.channels
+        for block in statistics.blocks
+        for group in block.groups or [ChannelGroup(len(block.sum))]
+    ]
+    curves = (ErrorCurve(torch.tensor([0, f]), torch.tensor([float(f), 0.0])) for f in sizes)
+    ranking = replace(ranking, curves=tuple(curves))
+    return replace(statistics, rankings=(ranking,))
+
+
 def test_statistics_and_plan_go_through_their_files(windows: torch.Tensor, tmp_path: Path) -> None:
     model = make("deepseek_v3")
     statistics = collect(model, windows)
@@ -151,11 +168,18 @@ def test_statistics_and_plan_go_through_their_files(windows: torch.Tensor, tmp_p
     back = load_statistics(tmp_path / "s")
     assert [block.groups for block in back.blocks] == [b.groups for b in statistics.blocks]
     assert [b.expert_tokens for b in back.blocks] == [b.expert_tokens for b in statistics.blocks]
-    plan = cfsp.plan(back, model, RECIPE)
+    plan = cfsp.plan(with_curves(back), model, RECIPE)
     cfsp.save_plan(plan, tmp_path / "p")
     again = cfsp.load_plan(tmp_path / "p")
     for a, b in zip(plan.blocks, again.blocks, strict=True):
         assert all(map(torch.equal, a.kept_by_group, b.kept_by_group))
+        assert [int(curve.errors[0]) for curve in b.error_curves] == [
+            group.channels for group in b.groups or [ChannelGroup(b.intermediate_size)]
+        ]
+    assert [len(block.error_curves) for block in again.blocks][:2] == [1, 2]
+    figure = str(curves_figure(again))
+    assert "block 0: " in figure
+    assert "block 1, FFN 1: " in figure
 
     document = json.loads((tmp_path / "p").read_text())
     assert "ffns" not in document["blocks"][0]

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfsp.error_curves import ErrorCurve
 from cfsp.errors import CfspError
-from cfsp.plan import BlockPlan, PruningPlan, _from_ranges, _to_ranges, load_plan, save_plan
+from cfsp.plan import BlockPlan, PruningPlan, load_plan, save_plan
+from cfsp.plan_text import from_ranges, to_ranges
 from cfsp.recipe import Recipe
 from cfsp.selection import score_quantiles, select_channels
 
@@ -51,13 +53,16 @@ def test_score_quantiles_run_from_the_lowest_finite_score_to_the_highest() -> No
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_round_trip(kept: set[int]) -> None:
-    assert _from_ranges(_to_ranges(torch.tensor(sorted(kept)))) == sorted(kept)
+    assert from_ranges(to_ranges(torch.tensor(sorted(kept)))) == sorted(kept)
+
+
+CURVE = ErrorCurve(torch.tensor([0, 3, 8]), torch.tensor([2.0, 1.23456789e-7, 0.0]).double())
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     blocks = (
-        BlockPlan(8, torch.tensor([0, 1, 2, 5]), 0.5, (), (-1e-9, 0.25, 3e7)),
+        BlockPlan(8, torch.tensor([0, 1, 2, 5]), 0.5, (), (-1e-9, 0.25, 3e7), (CURVE,)),
         BlockPlan(8, torch.tensor([7]), 0.1),
     )
     save_plan(PruningPlan(blocks, "abc", Recipe(sparsity=0.6, width_multiple=1)), tmp_path / "p")
@@ -76,6 +81,11 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
     assert plan.blocks[0].removed.tolist() == [3, 4, 6, 7]
     assert plan.recipe == Recipe(sparsity=0.6, width_multiple=1)
     assert [block.score_quantiles for block in plan.blocks] == [(-1e-9, 0.25, 3e7), ()]
+    (curve,) = plan.blocks[0].error_curves
+    assert plan.blocks[1].error_curves == ()
+    assert curve.widths.tolist() == [0, 3, 8]
+    assert curve.errors.tolist() == [2.0, 1.2346e-7, 0.0]
+    assert curve.at(torch.tensor([0])).tolist() == [2.0]
     edit(saved, kept="0-2,4-5", width=5)
     assert load_plan(saved).blocks[0].kept.tolist() == [0, 1, 2, 4, 5]
 
@@ -88,6 +98,10 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
         ({"kept": "0-2,9"}, r"channels in \[0, 7\]"),
         ({"kept": "x"}, "not a valid plan"),
         ({"kept": ""}, "not a valid plan"),
+        ({"error_curves": ["0:1 9:0"]}, r"error curves end at widths \[9\], its FFNs have \[8\]"),
+        ({"error_curves": ["0:1 8:0"] * 2}, r"end at widths \[8, 8\], its FFNs have \[8\]"),
+        ({"error_curves": ["0:1 8:0 3:1"]}, "must ascend from 0: '0:1 8:0 3:1'"),
+        ({"error_curves": ["0:1 8"]}, "not a valid plan"),
     ],
 )
 def test_a_broken_edit_is_one_clear_error(

@@ -262,6 +262,10 @@ def test_the_command_line_plans_with_search_and_keeps_curves(
     found = cfsp.load_plan(tmp_path / "plan.json")
     assert found.recipe.search_generations == 1
     assert sum(found.widths) == round(0.7 * 4 * 48)
+    (ranking,) = cfsp.load_statistics(file).rankings
+    for block, curve in zip(found.blocks, ranking.curves, strict=True):
+        assert torch.equal(block.error_curves[0].widths, curve.widths)
+        torch.testing.assert_close(block.error_curves[0].errors, curve.errors, rtol=5e-5, atol=0)
     capsys.readouterr()
     assert main(["plan", *given, "--error-scale", "loud"]) == 2
     assert "error scale" in capsys.readouterr().err

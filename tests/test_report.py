@@ -18,10 +18,11 @@ import yaml
 import cfsp
 from cfsp.charts import Axis, kept_strip, round_ticks
 from cfsp.cli import main
+from cfsp.error_curves import ErrorCurve
 from cfsp.html_report import report_html
 from cfsp.results import Result, read_result
 
-from .conftest import make_tiny, make_tokenizer
+from .conftest import TEXT, make_tiny, make_tokenizer
 
 HOSTILE = '</style><script src="http://evil.example/x.js"></script>{{ 7 * 7 }}'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -195,12 +196,19 @@ def test_least_squares_and_error_curves_are_shown_where_they_are_known(
         {"block": 2, "ffns": 1, "applied": 0, "error_before": 0.125, "error_after": 0.375},
         {"block": 3, "ffns": 2, "applied": 2, "error_before": None, "error_after": None},
     ]
-    curves = [
-        {"block": 1, "widths": [0, 24, 48], "errors": [8.0, 2.0, 0.0]},
-        {"block": 9, "widths": [0, 48], "errors": [1.0, 0.0]},
-        {"block": 0, "widths": [0], "errors": "x"},
-    ]
-    page = report_html([with_record(results[0], result={"fits": fits, "error_curves": curves})])
+    widths = torch.tensor([0, 24, 48])
+    curves = {
+        1: ErrorCurve(widths, torch.tensor([8.0, 2.0, 0.0]).double()),
+        2: ErrorCurve(widths, torch.tensor([0.0, 0.0, 0.0]).double()),
+        3: ErrorCurve(widths, torch.tensor([1.0, torch.nan, 0.0]).double()),
+    }
+    plan = results[0].plan
+    blocks = tuple(
+        dataclasses.replace(block, error_curves=(curves[number],) if number in curves else ())
+        for number, block in enumerate(plan.blocks)
+    )
+    known = with_record(results[0], result={"fits": fits})
+    page = report_html([dataclasses.replace(known, plan=dataclasses.replace(plan, blocks=blocks))])
     text = Elements(page).text
     assert "block 0: error 0.5 without, 0.25 with the fit; fitted" in text
     assert "block 2: error 0.125 without, 0.375 with the fit; left as it was" in text
@@ -213,6 +221,60 @@ def test_least_squares_and_error_curves_are_shown_where_they_are_known(
     plain = Elements(report_html(results[:1])).text
     assert "Least squares" not in plain
     assert "Error curves" not in plain
+    assert "Blocks fitted again" not in plain
+
+
+def test_blocks_fitted_again_are_shown_where_the_errors_are_known(results: list[Result]) -> None:
+    refits = [
+        {"block": 0, "way": "sequential", "errors": [0.5, 0.25], "kept": 1},
+        {"block": 0, "way": "blockwise", "errors": [0.25, 0.0625, 0.125], "kept": 1},
+        {"block": 1, "way": "blockwise", "errors": [0.375, 0.75], "kept": 0},
+        {"block": 2, "way": "blockwise", "errors": [0.5, float("nan")], "kept": 1},
+        {"block": 3, "way": "sequential", "errors": [], "kept": 1},
+        {"block": 3, "way": "sequential", "errors": [1.0], "kept": 7},
+        {"block": "x"},
+    ]
+    page = report_html([with_record(results[0], result={"refits": refits})])
+    assert re.findall(r"<title>(block \d: error .*?)</title>", page) == [
+        "block 0: error 0.5 as cut",
+        "block 0: error 0.25 after the closed form",
+        "block 0: error 0.0625 after epochs of Adam",
+        "block 1: error 0.375 as cut",
+        "block 1: error 0.375 after epochs of Adam",
+    ]
+    rows = re.findall(r'<tr><th scope="row">(\d)</th><td>(\w+)</td>(.*?)</tr>', page)
+    assert [(block, way) for block, way, _ in rows if way in ("sequential", "blockwise")] == [
+        ("0", "sequential"), ("0", "blockwise"), ("1", "blockwise"), ("2", "blockwise"),
+        ("3", "sequential"),
+    ]  # fmt: skip
+    assert "0.0625, 0.125</td>" in page
+
+
+def test_a_run_that_fits_and_allocates_by_error_shows_all_of_it(tmp_path: Path) -> None:
+    recipe = cfsp.Recipe(
+        sparsity=0.3,
+        scorer="obs",
+        allocator="knapsack",
+        compensation="blockwise",
+        sequential=True,
+        epochs=1,
+        width_multiple=1,
+        calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=64),
+    )
+    run = cfsp.prune(
+        make_tiny(), make_tokenizer(), recipe, tmp_path / "all", eval_windows=0, progress=False
+    )
+    found = read_result(tmp_path / "all")
+    assert found.refits == list(run.report.refits)
+    page = report_html([found])
+    assert page.count('class="curve"') == len(run.plan.blocks) == 4
+    for block, plan in enumerate(run.plan.blocks):
+        (curve,) = plan.error_curves
+        error = float(curve.at(torch.tensor([plan.width])) / curve.errors[0])
+        assert f"block {block}: {100 * plan.width / 48:.0f}% kept, error {error:.3g}" in page
+        assert f"block {block}: error {run.report.fits[block][0].error_before:.3g} without" in page
+    shown = re.findall(r"<title>block \d: error \S+ (as cut|after .*?)</title>", page)
+    assert shown == ["as cut", "after the closed form", "after epochs of Adam"] * 4
 
 
 def test_a_recovery_on_the_same_text_is_the_last_perplexity(results: list[Result]) -> None:

@@ -9,9 +9,11 @@ import subprocess
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import cfsp
@@ -93,6 +95,56 @@ def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
+QUESTIONS = (
+    ("The sun rises in the", (" east", " fridge"), 0),
+    ("Two plus two is", (" banana", " four"), 1),
+    ("The opposite of hot is", (" cold", " table"), 0),
+    ("Fish live in", (" trees", " water"), 1),
+    ("The colour of snow is", (" white", " seven"), 0),
+    ("Paris is the capital of", (" Tuesday", " France"), 1),
+    ("A triangle has three", (" sides", " wheels"), 0),
+    ("At night we see the", (" soup", " moon"), 1),
+)
+
+
+def write_questions(folder: Path) -> list[dict[str, Any]]:
+    """A task ``cfsp_questions`` of the evaluation harness in a folder; its rows."""
+    rows = [{"query": query, "choices": c, "gold": gold} for query, c, gold in QUESTIONS]
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "cfsp_questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{gold}}",
+        "doc_to_choice": "{{choices}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "cfsp_questions.yaml").write_text(yaml.safe_dump(task))
+    return rows
+
+
+@torch.no_grad()
+def accuracy_in(
+    rows: list[dict[str, Any]], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """The fraction of questions whose right choice the model finds the most likely."""
+    right = 0
+    for row in rows:
+        context = len(tokenizer(row["query"]).input_ids)
+        scores = []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(row["query"] + choice).input_ids])
+            predicted = model(ids).logits[0, context - 1 : -1].log_softmax(-1)
+            scores.append(float(predicted.gather(1, ids[0, context:, None]).sum()))
+        right += max(range(len(scores)), key=scores.__getitem__) == row["gold"]
+    return right / len(rows)
+
+
 @pytest.fixture(scope="session")
 def reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """30% of the channels removed, exact widths."""
@@ -128,3 +180,13 @@ def llama_cpp_python() -> Path:
 def lm_eval_python() -> Path:
     """The evaluation harness, without this package."""
     return client_python("lm-eval", [f"torch=={torch.__version__.split('+')[0]}", "lm_eval[hf]"])
+
+
+@pytest.fixture(scope="session")
+def evaluating_python() -> Path:
+    """This package with its extra ``eval``, and nothing else that was asked for."""
+    own = f"cfsp[eval] @ {ROOT.as_uri()}"
+    torch_pin = f"torch=={torch.__version__.split('+')[0]}"
+    python = client_python("cfsp-eval", [torch_pin, own])
+    run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", ROOT])
+    return python
