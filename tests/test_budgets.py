@@ -84,7 +84,7 @@ def test_the_parameters_left_are_those_asked_for(model_type: str, calibrated) ->
     model, statistics = calibrated[model_type]
     for amount, keep in (("0.15", 0.85), (f"{round(0.9 * parameters(model))}", 0.9)):
         multiple = MULTIPLE.get(model_type, 1)
-        recipe = cfsp.Recipe(budget=f"params={amount}", width_multiple=multiple)
+        recipe = cfsp.Recipe(scorer="cfsp", budget=f"params={amount}", width_multiple=multiple)
         left, _, found = pruned(model, statistics, recipe)
         assert found.after.parameters == parameters(left)
         assert found.before.parameters == parameters(model)
@@ -95,7 +95,7 @@ def test_the_parameters_left_are_those_asked_for(model_type: str, calibrated) ->
 def test_the_flops_left_are_those_asked_for(model_type: str, calibrated) -> None:
     model, statistics = calibrated[model_type]
     multiple = MULTIPLE.get(model_type, 1)
-    recipe = cfsp.Recipe(budget="flops=0.2@2x24", width_multiple=multiple)
+    recipe = cfsp.Recipe(scorer="cfsp", budget="flops=0.2@2x24", width_multiple=multiple)
     left, _, found = pruned(model, statistics, recipe)
     assert (found.batch, found.length) == (2, 24)
     assert found.before.flops == flops(model, TOKENS)
@@ -122,7 +122,7 @@ def test_experts_count_as_a_token_meets_them(calibrated) -> None:
     """Parameters go where experts are many; FLOPs, of two experts in eight, from the plain FFN."""
     model, statistics = calibrated["qwen3_moe"]
     by_params, by_flops = (
-        planned(statistics, model, cfsp.Recipe(budget=budget, width_multiple=8))
+        planned(statistics, model, cfsp.Recipe(scorer="cfsp", budget=budget, width_multiple=8))
         for budget in ("params=0.2", "flops=0.2@1x24")
     )
     assert by_params.sparsity < by_flops.sparsity
@@ -130,7 +130,7 @@ def test_experts_count_as_a_token_meets_them(calibrated) -> None:
 
 def test_one_width_for_all_meets_the_budget_or_says_that_it_cannot(calibrated) -> None:
     model, statistics = calibrated["llama"]
-    exact = cfsp.Recipe(budget="params=0.2", width_multiple=1, uniform=True)
+    exact = cfsp.Recipe(scorer="cfsp", budget="params=0.2", width_multiple=1, uniform=True)
     left, plan, _ = pruned(model, statistics, exact)
     assert len(set(plan.widths)) == 1
     assert parameters(left) == pytest.approx(0.8 * parameters(model), rel=0.005)
@@ -177,7 +177,9 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_real_shapes_meet_budgets_in_multiples_of_128(
     name: str, budget: str, keep: float, configs: dict[str, Path]
 ) -> None:
-    found = cfsp.estimate(configs[name], cfsp.Recipe(budget=budget), hardware="h100").sizes
+    found = cfsp.estimate(
+        configs[name], cfsp.Recipe(scorer="cfsp", budget=budget), hardware="h100"
+    ).sizes
     assert found is not None
     unit = "flops" if budget.startswith("flops") else "parameters"
     before, after = (getattr(side, unit) for side in (found.before, found.after))

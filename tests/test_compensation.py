@@ -217,8 +217,8 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     s, out = str(tmp_path / "s"), str(tmp_path / "out")
     assert main(["calibrate", str(folder / "m"), "--out", s, "--gram", *data]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.grams"]
-    options = ["--compensation", "least-squares-bias", "--width-multiple", "1", "--quiet"]
-    given = ["--statistics", s, "--eval-windows", "0", *options]
+    options = ["--scorer", "cfsp", "--compensation", "least-squares-bias"]
+    given = ["--statistics", s, "--eval-windows", "0", "--width-multiple", "1", "--quiet", *options]
     assert main(["prune", str(folder / "m"), "--out", out, *given, "--damping", "0.1"]) == 0
     assert "least squares: " in capsys.readouterr().out
     assert_same_files(tmp_path / "out", folder / "streamed")

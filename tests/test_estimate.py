@@ -223,8 +223,13 @@ def test_bytes_written_are_the_folders_for_one_width(tmp_path: Path, tied: bool)
     assert found.parameters_after == result.report.parameters_after
 
 
+PUBLISHED = cfsp.Recipe(scorer="cfsp")
+"""What needs neither Gram matrices nor a pass over the weights to score them."""
+
+
 def reference(name: str, **options: object) -> cfsp.Estimate:
-    return cfsp.estimate(CONFIGS / f"{name}.json", **{"hardware": H100, **options})
+    given = {"hardware": H100, "recipe": PUBLISHED, **options}
+    return cfsp.estimate(CONFIGS / f"{name}.json", **given)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +259,10 @@ def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
     smaller = reference("Llama-3-70B", max_memory="11.1GiB")
     assert 1 < smaller.micro_batch < 8
     smaller.check(parse_budget("11.1GiB"))
-    more = reference("Llama-3-70B", recipe=cfsp.Recipe(micro_batch=smaller.micro_batch + 1))
+    more = reference("Llama-3-70B", recipe=replace(PUBLISHED, micro_batch=smaller.micro_batch + 1))
     with pytest.raises(CfspError, match=r"device memory: about .* lower --samples or --seqlen"):
         more.check(parse_budget("11.1GiB"))
-    long = cfsp.Recipe(calibration=cfsp.Calibration(samples=2048, seqlen=2048))
+    long = replace(PUBLISHED, calibration=cfsp.Calibration(samples=2048, seqlen=2048))
     with pytest.raises(CfspError, match=r"74\.5 GiB to be had; lower --samples or"):
         reference("Llama-3-70B", recipe=long).check(MemoryBudget())
     with pytest.raises(CfspError, match=r"6\.0 GiB to be had; no option lowers embeddings, norm"):

@@ -26,7 +26,7 @@ from .test_families import make
 from .test_least_squares import gram_of, problem
 from .test_streaming import RECIPE
 
-LEAST_SQUARES = cfsp.Recipe(compensation="least-squares")
+LEAST_SQUARES = cfsp.Recipe(scorer="cfsp", compensation="least-squares")
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])

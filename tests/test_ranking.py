@@ -141,7 +141,7 @@ def test_without_gram_matrices_obs_and_knapsack_are_refused(statistics: Statisti
     plain = replace(OBS, compensation="none")
     with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
         cfsp.prune(make_tiny(), make_tokenizer(), plain, statistics=bare, progress=False)
-    knapsack = cfsp.Recipe(allocator="knapsack", width_multiple=1)
+    knapsack = cfsp.Recipe(scorer="cfsp", allocator="knapsack", width_multiple=1)
     with pytest.raises(CfspError, match="allocator 'knapsack' needs Gram matrices"):
         cfsp.prune(make_tiny(), make_tokenizer(), knapsack, statistics=bare, progress=False)
 
