@@ -51,9 +51,27 @@ STEPS = (
 """(what, formula, unit) for Llama-3-70B on one H100, as :mod:`cfsp.workload` has them."""
 
 
-def estimate(model: str, hardware: Hardware = H100, ranks: int = 1, nodes: int = 1):
-    """The default recipe: 128 windows of 1024 tokens, 16 windows of evaluation, 30 %."""
-    return cfsp.estimate(CONFIGS / f"{model}.json", hardware=hardware, ranks=ranks, nodes=nodes)
+PUBLISHED = cfsp.Recipe(scorer="cfsp")
+RECIPES = {
+    "published CFSP (`--scorer cfsp`)": PUBLISHED,
+    "default (cfsp-residual, least squares)": cfsp.Recipe(),
+    "default, `--sequential`": cfsp.Recipe(sequential=True),
+    "`--compensation blockwise`": cfsp.Recipe(compensation="blockwise"),
+    "`--scorer obs` (knapsack, least squares)": cfsp.Recipe(scorer="obs"),
+}
+
+
+def estimate(
+    model: str,
+    hardware: Hardware = H100,
+    ranks: int = 1,
+    nodes: int = 1,
+    recipe: cfsp.Recipe = PUBLISHED,
+) -> cfsp.Estimate:
+    """128 windows of 1024 tokens, 16 windows of evaluation, 30 %."""
+    return cfsp.estimate(
+        CONFIGS / f"{model}.json", recipe, hardware=hardware, ranks=ranks, nodes=nodes
+    )
 
 
 def row(*cells: object) -> str:
@@ -141,6 +159,37 @@ def traffic() -> list[str]:
     return lines
 
 
+def recipes() -> list[str]:
+    """What the recipes ask for that go beyond the published one, on one GPU."""
+    names = ("calibrate", "score", "prune")
+    lines = head(
+        "model", "recipe", "device, GiB", "Gram matrices on disk, GB",
+        *(f"{name}: FLOP, time" for name in names), "in all",
+    )  # fmt: skip
+    for model in ("Llama-3-8B", "Llama-3-70B"):
+        for name, recipe in RECIPES.items():
+            found = estimate(model, recipe=recipe)
+            stages = {stage.name: stage for stage in found.stages}
+            cells = (
+                f"{stages[n].flops:.2e}, {format_seconds(stages[n].seconds)}"
+                if n in stages
+                else "-"
+                for n in names
+            )
+            disk = round(found.gram_bytes / 1e9)
+            lines.append(
+                row(
+                    model,
+                    name,
+                    gib(found.device_bytes),
+                    disk,
+                    *cells,
+                    format_seconds(found.seconds),
+                )
+            )
+    return lines
+
+
 def sections() -> dict[str, list[str]]:
     """Name -> lines of every table."""
     return {
@@ -149,6 +198,7 @@ def sections() -> dict[str, list[str]]:
         "memory": memory(),
         "traffic": traffic(),
         "seconds": seconds(),
+        "recipes": recipes(),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .allocation import NEEDS_CURVES, SEARCH
 from .checkpoint import MAX_SHARD_BYTES
 from .compensation import NEEDS_GRAM
 from .costs import ModelCosts, Tensors, costs_of
@@ -110,7 +111,9 @@ def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCost
     blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
     active = costs.blocks[-1].active_experts
     ranks = job.prunes and recipe.ranks_by_gram and job.plan is None
-    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits, ranks)
+    curves = recipe.resolved_allocator in (*NEEDS_CURVES, SEARCH)
+    residuals = recipe.scorer == "cfsp-residual" and not curves
+    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits, ranks, residuals)
 
 
 def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:

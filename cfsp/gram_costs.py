@@ -29,7 +29,9 @@ class GramCosts:
     fits: bool
     """Whether least squares are fitted."""
     ranks: bool = False
-    """Whether channels are ranked by them, or error curves made."""
+    """Whether channels are scored by them, or error curves made."""
+    residuals: bool = False
+    """Whether the scores are what the other channels leave of each, and no curves are made."""
 
     def disk_bytes(self, windows: int) -> int:
         """Of the files of all blocks, which each hold as many parts as ``windows`` have."""
@@ -59,19 +61,21 @@ class GramCosts:
         return round(group.channels * (1 - self.sparsity))
 
     def rank_flops(self) -> float:
-        """Of removing all channels greedily and of an error curve, all in fp64: at most, for other
-        scorers leave the first out."""
+        """In fp64, of an inverse; or of removing all channels greedily and of an error curve: at
+        most, other scorers with curves leave the first out."""
         groups = [group for block in self.blocks for group in block if self.ranks]
+        cubes, squares = (1.0, 0.0) if self.residuals else (13 / 3, 3.0 * self.hidden_size)
         return sum(
-            group.experts
-            * (13 / 3 * group.channels**3 + 3.0 * self.hidden_size * group.channels**2)
+            group.experts * (cubes * group.channels**3 + squares * group.channels**2)
             for group in groups
         )
 
     def rank_bytes(self) -> int:
-        """On the device, while the channels of one FFN are ranked: see
-        :func:`cfsp.obs.removal_order`."""
+        """On the device, while the channels of one FFN are scored: see
+        :func:`cfsp.obs.residual_norms` and :func:`cfsp.obs.removal_order`."""
         widest = max(group.channels for block in self.blocks for group in block)
+        if self.residuals:
+            return widest**2 * (FP32 + 2 * FP64)
         return widest**2 * (FP32 + 4 * FP64) + 2 * FP64 * self.hidden_size * widest
 
     def fit_flops(self) -> float:

@@ -18,7 +18,7 @@ from cfsp.grams import temporary_folder
 from cfsp.layouts import LAYOUTS
 from cfsp.least_squares import fit_down, output_errors
 from cfsp.memory import parse_budget
-from cfsp.obs import removal_order
+from cfsp.obs import removal_order, residual_norms
 
 from .conftest import make_tokenizer
 from .test_estimate import Live, reference
@@ -92,6 +92,13 @@ def test_memory_of_a_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
     assert live.peak <= costs.rank_bytes() * 1.1
     assert live.peak >= costs.rank_bytes() * 0.6
     assert replace(costs, ranks=False).rank_flops() == 0 < costs.rank_flops()
+    alone = replace(costs, residuals=True)
+    moments = gram.product / gram.tokens
+    with Live([moments]) as live:
+        live.sizes[-1] = moments.nbytes
+        residual_norms(moments, 2.0)
+    assert alone.rank_bytes() * 0.8 <= live.peak <= alone.rank_bytes() * 1.1
+    assert alone.rank_flops() == channels**3 < costs.rank_flops()
 
 
 def test_a_70b_model_says_what_they_take() -> None:

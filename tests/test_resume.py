@@ -167,7 +167,8 @@ def test_sigterm_ends_the_command_in_order(
     folder = saved(tmp_path / "m")
     arguments = [
         "prune", str(folder), "--out", str(tmp_path / "out"), "--dataset", TEXT, "--samples",
-        "4", "--seqlen", "32", "--width-multiple", "1", "--eval-windows", "0", "--quiet",
+        "4", "--seqlen", "32", "--width-multiple", "1", "--scorer", "cfsp", "--eval-windows", "0",
+        "--quiet",
     ]  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
     signals = iter([signal.SIGTERM])

@@ -18,7 +18,7 @@ def test_the_tables_of_the_page_are_those_that_are_printed(
     scaling.main()
     printed = re.split(r"^## (\w+)\n", capsys.readouterr().out, flags=re.MULTILINE)[1:]
     tables = dict(zip(printed[::2], printed[1::2], strict=True))
-    assert list(tables) == ["assumptions", "steps", "memory", "traffic", "seconds"]
+    assert list(tables) == ["assumptions", "steps", "memory", "traffic", "seconds", "recipes"]
     page = PAGE.read_text()
     for name, table in tables.items():
         assert table.strip() in page, name
