@@ -17,9 +17,10 @@ RECIPES: tuple[dict[str, Any], ...] = (
     {"scorer": "flap", "compensation": "bias"},
     {"scorer": "cfsp", "compensation": "least-squares"},
     {"scorer": "cfsp-output", "compensation": "least-squares"},
+    {"scorer": "cfsp-residual", "compensation": "least-squares"},
     {"scorer": "obs", "allocator": "knapsack", "compensation": "least-squares"},
-    {"scorer": "cfsp-output", "compensation": "least-squares", "sequential": True},
-    {"scorer": "cfsp-output", "compensation": "blockwise"},
+    {"scorer": "cfsp-residual", "compensation": "least-squares", "sequential": True},
+    {"scorer": "cfsp-residual", "compensation": "blockwise"},
 )
 """From the published method to the best one, for SmolLM2-135M; widths are exact."""
 SHARED = {"width_multiple": 1}

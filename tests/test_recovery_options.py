@@ -152,7 +152,10 @@ def test_the_estimate_follows_the_settings(pruned: Path) -> None:
         estimate(cfsp.Recovery(), max_memory="1KiB").check(estimates.parse_budget("1KiB"))
 
 
-def test_a_dry_run_reads_no_weights(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reads_no_weights(
+    pruned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     weights = pruned / "model.safetensors"
     content = weights.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
