@@ -8,8 +8,8 @@ import torch
 from cfsp_kernels import gather_columns
 
 from .channels import CutDown, FitRecord
-from .grams import held_out_windows
-from .least_squares import fit_down, output_errors
+from .grams import StoredGram, held_out_windows
+from .least_squares import Fit, fit_down, output_errors
 from .statistics import BlockStatistics
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
@@ -61,28 +61,44 @@ def least_squares(
     """The kept columns fitted to the dense output, see :mod:`cfsp.least_squares`.
 
     They stay as they are, with a bias of zero where there is one, unless the fit lowers the error
-    of the output on the held-out tokens; and where an expert has next to none of these.
+    of the output on the held-out tokens; and where an expert has next to none of these. What is
+    used is then fitted again, to the tokens of both parts.
     """
     if statistics is None or statistics.gram is None:
         raise ValueError("least squares need the Gram matrices of the block")
     stored, plain = statistics.gram, gather_columns(down, kept, out=out)
-    tokens, judging = stored.tokens
-    zero = down.new_zeros(down.shape[0]) if bias else None
-    before = after = None
-    fit = None
-    if judging >= JUDGING_TOKENS or not held_out_windows(statistics.windows):
-        fit = fit_down(down, kept, stored.fit(down.device), damping, bias=bias)
-        held_out = stored.held_out(down.device)
-        if held_out is not None:
-            fitted = [(fit.weight, fit.bias)] if fit is not None else []
-            before, *judged = output_errors(down, kept, [(plain, None), *fitted], held_out)
-            after = judged[0] if judged else None
+    fit, before, after = None, None, None
+    if stored.tokens[1] >= JUDGING_TOKENS or not held_out_windows(statistics.windows):
+        fit, before, after = _judged(down, kept, plain, stored, damping, bias)
     better = fit is not None and (before is None or (after is not None and after < before))
+    if fit is not None and better and before is not None:
+        fit = fit_down(down, kept, stored.whole(down.device), fit.damping, bias=bias) or fit
     used = fit.damping if fit is not None else damping
-    record = FitRecord(better, before, after, used, tokens, stored.channels)
+    record = FitRecord(better, before, after, used, stored.tokens[0], stored.channels)
     if fit is None or not better:
-        return CutDown(plain, zero, record)
+        return CutDown(plain, down.new_zeros(down.shape[0]) if bias else None, record)
     return CutDown(plain.copy_(fit.weight), fit.bias, record)
+
+
+def _judged(
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    plain: torch.Tensor,
+    stored: StoredGram,
+    damping: float,
+    bias: bool,
+) -> tuple[Fit | None, float | None, float | None]:
+    """The fit to the fitting tokens, and the errors on those held out of ``plain``, the kept
+    columns as they are, and of it."""
+    fit = fit_down(down, kept, stored.fit(down.device), damping, bias=bias)
+    held_out = stored.held_out(down.device)
+    if held_out is None:
+        return fit, None, None
+    if fit is None:
+        return None, output_errors(down, kept, [(plain, None)], held_out)[0], None
+    candidates = [(plain, None), (fit.weight, fit.bias)]
+    before, after = output_errors(down, kept, candidates, held_out)
+    return fit, before, after
 
 
 Compensation = Callable[

@@ -38,6 +38,10 @@ class GramCosts:
         alike = Counter(tuple(block) for block in self.blocks)
         return sum(count * file_bytes(sizes_of(block), windows) for block, count in alike.items())
 
+    def fit_reads(self, windows: int) -> int:
+        """Bytes that a fit reads: both parts to judge it, and again to fit it to all tokens."""
+        return 2 * self.disk_bytes(windows)
+
     def sum_flops(self) -> float:
         """Of one token, in the pass that collects them: half of a whole product."""
         return sum(
@@ -79,11 +83,11 @@ class GramCosts:
         return widest**2 * (FP32 + 4 * FP64) + 2 * FP64 * self.hidden_size * widest
 
     def fit_flops(self) -> float:
-        """Of fitting every FFN and of judging it, all in fp64."""
+        """Of fitting every FFN, judging that and fitting it to all tokens, all in fp64."""
         total = 0.0
         for group in (group for block in self.blocks for group in block if self.fits):
             every, kept, d = group.channels, self._kept(group), self.hidden_size
-            solving = 2.0 * d * (every - kept) * kept + kept**3 / 3 + 2.0 * d * kept**2
+            solving = 2 * (2.0 * d * (every - kept) * kept + kept**3 / 3 + 2.0 * d * kept**2)
             judging = 2.0 * d * every**2 + 4.0 * d * kept**2
             total += group.experts * (solving + judging)
         return total

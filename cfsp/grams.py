@@ -163,7 +163,7 @@ class StoredGram:
             CfspError: the file is missing, damaged or of another calibration.
         """
         _read_ahead(self.folder.file(self.block + 1))
-        return self._read(FIT, torch.device(device))
+        return self._read((FIT,), torch.device(device))
 
     def held_out(self, device: torch.device | str = "cpu") -> Gram | None:
         """Over the windows that a compensation is judged by; None where there are none.
@@ -171,19 +171,33 @@ class StoredGram:
         Raises:
             CfspError: the file is missing, damaged or of another calibration.
         """
-        return self._read(HELD_OUT, torch.device(device)) if self.tokens[1] else None
+        return self._read((HELD_OUT,), torch.device(device)) if self.tokens[1] else None
 
-    def _read(self, part: str, device: torch.device) -> Gram:
+    def whole(self, device: torch.device | str = "cpu") -> Gram:
+        """Over all windows.
+
+        Raises:
+            CfspError: the file is missing, damaged or of another calibration.
+        """
+        parts = PARTS if self.tokens[1] else PARTS[:1]
+        return self._read(parts, torch.device(device))
+
+    def _read(self, parts: Sequence[str], device: torch.device) -> Gram:
         file = self.folder.file(self.block)
         stored = _header(file)
-        tokens, total = self.checked(file, stored)[part]
+        sums = self.checked(file, stored)
         product = torch.empty(self.channels, self.channels, device=device)
         for start, end in panels(self.channels):
-            panel = self._panel(file, stored, part, start, end).to(device)
+            panel, *others = (self._panel(file, stored, part, start, end) for part in parts)
+            for other in others:
+                panel += other
+            panel = panel.to(device)
             product[start:end, :end] = panel
             product[:start, start:end] = panel[:, :start].T
             square = product[start:end, start:end]
             square += square.tril(-1).T
+        tokens = sum(sums[part][0] for part in parts)
+        total = sum((sums[part][1] for part in parts), torch.zeros(self.channels).double())
         return Gram(tokens, total.to(device), product)
 
     def checked(

@@ -93,7 +93,7 @@ class Workload:
         flops = self.gram.fit_flops()
         ranks = self.ranks if self.evaluation_windows else min(2, self.ranks)
         return (
-            self.gram.disk_bytes(self.windows or 2),
+            self.gram.fit_reads(self.windows or 2),
             flops * ranks,
             flops * FP64_SLOWER[self.device],
         )

@@ -17,7 +17,9 @@ from cfsp.channels import FFNWeights
 from cfsp.cli import main
 from cfsp.compensation import least_squares
 from cfsp.errors import Stopped
+from cfsp.grams import Gram
 from cfsp.layouts import LAYOUTS
+from cfsp.least_squares import fit_down
 
 from .conftest import TEXT, make_tiny, make_tokenizer
 from .test_families import make
@@ -66,6 +68,14 @@ def test_every_ffn_has_the_fit_of_its_own_activation(name: str, dtype: torch.dty
             assert torch.equal(weights(model)[number][ffn].down, expected.weight)
             assert fits[ffn] == expected.record
             assert torch.equal(expected.weight, down[:, own]) != fits[ffn].applied
+            if fits[ffn].applied:  # by the fitting windows; then of all of them
+                fit, held_out = part.gram.fit(), part.gram.held_out()
+                whole = Gram(
+                    fit.tokens + held_out.tokens,
+                    fit.sum + held_out.sum,
+                    fit.product + held_out.product,
+                )
+                assert torch.equal(expected.weight, fit_down(down, own, whole, 1.0).weight)
             applied += fits[ffn].applied
     assert applied >= 2
     assert all(p.isfinite().all() for p in model.parameters())
@@ -85,11 +95,12 @@ def test_where_all_is_kept_weights_are_as_they_were() -> None:
 def test_a_fit_that_raises_the_held_out_error_is_not_put_in(
     recipe: cfsp.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = iter(range(4))
+    blocks = iter(range(4))
 
-    def worse_at_odd(*arguments: object, **options: object) -> object:
-        found = fit(*arguments, **options)
-        return replace(found, weight=-found.weight) if next(calls) % 2 else found
+    def worse_at_odd(down: torch.Tensor, kept: torch.Tensor, gram: Gram, *more, **options):
+        found = fit(down, kept, gram, *more, **options)
+        judged = gram.tokens < CALIBRATION.samples * CALIBRATION.seqlen
+        return replace(found, weight=-found.weight) if judged and next(blocks) % 2 else found
 
     fit = compensation.fit_down
     monkeypatch.setattr(compensation, "fit_down", worse_at_odd)

@@ -216,7 +216,9 @@ def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
     )
 
 
-@pytest.mark.parametrize(("name", "scorer"), CASES)
+@pytest.mark.parametrize(
+    ("name", "scorer"), [*CASES, *((name, cfsp.Recipe().scorer) for name in ALL)]
+)
 def test_from_disk_to_disk_gives_the_same_bytes(
     name: str, scorer: str, pruned: Callable[[str, str], Pruned]
 ) -> None:
