@@ -56,7 +56,7 @@ def importance_figure(plan: PruningPlan) -> Markup:
     axis = Axis(min(0.0, *values, 0.0), max(values) or 1.0, HEIGHT // 2)
     marks = []
     for position, value in enumerate(values):
-        left, width = band(position, count, 0.12)
+        left, width = band(position, count, min(0.12, 0.004 * count))
         stem = rect(left, width, axis.y(value), axis.y(0), "importance-stem")
         head = dot(left + width / 2, axis.y(value), "importance")
         marks.append(mark(f"block {position}: importance {value:.5f}", stem, head))
@@ -66,10 +66,7 @@ def importance_figure(plan: PruningPlan) -> Markup:
 
 
 def cut_score(block: BlockPlan) -> float | None:
-    """The score at which a block is cut, between two of its quantiles; None where none is known.
-
-    For a choice by score alone: a scorer that updates scores as it removes has no such line.
-    """
+    """The score at which a block is cut, between two of its quantiles; None where none is known."""
     known = block.score_quantiles
     if not known:
         return None

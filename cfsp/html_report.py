@@ -9,9 +9,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from . import figures
+from .allocation import NEEDS_CURVES
 from .error_figures import curves_figure, fits_figure, refits_figure
 from .errors import CfspError
 from .measurements import Values, compared, evaluation_table, number_at, perplexities, tiles
+from .recipe import Recipe
 from .refitting import BlockRefit
 from .results import Result
 from .usage import usage
@@ -82,6 +84,7 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "widths": figures.widths_figure(plan),
         "importance": figures.importance_figure(plan),
         "importance_metric": plan.recipe.importance,
+        "allocator": plan.recipe.resolved_allocator,
         "scores": figures.scores_figure(plan),
         "scorer": plan.recipe.scorer,
         "curves": curves_figure(plan),
@@ -107,7 +110,7 @@ def _refit_texts(refit: BlockRefit) -> list[str]:
 
 
 def _recipe(result: Result) -> list[tuple[str, str]]:
-    """Every choice that was made, those left to the scorer too."""
+    """Every choice that was made, those left to the scorer too, but for what had no effect."""
     recipe, calibration = result.plan.recipe, result.plan.recipe.calibration
     choices = recipe.to_dict() | {
         "allocator": recipe.resolved_allocator,
@@ -119,8 +122,20 @@ def _recipe(result: Result) -> list[tuple[str, str]]:
     return [
         (name.replace("_", " "), words[value] if isinstance(value, bool) else str(value))
         for name, value in choices.items()
-        if value is not None
+        if value is not None and name not in _without_effect(recipe)
     ]
+
+
+def _without_effect(recipe: Recipe) -> set[str]:
+    """Settings of what this recipe does not do."""
+    unread: set[str] = set()
+    if not recipe.blockwise:
+        unread |= {"epochs", "learning_rate"}
+    if not recipe.searches:
+        unread |= {name for name in recipe.to_dict() if name.startswith("search_")}
+        if recipe.resolved_allocator not in NEEDS_CURVES:
+            unread |= {"error_scale", "importance_exponent"}
+    return unread
 
 
 def _flat(values: Values, prefix: str = "") -> list[tuple[str, str]]:

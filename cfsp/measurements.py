@@ -115,14 +115,16 @@ def _last_part(evaluation: Values) -> str:
 
 def compared(results: Sequence[Result], labels: Sequence[str]) -> dict[str, Any]:
     """Several results beside each other: a table, widths, and perplexity on the same text."""
-    rows, measured = [], []
-    for position, (result, label) in enumerate(zip(results, labels, strict=True)):
-        pair = perplexities(result)
+    rows = []
+    for result, label in zip(results, labels, strict=True):
+        recipe, pair = result.plan.recipe, perplexities(result)
         after = number_at(result.measured, "parameters_after")
         rows.append(
             {
                 "label": label,
-                "scorer": result.plan.recipe.scorer,
+                "scorer": recipe.scorer,
+                "allocator": recipe.resolved_allocator,
+                "compensation": recipe.resolved_compensation,
                 "sparsity": f"{result.plan.sparsity:.1%}",
                 "parameters": "–" if after is None else f"{after:,}",
                 "before": f"{pair['before']:,.2f}" if pair else "–",
@@ -130,18 +132,31 @@ def compared(results: Sequence[Result], labels: Sequence[str]) -> dict[str, Any]
                 "bytes": format_bytes(result.nbytes),
             }
         )
-        if pair:
-            bar = (label, pair["after"], f"{pair['after']:,.2f}", series(position))
-            measured.append((pair["on"], bar))
-    texts = {on for on, _ in measured}
     return {
         "rows": rows,
         "widths": figures.widths_compared(
             [(label, result.plan) for label, result in zip(labels, results, strict=True)]
         ),
-        "bars": bars([bar for _, bar in measured]) if len(measured) > 1 == len(texts) else None,
-        "on": next(iter(texts), ""),
+        "perplexity": _perplexities_compared(results, labels),
     }
+
+
+def _perplexities_compared(
+    results: Sequence[Result], labels: Sequence[str]
+) -> dict[str, Any] | None:
+    """On what, and bars of the results that were measured, after the dense model's where all are of
+    the same; None for fewer than two, or where texts differ."""
+    measured = [
+        (pair, result.dense_name, (label, pair["after"], f"{pair['after']:,.2f}", series(position)))
+        for position, (result, label) in enumerate(zip(results, labels, strict=True))
+        if (pair := perplexities(result)) is not None
+    ]
+    if len(measured) < 2 or len({pair["on"] for pair, _, _ in measured}) > 1:
+        return None
+    first = measured[0][0]
+    dense = {(name, f"{pair['before']:,.2f}") for pair, name, _ in measured}
+    rows = [("dense", first["before"], text, "other") for _, text in dense if len(dense) == 1]
+    return {"on": first["on"], "bars": bars([*rows, *(bar for _, _, bar in measured)])}
 
 
 def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -> dict[str, Any]:

@@ -159,6 +159,41 @@ def test_measured_speed_is_set_beside_the_dense_models(page: str) -> None:
     assert 'style="width:50.00%"' in page
 
 
+def test_results_are_compared_with_the_dense_model_that_all_were(results: list[Result]) -> None:
+    plain = results[0]
+    recipe = dataclasses.replace(plain.plan.recipe, allocator="knapsack", compensation="bias")
+    plan = dataclasses.replace(plain.plan, recipe=recipe)
+    other = dataclasses.replace(plain, folder=Path("other"), plan=plan)
+    renamed = {**plain.record["provenance"], "model": "another"}
+    labels = re.compile(r'bar-label">([^<]*)<')
+    for second, dense in ((other, ["dense"]), (with_record(other, provenance=renamed), [])):
+        table, _, rest = report_html([plain, second]).partition("<h3>Perplexity</h3>")
+        bars = rest.partition("</section>")[0]
+        assert labels.findall(bars) == [*dense, "tiny-cfsp", "other"]
+    assert re.findall(r"<td>([\w-]+)</td>", table) == [
+        "cfsp", "cfsp", "none", "cfsp", "knapsack", "bias"
+    ]  # fmt: skip
+
+
+def test_the_recipe_names_what_had_an_effect(results: list[Result]) -> None:
+    def names(**choices: object) -> str:
+        recipe = dataclasses.replace(results[0].plan.recipe, **choices)
+        plan = dataclasses.replace(results[0].plan, recipe=recipe)
+        text = Elements(report_html([dataclasses.replace(results[0], plan=plan)])).text
+        return text.partition("Recipe")[2].partition("Every block")[0]
+
+    plain = names()
+    assert "width multiple" in plain
+    assert not any(name in plain for name in ("epochs", "learning rate", "search", "error scale"))
+    assert "epochs" in names(compensation="blockwise")
+    knapsack = names(allocator="knapsack")
+    assert "error scale" in knapsack
+    assert "search" not in knapsack
+    searched = names(allocator="search", search_windows=2)
+    assert "search windows" in searched
+    assert "importance exponent" in searched
+
+
 @pytest.mark.parametrize(("trust", "stock"), [(True, False), (False, True)])
 def test_the_trust_flag_is_named_only_where_it_is_needed(
     results: list[Result], trust: bool, stock: bool
@@ -372,7 +407,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 
 def test_a_browser_shows_it_without_errors_or_requests(page: str, tmp_path: Path) -> None:
-    """Dark, and as narrow as a phone. The second frame is what a request would look like."""
+    """Dark, and as narrow as a phone, with no word of a table on two lines. The third frame is what
+    a request would look like."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium")
@@ -386,7 +422,13 @@ def test_a_browser_shows_it_without_errors_or_requests(page: str, tmp_path: Path
         const root = page.documentElement
         console.log("seen", frame.width, root.scrollWidth - root.clientWidth,
             frame.contentWindow.getComputedStyle(page.body).backgroundColor,
-            page.querySelector("rect.kept").getBoundingClientRect().width > 1)
+            page.querySelector("rect.kept").getBoundingClientRect().width > 1,
+            [...page.querySelectorAll("td, #compared thead th")].every(cell => {
+                const text = page.createRange()
+                text.selectNodeContents(cell)
+                const lines = text.getClientRects().length
+                return lines <= (cell.tagName == "TH" ? cell.textContent.split(" ").length : 1)
+            }))
     })"""
     (tmp_path / "frames.html").write_text(f"<!doctype html>{frames}<script>{script}</script>")
     done = subprocess.run(
@@ -402,7 +444,7 @@ def test_a_browser_shows_it_without_errors_or_requests(page: str, tmp_path: Path
         timeout=120,
     )  # fmt: skip
     said = re.findall(r'CONSOLE[^"]*"(.*)", source:', done.stderr)
-    dark = "rgb(15, 20, 27) true"
+    dark = "rgb(15, 20, 27) true true"
     assert [line for line in said if line.startswith("seen")] == [
         f"seen 320 0 {dark}", f"seen 1280 0 {dark}", f"seen 320 0 {dark}"
     ]  # fmt: skip
