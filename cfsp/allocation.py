@@ -93,6 +93,24 @@ def cfsp(problem: AllocationProblem) -> torch.Tensor:
     return widths * (problem.budget / (problem.channel_costs * widths).sum())
 
 
+def cfsp_filled(problem: AllocationProblem) -> torch.Tensor:
+    """CFSP's shares without their contraction: an FFN whose share is more than it has stays whole,
+    and the others share what is left of the budget in proportion."""
+    share = importance_shares(problem.importance * REFERENCE_TOKENS)
+    sizes = problem.intermediate_sizes.double()
+    costs = problem.channel_costs * sizes
+    keep, cut = torch.ones_like(share), torch.ones(len(share), dtype=torch.bool)
+    while bool(cut.any()):
+        left = problem.budget - costs[~cut].sum()
+        keep[cut] = share[cut] * (left / (costs * share)[cut].sum())
+        whole = cut & (keep >= 1)
+        if not bool(whole.any()):
+            break
+        keep[whole] = 1.0
+        cut &= ~whole
+    return keep * sizes
+
+
 def uniform(problem: AllocationProblem) -> torch.Tensor:
     """The same fraction of every block."""
     return (1 - problem.sparsity) * problem.intermediate_sizes.double()
@@ -140,8 +158,9 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
 
 
 def search_start(problem: AllocationProblem) -> torch.Tensor:
-    """Where a search begins: the knapsack's widths where there are error curves, else CFSP's."""
-    return (knapsack if problem.curves else cfsp)(problem)
+    """Where a search begins: the knapsack's widths where there are error curves, else those of
+    :func:`cfsp_filled`."""
+    return (knapsack if problem.curves else cfsp_filled)(problem)
 
 
 def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
@@ -152,6 +171,7 @@ def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
 
 ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "cfsp": cfsp,
+    "cfsp-filled": cfsp_filled,
     "uniform": uniform,
     "global": global_threshold,
     "knapsack": knapsack,

@@ -126,13 +126,13 @@ SCORERS: dict[str, Scorer] = {
     ),
     "cfsp-output": Scorer(
         cfsp_output,
-        "cfsp",
+        "cfsp-filled",
         "least-squares",
         "activation norm times the root of the norm of the column of down; best with least squares",
     ),
     "cfsp-residual": Scorer(
         cfsp_residual,
-        "cfsp",
+        "cfsp-filled",
         "least-squares",
         "cfsp-output, of what the other channels leave of the activation",
         needs_gram=True,

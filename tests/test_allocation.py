@@ -14,6 +14,7 @@ from cfsp.allocation import (
     apportion,
     cfsp_keep_fractions,
     equal_widths,
+    importance_shares,
 )
 from cfsp.error_curves import ErrorCurve
 from cfsp.errors import CfspError
@@ -41,6 +42,51 @@ def test_cfsp_fractions_are_contracted_so_that_none_reaches_one() -> None:
     keep = cfsp_keep_fractions(torch.tensor([0.0, 0.0, 1e6], dtype=torch.float64), 0.3)
     assert float(keep.max()) == pytest.approx(0.7 + 0.3 / 1.05)
     assert float(keep.mean()) == pytest.approx(0.7)
+
+
+def test_filled_fractions_are_those_of_the_formula_where_none_is_over_one() -> None:
+    importance = torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
+    scores = tuple(torch.rand(100) for _ in range(3))
+    some = AllocationProblem(importance, scores, 0.5)
+    expected = ALLOCATORS["cfsp"](some)
+    assert torch.allclose(ALLOCATORS["cfsp-filled"](some), expected, atol=1e-12)
+
+
+def test_filled_blocks_stay_whole_and_the_others_share_the_rest_in_proportion() -> None:
+    importance = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.5], dtype=torch.float64)
+    scores = tuple(torch.rand(1000) for _ in range(5))
+    some = AllocationProblem(importance, scores, 0.2)
+    widths = ALLOCATORS["cfsp-filled"](some)
+    assert float(widths.sum()) == pytest.approx(4000)
+    share = importance_shares(importance * 131072)
+    whole = widths == 1000
+    assert whole.tolist() == [False, False, True, True, True]
+    assert (share / share.mean() * 0.8 > 1).tolist() == [False, False, False, True, True]
+    ratio = widths[~whole] / share[~whole]
+    assert torch.allclose(ratio, ratio[:1].expand(2), rtol=1e-12)
+    assert bool((ratio.min() * share[whole] >= 1000).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    importance=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    sparsity=st.floats(0, 0.95),
+)
+def test_filled_widths_meet_the_budget_and_none_is_over_its_size(
+    importance: list[float], sparsity: float
+) -> None:
+    scores = tuple(torch.zeros(60 + 10 * block) for block in range(len(importance)))
+    costs = tuple(1 + block % 3 for block in range(len(importance)))
+    some = AllocationProblem(torch.tensor(importance).double(), scores, sparsity, costs=costs)
+    widths = ALLOCATORS["cfsp-filled"](some)
+    assert bool((widths <= some.intermediate_sizes).all())
+    assert bool((widths > 0).all())
+    assert float((widths * some.channel_costs).sum()) == pytest.approx(some.budget)
+    order = widths / some.intermediate_sizes
+    for one in range(len(importance)):
+        for other in range(len(importance)):
+            if importance[one] >= importance[other]:
+                assert order[one] >= order[other] - 1e-12
 
 
 @settings(max_examples=150, deadline=None)
