@@ -33,7 +33,7 @@ from .least_squares import solve_damped
 from .ranks import Ranks
 from .stream import record_block_calls, run_block
 
-EPOCHS = 3
+EPOCHS = 2
 LEARNING_RATE = 0.005
 WARM_UP_STEPS = 20
 BETAS = (0.9, 0.95)
