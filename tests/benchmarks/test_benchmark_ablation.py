@@ -64,6 +64,7 @@ def test_a_cell_is_what_prune_and_perplexity_give(root: Path, result: dict[str, 
     calibration = cfsp.Calibration(dataset=TEXT, samples=6, seqlen=32)
     recipe = cfsp.Recipe(
         sparsity=0.25,
+        scorer="cfsp",
         width_multiple=1,
         compensation="least-squares",
         damping=0.1,
