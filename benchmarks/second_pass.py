@@ -34,7 +34,8 @@ def random_plan(opened: Any, sparsity: float) -> Any:
     for size in opened.layout.intermediate_sizes(opened.model):
         order = torch.randperm(size, generator=generator)
         blocks.append(BlockPlan(size, order[: round(size * (1 - sparsity))].sort().values, 1.0))
-    return PruningPlan(tuple(blocks), opened.blocks.fingerprint(), Recipe(sparsity=sparsity))
+    recipe = Recipe(sparsity=sparsity, scorer="cfsp")
+    return PruningPlan(tuple(blocks), opened.blocks.fingerprint(), recipe)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:

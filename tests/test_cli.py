@@ -94,7 +94,7 @@ def test_overwrite_replaces_the_folder_whole(
     ("options", "message"),
     [
         (["--scorer", "x"], "unknown scorer 'x'; valid: cfsp, cfsp-eq8, cfsp-output, cfsp-resid"),
-        (["--allocator", "x"], "unknown allocator 'x'; valid: cfsp, uniform, global"),
+        (["--allocator", "x"], "unknown allocator 'x'; valid: cfsp, cfsp-filled, uniform"),
         (["--compensation", "x"], "unknown compensation 'x'; valid: none, bias"),
         (["--importance", "x"], "unknown importance metric 'x'; valid: angular, cosine, mse, mae"),
         (["--dataset", "x"], "unknown dataset 'x'; valid: wikitext2, c4, ptb, builtin, or the pat"),

@@ -84,6 +84,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model.generation_config.max_new_tokens = 7
             made[key] = tmp_path_factory.mktemp("pruned") / family
             recipe = cfsp.Recipe(
+                scorer="cfsp",
                 sparsity=0.3,
                 width_multiple=1,
                 compensation=compensation,

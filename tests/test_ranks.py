@@ -168,8 +168,10 @@ def four(here: Here) -> Driven:
         "rank": 2, "module": "collection", "function": "run_block", "call": 2, "signal": "SIGTERM",
         "to": "itself",
     }  # fmt: skip
-    stop_in_pass_2 = {**stop_in_pass_1, "module": "second_pass", "function": "prune_block_"}
-    kill = {**stop_in_pass_2, "rank": 3, "call": 1, "signal": "SIGKILL"}
+    stop_in_pass_2 = {
+        **stop_in_pass_1, "module": "second_pass", "function": "prune_block_", "call": 1
+    }  # fmt: skip
+    kill = {**stop_in_pass_2, "rank": 3, "signal": "SIGKILL"}
     broken = with_a_broken_token(here.folder / "nan", here.text)
     calls = iter(range(4))  # those of pass 1
     calibration = cfsp.Calibration(str(here.text), SAMPLES, 32)

@@ -22,6 +22,7 @@ from .test_families import ALL, EXPERTS, make
 
 TEXT = str(Path(cfsp.__file__).parent / "text.py")
 RECIPE = cfsp.Recipe(
+    scorer="cfsp",
     sparsity=0.3,
     width_multiple=1,
     calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=16),
