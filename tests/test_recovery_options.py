@@ -66,7 +66,7 @@ def test_a_student_comes_nearer_to_its_teacher(pruned: Path, tmp_path: Path) -> 
     dense = pruned.with_name("llama-dense")
     choice = cfsp.Distillation(str(dense), text_weight=0.0)
     settings = cfsp.Recovery(
-        method="ffn", steps=30, batch_size=4, learning_rate=2e-3, distillation=choice
+        method="ffn", steps=60, batch_size=4, learning_rate=2e-3, distillation=choice
     )
     result = cfsp.recover(pruned, tmp_path / "out", settings, **OPTIONS)
     assert result.report.settings.distillation == choice
