@@ -32,7 +32,7 @@ from .rewriting import planned_tensors
 from .scoring import SCORERS
 from .shards import TensorInfo, pack_shards
 from .stream import default_micro_batch
-from .workload import TEXT_BYTES, Workload
+from .workload import TEXT_BYTES, SearchCosts, Workload
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,15 @@ def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> Refi
     return RefitCosts(dense, pruned, windows.samples, windows.seqlen, epochs, recipe.sequential)
 
 
+def _search_costs(job: Job) -> SearchCosts | None:
+    """Of a job whose widths are searched for; None for any other."""
+    recipe = job.recipe
+    if not job.prunes or job.plan is not None or not recipe.searches:
+        return None
+    candidates = 1 + recipe.search_generations * recipe.search_offspring
+    return SearchCosts(candidates, recipe.search_windows)
+
+
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
     tensors = kept_tensors(model.state_dict(), model)
@@ -159,6 +168,7 @@ def _workload(described: Description, job: Job, device: str, plan: PruningPlan |
         device,
         _gram_costs(described, job, dense),
         _refit_costs(job, dense, pruned),
+        _search_costs(job),
     )
 
 

@@ -194,6 +194,8 @@ class Estimate:
 
     def _advice(self, parts: dict[str, int], over: int) -> str:
         """What can be lowered to save ``over`` bytes of these."""
+        if any(stage.name == "search" for stage in self.stages):
+            return "allocator 'search' needs the whole model in memory, others do not"
         if not self.streamed:
             return "this model is loaded whole; one stored as safetensors of floats would not be"
         lowered = {part: count for part, count in parts.items() if part in LOWERED_BY}

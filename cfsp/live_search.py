@@ -98,8 +98,8 @@ class CutBlocks:
     """Puts cut copies of blocks into a model in memory, each cut once for each width.
 
     A copy shares everything with its block but the matrices that a cut makes. Scores are fixed, so
-    a block of given widths is always the same. Memory beside the model: the FFNs of the candidate
-    in place, and up to as much as all dense FFNs for copies that wait.
+    a block of given widths is always the same. Memory beside the model: up to as much as all dense
+    FFNs, for the copies in place and those that wait, and one block while it is cut.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, cut: Cut) -> None:

@@ -35,6 +35,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class SearchCosts:
+    """A search for widths, on a model in memory."""
+
+    candidates: int
+    """Pruned models that are measured."""
+    windows: int
+    """That each is measured on."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is run on which model.
 
@@ -65,8 +75,11 @@ class Workload:
     device: str
     """cpu or cuda."""
     gram: GramCosts | None = None
-    refit: RefitCosts | None = None
     """Of Gram matrices, where these are collected or read."""
+    refit: RefitCosts | None = None
+    """Of blocks that are fitted again after the cut."""
+    search: SearchCosts | None = None
+    """Of widths that are searched for."""
 
     @property
     def _split(self) -> Split:
@@ -97,6 +110,21 @@ class Workload:
             flops * ranks,
             flops * FP64_SLOWER[self.device],
         )
+
+    def _searching(self) -> tuple[int, float, float]:
+        """(bytes read, FLOPs, FLOPs as if all were those of a forward pass) of a search: its
+        candidates' forward passes, and the cuts of all FFNs once and of those that exchange
+        channels, each with another, twice a candidate on average."""
+        if self.search is None or self.pruned is None:
+            return 0, 0.0, 0.0
+        tokens = self.search.candidates * self.search.windows * self.seqlen
+        forward = tokens * self.pruned.flops(self.seqlen)
+        if self.gram is None or not self.gram.fits:
+            return 0, forward, forward
+        passes = 1 + (self.search.candidates - 1) * 4 / len(self.costs.blocks)
+        read = round(passes * self.gram.disk_bytes(self.windows or 2))
+        flops = passes * self.gram.fit_flops()
+        return read, forward + flops, forward + flops * FP64_SLOWER[self.device]
 
     def evaluation_flops(self) -> float:
         """Of all windows through the model, before and after."""
@@ -150,6 +178,11 @@ class Workload:
                 read += self.gram.disk_bytes(self.windows or 2)
                 flops, slower = self.gram.rank_flops(), FP64_SLOWER[self.device]
             found.append(self._stage("score", hardware, read, 0, flops, slower, copied=read))
+        if self.search is not None:
+            read, flops, slower = self._searching()
+            found.append(
+                self._stage("search", hardware, read, 0, flops, slower / flops, copied=read)
+            )
         share = self._evaluation_windows_of_rank() / max(1, self.evaluation_windows)
         read, fitting, busiest = self._fitting()
         refitting = self.refit.flops() if self.refit is not None else 0.0
@@ -202,6 +235,18 @@ class Workload:
                 "blocks": self._blocks_at_work(),
                 "ranking": self.gram.rank_bytes(),
             }
+        if self.pruned is not None and self.search is not None:
+            found["search"] = {
+                "embeddings, norm, head": outer,
+                "blocks": self._blocks_at_work(),
+                "cut FFNs": costs.ffn_bytes + self.pruned.largest_block,
+                "micro-batch": max(
+                    costs.working_bytes(1, self.seqlen, self.device),
+                    costs.logits_bytes(self.seqlen, ROWS_PER_LOSS),
+                ),
+            }
+            if self.gram is not None and self.gram.fits:
+                found["search"]["least squares"] = self.gram.fit_bytes()
         if self.pruned is not None:
             pruned = self.pruned.largest_block
             evaluated = self._evaluation_windows_of_rank()

@@ -19,7 +19,9 @@ import cfsp
 from cfsp.costs import ModelCosts, block_path, costs_of
 from cfsp.errors import CfspError
 from cfsp.hardware import H100
+from cfsp.live_search import CutBlocks
 from cfsp.memory import MemoryBudget, format_bytes, parse_budget, parse_bytes
+from cfsp.plan import BlockPlan
 from cfsp.shards import TensorInfo
 from cfsp.stream import record_block_calls, run_block
 
@@ -221,6 +223,37 @@ def test_bytes_written_are_the_folders_for_one_width(tmp_path: Path, tied: bool)
     assert found.stages[-1].bytes_read == size
     assert found.parameters == result.report.parameters_before
     assert found.parameters_after == result.report.parameters_after
+
+
+def test_a_search_is_reckoned_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = make_tiny(intermediate_size=1024), make_tokenizer()
+    model.save_pretrained(tmp_path)
+    recipe = replace(
+        RECIPE, allocator="search", search_generations=4, search_offspring=3, search_windows=2
+    )
+    found = cfsp.estimate(tmp_path, recipe, eval_windows=0)
+    stages = {stage.name: stage for stage in found.stages}
+    assert list(stages) == ["open", "calibrate", "search", "prune", "verify"]
+    assert not found.streamed
+    held, cut_block = [], CutBlocks._cut_block
+
+    def watched(self: CutBlocks, number: int, plan: BlockPlan) -> torch.nn.Module:
+        block = cut_block(self, number, plan)
+        held.append(self.bytes)
+        return block
+
+    monkeypatch.setattr(CutBlocks, "_cut_block", watched)
+    statistics = cfsp.calibrate(model, tokenizer, recipe, progress=False)
+    with FlopCounterMode(display=False) as counter:
+        cfsp.plan(statistics, model, recipe, tokenizer)
+    assert counter.get_total_flops() == pytest.approx(stages["search"].flops, rel=0.01)
+    assert found.device_stage == "search"
+    parts = found.device_parts
+    ffns = sum(p.nbytes for n, p in model.named_parameters() if ".mlp." in n)
+    assert max(held) <= ffns < parts["cut FFNs"]
+    assert parts["blocks"] == sum(p.nbytes for n, p in model.named_parameters() if ".layers." in n)
+    with pytest.raises(CfspError, match="allocator 'search' needs the whole model in memory"):
+        found.check(MemoryBudget(host=1 << 20))
 
 
 PUBLISHED = cfsp.Recipe(scorer="cfsp")
