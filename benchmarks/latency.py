@@ -1,6 +1,6 @@
 """Latency budgets against the clock: a random model of real proportions, predicted and measured.
 
-    python benchmarks/latency.py --threads 1 --out latency.json
+``python -m benchmarks.latency --threads 1 --json RESULT.json``
 
 The table is made as ``cfsp latency`` does; then the dense and the pruned models take turns.
 """
@@ -8,7 +8,9 @@ The table is made as ``cfsp latency`` does; then the dense and the pruned models
 import argparse
 import copy
 import json
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,9 +47,10 @@ def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[An
     """A copy cut to a budget, and its predicted seconds."""
     left = copy.deepcopy(model)
     opened = adopt(left, None)
-    plan = even_plan(left, opened.layout, cfsp.Recipe(budget=budget), table)
+    recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
+    plan = even_plan(left, opened.layout, recipe, table)
     for block, of_plan in zip(opened.layout.find_blocks(left), plan.blocks, strict=True):
-        prune_block_(block, opened.layout, of_plan, "none", None)
+        prune_block_(block, opened.layout, of_plan, recipe, None)
     return left, table.predicted(plan.widths)
 
 
@@ -67,46 +70,66 @@ def seconds(models: list[PreTrainedModel], tokens: torch.Tensor, rounds: int) ->
     return [median(times) for times in found]
 
 
-def main() -> None:
-    """Print a line per budget; write all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fractions", default="0.1,0.25,0.4")
-    parser.add_argument("--shape", default="1x128")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    batch, length = map(int, options.shape.split("x"))
+def compared(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Predicted and measured seconds of the dense model, and of one for each budget."""
+    batch, length = map(int, shape.split("x"))
     model = build(options.device, options.dtype)
     table = cfsp.latency_table(model, batch=batch, length=length, again=True, progress=False)
-    budgets = [f"latency={fraction}@{options.shape}" for fraction in options.fractions.split(",")]
+    budgets = [f"latency={fraction}@{shape}" for fraction in options.fractions.split(",")]
     cut = [pruned(model, budget, table) for budget in budgets]
     tokens = torch.randint(0, SHAPE["vocab_size"], (batch, length), device=options.device)
     measured = seconds([model, *(left for left, _ in cut)], tokens, options.rounds)
-    result: dict[str, Any] = {
-        "environment": describe(),
+    found: dict[str, Any] = {
         "table": table.to_dict(),
         "dense": {"predicted": table.dense_seconds, "measured": measured[0]},
         "budgets": {},
     }
     print(f"dense: predicted {table.dense_seconds * 1e3:.2f} ms, measured {measured[0] * 1e3:.2f}")
-    for budget, (_, predicted), found in zip(budgets, cut, measured[1:], strict=True):
+    for budget, (_, predicted), own in zip(budgets, cut, measured[1:], strict=True):
         wanted = 1 - float(budget.partition("@")[0].removeprefix("latency="))
-        row = {"wanted": wanted, "predicted": predicted, "measured": found}
-        row["measured_fraction"] = found / measured[0]
+        row = {"wanted": wanted, "predicted": predicted, "measured": own}
+        row["measured_fraction"] = own / measured[0]
         row["off_request"] = row["measured_fraction"] / wanted - 1
-        result["budgets"][budget] = row
+        found["budgets"][budget] = row
         print(
             f"{budget}: wanted {wanted:.0%} of dense, measured {row['measured_fraction']:.1%} "
             f"({row['off_request']:+.1%}); predicted {predicted * 1e3:.2f} ms, measured "
-            f"{found * 1e3:.2f} ({found / predicted - 1:+.1%})"
+            f"{own * 1e3:.2f} ({own / predicted - 1:+.1%})",
+            flush=True,
         )
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line per budget; write all of it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--fractions", default="0.1,0.25,0.4")
+    parser.add_argument("--shapes", nargs="+", default=["1x128", "1x512"])
+    parser.add_argument("--repeat", type=int, default=1, help="times that all is done")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    runs = [compared(shape, options) for _ in range(options.repeat) for shape in options.shapes]
+    off = [abs(row["off_request"]) for run in runs for row in run["budgets"].values()]
+    print(f"off the request by {max(off):.1%} at most, {median(off):.1%} in the middle")
+    result = {
+        "environment": describe(),
+        "malloc": {name: value for name, value in os.environ.items() if "MALLOC_" in name},
+        "most_off": max(off),
+        "median_off": median(off),
+        "runs": runs,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

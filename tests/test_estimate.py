@@ -227,6 +227,7 @@ def test_bytes_written_are_the_folders_for_one_width(tmp_path: Path, tied: bool)
 
 def test_a_search_is_reckoned_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = make_tiny(intermediate_size=1024), make_tokenizer()
+    model.set_attn_implementation("eager")  # whose FLOPs are counted
     model.save_pretrained(tmp_path)
     recipe = replace(
         RECIPE, allocator="search", search_generations=4, search_offspring=3, search_windows=2
