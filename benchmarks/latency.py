@@ -28,7 +28,7 @@ from cfsp.rewriting import prune_block_
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 2048,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 8192,

@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,12 +29,17 @@ from .layouts import Layout, as_block_output
 from .models import OpenModel, check_seqlen, model_device
 from .plan import write_json
 from .provenance import versions
-from .stream import BlockCalls, record_block_calls
 
 POINTS = 8
 """Widths that are measured of every FFN, up to the dense one."""
 ROUNDS = 21
 """Times that every width is measured; the median counts."""
+LEAST_ROUNDS, LONG_SECONDS = 7, 60.0
+"""From so many rounds on measuring stops after so many seconds."""
+CHAIN = 4
+"""Blocks of a width that are timed one after another."""
+UNCACHED_BYTES = 256 << 20
+"""Of weights: blocks together as large find no weights of theirs in a cache."""
 FAST_MULTIPLE = 128
 """Of the widths that are measured: matrix products of whole tiles."""
 CALLS_PER_SYNC = {"cpu": 1}
@@ -196,8 +203,10 @@ def measure_table(
 ) -> LatencyTable:
     """Measure one block of every kind at a grid of widths, and the rest of the model.
 
-    Weights are random. All widths are in memory at once and take turns, there and back, so that
-    drift cancels out and each finds the caches as in the model: full of other weights.
+    What is timed is the model with a few blocks of one width, and with none: a block takes what
+    they add. Alone it would not find the caches and the memory allocator as in the model. Weights
+    are random. All widths are in memory at once and take turns, there and back, so that drift
+    cancels out.
 
     Args:
         opened: dense; no weights of its blocks are read.
@@ -213,25 +222,24 @@ def measure_table(
     kinds = sorted(set(names), key=names.index)
     generator = torch.Generator().manual_seed(0)
     shape = identity["batch"], identity["length"]
-    tokens = torch.randint(
-        0, model.get_input_embeddings().num_embeddings, shape, generator=generator
-    )
-    calls = record_block_calls(model, blocks, tokens, micro_batch=len(tokens))
+    words = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, words, shape, generator=generator).to(device)
     measured: list[tuple[WidthCurve, ...]] = []
+    outer: list[float] = []
     bar = tqdm(kinds, desc="latency", unit="kind of block", disable=not progress)
     try:
         for name in bar:
-            number = names.index(name)
-            dense = _with_random_weights(blocks[number], device, model.dtype)
-            measured.append(_curves(dense, number, layout, calls))
-        outer = _outer(model, blocks, tokens.to(device), calls)
-        outer_seconds = _medians([outer], device)[0]
+            places = [place for place, own in enumerate(names) if own == name][:CHAIN]
+            dense = _with_random_weights(blocks[places[0]], device, model.dtype)
+            curves, seconds = _curves(model, layout, dense, places, tokens)
+            measured.append(curves)
+            outer.append(seconds)
     except torch.OutOfMemoryError:
         raise CfspError(
             f"no memory to measure blocks at {shape[0]} x {shape[1]} tokens; fewer tokens need less"
         ) from None
     return LatencyTable(
-        identity, outer_seconds, tuple(measured), tuple(kinds.index(name) for name in names)
+        identity, median(outer), tuple(measured), tuple(kinds.index(name) for name in names)
     )
 
 
@@ -255,60 +263,97 @@ def _grid(group: ChannelGroup) -> list[int]:
 
 
 def _curves(
-    dense: nn.Module, number: int, layout: Layout, calls: BlockCalls
-) -> tuple[WidthCurve, ...]:
-    """A curve for every FFN of a block."""
-    args, kwargs = calls.arguments[number][0]
+    model: PreTrainedModel,
+    layout: Layout,
+    dense: nn.Module,
+    places: Sequence[int],
+    tokens: torch.Tensor,
+) -> tuple[tuple[WidthCurve, ...], float]:
+    """A curve for every FFN of a block, and the seconds of the model without blocks.
 
-    def runs(position: int, width: int) -> Callable[[], Any]:
+    Args:
+        model: whose embeddings, norm and head run too.
+        layout: its layout.
+        dense: a block with weights.
+        places: numbers of the blocks that it stands in for.
+        tokens: [batch, length] int64.
+    """
+    blocks = layout.find_blocks(model)
+    size = sum(parameter.nbytes for parameter in dense.parameters())
+    copies = min(len(places), max(1, math.ceil(UNCACHED_BYTES / size)))
+
+    def cut(position: int, width: int) -> nn.Module:
         block = copy.deepcopy(dense)
         ffn = layout.block_ffns(block)[position]
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
 
-        def cut(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
+        def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
             return none(down, kept[expert].to(down.device), None, 0.0, out)
 
-        ffn.cut_(block, kept, cut, None)
-        return lambda: block(calls.hidden, *args, **kwargs)
+        ffn.cut_(block, kept, cut_down, None)
+        return block
 
-    found = []
+    def runs(position: int, width: int) -> Callable[[], Any]:
+        own = [cut(position, width) for _ in range(copies)]
+        placed = {place: own[turn % copies] for turn, place in enumerate(places)}
+        return _forward(model, blocks, placed, tokens)
+
+    curves, outer = [], []
     for position, group in enumerate(layout.groups(dense)):
         widths = _grid(group)
-        cases = [runs(position, width) for width in widths]
-        seconds = _medians(cases, calls.hidden.device)
-        found.append(WidthCurve(tuple(widths), tuple(seconds)))
-    return tuple(found)
+        cases = [_forward(model, blocks, {}, tokens), *(runs(position, w) for w in widths)]
+        rounds = _timed(cases, tokens.device)
+        outer.append(median(alone for alone, *_ in rounds))
+        seconds = [
+            max(0.0, median(times[1 + number] - times[0] for times in rounds)) / len(places)
+            for number in range(len(widths))
+        ]
+        curves.append(WidthCurve(tuple(widths), tuple(seconds)))
+    return tuple(curves), median(outer)
 
 
-def _outer(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: torch.Tensor, calls: BlockCalls
+def _forward(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    placed: Mapping[int, nn.Module],
+    tokens: torch.Tensor,
 ) -> Callable[[], Any]:
-    """A forward call whose blocks do nothing."""
+    """A forward call with other blocks in some places; those in all others do nothing."""
 
     def hand_on(block: nn.Module) -> Callable[..., Any]:
         return lambda states, *_, **__: as_block_output(block, states)
 
+    forwards: list[Callable[..., Any]] = [hand_on(block) for block in blocks]
+    for place, block in placed.items():
+        forwards[place] = partial(block)
+
     def run() -> Any:
-        with forward_instead(blocks, [hand_on(block) for block in blocks]):
+        with forward_instead(blocks, forwards):
             return model(input_ids=tokens, use_cache=False)
 
     return run
 
 
-def _medians(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds of each case; they take turns, there and back, after one that is not timed."""
+def _timed(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[list[float]]:
+    """Seconds of each case in every round; they take turns, there and back, after a round that is
+    not timed. At most :data:`ROUNDS`, and fewer, but :data:`LEAST_ROUNDS`, where they take long."""
     calls = CALLS_PER_SYNC.get(device.type, 10)
-    seconds: list[list[float]] = [[] for _ in cases]
+    found: list[list[float]] = []
+    begun = time.perf_counter()
     for turn in range(ROUNDS + 1):
+        seconds = [0.0] * len(cases)
         for number in range(len(cases)) if turn % 2 else reversed(range(len(cases))):
             _wait(device)
             started = time.perf_counter()
             for _ in range(calls):
                 cases[number]()
             _wait(device)
-            if turn:
-                seconds[number].append((time.perf_counter() - started) / calls)
-    return [median(times) for times in seconds]
+            seconds[number] = (time.perf_counter() - started) / calls
+        if turn:
+            found.append(seconds)
+        if len(found) >= LEAST_ROUNDS and time.perf_counter() - begun > LONG_SECONDS:
+            break
+    return found
 
 
 def _wait(device: torch.device) -> None:

@@ -154,6 +154,30 @@ def test_the_command_measures_once_and_writes(
     assert (code, "of the dense model" in printed, "100.0%" in printed) == (0, True, True)
 
 
+def test_a_block_takes_what_the_ones_in_the_model_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = adopt(make_tiny(intermediate_size=96, num_hidden_layers=6), None)
+    identity = table_identity(opened.model, opened.layout, torch.device("cpu"), 2, 16)
+    logits: list[torch.Tensor] = []
+
+    def timed(cases, device):
+        logits.extend(case().logits for case in cases)
+        drifting = [[0.5, 0.7, 0.9, 1.1, 1.3], [1.5, 1.7, 1.9, 2.1, 2.3], [1.5, 1.7, 1.9, 2.1, 2.3]]
+        return [seconds[: len(cases)] for seconds in drifting]
+
+    monkeypatch.setattr(latency_measure, "_timed", timed)
+    table = latency_measure.measure_table(opened, identity, progress=False)
+    assert table.outer_seconds == 1.5
+    assert table.kinds[0][0].widths == (24, 48, 72, 96)
+    assert table.kinds[0][0].seconds == pytest.approx((0.05, 0.1, 0.15, 0.2))  # four of six ran
+    assert table.dense_seconds == pytest.approx(1.5 + 6 * 0.2)
+    assert {tuple(found.shape) for found in logits} == {(2, 16, 260)}
+    embedding, norm = opened.model.get_input_embeddings(), opened.model.model.norm
+    tokens = torch.randint(0, 260, (2, 16), generator=torch.Generator().manual_seed(0))
+    alone = opened.model.lm_head(norm(embedding(tokens)))
+    torch.testing.assert_close(logits[0], alone)
+    assert not any(torch.allclose(found, alone) for found in logits[1:])
+
+
 def slow(folder: Path, shape: tuple[int, int] = (1, 16)) -> LatencyTable:
     """A made-up table of the tiny model: a block takes 1 s, and 0.01 s a channel."""
     opened = adopt(make_tiny(intermediate_size=96), None)

@@ -14,7 +14,7 @@ def test_every_budget_is_predicted_within_it_and_measured(
 ) -> None:
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path))
     monkeypatch.setattr(  # a second more for every wider one: what is measured is not judged here
-        latency_measure, "_medians", lambda cases, device: [1.0 + n for n in range(len(cases))]
+        latency_measure, "_timed", lambda cases, _: [[1.0 + n for n in range(len(cases))]]
     )
     file = tmp_path / "result.json"
     arguments = ["--shapes", "1x64", "--repeat", "2", "--rounds", "1", "--fractions", "0.1,0.2"]
