@@ -131,8 +131,7 @@ def _search_costs(job: Job) -> SearchCosts | None:
     recipe = job.recipe
     if not job.prunes or job.plan is not None or not recipe.searches:
         return None
-    candidates = 1 + recipe.search_generations * recipe.search_offspring
-    return SearchCosts(candidates, recipe.search_windows)
+    return SearchCosts(recipe.search_candidates, recipe.search_windows)
 
 
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:

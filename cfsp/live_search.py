@@ -59,8 +59,9 @@ def width_search(
     ) -> tuple[int, ...]:
         check_compensation(plan_of(start), statistics)
         experts = problem.experts or (1,) * len(start)
-        candidates = 1 + recipe.search_generations * recipe.search_offspring
-        bar = tqdm(total=candidates, desc="search", unit="model", disable=not progress)
+        bar = tqdm(
+            total=recipe.search_candidates, desc="search", unit="model", disable=not progress
+        )
         with bar, _evaluating(model), CutBlocks(model, layout, cut).in_place() as put:
 
             def evaluate(widths: tuple[int, ...]) -> float:

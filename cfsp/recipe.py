@@ -171,6 +171,11 @@ class Recipe:
         return self.resolved_allocator == SEARCH
 
     @property
+    def search_candidates(self) -> int:
+        """Pruned models that a search measures at most."""
+        return 1 + self.search_generations * self.search_offspring
+
+    @property
     def blockwise(self) -> bool:
         """Whether all weights of a cut FFN are fitted again."""
         return self.resolved_compensation in BLOCKWISE
