@@ -70,7 +70,7 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--micro-batch",
         type=int,
-        help="windows a pass (default: 8192 tokens on a GPU, 1 window on a CPU)",
+        help="windows a pass (default: 8192 tokens on a GPU, 1024 on a CPU)",
     )
     group.add_argument(
         "--learning-rate",

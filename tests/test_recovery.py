@@ -209,10 +209,12 @@ def test_settings_are_completed_by_size_and_pruning() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     small = cfsp.Recovery().resolved(calibration, 10**8, cpu)
     assert (small.dataset, small.seqlen, small.bos) == ("ptb", 512, "never")
-    assert (small.batch_size, small.micro_batch, small.learning_rate) == (8, 1, 1e-3)
+    assert (small.batch_size, small.micro_batch, small.learning_rate) == (8, 2, 1e-3)
     large = cfsp.Recovery(method="ffn", seqlen=2048).resolved(calibration, 7 * 10**10, gpu)
     assert (large.batch_size, large.micro_batch, large.learning_rate) == (32, 4, 1e-5)
     assert cfsp.Recovery(batch_size=6).resolved(calibration, 1, gpu).micro_batch == 6
+    assert cfsp.Recovery(batch_size=6, seqlen=200).resolved(calibration, 1, cpu).micro_batch == 3
+    assert cfsp.Recovery(seqlen=2048).resolved(calibration, 1, cpu).micro_batch == 1
     assert small.text == replace(calibration, samples=1600)
     with pytest.raises(CfspError, match="micro_batch 3 does not divide batch_size 8"):
         cfsp.Recovery(micro_batch=3).resolved(calibration, 1, cpu)

@@ -10,7 +10,6 @@ import torch
 from ..errors import CfspError, unknown_name
 from ..mixtures import parse_mixture
 from ..recipe import Calibration
-from ..stream import default_micro_batch
 from ..text import BOS_CHOICES
 
 METHODS = ("lora", "ffn")
@@ -36,6 +35,10 @@ DEFAULTS_BY_SIZE = (
     SizeDefaults(math.inf, 32, {"lora": 1e-4, "ffn": 1e-5}),
 )
 """The first row that a model is small enough for."""
+
+TOKENS_PER_PASS = {"cpu": 1024, "gpu": 8192}
+"""Of a micro-batch that is not given. Shorter passes are slower per token, longer ones take more
+memory and, on a CPU, are no faster."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Recovery:
     learning_rate: float | None = None
     """Peak of a cosine schedule that begins with a warm-up of a twentieth of the steps."""
     micro_batch: int | None = None
-    """Windows per forward pass, a divisor of ``batch_size``. None: as many as make about 8192
-    tokens on a GPU, one on a CPU."""
+    """Windows per forward pass, a divisor of ``batch_size``. None: as many as make
+    :data:`TOKENS_PER_PASS`, one at least."""
     gradient_checkpointing: str = "auto"
     """Recompute activations instead of keeping them. auto: where memory is too small otherwise."""
     distillation: Distillation | None = None
@@ -136,7 +139,8 @@ class Recovery:
         of_size = next(row for row in DEFAULTS_BY_SIZE if parameters < row.below)
         seqlen = self.seqlen or calibration.seqlen
         batch_size = self.batch_size or of_size.batch_size
-        most = min(batch_size, default_micro_batch(device, seqlen))
+        tokens = TOKENS_PER_PASS["cpu" if device.type == "cpu" else "gpu"]
+        most = max(1, min(batch_size, tokens // seqlen))
         divisor = next(count for count in range(most, 0, -1) if batch_size % count == 0)
         found = dataclasses.replace(
             self,
