@@ -30,6 +30,8 @@ from .models import OpenModel, check_seqlen, model_device
 from .plan import write_json
 from .provenance import versions
 
+MEASURING = 2
+"""Version of the way of measuring: tables of an earlier one are not taken from the cache."""
 POINTS = 8
 """Widths that are measured of every FFN, up to the dense one."""
 ROUNDS = 21
@@ -95,6 +97,7 @@ def table_identity(
         "batch": batch,
         "length": length,
         "versions": {name: known[name] for name in ("torch", "transformers")},
+        "measuring": MEASURING,
     }
 
 

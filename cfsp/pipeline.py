@@ -236,9 +236,7 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=calibration)
 
 
-def held_out_windows(
-    opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int
-) -> HeldOut:
+def held_out_text(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
     """Held-out windows to measure on: of ``dataset``, or else of those of the calibration's
     datasets that have a held-out part, see :func:`cfsp.mixtures.held_out_mixture`."""
     if windows == 0:
@@ -359,7 +357,7 @@ def prune(
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
         if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
-    held_out = held_out_windows(opened, recipe, eval_dataset, eval_windows)
+    held_out = held_out_text(opened, recipe, eval_dataset, eval_windows)
 
     windows = None
     compensation = recipe.resolved_compensation

@@ -234,7 +234,9 @@ def test_without_a_table_one_is_measured_and_kept(
     assert run(capsys, "prune", tiny_folder, "--dry-run", *options)[0] == 0
 
 
-def test_tables_of_something_else_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_tables_of_something_else_are_refused(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = adopt(make_tiny(intermediate_size=96), None)
     budget = cfsp.Recipe(budget="latency=0.2@1x16").model_budget
     where = (opened.model, opened.layout, torch.device("cpu"), budget)
@@ -247,6 +249,11 @@ def test_tables_of_something_else_are_refused(tiny_folder: Path, tmp_path: Path)
     other = replace(slow(tiny_folder), identity={**slow(tiny_folder).identity, "dtype": "x"})
     latency_measure.save_table(other, latency_measure._cache_file(slow(tiny_folder).identity))
     assert cached_table(slow(tiny_folder).identity) is None
+    known = table_identity(*where[:3], 1, 16)
+    latency_measure.save_table(replace(other, identity=known), latency_measure._cache_file(known))
+    assert cached_table(known) is not None
+    monkeypatch.setattr(latency_measure, "MEASURING", latency_measure.MEASURING + 1)
+    assert cached_table(table_identity(*where[:3], 1, 16)) is None
     for text in ("{}", "[1", '{"format": "cfsp-latency-1", "kinds": 3}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(CfspError, match=r"bad.json is not a latency table"):

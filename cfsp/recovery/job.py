@@ -15,7 +15,7 @@ from ..errors import CfspError
 from ..hardware import resident_bytes, this_machine
 from ..memory import MemoryBudget
 from ..models import OpenModel, count_parameters, open_model, quiet_loading
-from ..pipeline import calibration_windows, held_out_windows
+from ..pipeline import calibration_windows, held_out_text
 from ..provenance import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..runs import HeldOut
 from .distillation import check_teacher
@@ -111,7 +111,7 @@ def make_job(
     trained = what_is_trained(pruned.plan, model, opened.layout, settings)
     windows = calibration_windows(model, opened.tokenizer, settings.text)
     measured = dataclasses.replace(recipe, calibration=settings.text)
-    held_out = held_out_windows(opened, measured, eval_dataset, eval_windows)
+    held_out = held_out_text(opened, measured, eval_dataset, eval_windows)
     teacher = _teacher(opened, settings, device)
     estimate = estimate_training(
         describe_opened(opened),
