@@ -3,10 +3,12 @@
 ``python -m benchmarks.recovery --checkpoint DIR --work DIR --json RESULT.json``
 
 The checkpoint is pruned once; then, for every seed, it is recovered with each allocation on the
-same windows, with as many parameters to half a rank of a block. Perplexity is measured on the
-held-out text of the training dataset and on another text. A run that is done is kept in ``--work``
-and not done again; one that was interrupted goes on from its last checkpoint. With the JSON come
-the answers to two claims: perplexity falls by at least a tenth of the pruned model's, and ranks by
+same windows, with as many parameters to half a rank of a block. ``--distilled`` seeds are also
+recovered a third way: ranks by importance, and on the same windows the distributions and hidden
+states of the dense model as the only goal, not the text. Perplexity is measured on the held-out
+text of the training dataset and on another text. A run that is done is kept in ``--work`` and not
+done again; one that was interrupted goes on from its last checkpoint. With the JSON come the
+answers to two claims: perplexity falls by at least a tenth of the pruned model's, and ranks by
 importance beat uniform ones with every seed. Either may be false.
 """
 
@@ -15,6 +17,7 @@ import json
 import shutil
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 from . import environment
 
 ALLOCATIONS = ("importance", "uniform")
+DISTILLED = "distilled"
 DOMAINS = ("in_domain", "other_domain")
 
 
@@ -94,19 +98,19 @@ def unrecovered(pruned: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def recovered(
-    pruned: Path, allocation: str, seed: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def recovered(pruned: Path, way: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run: perplexities, losses, parameters, seconds."""
     import cfsp
 
-    file = options.work / f"{allocation}-{seed}.json"
+    file = options.work / f"{way}-{seed}.json"
     found = kept(file, options)
     if found is not None:
         return found
-    out = options.work / f"{allocation}-{seed}"
+    out = options.work / f"{way}-{seed}"
+    distilled = cfsp.Distillation(str(options.checkpoint), text_weight=0.0)
     settings = cfsp.Recovery(
-        allocation=allocation,
+        allocation="importance" if way == DISTILLED else way,
+        distillation=distilled if way == DISTILLED else None,
         targets=options.targets,
         rank=options.rank,
         steps=options.steps,
@@ -121,7 +125,7 @@ def recovered(
     seconds = time.perf_counter() - start
     report = result.report
     values = {
-        "allocation": allocation,
+        "way": way,
         "seed": seed,
         **perplexities(result.model, result.tokenizer, options),
         "ranks": report.ranks,
@@ -139,18 +143,16 @@ def recovered(
 def summary(base: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, and whether the claims hold."""
     found: dict[str, Any] = {}
-    for allocation in ALLOCATIONS:
-        own = [run for run in runs if run["allocation"] == allocation]
+    for way in dict.fromkeys(run["way"] for run in runs):
+        own = [run for run in runs if run["way"] == way]
         for domain in DOMAINS:
             values = [run[domain] for run in own]
-            found.setdefault(allocation, {})[domain] = {
+            found.setdefault(way, {})[domain] = {
                 "mean": statistics.mean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
                 "change": statistics.mean(values) / base["pruned"][domain] - 1,
             }
-    pairs = list(
-        zip(*([r for r in runs if r["allocation"] == a] for a in ALLOCATIONS), strict=True)
-    )
+    pairs = list(zip(*([r for r in runs if r["way"] == a] for a in ALLOCATIONS), strict=True))
     differences = [[guided[d] - uniform[d] for guided, uniform in pairs] for d in DOMAINS]
     found["importance_minus_uniform"] = dict(zip(DOMAINS, differences, strict=True))
     found["falls_by_a_tenth"] = found["importance"]["in_domain"]["change"] <= -0.1
@@ -163,21 +165,23 @@ def markdown(result: dict[str, Any]) -> str:
     question, found = result["asked"], result["summary"]
     lines = [
         f"Sparsity {question['sparsity']:.0%}, {question['steps']} steps, rank {question['rank']}, "
-        f"{question['targets']}; {len(result['runs']) // 2} seeds; perplexity, mean ± deviation.",
+        f"{question['targets']}, {question['batch_size']} windows of {question['seqlen']} tokens a "
+        "step; perplexity, mean ± deviation over seeds.",
         "",
-        f"| | `{Path(question['eval_dataset']).stem}` | `{Path(question['other_dataset']).stem}` |",
-        "|---|---:|---:|",
+        f"| | seeds | `{Path(question['eval_dataset']).stem}` "
+        f"| `{Path(question['other_dataset']).stem}` |",
+        "|---|---:|---:|---:|",
     ]
     for name in ("dense", "pruned"):
         values = " | ".join(f"{result[name][domain]:.2f}" for domain in DOMAINS)
-        lines.append(f"| {name} | {values} |")
-    for allocation in ALLOCATIONS:
-        cells = [found[allocation][domain] for domain in DOMAINS]
+        lines.append(f"| {name} | | {values} |")
+    for way, seeds in Counter(run["way"] for run in result["runs"]).items():
+        cells = [found[way][domain] for domain in DOMAINS]
         values = " | ".join(
             f"{cell['mean']:.2f} ± {cell['deviation']:.2f} ({cell['change']:+.1%})"
             for cell in cells
         )
-        lines.append(f"| {allocation} | {values} |")
+        lines.append(f"| {way} | {seeds} | {values} |")
     differences = found["importance_minus_uniform"]["in_domain"]
     listed = ", ".join(f"{difference:+.3f}" for difference in differences)
     verdict = "beats" if found["importance_beats_uniform_with_every_seed"] else "does not beat"
@@ -211,17 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, help="default: by size")
     parser.add_argument("--targets", default="ffn")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--distilled", type=int, default=0, help="seeds recovered from the dense model alone too"
+    )
     parser.add_argument("--eval-windows", type=int, default=64)
     parser.add_argument("--keep", action="store_true", help="keep the recovered models")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     pruned = pruned_folder(options)
     base = unrecovered(pruned, options)
-    runs = [
-        recovered(pruned, allocation, seed, options)
-        for seed in range(options.seeds)
-        for allocation in ALLOCATIONS
-    ]
+    planned = [(way, seed) for seed in range(options.seeds) for way in ALLOCATIONS]
+    planned += [(DISTILLED, seed) for seed in range(options.distilled)]
+    runs = [recovered(pruned, way, seed, options) for way, seed in planned]
     result = {
         **base,
         "runs": runs,
