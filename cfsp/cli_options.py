@@ -24,7 +24,9 @@ def add_dataset(group: Any, default: str) -> None:
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """``--resume``."""
     parser.add_argument(
-        "--resume", action="store_true", help="continue a run of this command that was interrupted"
+        "--resume",
+        action="store_true",
+        help="continue a run of this command that was interrupted; --overwrite begins anew",
     )
 
 

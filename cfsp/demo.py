@@ -71,6 +71,7 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
         eval_windows=EVALUATION_WINDOWS,
         device=device,
         overwrite=overwrite,
+        resume=not overwrite,  # a demo that was killed goes on
         progress=progress,
     )
     with quiet_loading():

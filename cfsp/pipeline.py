@@ -307,7 +307,7 @@ def prune(
         max_memory: what the run may take: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a
             CPU both are the process's memory. The micro-batch, where the recipe has none, is the
             largest that fits, up to the default.
-        overwrite: replace ``out`` where it exists.
+        overwrite: replace ``out`` where it exists, and an interrupted run of it.
         resume: continue a run of the same model, recipe and text that was interrupted.
         verify: compare the SHA-256 of the model's weight files with what is known of them (see
             :func:`cfsp.hashes.known_hashes`), and list those of the result in ``SHA256SUMS``.

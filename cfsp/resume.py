@@ -23,18 +23,24 @@ def can_resume(partial: Path) -> bool:
     return (partial / STATE_FOLDER / MANIFEST).is_file()
 
 
-def check_resume(partial: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of something else.
+def check_resume(partial: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    """Refuse to continue a run of something else, or to throw one away that could be continued.
 
     Args:
         partial: the folder of the run that was interrupted; one without a run is no objection.
         identity: plain values that say what this run does; equal ones give equal bytes.
+        resume: continue it.
+        overwrite: where it is not to be continued, throw it away.
 
     Raises:
-        CfspError: names what differs.
+        CfspError: names what differs, or says that there is such a run.
     """
-    if not can_resume(partial):
+    if not can_resume(partial) or (overwrite and not resume):
         return
+    if not resume:
+        raise CfspError(
+            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
+        )
     file = partial / STATE_FOLDER / MANIFEST
     try:
         manifest = json.loads(file.read_text())
@@ -47,7 +53,7 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     if differing:
         raise CfspError(
             f"cannot resume {partial}: it was begun with another {', '.join(differing)}; "
-            "without --resume it is begun anew"
+            "--overwrite without --resume begins anew"
         )
 
 

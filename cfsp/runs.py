@@ -355,8 +355,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
     opened, ranks = run.opened, run.ranks
     identity = run.identity(blocks)
     ranks.check_same(identity)
-    if resume:
-        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
+    ranks.of_first(lambda: check_resume(partial_folder(out), identity, resume, run.overwrite))
     with _shared_folder(out, run.overwrite, resume, ranks) as folder:
         if ranks.first:
             begin(folder, identity)

@@ -22,7 +22,9 @@ from cfsp.recovery.training import RecoveryTrainer, Watch
 
 from .test_recovery import OPTIONS, TEXT, contents, pruned_folder
 
-SETTINGS = cfsp.Recovery(rank=2, steps=6, batch_size=2, learning_rate=1e-2, targets="all")
+SETTINGS = cfsp.Recovery(
+    rank=2, steps=6, batch_size=2, micro_batch=1, learning_rate=1e-2, targets="all"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +107,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     recover(pruned, tmp_path / "whole")
     assert contents(tmp_path / "whole") == contents(reference)
     passes = count_passes(monkeypatch)
+    with pytest.raises(CfspError, match=r"killed\.partial is an interrupted run: --resume"):
+        recover(pruned, tmp_path / "killed")
+    assert not passes
     recover(pruned, tmp_path / "killed", resume=True)
     assert len(passes) == 2 * 2
     assert contents(tmp_path / "killed") == contents(reference)

@@ -79,11 +79,15 @@ def test_resume_without_an_interrupted_run_is_an_ordinary_run(tmp_path: Path) ->
     assert_same_files(tmp_path / "a", tmp_path / "b")
 
 
-def test_without_resume_it_is_begun_anew(tmp_path: Path) -> None:
+def test_it_is_thrown_away_only_where_overwrite_says_so(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
-    stopped(folder, tmp_path / "out", 5)
+    partial = stopped(folder, tmp_path / "out", 5)
+    before = finished(partial)
     recipe = replace(RECIPE, sparsity=0.5)
-    prune(folder, tmp_path / "out", recipe)
+    with pytest.raises(CfspError, match=r"out\.partial is an interrupted run: --resume continues"):
+        prune(folder, tmp_path / "out", recipe)
+    assert finished(partial) == before
+    prune(folder, tmp_path / "out", recipe, overwrite=True)
     prune(folder, tmp_path / "reference", recipe)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
 

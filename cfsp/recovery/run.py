@@ -68,7 +68,7 @@ def recover(
         max_memory: what training may take, "20GiB": decides on gradient checkpointing where that is
             left open, and refuses what does not fit. None: what a GPU has free.
         keep_adapter: keep the adapters too, as peft loads them, in ``out/adapter``.
-        overwrite: replace ``out`` where it exists.
+        overwrite: replace ``out`` where it exists, and an interrupted run of it.
         resume: continue a run of the same model, settings and text that was interrupted.
         stop: asked after every step, for an orderly end before the last; then ``resume`` continues.
         progress: show an estimate and bars on stderr.
@@ -91,8 +91,7 @@ def recover(
     if progress:
         print(job.estimate.summary(), file=sys.stderr)
     identity = job.identity()
-    if resume:
-        check_resume(partial_folder(goal), identity)
+    check_resume(partial_folder(goal), identity, resume, overwrite)
     with new_folder(goal, overwrite, resume) as partial:
         begin(partial, identity)
         before = _measured(job, progress)
