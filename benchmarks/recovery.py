@@ -194,6 +194,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _without_folder(value: Any) -> Any:
+    """Names of files: where they lay concerns nobody else."""
+    return Path(value).name if isinstance(value, str) else value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -227,7 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned = [(way, seed) for seed in range(options.seeds) for way in ALLOCATIONS]
     planned += [(DISTILLED, seed) for seed in range(options.distilled)]
     runs = [recovered(pruned, way, seed, options) for way, seed in planned]
+    for found in (base, *runs):
+        del found["asked"]
     result = {
+        "asked": {name: _without_folder(value) for name, value in asked(options).items()},
         **base,
         "runs": runs,
         "summary": summary(base, runs),

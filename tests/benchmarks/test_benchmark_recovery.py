@@ -16,9 +16,11 @@ def test_ways_are_run_once_and_side_by_side(
     dense = tmp_path / "dense"
     tiny(intermediate_size=384).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
+    text = tmp_path / "text.txt"
+    text.write_text("a text of its own, said again " * 200)
     arguments = ["--checkpoint", str(dense), "--work", str(tmp_path / "work"), "--json",
                  str(tmp_path / "result.json"), "--markdown", str(tmp_path / "result.md"),
-                 "--dataset", "builtin", "--eval-dataset", "builtin", "--samples", "4", "--seqlen",
+                 "--dataset", str(text), "--eval-dataset", "builtin", "--samples", "4", "--seqlen",
                  "32", "--steps", "2", "--batch-size", "2", "--rank", "2", "--seeds", "1",
                  "--eval-windows", "2", "--distilled", "1"]  # fmt: skip
     assert recovery.main(arguments) == 0
@@ -32,6 +34,7 @@ def test_ways_are_run_once_and_side_by_side(
     for run in result["runs"]:
         assert len(run["losses"]) == 2
         assert result["summary"][run["way"]]["in_domain"]["mean"] == run["in_domain"]
+    assert str(tmp_path) not in (tmp_path / "result.json").read_text()
     table = (tmp_path / "result.md").read_text()
     assert all(f"| {way} | 1 | " in table for way in ("importance", "uniform", "distilled"))
     assert not (tmp_path / "work" / "importance-0").exists()
