@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest", "pytest-benchmark")
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "numpy"),
+    *("pytest", "pytest-benchmark"),
+)
 
 
 def device_type() -> str:
