@@ -35,9 +35,10 @@ class BlockCalls:
         return enumerate(self.hidden.split(self.micro_batch) if len(self.hidden) else ())
 
 
-def default_micro_batch(device: torch.device, seqlen: int) -> int:
-    """Windows per call: about 8192 tokens fill a GPU; one window keeps a CPU in its cache."""
-    return max(1, 8192 // seqlen) if device.type != "cpu" else 1
+def default_micro_batch(device: torch.device, seqlen: int, cpu_tokens: int = 1) -> int:
+    """Windows per call, one at least: about 8192 tokens fill a GPU, ``cpu_tokens`` go to a CPU, by
+    default one window, which keeps it in its cache."""
+    return max(1, (8192 if device.type != "cpu" else cpu_tokens) // seqlen)
 
 
 def _shared(new: Any, old: Any) -> Any:

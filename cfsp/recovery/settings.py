@@ -10,6 +10,7 @@ import torch
 from ..errors import CfspError, unknown_name
 from ..mixtures import parse_mixture
 from ..recipe import Calibration
+from ..stream import default_micro_batch
 from ..text import BOS_CHOICES
 
 METHODS = ("lora", "ffn")
@@ -36,9 +37,9 @@ DEFAULTS_BY_SIZE = (
 )
 """The first row that a model is small enough for."""
 
-TOKENS_PER_PASS = {"cpu": 1024, "gpu": 8192}
-"""Of a micro-batch that is not given. Shorter passes are slower per token, longer ones take more
-memory and, on a CPU, are no faster."""
+CPU_TOKENS = 1024
+"""Of a micro-batch that is not given, on a CPU. Shorter passes are slower per token, longer ones
+take more memory and are no faster."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Recovery:
     learning_rate: float | None = None
     """Peak of a cosine schedule that begins with a warm-up of a twentieth of the steps."""
     micro_batch: int | None = None
-    """Windows per forward pass, a divisor of ``batch_size``. None: as many as make
-    :data:`TOKENS_PER_PASS`, one at least."""
+    """Windows per forward pass, a divisor of ``batch_size``. None: as many as make about 8192
+    tokens on a GPU, 1024 on a CPU, one at least."""
     gradient_checkpointing: str = "auto"
     """Recompute activations instead of keeping them. auto: where memory is too small otherwise."""
     distillation: Distillation | None = None
@@ -139,8 +140,7 @@ class Recovery:
         of_size = next(row for row in DEFAULTS_BY_SIZE if parameters < row.below)
         seqlen = self.seqlen or calibration.seqlen
         batch_size = self.batch_size or of_size.batch_size
-        tokens = TOKENS_PER_PASS["cpu" if device.type == "cpu" else "gpu"]
-        most = max(1, min(batch_size, tokens // seqlen))
+        most = min(batch_size, default_micro_batch(device, seqlen, CPU_TOKENS))
         divisor = next(count for count in range(most, 0, -1) if batch_size % count == 0)
         found = dataclasses.replace(
             self,
