@@ -107,10 +107,11 @@ def recovered(pruned: Path, way: str, seed: int, options: argparse.Namespace) ->
     if found is not None:
         return found
     out = options.work / f"{way}-{seed}"
-    distilled = cfsp.Distillation(str(options.checkpoint), text_weight=0.0)
+    choice: dict[str, Any] = {"allocation": way}
+    if way == DISTILLED:
+        choice = {"distillation": cfsp.Distillation(str(options.checkpoint), text_weight=0.0)}
     settings = cfsp.Recovery(
-        allocation="importance" if way == DISTILLED else way,
-        distillation=distilled if way == DISTILLED else None,
+        **choice,
         targets=options.targets,
         rank=options.rank,
         steps=options.steps,

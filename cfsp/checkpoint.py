@@ -21,7 +21,7 @@ from .classes import is_stock
 from .errors import CfspError, Stopped
 from .models import load_config, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
-from .resume import can_resume
+from .resume import can_resume, check_no_run
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
@@ -62,10 +62,13 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
     """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
 
     A run that can be resumed (see :mod:`cfsp.resume`) stays as it is where it was stopped or the
-    disk failed it; one that was resumed, after any error.
+    disk failed it; one that was resumed, after any error. It is thrown away for another run only
+    with ``overwrite``.
     """
     check_out(out, overwrite)
     partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
+    if not resume:
+        check_no_run(partial, overwrite)
     keep = resume
     try:
         if not (resume and can_resume(partial)):

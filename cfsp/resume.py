@@ -23,6 +23,18 @@ def can_resume(partial: Path) -> bool:
     return (partial / STATE_FOLDER / MANIFEST).is_file()
 
 
+def check_no_run(partial: Path, overwrite: bool) -> None:
+    """Refuse to throw away a run that was begun, unless ``overwrite`` says so.
+
+    Raises:
+        CfspError: there is such a run.
+    """
+    if can_resume(partial) and not overwrite:
+        raise CfspError(
+            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
+        )
+
+
 def check_resume(partial: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Refuse to continue a run of something else, or to throw one away that could be continued.
 
@@ -35,12 +47,10 @@ def check_resume(partial: Path, identity: dict[str, Any], resume: bool, overwrit
     Raises:
         CfspError: names what differs, or says that there is such a run.
     """
-    if not can_resume(partial) or (overwrite and not resume):
-        return
     if not resume:
-        raise CfspError(
-            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
-        )
+        check_no_run(partial, overwrite)
+    if not resume or not can_resume(partial):
+        return
     file = partial / STATE_FOLDER / MANIFEST
     try:
         manifest = json.loads(file.read_text())

@@ -43,6 +43,7 @@ from .refitting import RefitSettings, Refitting
 from .report import PruneReport, model_card, recipe_document
 from .resume import (
     begin,
+    check_no_run,
     check_resume,
     check_shared,
     end,
@@ -289,6 +290,9 @@ def _become_pruned_(opened: OpenModel, plan: PruningPlan) -> None:
 def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
     opened, held_out = run.opened, run.held_out
+    if out is not None:
+        partial = partial_folder(out)
+        run.ranks.of_first(lambda: check_no_run(partial, run.overwrite))
     statistics = run.calibrated(temporary_folder)
     plan = run.planned(statistics)
 

@@ -86,6 +86,12 @@ def test_it_is_thrown_away_only_where_overwrite_says_so(tmp_path: Path) -> None:
     recipe = replace(RECIPE, sparsity=0.5)
     with pytest.raises(CfspError, match=r"out\.partial is an interrupted run: --resume continues"):
         prune(folder, tmp_path / "out", recipe)
+    opened = cfsp.open_model(folder)
+    with pytest.raises(CfspError, match=r"out\.partial is an interrupted run"):
+        cfsp.prune(opened.model, opened.tokenizer, recipe, tmp_path / "out", progress=False)
+    assert len(set(opened.layout.intermediate_sizes(opened.model))) == 1  # nothing was cut
+    with pytest.raises(CfspError, match=r"out\.partial is an interrupted run"):
+        cfsp.export(folder, "padded", tmp_path / "out", progress=False)
     assert finished(partial) == before
     prune(folder, tmp_path / "out", recipe, overwrite=True)
     prune(folder, tmp_path / "reference", recipe)
