@@ -150,7 +150,7 @@ def summary(base: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, A
             values = [run[domain] for run in own]
             found.setdefault(way, {})[domain] = {
                 "mean": statistics.mean(values),
-                "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
                 "change": statistics.mean(values) / base["pruned"][domain] - 1,
             }
     pairs = list(zip(*([r for r in runs if r["way"] == a] for a in ALLOCATIONS), strict=True))
@@ -178,10 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | | {values} |")
     for way, seeds in Counter(run["way"] for run in result["runs"]).items():
         cells = [found[way][domain] for domain in DOMAINS]
-        values = " | ".join(
-            f"{cell['mean']:.2f} ± {cell['deviation']:.2f} ({cell['change']:+.1%})"
-            for cell in cells
-        )
+        values = " | ".join(map(_mean_and_change, cells))
         lines.append(f"| {way} | {seeds} | {values} |")
     differences = found["importance_minus_uniform"]["in_domain"]
     listed = ", ".join(f"{difference:+.3f}" for difference in differences)
@@ -193,6 +190,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"every seed: {listed}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _mean_and_change(cell: dict[str, Any]) -> str:
+    spread = f" ± {cell['deviation']:.2f}" if cell["deviation"] is not None else ""
+    return f"{cell['mean']:.2f}{spread} ({cell['change']:+.1%})"
 
 
 def _without_folder(value: Any) -> Any:

@@ -37,6 +37,7 @@ def test_ways_are_run_once_and_side_by_side(
     assert str(tmp_path) not in (tmp_path / "result.json").read_text()
     table = (tmp_path / "result.md").read_text()
     assert all(f"| {way} | 1 | " in table for way in ("importance", "uniform", "distilled"))
+    assert not any("±" in line for line in table.splitlines() if line.startswith("|"))
     assert not (tmp_path / "work" / "importance-0").exists()
 
     monkeypatch.setattr(cfsp, "recover", None)  # nothing is left to do
@@ -57,6 +58,7 @@ def test_claims_follow_from_the_numbers() -> None:
     base = {"pruned": {"in_domain": 10.0, "other_domain": 5.0}}
     found = recovery.summary(base, runs([8.0, 9.0], [8.5, 9.5]))
     assert found["importance"]["in_domain"]["mean"] == 8.5
+    assert found["importance"]["in_domain"]["deviation"] == pytest.approx(0.5**0.5)
     assert found["importance"]["in_domain"]["change"] == pytest.approx(-0.15)
     assert found["importance_minus_uniform"]["in_domain"] == [-0.5, -0.5]
     assert found["falls_by_a_tenth"]
