@@ -75,7 +75,7 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--learning-rate",
         type=float,
-        help="peak of a cosine (default: by size, 1e-3 to 1e-4; ffn: a tenth)",
+        help="peak of a cosine (default: by size, 3e-4 or 1e-4; ffn: a tenth)",
     )
 
 

@@ -209,7 +209,7 @@ def test_settings_are_completed_by_size_and_pruning() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     small = cfsp.Recovery().resolved(calibration, 10**8, cpu)
     assert (small.dataset, small.seqlen, small.bos) == ("ptb", 512, "never")
-    assert (small.batch_size, small.micro_batch, small.learning_rate) == (8, 2, 1e-3)
+    assert (small.batch_size, small.micro_batch, small.learning_rate) == (8, 2, 3e-4)
     large = cfsp.Recovery(method="ffn", seqlen=2048).resolved(calibration, 7 * 10**10, gpu)
     assert (large.batch_size, large.micro_batch, large.learning_rate) == (32, 4, 1e-5)
     assert cfsp.Recovery(batch_size=6).resolved(calibration, 1, gpu).micro_batch == 6

@@ -165,7 +165,7 @@ def test_a_dry_run_reads_no_weights(
         assert main([*command, "--json"]) == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["seconds"] == pytest.approx(found["flops"] / 1e12)
-        assert found["settings"]["learning_rate"] == 1e-3
+        assert found["settings"]["learning_rate"] == 3e-4
         assert main([*command, "--device", "cpu"]) == 0
         assert "without gradient checkpointing" in capsys.readouterr().out
         assert main([*command, "--max-memory", "1MiB"]) == 2

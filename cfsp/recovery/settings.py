@@ -31,7 +31,7 @@ class SizeDefaults:
 
 
 DEFAULTS_BY_SIZE = (
-    SizeDefaults(1e9, 8, {"lora": 1e-3, "ffn": 1e-4}),
+    SizeDefaults(1e9, 8, {"lora": 3e-4, "ffn": 3e-5}),
     SizeDefaults(10e9, 16, {"lora": 3e-4, "ffn": 3e-5}),
     SizeDefaults(math.inf, 32, {"lora": 1e-4, "ffn": 1e-5}),
 )
