@@ -99,7 +99,7 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     found = {
         **shapes(checkpoint),
         "loading_whole_exit": whole,
-        "loading_whole_error": message[-200:],
+        "loading_whole_error": message.replace(f"{checkpoint}/", "")[-200:],
         "prune_seconds": time.perf_counter() - start,
         "tokens": tokens,
         "pruned_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
