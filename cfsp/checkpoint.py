@@ -21,7 +21,7 @@ from .classes import is_stock
 from .errors import CfspError, Stopped
 from .models import load_config, pick_device, quiet_loading
 from .plan import PruningPlan, save_plan
-from .resume import can_resume, check_no_run
+from .resume import can_resume
 from .shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
@@ -62,13 +62,10 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
     """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
 
     A run that can be resumed (see :mod:`cfsp.resume`) stays as it is where it was stopped or the
-    disk failed it; one that was resumed, after any error. It is thrown away for another run only
-    with ``overwrite``.
+    disk failed it; one that was resumed, after any error.
     """
-    check_out(out, overwrite)
+    check_out(out, overwrite, resume=resume)
     partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
-    if not resume:
-        check_no_run(partial, overwrite)
     keep = resume
     try:
         if not (resume and can_resume(partial)):
@@ -93,14 +90,22 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_out(out: Path, overwrite: bool, source: str | Path | None = None) -> None:
-    """Refuse an output folder that is the input, or exists and is not to be overwritten."""
+def check_out(
+    out: Path, overwrite: bool, source: str | Path | None = None, *, resume: bool = False
+) -> None:
+    """Refuse an output folder that is the input, or exists and is not to be overwritten, or whose
+    interrupted run is to be neither continued nor overwritten."""
     if source is not None and Path(source).exists() and out.exists() and out.samefile(source):
         raise CfspError(f"output {out} is the input; choose another folder")
     if out.exists() and not out.is_dir():
         raise CfspError(f"output {out} exists and is not a folder")
     if out.exists() and not overwrite:
         raise CfspError(f"output {out} exists; --overwrite replaces it")
+    partial = partial_folder(out)
+    if can_resume(partial) and not overwrite and not resume:
+        raise CfspError(
+            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
+        )
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def dense_folder(folder: Path) -> Path:
 def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> DemoResult:
     """Prune 30% of the FFN channels of SmolLM2-135M into ``out`` and measure both models."""
     pruned_folder = out / f"{NAME}-cfsp-30"
-    check_out(pruned_folder, overwrite)
+    check_out(pruned_folder, overwrite, resume=not overwrite)
     dense = dense_folder(out / NAME)
     result = prune(
         dense,

@@ -325,7 +325,8 @@ def prune(
     if plan is not None:
         recipe = plan.recipe
     if out is not None:
-        check_out(Path(out), overwrite, None if isinstance(model, nn.Module) else model)
+        source = None if isinstance(model, nn.Module) else model
+        check_out(Path(out), overwrite, source, resume=resume)
     if isinstance(statistics, str | Path):
         statistics = load_statistics(statistics)
     if statistics is not None and plan is None:

@@ -23,33 +23,17 @@ def can_resume(partial: Path) -> bool:
     return (partial / STATE_FOLDER / MANIFEST).is_file()
 
 
-def check_no_run(partial: Path, overwrite: bool) -> None:
-    """Refuse to throw away a run that was begun, unless ``overwrite`` says so.
-
-    Raises:
-        CfspError: there is such a run.
-    """
-    if can_resume(partial) and not overwrite:
-        raise CfspError(
-            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
-        )
-
-
-def check_resume(partial: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Refuse to continue a run of something else, or to throw one away that could be continued.
+def check_resume(partial: Path, identity: dict[str, Any]) -> None:
+    """Refuse to continue a run of something else.
 
     Args:
         partial: the folder of the run that was interrupted; one without a run is no objection.
         identity: plain values that say what this run does; equal ones give equal bytes.
-        resume: continue it.
-        overwrite: where it is not to be continued, throw it away.
 
     Raises:
-        CfspError: names what differs, or says that there is such a run.
+        CfspError: names what differs.
     """
-    if not resume:
-        check_no_run(partial, overwrite)
-    if not resume or not can_resume(partial):
+    if not can_resume(partial):
         return
     file = partial / STATE_FOLDER / MANIFEST
     try:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .blocks import StoredBlocks, empty_
 from .channels import FitRecord
 from .checkpoint import (
+    check_out,
     load,
     new_folder,
     partial_folder,
@@ -43,7 +44,6 @@ from .refitting import RefitSettings, Refitting
 from .report import PruneReport, model_card, recipe_document
 from .resume import (
     begin,
-    check_no_run,
     check_resume,
     check_shared,
     end,
@@ -291,8 +291,7 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Cut a model in memory; ``given``: by the caller, so that the result is that very model."""
     opened, held_out = run.opened, run.held_out
     if out is not None:
-        partial = partial_folder(out)
-        run.ranks.of_first(lambda: check_no_run(partial, run.overwrite))
+        check_out(out, run.overwrite)  # nothing here can be resumed
     statistics = run.calibrated(temporary_folder)
     plan = run.planned(statistics)
 
@@ -359,7 +358,8 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
     opened, ranks = run.opened, run.ranks
     identity = run.identity(blocks)
     ranks.check_same(identity)
-    ranks.of_first(lambda: check_resume(partial_folder(out), identity, resume, run.overwrite))
+    if resume:
+        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
     with _shared_folder(out, run.overwrite, resume, ranks) as folder:
         if ranks.first:
             begin(folder, identity)

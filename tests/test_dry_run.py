@@ -199,7 +199,7 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
     document = {"format": "cfsp-run-1", "identity": {**seen[0], "micro-batch": 1}}
     (begun / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(CfspError, match="begun with another micro-batch;"):
-        check_resume(begun.parent, seen[0], resume=True, overwrite=False)
+        check_resume(begun.parent, seen[0])
 
 
 def test_a_cpu_without_a_budget_runs_as_before(tiny_folder: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def recover(
         raise CfspError(f"method {settings.method!r} has no adapter to keep")
     if settings.method == "lora":
         require_peft()
-    check_out(goal, overwrite, folder)
+    check_out(goal, overwrite, folder, resume=resume)
     budget = parse_budget(max_memory)
     job = make_job(
         Path(folder), settings, eval_dataset, eval_windows, device, budget, measure=progress
@@ -91,7 +91,8 @@ def recover(
     if progress:
         print(job.estimate.summary(), file=sys.stderr)
     identity = job.identity()
-    check_resume(partial_folder(goal), identity, resume, overwrite)
+    if resume:
+        check_resume(partial_folder(goal), identity)
     with new_folder(goal, overwrite, resume) as partial:
         begin(partial, identity)
         before = _measured(job, progress)
