@@ -1,5 +1,7 @@
 """One test per (op, shape, implementation), and a JSON without names of hosts or people."""
 
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from benchmarks import environment, harness, timing
 from benchmarks.shapes import DEFAULT_SHAPES, SHAPES
 
 HERE = Path(__file__).parent
+started = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="threads of torch on the CPU (default: torch's own). Use 1 on a shared machine: with "
         "more, every parallel loop waits for whichever core is taken, and medians measure that",
+    )
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="measure nothing more after so many seconds: what is left is skipped",
     )
 
 
@@ -46,6 +55,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (spec, SHAPES[shape], implementation)
         for spec in metafunc.module.BENCHMARKS
         for shape in names
+        if spec.experts == bool(SHAPES[shape].experts)
         for implementation in spec.names(timing.DEVICE)
     ]
     ids = [f"{spec.op}-{shape.name}-{name}".replace(" ", "_") for spec, shape, name in cases]
@@ -59,19 +69,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stage() -> Iterator[harness.Stage]:
+def stage(pytestconfig: pytest.Config) -> Iterator[harness.Stage]:
     """The inputs of the group at hand, shared by its implementations."""
     stage = harness.Stage()
+    stage.deadline = started + pytestconfig.getoption("--seconds")
     yield stage
     stage.clear()
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, stage: harness.Stage) -> Any:
+def measure(benchmark: BenchmarkFixture, stage: harness.Stage, pytestconfig: pytest.Config) -> Any:
     """``measure(spec, shape, implementation)``: see :func:`benchmarks.harness.measure`."""
 
     def run(spec: harness.OpBenchmark, shape: Any, implementation: str) -> None:
         harness.measure(benchmark, stage, spec, shape, implementation)
+        # pytest-benchmark saves when all is over; a run that hangs or is killed keeps what it has
+        pytestconfig._benchmarksession.handle_saving()
 
     return run
 

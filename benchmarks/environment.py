@@ -1,5 +1,6 @@
 """What a number was measured on: card, driver, versions, sources. No names of hosts or paths."""
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -11,7 +12,20 @@ from pathlib import Path
 
 import torch
 
+HELD = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+"""nvidia-smi's bits for why clocks are not higher."""
 ROOT = Path(__file__).resolve().parent.parent
+NOT_MEASURING = ("device_tests.py", "gpu_suite.py", "report.py")
 PACKAGES = (
     *("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "numpy"),
     *("pytest", "pytest-benchmark"),
@@ -49,17 +63,44 @@ def arch() -> str:
     return f"sm_{major}{minor}"
 
 
-def driver() -> str | None:
-    """The version of the GPU's driver, or None where it cannot be asked."""
+def _ask(*fields: str) -> list[str] | None:
+    """What nvidia-smi says of the first GPU, or None where it cannot be asked. Changes nothing."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.split("\n")[0].strip() or None
+    values = [value.strip() for value in answer.stdout.split("\n")[0].split(",")]
+    return values if len(values) == len(fields) and all(values) else None
+
+
+@functools.cache
+def driver() -> str | None:
+    """The version of the GPU's driver, or None where it cannot be asked."""
+    answer = _ask("driver_version")
+    return answer[0] if answer else None
+
+
+def clocks() -> dict[str, object] | None:
+    """Clocks in MHz, watts, degrees Celsius and what holds the clocks down; None as for driver."""
+    values = None
+    for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # old drivers
+        values = values or _ask("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", reasons)
+    if values is None:
+        return None
+    try:
+        found: dict[str, object] = {
+            name: float(value)
+            for name, value in zip(("sm", "memory", "watts", "celsius"), values, strict=False)
+        }
+        held = int(values[-1], 16)
+    except ValueError:  # "[N/A]"
+        return dict(zip(("sm", "memory", "watts", "celsius", "held"), values, strict=True))
+    found["held"] = [reason for bit, reason in HELD.items() if held & bit]
+    return found
 
 
 def versions() -> dict[str, str | None]:
@@ -86,7 +127,7 @@ def sources_digest(*more: str) -> str:
     digest = hashlib.sha256()
     for folder in ("cfsp_kernels", "benchmarks", *more):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if folder == "benchmarks" and path.name in ("gpu_suite.py", "report.py"):
+            if folder == "benchmarks" and path.name in NOT_MEASURING:
                 continue
             digest.update(path.relative_to(ROOT).as_posix().encode())
             digest.update(path.read_bytes())
@@ -109,6 +150,7 @@ def describe() -> dict[str, object]:
         "device": device_type(),
         "arch": arch(),
         "driver": driver(),
+        "clocks": clocks(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "sources": sources_digest(),

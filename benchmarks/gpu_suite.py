@@ -2,9 +2,13 @@
 
 ``python -m benchmarks.gpu_suite [--list | --dry-run] [--step NAME ...] [--out DIR] [--budget S]``
 
-A step is one command with a time limit below eight minutes, and leaves ``DIR/NAME.json``. A step
-whose result is complete, of these sources and this card, is not run again. Exit code 0: all
-passed or were skipped for a reason; 1: some failed or did not end; 2: no GPU, or bad arguments.
+A step is one command with a time limit, and leaves ``DIR/NAME.json``. What matters most comes
+first, and all limits together are 25 minutes. A step whose result is complete, of these sources and
+this card, is not run again. After each step ``DIR/headline.md`` says what is known so far, and
+``DIR/bundle.tar.gz`` holds all results. Exit code 0: all passed or were skipped for a reason; 1:
+some failed or did not end; 2: no GPU, or bad arguments.
+
+It needs a checkout and no installation: commands run with its root on the path.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,23 +30,40 @@ from typing import Any
 
 import torch
 
-from . import environment
+from . import environment, report
 from .tune import RESULTS, SWEEPS, TABLE, write_entry
 
 ROOT = environment.ROOT
-LIMIT_SECONDS = 470
+REHEARSAL_SECONDS = 470
+STARTING_SECONDS = 15
+"""What a step takes beside measuring: to import torch, to end what it is at."""
 TAIL_CHARACTERS = 6000
-FINAL = ("passed", "failed", "skipped")
-BENCHMARK_FILES = {
-    "channel-statistics": "test_channel_statistics.py",
-    "swiglu-statistics": "test_swiglu_statistics.py",
-    "block-influence": "test_block_influence.py",
-    "channel-importance": "test_channel_importance.py",
-    "gram": "test_gram.py",
-    "gather": "test_gather.py",
+FINAL = ("passed", "failed")
+MICRO_BATCH, EXPERTS = "llama-3-8b-8192", "qwen3-30b-a3b-8192"
+CALLS = f"{MICRO_BATCH},llama-3-8b-1024,llama-3-8b-131072"
+BENCHMARKS = {
+    "swiglu-statistics": ("test_swiglu_statistics.py", CALLS, 55),
+    "channel-statistics": ("test_channel_statistics.py", CALLS, 55),
+    "block-influence": ("test_block_influence.py", CALLS, 45),
+    "gram": ("test_gram.py", f"{MICRO_BATCH},llama-3-8b-1024,llama-3-8b-16384", 70),
+    "channel-importance": ("test_channel_importance.py", MICRO_BATCH, 65),
+    "gather": ("test_gather.py", MICRO_BATCH, 40),
+    "experts": ("test_experts.py", EXPERTS, 55),
 }
-END_TO_END = (("llama-3-8b", 32), ("llama-3-70b", 8))
-"""Model and blocks: 80 of the larger one do not fit the disk of a rented machine."""
+"""Step -> file, shapes in order of value, seconds."""
+ALL_FILES = tuple(f"benchmarks/{file}" for file, _, _ in BENCHMARKS.values())
+TUNED = {
+    "swiglu_statistics": 45,
+    "channel_statistics": 45,
+    "block_influence": 40,
+    "gram_tma": 50,
+    "gather_columns": 45,
+    "row_sums": 35,
+    "column_sums": 35,
+}
+"""Entry of the launch table -> seconds. The others are tuned when they are named."""
+END_TO_END = (("llama-3-8b", 8, 110), ("llama-3-70b", 8, 470))
+"""Model, blocks (all of them do not fit the disk of a rented machine) and seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Step:
     name: str
     purpose: str
     command: tuple[str, ...]
-    limit: int = LIMIT_SECONDS
+    limit: int
     variables: tuple[tuple[str, str], ...] = ()
     tool: str | None = None
     """A program that must be there, else the step is skipped."""
@@ -61,6 +83,12 @@ class Step:
     """Folders, beside the kernels and benchmarks, whose change makes a result out of date."""
     scratch: Path | None = None
     """A folder that the command fills and that nobody needs afterwards."""
+    after_tuning: bool = False
+    """Whether it is skipped where tuning changed nothing."""
+    headline: bool = False
+    """Whether the headline table is printed after it."""
+    extra: bool = False
+    """Whether it runs only when it is named."""
 
     def shown(self) -> str:
         """The command as one would type it."""
@@ -87,24 +115,79 @@ def sanitizer() -> str:
 
 
 def steps(out: Path, rehearsal: bool = False) -> list[Step]:
-    """The visit, in order of what a later step relies on."""
+    """The visit, in order of value; what was tuned is tested before it is measured."""
     interpreter = (("TRITON_INTERPRET", "1"), ("CFSP_BACKEND", "triton"))
+    tests = Step(
+        "device-tests",
+        "correctness of every kernel on this card",
+        _python("-m", "benchmarks.device_tests", "--logs", str(out / "device-tests")),
+        130,
+        path="tests/kernels",
+        sources=("tests/kernels",),
+    )
     found = [
         Step(
             "environment",
-            "card, driver, versions",
+            "card, driver, versions, clocks",
             _python("-m", "benchmarks.gpu_suite", "--describe", str(out / "described.json")),
-            120,
+            25,
         ),
-        Step(
-            "device-tests",
-            "correctness of every kernel on this card",
-            _python("-m", "pytest", "tests/kernels", "-q", "--benchmark-disable")
-            + (("--collect-only",) if rehearsal else ()),
-            path="tests/kernels",
-            sources=("tests/kernels",),
-        ),
+        tests,
     ]
+
+    def bench(
+        name: str,
+        purpose: str,
+        files: Sequence[str],
+        shapes: str,
+        limit: int,
+        **more: Any,
+    ) -> Step:
+        """Benchmarks that stop by themselves and save as they go."""
+        seconds = (REHEARSAL_SECONDS if rehearsal else limit) - STARTING_SECONDS
+        command = (
+            *("-m", "pytest", *files, "--benchmark-only", "--benchmark-quiet", "-q"),
+            *("--shapes", "tiny,tiny-experts" if rehearsal else shapes),
+            *("--seconds", str(seconds), f"--benchmark-json={out / f'benchmark-{name}.json'}"),
+            *("-p", "no:cacheprovider", *(("--threads", "1") if rehearsal else ())),
+            # one file shows that the compiler is a rival; the others would take a minute each
+            *(("-k", "not compile") if rehearsal and name != "channel-statistics" else ()),
+        )
+        variables = interpreter if rehearsal else ()
+        return Step(f"bench-{name}", purpose, _python(*command), limit, variables, **more)
+
+    for name, (file, shapes, limit) in BENCHMARKS.items():
+        purpose = f"{file} beside its rivals, launched as the table has it"
+        found.append(bench(name, purpose, [f"benchmarks/{file}"], shapes, limit))
+    found[-1] = dataclasses.replace(found[-1], headline=True)
+
+    for model, blocks, limit in (("tiny", 2, 110),) if rehearsal else END_TO_END:
+        name = f"{model}-{blocks}-blocks"
+        found.append(
+            Step(
+                f"end-to-end-{name}",
+                f"cfsp.prune on a random checkpoint of {blocks} blocks of the shapes of {model}",
+                (
+                    *_python("-m", "benchmarks.end_to_end", "--model", model),
+                    *("--blocks", str(blocks), "--work", str(out / f"work-{name}")),
+                    *("--json", str(out / f"result-{name}.json")),
+                ),
+                limit,
+                sources=("cfsp",),
+                scratch=out / f"work-{name}",
+                extra=model == "llama-3-70b",
+            )
+        )
+    calibration = bench(
+        "calibration",
+        "what calibration adds to a forward",
+        ["benchmarks/test_calibration.py"],
+        MICRO_BATCH,
+        45,
+        sources=("cfsp",),
+    )
+    found.append(calibration)
+
     every_op = _python("-m", "benchmarks.call_every_op")
     for tool in ("memcheck", "racecheck"):
         # racecheck replays every access to shared memory: one dtype keeps it below the limit
@@ -117,63 +200,72 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                 (*every_op, "--dtypes", "float32")
                 if rehearsal
                 else (*watch, *every_op, *dtypes, "--backend", "triton"),
+                75,
                 # torch's caching allocator hides an overrun into a neighbour from the tool
                 variables=interpreter if rehearsal else (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
                 tool=None if rehearsal else sanitizer(),
             )
         )
+
     table = ("--table", str(out / "rehearsed_launch_configs.json"), "--rehearsal")
-    for entry in SWEEPS:
+    for entry in sorted(SWEEPS, key=lambda entry: [*TUNED, entry].index(entry)):
+        limit = TUNED.get(entry, 120)
         found.append(
             Step(
                 tune_name(entry),
                 f"launch configurations of {entry}",
                 _python("-m", "benchmarks.tune", "--op", entry, "--out", str(out))
-                + (table if rehearsal else ("--seconds", str(LIMIT_SECONDS - 80))),
+                + (table if rehearsal else ("--seconds", str(limit - STARTING_SECONDS))),
+                limit,
                 path="cfsp_kernels/launch_configs.json",
+                extra=entry not in TUNED,
             )
         )
-    for name, file in BENCHMARK_FILES.items():
-        shapes = ("tiny",) if rehearsal else ("llama-3-8b", "llama-3-70b")
-        for shape in shapes:
-            goal = out / f"benchmark-{name}-{shape}.json"
-            found.append(
-                Step(
-                    f"bench-{name}-{shape}",
-                    f"{file} beside its rivals at {shape}",
-                    _python("-m", "pytest", f"benchmarks/{file}", "--benchmark-only", "-q")
-                    + ("--shapes", shape, f"--benchmark-json={goal}", "-p", "no:cacheprovider")
-                    + (("-k", "not compile") if rehearsal else ()),
-                    variables=interpreter if rehearsal else (),
-                )
-            )
-    # tuning has changed what is launched: only tests of the tuned table vouch for the benchmarks
-    found.append(dataclasses.replace(found[1], name="device-tests-tuned"))
-    for model, blocks in (("tiny", 2),) if rehearsal else END_TO_END:
-        name = f"{model}-{blocks}-blocks"
-        found.append(
-            Step(
-                f"end-to-end-{name}",
-                f"cfsp.prune on a random checkpoint of {blocks} blocks of the shapes of {model}",
-                (
-                    *_python("-m", "benchmarks.end_to_end", "--model", model),
-                    *("--blocks", str(blocks), "--work", str(out / f"work-{name}")),
-                    *("--json", str(out / f"result-{name}.json")),
-                ),
-                sources=("cfsp",),
-                scratch=out / f"work-{name}",
-            )
-        )
-    return found
+    # only tests of the tuned table vouch for benchmarks of it
+    logs = _python("-m", "benchmarks.device_tests", "--logs", str(out / "device-tests-tuned"))
+    found += [
+        dataclasses.replace(
+            tests, name="device-tests-tuned", command=logs, limit=110, after_tuning=True
+        ),
+        bench(
+            "tuned",
+            "every op again with the tuned table",
+            ALL_FILES,
+            f"{MICRO_BATCH},{EXPERTS}",
+            110,
+            after_tuning=True,
+        ),
+        bench(
+            "llama-3-70b",
+            "every op at the shapes of llama-3-70b",
+            ALL_FILES,
+            "llama-3-70b-8192",
+            130,
+        ),
+    ]
+    if not rehearsal:
+        return found
+    again = ("device-tests-tuned", "bench-llama-3-70b")  # they would be the same as others
+    return [
+        dataclasses.replace(step, limit=REHEARSAL_SECONDS)
+        for step in found
+        if step.name not in again
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or none that is whole."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def complete(step: Step, path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
     """The result at ``path`` if ``step`` ended, with these sources, on this card; else None."""
-    try:
-        result = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-    if not isinstance(result, dict) or result.get("status") not in FINAL:
+    result = read(path)
+    if result.get("status") not in FINAL:
         return None
     then = result.get("environment", {})
     same_card = all(then.get(key) == described[key] for key in ("machine", "driver"))
@@ -181,8 +273,15 @@ def complete(step: Step, path: Path, described: dict[str, Any]) -> dict[str, Any
     return result if same_card and same_sources else None
 
 
-def missing(step: Step) -> str | None:
+def was_tuned(out: Path) -> bool:
+    """Whether a sweep whose result is in ``out`` changed the table."""
+    return any(read(sweep).get("written") for sweep in out.glob("tuning-*.json"))
+
+
+def missing(step: Step, out: Path) -> str | None:
     """Why ``step`` cannot run here, or None."""
+    if step.after_tuning and not was_tuned(out):
+        return "tuning did not change the table"
     if step.tool is not None and shutil.which(step.tool) is None:
         return f"{Path(step.tool).name} is not installed"
     if step.path is not None and not (ROOT / step.path).exists():
@@ -190,10 +289,10 @@ def missing(step: Step) -> str | None:
     return None
 
 
-def anonymous(text: str, out: Path | None = None) -> str:
+def anonymous(text: str, out: Path) -> str:
     """``text`` without where this checkout, its interpreter and the results lie."""
     places = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
-    if out is not None and ROOT not in out.parents:
+    if ROOT not in out.parents:
         places[str(out)] = "OUT"
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, places[place])
@@ -206,13 +305,14 @@ def clear(step: Step) -> None:
         shutil.rmtree(step.scratch, ignore_errors=True)
 
 
-def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]:
+def execute(step: Step, out: Path) -> dict[str, Any]:
     """Run the command of ``step``; its status, return code, seconds and the end of its output."""
-    reason = missing(step)
+    reason = missing(step, out)
     if reason is not None:
         return {"status": "skipped", "reason": reason, "returncode": None, "wall_seconds": 0.0}
     clear(step)  # a run that was killed may have left its files
-    variables = os.environ | dict(step.variables) | {"PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = os.environ | dict(step.variables) | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     start = time.monotonic()
     process = subprocess.Popen(
         step.command,
@@ -226,7 +326,7 @@ def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, _ = process.communicate(timeout=step.limit)
         code: int | None = process.returncode
         status = "passed" if code == 0 else "failed"
     except subprocess.TimeoutExpired:
@@ -245,7 +345,7 @@ def execute(step: Step, limit: float, out: Path | None = None) -> dict[str, Any]
         "status": status,
         "returncode": code,
         "wall_seconds": time.monotonic() - start,
-        "limit_seconds": limit,
+        "limit_seconds": step.limit,
         "output_tail": output[-TAIL_CHARACTERS:],
     }
 
@@ -260,11 +360,53 @@ def restore_tuning(step: Step, out: Path) -> None:
             )
 
 
+def headline(out: Path) -> str:
+    """What the results in ``out`` say so far, as markdown."""
+    lines = ["| step | result | seconds |", "| --- | --- | ---: |"]
+    ended = [result for result in map(read, out.glob("*.json")) if "step" in result]
+    for result in sorted(ended, key=lambda result: result["started"]):
+        told = result.get("reason", result["status"])
+        lines.append(f"| {result['step']} | {told} | {result['wall_seconds']:.0f} |")
+    for title, names in {"Before": BENCHMARKS, "After": ("tuned", "llama-3-70b")}.items():
+        saved = [read(out / f"benchmark-{name}.json") for name in names]
+        if any(saved):
+            table = report.headline([result for result in saved if result])
+            lines += ["", f"{title} tuning:", "", table]
+    return "\n".join([*lines, ""])
+
+
+def leave(out: Path, archive: Path) -> str:
+    """Write the headline and one archive of all results, without owners; returns the headline."""
+    known = headline(out)
+    (out / "headline.md").write_text(known, "utf-8")
+
+    def anonymously(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        return info
+
+    partial = archive.with_name(archive.name + ".partial")
+    with tarfile.open(partial, "w:gz") as tar:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path not in (archive, partial):
+                tar.add(path, path.relative_to(out), filter=anonymously)
+    partial.replace(archive)
+    return known
+
+
 def run(
-    chosen: Sequence[Step], out: Path, *, force: bool, retry: bool, budget: float, rehearsal: bool
+    chosen: Sequence[Step],
+    out: Path,
+    *,
+    force: bool,
+    retry: bool,
+    budget: float,
+    rehearsal: bool,
+    archive: Path | None = None,
 ) -> int:
     """Run the steps that have no complete result; returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
+    archive = archive or out / "bundle.tar.gz"
     if rehearsal and TABLE.exists():
         shutil.copyfile(TABLE, out / "rehearsed_launch_configs.json")
     described = environment.describe()
@@ -281,9 +423,8 @@ def run(
             if not rehearsal:
                 restore_tuning(step, out)
             continue
-        left = deadline - time.monotonic()
-        if left < 20:
-            print(f"{heading}: not started, the budget of {budget:.0f} s is spent", flush=True)
+        if deadline - time.monotonic() < step.limit:
+            print(f"{heading}: not started, it may take {step.limit} s of the budget", flush=True)
             bad += 1
             continue
         print(f"{heading}: {step.shown()}", flush=True)
@@ -295,7 +436,7 @@ def run(
             "command": anonymous(step.shown(), out),
             "started": started,
             "sources": environment.sources_digest(*step.sources),
-            **execute(step, min(step.limit, left), out),
+            **execute(step, out),
             "environment": described,
         }
         partial = goal.with_suffix(".json.partial")
@@ -306,6 +447,10 @@ def run(
         if result["status"] not in ("passed", "skipped"):
             bad += 1
             print("    " + "\n    ".join(result["output_tail"].splitlines()[-15:]), flush=True)
+        known = leave(out, archive)
+        if step.headline:
+            print(known, flush=True)
+    print(leave(out, archive))
     print(f"{len(chosen) - bad} of {len(chosen)} steps passed or were skipped; results in {out}")
     return 1 if bad else 0
 
@@ -328,8 +473,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the results (default: one per card)")
     parser.add_argument("--force", action="store_true", help="run complete steps again")
     parser.add_argument("--retry-failed", action="store_true", help="run failed steps again")
+    parser.add_argument("--bundle", type=Path, help="the archive (default: bundle.tar.gz in --out)")
     parser.add_argument(
-        "--budget", type=float, default=1e9, metavar="S", help="start no step after S seconds"
+        "--budget",
+        type=float,
+        default=1e9,
+        metavar="S",
+        help="start no step that may end after S s",
     )
     parser.add_argument(
         "--cpu-rehearsal",
@@ -357,13 +507,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := [name for name in options.step if name not in by_name]:
             parser.error(f"--step: unknown {', '.join(unknown)}; --list names them")
         chosen = [by_name[name] for name in options.step]
-    if options.list:
+    elif options.list:
         for step in chosen:
-            print(f"{step.name:32} {step.purpose}")
+            print(f"{step.name:32} {step.purpose}{' (when named)' if step.extra else ''}")
         return 0
+    else:
+        chosen = [step for step in chosen if not step.extra]
     if options.dry_run:
+        seconds = 0
         for step in chosen:
-            print(f"# {step.name}, at most {step.limit} s\n{step.shown()}")
+            seconds += step.limit
+            print(f"# {step.name}, at most {step.limit} s, {seconds} s in all\n{step.shown()}")
         return 0
     if not rehearsal and not torch.cuda.is_available():
         print(
@@ -379,6 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         retry=options.retry_failed,
         budget=options.budget,
         rehearsal=rehearsal,
+        archive=options.bundle and options.bundle.resolve(),
     )
 
 

@@ -6,6 +6,7 @@ pytest-benchmark report and one set of inputs. Ratios are formed within a group 
 """
 
 import gc
+import math
 import os
 import signal
 import time
@@ -24,11 +25,14 @@ from . import environment
 from .shapes import Shape
 from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
-ROUNDS = (5, 50) if ON_GPU else (3, 15)
-SECONDS_PER_MEASUREMENT = 1.0 if ON_GPU else 0.5
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROUNDS = (5, 30) if ON_GPU else (3, 15)
+SECONDS_PER_MEASUREMENT = 0.3 if ON_GPU else 0.5
 VERSIONS = environment.versions()
-COMPILE_LIMIT_SECONDS = 150 if ON_GPU else 60
+COMPILE_LIMIT_SECONDS = 45 if ON_GPU else 60
 LARGEST_COPY_BYTES = 2 << 30
+PRODUCT_SIZE = 8192 if ON_GPU else 512
+ROOFS = ("copy", "matmul")
 REFERENCE_IMPLEMENTATIONS = ("eager", "torch.compile", "torch op")
 
 Implementation = Callable[[Any], Any]
@@ -52,16 +56,29 @@ class OpBenchmark:
     digest: Callable[[Any], torch.Tensor]
     """What is compared of a result: a small tensor."""
     gpu_implementations: dict[str, Implementation] = field(default_factory=dict)
-    """Rivals that need a GPU."""
+    """Rivals and forms of the op that need a GPU, or the interpreter."""
+    reset: Callable[[Any], Any] | None = None
+    """Zeroes what implementations add to, outside of what is timed."""
+    tokens: Callable[[Shape], int] | None = None
+    """Tokens of one call, or None where weights are all that is read."""
+    experts: bool = False
+    """Whether it is for shapes with experts, or for those without."""
     multiply_adds: Callable[[Any], int] | None = None
     """Multiply-adds that the op needs, for those bound by arithmetic."""
 
     def names(self, device: str) -> list[str]:
         """Implementations to measure on ``device``, the copy and the op first."""
         names = ["copy", *self.implementations]
-        if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        names += ["matmul"] if self.multiply_adds is not None else []
+        if device == "cuda" or INTERPRETED:
             names += self.gpu_implementations
         return names + (["torch.compile"] if self.compiled is not None else [])
+
+    def clear(self, inputs: Any) -> Any:
+        """``inputs`` with their running totals at zero."""
+        if self.reset is not None:
+            self.reset(inputs)
+        return inputs
 
 
 class Stage:
@@ -72,6 +89,9 @@ class Stage:
         self.inputs: Any = None
         self.expected: torch.Tensor | None = None
         self.cold_cache = ColdCache()
+        self.clocks = environment.clocks()
+        self.deadline = math.inf
+        """When to measure nothing more, by ``time.monotonic``."""
 
     def load(self, spec: OpBenchmark, shape: Shape) -> Any:
         """Inputs of (op, shape), made once, together with the digest of the reference."""
@@ -79,8 +99,10 @@ class Stage:
             self.clear()
             torch.manual_seed(0)
             self.inputs = spec.make_inputs(shape)
-            self.expected = spec.digest(spec.reference(self.inputs)).double().cpu()
+            result = spec.reference(spec.clear(self.inputs))
+            self.expected = spec.digest(result).double().cpu().clone()
             self.key = (spec.op, shape.name)
+            self.clocks = environment.clocks()
             _collect()
         return self.inputs
 
@@ -151,7 +173,9 @@ def time_limit(seconds: int, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def compile_for(inputs: Any, function: Implementation) -> tuple[Implementation, float]:
+def compile_for(
+    inputs: Any, function: Implementation, limit: float = COMPILE_LIMIT_SECONDS
+) -> tuple[Implementation, float]:
     """``torch.compile`` of ``function`` for these inputs and its seconds; skips with the reason."""
     torch._dynamo.reset()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "16" if ON_GPU else "1")
@@ -159,7 +183,7 @@ def compile_for(inputs: Any, function: Implementation) -> tuple[Implementation, 
     start = time.perf_counter()
     try:
         # without gradients as it is called later, or it would be compiled again
-        with time_limit(COMPILE_LIMIT_SECONDS, "torch.compile"), torch.no_grad():
+        with time_limit(max(1, int(limit)), "torch.compile"), torch.no_grad():
             compiled(inputs)
     except torch.OutOfMemoryError:
         raise
@@ -172,11 +196,21 @@ def compile_for(inputs: Any, function: Implementation) -> tuple[Implementation, 
 
 
 def make_copy(nbytes: int) -> tuple[Callable[[], Any], int]:
-    """A device copy that moves ``nbytes`` (at most twice the largest copy), and its bytes."""
+    """A device copy that moves ``nbytes`` (at most twice the largest copy), and its bytes.
+
+    Of random bytes: a CPU reads zeros that nobody wrote from one page in its cache.
+    """
     half = max(1, min(nbytes // 2, LARGEST_COPY_BYTES))
-    source = torch.zeros(half, dtype=torch.int8, device=DEVICE)
+    source = torch.empty(half, dtype=torch.int8, device=DEVICE).random_(-128, 127)
     goal = torch.empty_like(source)
     return lambda: goal.copy_(source), 2 * half
+
+
+def make_matmul(dtype: torch.dtype) -> tuple[Callable[[], Any], int, int]:
+    """A large square product of random matrices, its bytes and its multiply-adds."""
+    shape = (PRODUCT_SIZE, PRODUCT_SIZE)
+    a, b, out = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), 3 * a.nbytes, PRODUCT_SIZE**3
 
 
 def _largest_difference(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,6 +232,8 @@ def measure(
 
     The median is over cold rounds. Ratios within the group join when the JSON is written.
     """
+    if time.monotonic() > stage.deadline:
+        pytest.skip("not reached: the seconds of this run are spent")
     benchmark.group = f"{spec.op} {shape.name}"
     try:
         _measure(benchmark, stage, spec, shape, name)
@@ -212,20 +248,26 @@ def _measure(
     inputs = stage.load(spec, shape)
     info = benchmark.extra_info
     nbytes = spec.bytes_moved(inputs)
+    multiply_adds = spec.multiply_adds(inputs) if spec.multiply_adds is not None else 0
     compile_seconds = None
     if name == "copy":
         call, nbytes = make_copy(nbytes)
+        multiply_adds = 0
+    elif name == "matmul":
+        call, nbytes, multiply_adds = make_matmul(shape.dtype)
     elif name == "torch.compile":
         if spec.compiled is None:
             raise ValueError(f"{spec.op} has nothing to compile")
-        function, compile_seconds = compile_for(inputs, spec.compiled)
+        limit = min(COMPILE_LIMIT_SECONDS, stage.deadline - time.monotonic())
+        function, compile_seconds = compile_for(inputs, spec.compiled, limit)
         call = _bind(function, inputs)
     else:
         call = _bind({**spec.implementations, **spec.gpu_implementations}[name], inputs)
 
     with torch.no_grad():
+        spec.clear(inputs)
         result = call()  # also compiles kernels outside of every measurement
-        if name != "copy" and stage.expected is not None:
+        if name not in ROOFS and stage.expected is not None:
             digest = spec.digest(result).double().cpu()
             info["largest_relative_difference"] = _largest_difference(digest, stage.expected)
         del result
@@ -234,14 +276,17 @@ def _measure(
         low, high = ROUNDS
         rounds = max(low, min(high, int(SECONDS_PER_MEASUREMENT / max(seconds, 1e-9))))
         benchmark.pedantic(call, setup=stage.cold_cache, rounds=rounds)
+    before, stage.clocks = stage.clocks, environment.clocks()
 
     info.update(
         op=spec.op,
         shape=shape.name,
         implementation=name,
         dtype=str(shape.dtype).removeprefix("torch."),
+        tokens=spec.tokens(shape) if spec.tokens is not None else None,
         bytes=nbytes,
-        peak_extra_bytes=None if name == "copy" else peak,
+        clocks={"before": before, "after": stage.clocks},
+        peak_extra_bytes=None if name in ROOFS else peak,
         peak_source=source,
         compile_seconds=compile_seconds,
         device=environment.machine(),
@@ -252,8 +297,8 @@ def _measure(
     if benchmark.stats is not None:  # None under --benchmark-disable
         median = benchmark.stats.stats.median
         info["gigabytes_per_second"] = nbytes / median / 1e9
-        if spec.multiply_adds is not None and name != "copy":
-            info["tera_flops"] = 2 * spec.multiply_adds(inputs) / median / 1e12
+        if multiply_adds:
+            info["tera_flops"] = 2 * multiply_adds / median / 1e12
 
 
 def _bind(function: Implementation, inputs: Any) -> Callable[[], Any]:
@@ -271,9 +316,10 @@ def backend_of(spec: OpBenchmark) -> str:
 
 
 def add_ratios(benchmarks: list[dict[str, Any]]) -> None:
-    """Fill in percent of copy bandwidth and speedups, each within its group, in place."""
+    """Fill in percents of the roofs and speedups, each within its group, in place."""
     medians: dict[tuple[str, str], float] = {}
     rates: dict[str, float] = {}
+    products: dict[str, float] = {}
     for entry in benchmarks:
         info = entry["extra_info"]
         if "implementation" not in info:
@@ -281,13 +327,17 @@ def add_ratios(benchmarks: list[dict[str, Any]]) -> None:
         medians[entry["group"], info["implementation"]] = entry["stats"]["median"]
         if info["implementation"] == "copy":
             rates[entry["group"]] = info["gigabytes_per_second"]
+        if info["implementation"] == "matmul":
+            products[entry["group"]] = info["tera_flops"]
     for entry in benchmarks:
         info, group = entry["extra_info"], entry["group"]
         if "implementation" not in info:
             continue
         if group in rates:
             info["percent_of_copy"] = 100 * info["gigabytes_per_second"] / rates[group]
+        if group in products and "tera_flops" in info:
+            info["percent_of_matmul"] = 100 * info["tera_flops"] / products[group]
         for rival in REFERENCE_IMPLEMENTATIONS:
-            if (group, rival) in medians and info["implementation"] != "copy":
+            if (group, rival) in medians and info["implementation"] not in ROOFS:
                 ratio = medians[group, rival] / entry["stats"]["median"]
                 info[f"speedup_over_{rival.replace(' ', '_').replace('.', '_')}"] = ratio

@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def label(info: dict[str, Any]) -> str:
     """The implementation's name, with the backend that the package chose."""
     backend = info.get("backend")
-    name = "device copy" if info["implementation"] == "copy" else info["implementation"]
+    roofs = {"copy": "device copy", "matmul": "matrix product"}
+    name = roofs.get(info["implementation"], info["implementation"])
     return f"{name} ({backend})" if backend else name
 
 
@@ -140,6 +142,39 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+HEADLINE = ("op", "shape", "tokens", "ms", "% of roof", "x torch.compile", "x torch op")
+
+
+def headline(results: Sequence[dict[str, Any]]) -> str:
+    """The package's op at every shape of all results, one line each, and gram's fastest form."""
+    lines = ["| " + " | ".join(HEADLINE) + " |", "| --- | --- |" + " ---: |" * (len(HEADLINE) - 2)]
+    forms = []
+    for group, entries in ((g, e) for result in results for g, e in groups(result).items()):
+        for entry in entries:
+            info = entry["extra_info"]
+            if info["implementation"] == "cfsp":
+                roof = info.get("percent_of_matmul", info.get("percent_of_copy"))
+                cells = [
+                    info["op"],
+                    info["shape"],
+                    _number(info.get("tokens"), "d"),
+                    _number(entry["stats"]["median"] * 1e3, ".4g"),
+                    _number(roof, ".3g"),
+                    _number(info.get("speedup_over_torch_compile"), ".3g"),
+                    _number(info.get("speedup_over_torch_op"), ".3g"),
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+        measured = {e["extra_info"]["implementation"]: e["stats"]["median"] for e in entries}
+        shown = [f"{name} {t * 1e3:.4g} ms" for name, t in measured.items() if "form " in name]
+        if shown:
+            forms.append(
+                f"{group}, fastest first: {', '.join(shown)}; the op as it is "
+                f"{measured.get('cfsp', math.nan) * 1e3:.4g} ms."
+            )
+    note = "% of roof is of the device copy, for gram of the matrix product's rate, same run."
+    return "\n".join([*lines, "", note, *forms])
+
+
 def markdown(result: dict[str, Any]) -> str:
     """A summary of one result, then all its groups, a table each."""
     lines = [provenance(result) + ".", "", EXPLANATION, ""]
@@ -147,13 +182,17 @@ def markdown(result: dict[str, Any]) -> str:
     for group, entries in groups(result).items():
         info = entries[-1]["extra_info"]
         lines += [f"### {group}", "", f"{info['dtype']}, {info['bytes'] / 1e9:.4g} GB moved.", ""]
-        if "tera_flops" in info:
-            rates = ", ".join(
-                f"{e['extra_info']['implementation']} {e['extra_info']['tera_flops']:.4g}"
-                for e in entries
-                if "tera_flops" in e["extra_info"]
-            )
-            lines[-2] += f" TFLOP/s of the triangle's multiply-adds: {rates}."
+        rates = {
+            e["extra_info"]["implementation"]: f"{e['extra_info']['tera_flops']:.4g}"
+            for e in entries
+            if "tera_flops" in e["extra_info"]
+        }
+        product = rates.pop("matmul", None)
+        if rates:
+            told = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+            lines[-2] += f" TFLOP/s of the triangle's multiply-adds: {told}."
+        if product:
+            lines[-2] += f" Of a square matrix product: {product}."
         lines.append("| " + " | ".join(COLUMNS) + " |")
         lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
         lines += ["| " + " | ".join(row(entry)) + " |" for entry in entries]

@@ -43,6 +43,8 @@ def ours(score: str, backend: str | None = None) -> Callable[[Weights], torch.Te
     """The op with the matrices that the published score reads."""
 
     def call(w: Weights) -> torch.Tensor:
+        if score == "magnitude":
+            return channel_importance(score, gate=w.gate, up=w.up, down=w.down, backend=backend)
         if score == "flap":
             return channel_importance(score, down=w.down, variance=w.variance, backend=backend)
         if score in ("wanda", "eq8"):
@@ -52,6 +54,21 @@ def ours(score: str, backend: str | None = None) -> Callable[[Weights], torch.Te
         )
 
     return call
+
+
+def magnitude(w: Weights) -> torch.Tensor:
+    """Magnitude-sp with all three matrices: fp32 squares of each, summed per channel."""
+    score = torch.sum(torch.pow(w.down.float(), 2), dim=0)
+    for matrix in (w.gate, w.up):
+        score = score + torch.sum(torch.pow(matrix.float(), 2), dim=1)
+    return score.sqrt()
+
+
+def magnitude_op(w: Weights) -> torch.Tensor:
+    """Norms without a temporary."""
+    norms = [torch.linalg.vector_norm(w.down, 2, 0, dtype=torch.float32)]
+    norms += [torch.linalg.vector_norm(m, 2, 1, dtype=torch.float32) for m in (w.gate, w.up)]
+    return torch.linalg.vector_norm(torch.stack(norms), 2, 0)
 
 
 def wanda(w: Weights) -> torch.Tensor:
@@ -122,6 +139,7 @@ def flap_compiled(w: Weights) -> torch.Tensor:
 
 
 RIVALS: dict[str, tuple[Any, Any, Any]] = {
+    "magnitude": (magnitude, magnitude_op, magnitude),
     "wanda": (wanda, wanda_op, wanda_compiled),
     "flap": (flap, flap_op, flap_compiled),
     "eq8": (eq8, eq8_op, eq8),
@@ -130,7 +148,7 @@ RIVALS: dict[str, tuple[Any, Any, Any]] = {
 
 
 def _bytes(score: str) -> Callable[[Weights], int]:
-    if score == "balanced":
+    if score in ("magnitude", "balanced"):
         return lambda w: w.gate.nbytes + w.up.nbytes + w.down.nbytes
     return lambda w: w.down.nbytes
 

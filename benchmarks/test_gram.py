@@ -1,47 +1,64 @@
 """Second moments of channels: ``pytest benchmarks/test_gram.py``.
 
 Bound by arithmetic: beside the bandwidth (of x read once, and the triangle of the total read and
-written) stands the rate of the multiply-adds of a lower triangle, for every implementation.
+written) stands the rate of the multiply-adds of a lower triangle, for every implementation. On a
+GPU each form of the op is measured by itself; "cfsp" is the one that the op takes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.harness import OpBenchmark
+from benchmarks.harness import INTERPRETED, OpBenchmark
 from benchmarks.shapes import Shape
 from benchmarks.timing import DEVICE, ON_GPU
 from cfsp_kernels import gram
+from cfsp_kernels.gram import FORMS
 
 Inputs = tuple[torch.Tensor, torch.Tensor]
 
 
 def make_inputs(shape: Shape) -> Inputs:
-    """A micro-batch [T, F] and the running total [F, F] fp32."""
+    """A micro-batch [T, F] and the running total [F, F] fp32 that every implementation adds to."""
     x = torch.randn(shape.gram_tokens, shape.intermediate, dtype=shape.dtype, device=DEVICE)
     return x, torch.zeros(shape.intermediate, shape.intermediate, device=DEVICE)
 
 
 def ours(inputs: Inputs, backend: str | None = None) -> torch.Tensor:
-    """The op, into the running total."""
-    return gram(inputs[0], out=inputs[1].zero_(), backend=backend)
+    """The op, in the form that it picks."""
+    return gram(inputs[0], out=inputs[1], backend=backend)
+
+
+def in_form(form: str, inputs: Inputs) -> torch.Tensor:
+    """One of the op's forms."""
+    FORMS[form](*inputs)
+    return inputs[1]
+
+
+def forms() -> dict[str, Callable[[Inputs], torch.Tensor]]:
+    """The op's forms that run here, by name."""
+    has_tma = ON_GPU and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
+    names = [form for form in FORMS if form != "tma"]  # the newest comes last, lest it hang
+    names += ["tma"] if has_tma or INTERPRETED else []
+    return {f"form {name}": partial(in_form, name) for name in names}
 
 
 def eager(inputs: Inputs) -> torch.Tensor:
     """As published Hessian-based pruners accumulate it: an fp32 copy, the full product, a sum."""
-    wide = inputs[0].t().float()
-    total = inputs[1].zero_()
+    x, total = inputs
+    wide = x.t().float()
     total += wide.matmul(wide.t())
     return total
 
 
-def torch_op(inputs: Inputs) -> torch.Tensor:
-    """The full product in the input's dtype with an fp32 result, where torch has one."""
-    x, total = inputs
-    if ON_GPU and hasattr(torch.ops.aten.mm, "dtype_out") and x.dtype != torch.float32:
-        return torch.mm(x.t(), x, torch.float32, out=total)
+def add_product(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Add the full product in the input's dtype with fp32 sums, where torch can, else in fp32."""
+    if x.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out") and x.dtype != torch.float32:
+        return torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
     wide = x.float()
-    return torch.addmm(total.zero_(), wide.t(), wide, out=total)
+    return torch.addmm(total, wide.t(), wide, out=total)
 
 
 def sampled_rows(result: torch.Tensor) -> torch.Tensor:
@@ -55,8 +72,11 @@ BENCHMARKS = [
     OpBenchmark(
         op="gram",
         make_inputs=make_inputs,
+        tokens=lambda shape: shape.gram_tokens,
+        reset=lambda inputs: inputs[1].zero_(),
         bytes_moved=lambda inputs: inputs[0].nbytes + inputs[1].nbytes,
-        implementations={"cfsp": ours, "eager": eager, "torch op": torch_op},
+        implementations={"cfsp": ours, "eager": eager, "torch op": lambda i: add_product(*i)},
+        gpu_implementations=forms(),
         compiled=eager,
         reference=lambda inputs: ours(inputs, backend="torch"),
         digest=sampled_rows,
@@ -66,5 +86,5 @@ BENCHMARKS = [
 
 
 def test_gram(measure: Any, spec: Any, shape: Shape, implementation: str) -> None:
-    """A triangle is half of the work of a full product; each zeroes its total first."""
+    """A triangle is half of the work of a full product."""
     measure(spec, shape, implementation)

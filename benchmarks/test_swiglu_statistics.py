@@ -1,6 +1,6 @@
 """Gated product and its channel statistics: ``pytest benchmarks/test_swiglu_statistics.py``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -10,71 +10,82 @@ from benchmarks.shapes import WINDOW, Shape
 from benchmarks.timing import DEVICE
 from cfsp_kernels import swiglu_statistics
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Result = tuple[torch.Tensor, torch.Tensor]
+"""The product [T, F] and totals [2, F]."""
 
 
-def make_inputs(shape: Shape) -> Pair:
-    """Outputs of gate and up, [T, F] each."""
+class Inputs(NamedTuple):
+    """Outputs of gate and up, and the totals that every implementation adds to."""
+
+    gate: torch.Tensor  # [T, F]
+    up: torch.Tensor  # [T, F]
+    totals: torch.Tensor  # [2, F] fp64
+
+
+def make_inputs(shape: Shape) -> Inputs:
+    """Normal gate and up."""
     gate = torch.randn(shape.tokens, shape.intermediate, dtype=shape.dtype, device=DEVICE)
-    return gate, torch.randn_like(gate)
+    totals = torch.zeros(2, shape.intermediate, dtype=torch.float64, device=DEVICE)
+    return Inputs(gate, torch.randn_like(gate), totals)
 
 
-def eager(pair: Pair) -> Pair:
+def ours(i: Inputs, backend: str | None = None) -> Result:
+    """The op, into running totals as calibration calls it."""
+    return swiglu_statistics(i.gate, i.up, totals=i.totals, backend=backend)[0], i.totals
+
+
+def eager(i: Inputs) -> Result:
     """Per window, the model's own product, then a hook that reads it again in fp32."""
-    gate, up = pair
-    product = torch.empty_like(gate)
-    squares = torch.zeros(gate.shape[1], device=gate.device)
-    for start in range(0, gate.shape[0], WINDOW):
+    product = torch.empty_like(i.gate)
+    for start in range(0, i.gate.shape[0], WINDOW):
         rows = slice(start, start + WINDOW)
-        product[rows] = functional.silu(gate[rows]) * up[rows]
-        squares += torch.norm(product[rows].t().float(), p=2, dim=1) ** 2
-    return product, squares
+        product[rows] = functional.silu(i.gate[rows]) * i.up[rows]
+        i.totals[1] += torch.norm(product[rows].t().float(), p=2, dim=1) ** 2
+    return product, i.totals
 
 
-def torch_op(pair: Pair) -> Pair:
+def torch_op(i: Inputs) -> Result:
     """Whole tensors, in place where torch can, and reductions without a temporary."""
-    gate, up = pair
-    product = functional.silu(gate).mul_(up)
-    product.sum(0, dtype=torch.float32)
-    return product, torch.linalg.vector_norm(product, 2, 0, dtype=torch.float32) ** 2
+    product = functional.silu(i.gate).mul_(i.up)
+    i.totals[0] += product.sum(0, dtype=torch.float32)
+    i.totals[1] += torch.linalg.vector_norm(product, 2, 0, dtype=torch.float32) ** 2
+    return product, i.totals
 
 
-def for_compiler(pair: Pair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def for_compiler(i: Inputs) -> Result:
     """What a compiler could fuse into one pass."""
-    gate, up = pair
-    product = functional.silu(gate) * up
+    product = functional.silu(i.gate) * i.up
     wide = product.float()
-    return product, (wide * wide).sum(0), wide.sum(0)
+    i.totals[0] += wide.sum(0)
+    i.totals[1] += (wide * wide).sum(0)
+    return product, i.totals
 
 
-def fused_product(pair: Pair) -> Any:
+def fused_product(i: Inputs) -> Any:
     """The product alone by a Triton kernel: what the statistics are said to cost nothing beside."""
     from benchmarks.swiglu_kernel import swiglu
 
-    return swiglu(*pair)
+    return swiglu(i.gate, i.up)
 
 
 def squares(result: Any) -> torch.Tensor:
     """Every implementation's sums of squares of the product."""
     if isinstance(result, torch.Tensor):
         return torch.linalg.vector_norm(result, 2, 0, dtype=torch.float32) ** 2
-    second = result[1]
-    return second if isinstance(second, torch.Tensor) else second.sum_of_squares
+    return result[1][1]
 
 
 BENCHMARKS = [
     OpBenchmark(
         op="swiglu_statistics",
         make_inputs=make_inputs,
-        bytes_moved=lambda pair: 3 * pair[0].nbytes,
-        implementations={
-            "cfsp": lambda pair: swiglu_statistics(*pair),
-            "eager": eager,
-            "torch op": torch_op,
-        },
+        tokens=lambda shape: shape.tokens,
+        reset=lambda i: i.totals.zero_(),
+        bytes_moved=lambda i: 3 * i.gate.nbytes,
+        implementations={"cfsp": ours, "eager": eager, "torch op": torch_op},
         gpu_implementations={"fused product only": fused_product},
         compiled=for_compiler,
-        reference=lambda pair: swiglu_statistics(*pair, backend="torch"),
+        reference=lambda i: ours(i, backend="torch"),
         digest=squares,
     )
 ]

@@ -3,9 +3,10 @@
 ``python -m benchmarks.tune [--op ENTRY ...] [--seconds 420]``
 
 Every entry of ``cfsp_kernels/launch_configs.json`` that this file knows is swept at the shapes of
-Llama-3-8B and 70B. A candidate counts where it runs and its result agrees with that of the
-configuration in force; the best geometric mean over the shapes wins, and replaces the one in force
-only when it is faster by more than the noise. The whole sweep is kept as JSON.
+Llama-3-8B and 70B. A candidate is timed where the compile gate finds no fault in it, and counts
+where it runs and its result agrees with that of the configuration in force; the best geometric mean
+over the shapes wins, and replaces the one in force only when it is faster by more than the noise.
+The whole sweep is kept as JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +37,9 @@ LEAST_GAIN = 0.02  # below this a difference of medians is noise, and the table 
 TOLERANCE = 2e-3
 ROUNDS = 15
 OUT_OF_TIME = "not reached: out of time"
+REHEARSED_TARGET = "sm_90"
+"""What the gate compiles for where there is no GPU."""
+TUNING_SHAPES = ("llama-3-8b-8192", "llama-3-70b-8192", "llama-3-8b-131072")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Workload:
     call: Callable[[Any], Any]
     digest: Callable[[Any], torch.Tensor]
     bytes_moved: Callable[[Any], int]
+    clear: Callable[[Any], Any] = lambda inputs: inputs
+    """The inputs with what a call adds to at zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ def _of_benchmark(module: str, position: int = 0) -> Callable[[], Workload]:
 
         spec = importlib.import_module(f"benchmarks.{module}").BENCHMARKS[position]
         call = spec.implementations["cfsp"]
-        return Workload(spec.make_inputs, call, spec.digest, spec.bytes_moved)
+        return Workload(spec.make_inputs, call, spec.digest, spec.bytes_moved, spec.clear)
 
     return load
 
@@ -93,19 +100,35 @@ def _fold_partials() -> Workload:
 
     from .timing import DEVICE
 
-    def make_inputs(shape: Shape) -> torch.Tensor:
-        return torch.randn(max(1, shape.tokens // 256), 2, shape.intermediate, device=DEVICE)
+    def make_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        partials = torch.randn(max(1, shape.tokens // 256), 2, shape.intermediate, device=DEVICE)
+        return partials, torch.zeros_like(partials[:1], dtype=torch.float64)
 
-    def call(partials: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(partials.shape[1:], dtype=torch.float64, device=partials.device)
-        fold_partials(partials, total)
-        return total
+    def call(inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        fold_partials(*inputs)
+        return inputs[1]
 
-    return Workload(make_inputs, call, torch.flatten, lambda partials: partials.nbytes)
+    def clear(inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        inputs[1].zero_()
+        return inputs
+
+    return Workload(make_inputs, call, torch.flatten, lambda inputs: inputs[0].nbytes, clear)
+
+
+def _gram(form: str) -> Callable[[], Workload]:
+    """One form of gram, whichever the op takes."""
+
+    def load() -> Workload:
+        from .test_gram import in_form
+
+        workload = _of_benchmark("test_gram")()
+        return dataclasses.replace(workload, call=lambda inputs: in_form(form, inputs))
+
+    return load
 
 
 def _gram_ragged() -> Workload:
-    workload = _of_benchmark("test_gram")()
+    workload = _gram("tiles")()
 
     def make_inputs(shape: Shape) -> Any:
         # rows that do not start at 16-byte addresses
@@ -115,7 +138,7 @@ def _gram_ragged() -> Workload:
 
 
 def _gram_fp32() -> Workload:
-    workload = _of_benchmark("test_gram")()
+    workload = _gram("tiles")()
 
     def make_inputs(shape: Shape) -> Any:
         fewer = min(shape.gram_tokens, 4096)
@@ -153,7 +176,7 @@ SWEEPS: dict[str, Sweep] = {
         _fold_partials,
     ),
     "block_influence": Sweep(
-        {"BLOCK_D": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8, 16)},
+        {"BLOCK_D": (256, 512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8, 16)},
         lambda config: 4 <= config["BLOCK_D"] / (32 * config["num_warps"]) <= 32,
         _of_benchmark("test_block_influence"),
     ),
@@ -187,7 +210,22 @@ SWEEPS: dict[str, Sweep] = {
             <= 227 << 10
             and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
         ),
-        _of_benchmark("test_gram"),
+        _gram("tiles"),
+    ),
+    "gram_tma": Sweep(
+        {
+            "BLOCK_M": (128,),
+            "BLOCK_N": (128, 256),
+            "BLOCK_T": (32, 64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (3, 4, 6),
+        },
+        lambda config: (
+            config["num_stages"] * config["BLOCK_T"] * (config["BLOCK_M"] + config["BLOCK_N"]) * 2
+            <= 227 << 10
+            and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
+        ),
+        _gram("tma"),
     ),
     "gram_ragged": Sweep(
         {
@@ -234,6 +272,25 @@ def candidates(entry: str, in_force: Config) -> list[Config]:
     return found
 
 
+def gate(entry: str, target: str, configs: Sequence[Config]) -> list[list[str]]:
+    """What the compile gate finds wrong with each configuration, in a process of its own: this one
+    may have Triton's interpreter, and the gate compiles several at a time.
+
+    Raises:
+        CalledProcessError: the gate itself failed.
+    """
+    command = ("-m", "benchmarks.compile_gate", "--candidates", entry, "--target", target)
+    found = subprocess.run(
+        [sys.executable, *command],
+        cwd=environment.ROOT,
+        input=json.dumps(configs),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(found.stdout)
+
+
 @contextmanager
 def in_table(entry: str, arch: str, config: Config) -> Iterator[None]:
     """Launch ``entry`` with ``config`` in the body; the package's table is as before afterwards."""
@@ -253,7 +310,7 @@ def _time(
     workload: Workload, inputs: Any, expected: torch.Tensor | None, rounds: int, cold: ColdCache
 ) -> tuple[float, torch.Tensor]:
     """Median seconds and the digest. Raises ValueError where the result differs."""
-    digest = workload.digest(workload.call(inputs)).double()
+    digest = workload.digest(workload.call(workload.clear(inputs))).double().clone()
     if expected is not None:
         scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         error = float((digest - expected).abs().max() / scale)
@@ -265,21 +322,26 @@ def _time(
 def sweep_entry(
     entry: str, arch: str, shapes: Sequence[Shape], rounds: int, deadline: float, limit: int | None
 ) -> dict[str, Any]:
-    """Time every candidate at every shape and say which to use."""
+    """Time every candidate that passes the gate at every shape and say which to use."""
     from cfsp_kernels._configs import config_for
 
-    in_force = config_for(entry, arch)
+    in_force, *others = candidates(entry, config_for(entry, arch))[:limit]
     trials: list[dict[str, Any]] = [
         {"config": config, "seconds": {}, "gigabytes_per_second": {}, "error": None}
-        for config in candidates(entry, in_force)[:limit]
+        for config in (in_force, *others)
     ]
+    target = arch if ON_GPU else REHEARSED_TARGET
+    for trial, found in zip(trials[1:], gate(entry, target, others), strict=True):
+        if found:
+            trial["error"] = f"compile gate: {', '.join(found)}"
     workload, cold = SWEEPS[entry].workload(), ColdCache()
     torch.manual_seed(0)
     inputs = {shape.name: workload.make_inputs(shape) for shape in shapes}
     expected: dict[str, torch.Tensor] = {}
     for trial in trials:
-        if time.monotonic() > deadline and expected:
+        if trial["error"] is None and time.monotonic() > deadline and expected:
             trial["error"] = OUT_OF_TIME
+        if trial["error"] is not None:
             continue
         try:
             for name, given in inputs.items():
@@ -296,6 +358,9 @@ def sweep_entry(
                 raise
             first_line = (str(error).strip() or "no message").splitlines()[0]
             trial["error"] = f"{type(error).__name__}: {first_line[:200]}"
+        # a sweep that is killed leaves these lines
+        times = ", ".join(f"{name} {s * 1e3:.4g} ms" for name, s in trial["seconds"].items())
+        print(f"{trial['config']}: {trial['error'] or times}", flush=True)
     return choose(entry, trials, [shape.name for shape in shapes])
 
 
@@ -348,7 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--op", action="append", help=f"one of {', '.join(SWEEPS)}; default all")
     parser.add_argument("--seconds", type=float, default=420, help="time limit for each entry")
-    parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b", help="comma-separated")
+    parser.add_argument("--shapes", default=",".join(TUNING_SHAPES), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls per candidate")
     parser.add_argument("--limit", type=int, help="try only so many candidates")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to write")

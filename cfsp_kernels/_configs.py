@@ -33,7 +33,7 @@ def architecture(device: torch.device) -> str:
 def launch_config(op: str, device: torch.device) -> Config:
     """The configuration of ``op`` on ``device``: constexprs of its kernel, num_warps, num_stages.
 
-    An architecture that the table does not name has the default. The dict is the caller's.
+    The dict is the caller's.
 
     Raises:
         KeyError: the table has no such op.
@@ -42,6 +42,10 @@ def launch_config(op: str, device: torch.device) -> Config:
 
 
 def config_for(op: str, arch: str) -> Config:
-    """:func:`launch_config` by the architecture's name."""
+    """:func:`launch_config` by the architecture's name.
+
+    An architecture that the table does not name has the entry of its generation's first ("sm_103"
+    that of "sm_100"), else the default.
+    """
     entries = config_table()[op]
-    return dict(entries.get(arch, entries["default"]))
+    return (entries.get(arch) or entries.get(f"{arch[:-1]}0") or entries["default"]).copy()

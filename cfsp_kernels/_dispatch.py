@@ -1,9 +1,12 @@
 """Choose an op's implementation: argument, then ``$CFSP_BACKEND``, then the tensor's device."""
 
+import functools
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._triton import interpreted, triton_installed
 
@@ -37,3 +40,32 @@ def use_triton(op: str, x: torch.Tensor, backend: str | None) -> bool:
             "interpreter runs on the CPU, with TRITON_INTERPRET=1 set before triton is imported"
         )
     return True
+
+
+def is_concrete(x: torch.Tensor) -> bool:
+    """Whether ``x`` has memory to look at, and nobody traces or intercepts what is done with it."""
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Decorate a function that launches kernels, its first argument a tensor.
+
+    It is registered as the custom op ``cfsp::name``, for torch.compile, fakes and dispatch modes.
+    Eager calls go straight to the function: the dispatcher would take longer than all the rest.
+    """
+
+    def decorate(launch: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(f"cfsp::{name}", launch, mutates_args=mutates_args)
+
+        @functools.wraps(launch)
+        def call(x: torch.Tensor, *arguments: Any) -> Any:
+            return (launch if is_concrete(x) else registered)(x, *arguments)
+
+        call.register_fake = registered.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return decorate

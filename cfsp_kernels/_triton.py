@@ -17,6 +17,13 @@ else:
 
 __all__ = ["Kernel", "ceil_div", "interpreted", "next_power_of_2", "tl", "triton_installed"]
 
+COUNTS = ("tokens", "rows", "partials", "segments")
+"""Arguments that differ from call to call. Triton would compile a kernel again where one is 1 or a
+multiple of 16 for the first time, in the middle of a calibration, and gain nothing."""
+
+LAUNCHED: dict[tuple[Any, ...], Any] = {}
+"""What was compiled for a kernel, device and kinds of arguments that were launched before."""
+
 
 class Kernel:
     """A function in Triton's language; a decorator like ``triton.jit``, but lazy.
@@ -28,6 +35,12 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
+        parameters = inspect.signature(function).parameters
+        self.constants = [n for n, p in parameters.items() if p.annotation == "tl.constexpr"]
+        names = [name for name in parameters if name not in self.constants]
+        self.pointers = sum(name.endswith("_ptr") for name in names)
+        self.counts = [i for i, name in enumerate(names) if name in COUNTS]
+        self.sizes = [i for i in range(self.pointers, len(names)) if i not in self.counts]
 
     @functools.cached_property
     def jitted(self) -> Any:
@@ -41,18 +54,49 @@ class Kernel:
             if isinstance(scope.get(name), Kernel):
                 scope[name] = scope[name].jitted
         self.function.__annotations__ = inspect.get_annotations(self.function, eval_str=True)
-        return triton.jit(self.function)
+        return triton.jit(self.function, do_not_specialize=self.counts)
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        """What launches that many programs. It takes tensors and integers by position, constants
+        and options by name."""
+        return functools.partial(self._launch, grid[0])
+
+    def _launch(self, programs: int, *arguments: Any, **constants: Any) -> None:
+        # Triton's own way from here to the driver asks anew, on each launch, for all that decides
+        # what to compile; that takes as long as everything around it. This key tells apart at least
+        # what Triton does: pointers by dtype and alignment, integers by value.
+        tensors = arguments[: self.pointers]
+        key = (
+            self,
+            tensors[0].device,
+            *[tensor.dtype for tensor in tensors],
+            *[tensor.data_ptr() % 16 for tensor in tensors],
+            *[arguments[i] for i in self.sizes],
+            *[arguments[i] >> 31 for i in self.counts],
+            *constants,
+            *constants.values(),
+        )
+        compiled = LAUNCHED.get(key)
+        if compiled is None:
+            LAUNCHED[key] = self.run(programs, *arguments, **constants)
+        else:
+            compiled[programs, 1, 1](*arguments, *[constants[name] for name in self.constants])
+
+    def run(self, programs: int, *arguments: Any, **constants: Any) -> Any:
+        """Launch by Triton's own way, which takes tensor descriptors as well; what it compiled."""
         # Multiply-adds are fused on every version of Triton, whose default is to change.
-        return functools.partial(self.jitted[grid], enable_fp_fusion=True)
+        return self.jitted.run(
+            *arguments, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants
+        )
 
 
+@functools.cache
 def triton_installed() -> bool:
     """Whether Triton can be imported. Looks for it without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on any device.
 

@@ -15,7 +15,8 @@ class ChannelAccumulator:
 
     Totals are fp64 on the device of the first ``x`` and nothing waits for it. An update adds
     256 tokens at a time, in order: updates that are cut at multiples of 256 tokens give the
-    same bits, however many of them there are.
+    same bits, however many of them there are. A CUDA graph that replays an update adds its sums
+    each time, but counts its tokens once, when it is captured.
 
     Args:
         backend: "torch", "triton" or None: ``$CFSP_BACKEND``, then the device of ``x``.
@@ -41,13 +42,17 @@ class ChannelAccumulator:
         """
         rows = as_rows("x", x)
         if self._totals is None:
-            self._totals = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
-        if x.shape[-1] != self._totals.shape[1] or x.device != self._totals.device:
+            with torch.inference_mode(False):  # else no update outside of the mode could add to it
+                totals = torch.zeros(2, rows.shape[1], dtype=torch.float64, device=x.device)
+        else:
+            totals = self._totals
+        if rows.shape[1] != totals.shape[1] or x.device != totals.device:
             raise ValueError(
-                f"x has {x.shape[-1]} channels on {x.device}, earlier updates had "
-                f"{self._totals.shape[1]} on {self._totals.device}"
+                f"x has {rows.shape[1]} channels on {x.device}, earlier updates had "
+                f"{totals.shape[1]} on {totals.device}"
             )
-        accumulate(rows, self._totals, use_triton("ChannelAccumulator", x, self._backend))
+        accumulate(rows, totals, None, use_triton("ChannelAccumulator", x, self._backend))
+        self._totals = totals
         self._tokens += rows.shape[0]
 
     @property

@@ -12,9 +12,9 @@ from typing import NamedTuple, no_type_check
 import torch
 
 from ._configs import launch_config
-from ._dispatch import use_triton
+from ._dispatch import kernel_op, use_triton
 from ._triton import Kernel, next_power_of_2, tl
-from ._validation import as_rows, check_same, row_chunks
+from ._validation import as_rows, check_out, check_same, chunk_elements, row_chunks
 
 
 class BlockInfluence(NamedTuple):
@@ -36,29 +36,49 @@ class BlockInfluence(NamedTuple):
     """fp64 scalar, sum of the mean over D of |y - x|."""
 
 
-def block_influence_reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``[T, D], [T, D]`` -> fp64 [4]: angular, cosine, mse, mae, summed over T.
+def block_influence_reference(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    """``[T, D], [T, D]`` -> ``out [4]`` fp64: angular, cosine, mse, mae, summed over T.
 
     arccos of a cosine loses half of its digits near 0, where blocks of a language model live
     (and is NaN where rounding takes the cosine past 1). Instead, with d = sum (y - x)^2,
-    1 - cos = (d - (|y| - |x|)^2) / (2 |x| |y|) and angle = 2 asin(sqrt((1 - cos) / 2)).
+    1 - cos = (d - (|y| - |x|)^2) / (2 |x| |y|) and angle = 2 asin(sqrt((1 - cos) / 2)). Sums over D
+    are fp32, what is made of them fp64.
     """
     tokens, width = x.shape
-    sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-    for rows in row_chunks(tokens, width, 1 << 17):  # 1 MiB in fp64
-        before, after = x[rows].double(), y[rows].double()
-        x_norm = torch.linalg.vector_norm(before, dim=-1)
-        y_norm = torch.linalg.vector_norm(after, dim=-1)
-        difference = after.sub_(before)
-        square = torch.linalg.vecdot(difference, difference)
-        product = 2 * x_norm * y_norm
-        cosine = ((square - (x_norm - y_norm) ** 2) / product).clamp(0, 2)
-        cosine = torch.where(product == 0, (square > 0).double(), cosine)
-        angle = 2 / math.pi * torch.asin((cosine / 2).sqrt())
-        absolute = torch.linalg.vector_norm(difference, 1, dim=-1)
-        sums += torch.stack([angle.sum(), cosine.sum(), square.sum(), absolute.sum()])
-    sums[2:] /= max(1, width)
-    return sums
+    sums = torch.empty(5, tokens, dtype=torch.float32, device=x.device)
+    chunks = list(row_chunks(tokens, width, chunk_elements(x.device)))
+    step = chunks[0].stop if chunks else 0
+    buffers = torch.empty(3, step, width, dtype=torch.float32, device=x.device)
+    norm = torch.linalg.vector_norm
+    for rows in chunks:
+        before, after, difference = buffers[:, : rows.stop - rows.start]
+        a, b = x[rows], y[rows]
+        if x.dtype != torch.float32:
+            a, b = before.copy_(a), after.copy_(b)
+        norm(a, dim=1, out=sums[0, rows])
+        norm(b, dim=1, out=sums[1, rows])
+        torch.sub(b, a, out=difference)
+        norm(difference, dim=1, out=sums[2, rows])
+        torch.sum(torch.mul(a, difference, out=before), 1, out=sums[3, rows])
+        torch.sum(difference.abs_(), 1, out=sums[4, rows])
+    x_norm, y_norm, distance, along, absolute = sums.double()
+    square = distance.square()
+    product = 2 * x_norm * y_norm
+    # |y| - |x| as (|y|^2 - |x|^2) / (|y| + |x|), with the numerator summed from y - x: the
+    # difference of two rounded norms would err by more than a small angle's share of d.
+    radial = ((2 * along + square) / (x_norm + y_norm)).square()
+    cosine = ((square - radial) / product).clamp(0, 2)
+    angle = 2 / math.pi * torch.asin((cosine / 2).sqrt())
+    # Past a right angle, which is rare, the half angle from x to -y is the well-conditioned one.
+    for rows in (cosine > 1).nonzero()[:, 0].split(max(1, step)):
+        opposite = norm(x[rows].double() + y[rows].double(), dim=1).square()
+        other = ((opposite - radial[rows]) / product[rows]).clamp(0, 2)
+        angle[rows] = 1 - 2 / math.pi * torch.asin((other / 2).sqrt())
+    zero = product == 0
+    cosine = torch.where(zero, (square > 0).double(), cosine)
+    angle = torch.where(zero, cosine / 2, angle)
+    torch.sum(torch.stack([angle, cosine, square, absolute]), 1, out=out)
+    out[2:] /= max(1, width)
 
 
 @Kernel
@@ -140,52 +160,54 @@ def block_influence_kernel(
     tl.store(out_ptr + 3, tl.sum(absolute, 0) / width)
 
 
-@torch.library.custom_op("cfsp::block_influence", mutates_args=())
-def block_influence_op(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``[T, D], [T, D]`` -> fp64 [4]: angular, cosine, mse, mae, summed over T."""
+@kernel_op("block_influence", mutates_args=("out",))
+def block_influence_op(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+    """``[T, D], [T, D]`` -> ``out [4]`` fp64: angular, cosine, mse, mae, summed over T."""
     tokens, width = x.shape
     if not x.numel():
-        return torch.zeros(4, dtype=torch.float64, device=x.device)
+        out.zero_()
+        return
     config = launch_config("block_influence", x.device)
     config["BLOCK_D"] = min(config["BLOCK_D"], next_power_of_2(width))
     metrics = torch.empty(tokens, 4, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         block_influence_kernel[(tokens,)](x, y, metrics, width, x.stride(0), y.stride(0), **config)
-    return metrics.sum(0, dtype=torch.float64)
-
-
-@block_influence_op.register_fake
-def _(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(4, dtype=torch.float64)
+    torch.sum(metrics, 0, dtype=torch.float64, out=out)
 
 
 def block_influence(
-    hidden_in: torch.Tensor, hidden_out: torch.Tensor, *, backend: str | None = None
+    hidden_in: torch.Tensor,
+    hidden_out: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> BlockInfluence:
     """Angular, cosine, mse and mae influence of a block, summed over tokens.
 
     Args:
         hidden_in, hidden_out: [..., D] fp16, bf16 or fp32, unit stride along D, of one shape
             and dtype: the block's input and output hidden states.
+        out: [4] fp64 to write the sums to, in the order of BlockInfluence, or None.
         backend: "torch", "triton" or None: ``$CFSP_BACKEND``, then the device of hidden_in.
 
     Returns:
-        BlockInfluence with fp64 scalars on the device. NaN states make every sum NaN, infinite
-        ones make angular and cosine NaN. The triton kernel sums squares in fp32: it takes a row
-        whose norm is below 1e-19 for zeros, and one above 1e19 for infinite.
+        BlockInfluence with fp64 scalars on the device, views of ``out``. NaN states make every sum
+        NaN, infinite ones make angular and cosine NaN. Squares are summed in fp32: a row whose norm
+        is below 1e-19 counts as zeros, one above 1e19 as infinite.
 
     Raises:
-        TypeError, ValueError: dtype, shape or strides that the op does not read.
+        TypeError, ValueError: dtype, shape, strides or memory that the op does not take.
         RuntimeError: backend "triton" where it cannot run.
 
     Source: CFSP, arXiv 2409.13199, coarse importance (the angular metric).
     """
     x, y = as_rows("hidden_in", hidden_in), as_rows("hidden_out", hidden_out)
     check_same("hidden_in", hidden_in, "hidden_out", hidden_out)
-    compute = (
-        block_influence_op
-        if use_triton("block_influence", hidden_in, backend)
-        else block_influence_reference
-    )
-    angular, cosine, mse, mae = compute(x, y).unbind()
-    return BlockInfluence(x.shape[0], angular, cosine, mse, mae)
+    if out is None:
+        out = torch.empty(4, dtype=torch.float64, device=x.device)
+    else:
+        check_out("out", out, (4,), torch.float64, x, y)
+    triton = use_triton("block_influence", hidden_in, backend)
+    sums = out.detach()
+    (block_influence_op if triton else block_influence_reference)(x, y, sums)
+    return BlockInfluence(x.shape[0], *sums.unbind())

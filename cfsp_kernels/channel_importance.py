@@ -1,5 +1,8 @@
 """Importance of every FFN channel from its weights and activations.
 
+Every score is made of three reductions of matrices, which either backend has; the scores are
+written once on top of them.
+
 Bytes moved: each given matrix once, ``F * D * itemsize``, for magnitude, wanda and flap. A share
 of a total needs the total first, so two walks: of down for eq8 and of every matrix for balanced.
 Both come from DRAM, unless the matrix fits in L2. (gate and up could not do better: their totals
@@ -9,123 +12,171 @@ save one read of it, and cost as much in partial sums of F columns per panel.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import no_type_check
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, no_type_check
 
 import torch
 
 from ._configs import launch_config
-from ._dispatch import use_triton
-from ._partials import fold_partials
+from ._dispatch import kernel_op, use_triton
+from ._partials import ROWS_PER_PARTIAL, fold_partials
 from ._triton import Kernel, ceil_div, tl
-from ._validation import as_matrix, row_chunks
+from ._validation import as_matrix, chunk_elements, row_chunks
 
-Reduction = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _over_rows(matrix: torch.Tensor, reduce: Reduction) -> torch.Tensor:
-    """[F, D] -> [F]: ``reduce`` maps fp32 rows [n, D] to [n]."""
-    parts = [reduce(matrix[rows].float()).double() for rows in row_chunks(*matrix.shape)]
-    return torch.cat(parts) if parts else matrix.new_zeros(matrix.shape[0], dtype=torch.float64)
+Matrices = Sequence[torch.Tensor]
 
 
-def _over_columns(matrix: torch.Tensor, reduce: Reduction) -> torch.Tensor:
-    """[D, F] -> [F]: ``reduce`` maps fp32 rows [n, F] to their sum over n, [F]."""
-    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for rows in row_chunks(*matrix.shape):
-        total += reduce(matrix[rows].float())
-    return total
+class Reductions(NamedTuple):
+    """Sums over the entries of every channel, of one FFN or each of E: [F] or [E, F] fp64."""
+
+    sums: Callable[[Matrices, torch.Tensor | None, bool], torch.Tensor]
+    """(gate and up as given, down or None, square): of absolute values, or squares. Channels are
+    rows of gate and up, and columns of down."""
+    input_shares: Callable[[Matrices], torch.Tensor]
+    """(gate, up or both): sum_j |W[i, j]| / sum_i' |W[i', j]|. Every column shares out one."""
+    output_shares: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    """(down, fp32 norms n or None for 1): sum_j |W[j, i]| / sum_i' |W[j, i']| n_i'. With n_i, every
+    row shares out one."""
 
 
-def _channel_sum(matrix: torch.Tensor, is_down: bool, reduce: Reduction) -> torch.Tensor:
-    """Sum of an elementwise ``reduce`` over the entries of every channel, [F] fp64."""
-    if is_down:
-        return _over_columns(matrix, lambda rows: reduce(rows).sum(0))
-    return _over_rows(matrix, lambda rows: reduce(rows).sum(1))
-
-
-def _share_of_inputs(down: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """sum_j |down[j, i]| n_i / sum_i' |down[j, i']| n_i': each row of down shares out one."""
-
-    def shares(rows: torch.Tensor) -> torch.Tensor:
-        weighted = rows.abs() * norms.float()
-        return (weighted / weighted.sum(1, keepdim=True).clamp_min(1e-30)).sum(0)
-
-    return _over_columns(down, shares)
-
-
-def _share_of_outputs(matrix: torch.Tensor) -> torch.Tensor:
-    """sum_j |matrix[i, j]| / sum_i' |matrix[i', j]|: each column of gate or up shares out one."""
-    columns = _over_columns(matrix, lambda rows: rows.abs().sum(0)).clamp_min(1e-30).float()
-    return _over_rows(matrix, lambda rows: (rows.abs() / columns).sum(1))
-
-
-def channel_importance_reference(
+def importance(
+    reductions: Reductions,
     score: str,
-    gate: torch.Tensor | None,
-    up: torch.Tensor | None,
+    inputs: Matrices,
     down: torch.Tensor | None,
     statistic: torch.Tensor,
 ) -> torch.Tensor:
-    """The specification of every score; see :func:`channel_importance`. Returns [F] fp64.
+    """The specification of every score; see :func:`channel_importance`.
 
-    ``statistic`` is what :data:`SCORES` names for the score; magnitude ignores it.
+    Args:
+        reductions: a backend's.
+        score: a name of :data:`SCORES`.
+        inputs: of gate and up those that are given, [F, D] or [E, F, D].
+        down: [D, F] or [E, D, F], or None.
+        statistic: [F] or [E, F] fp32 or fp64, what :data:`SCORES` names; magnitude ignores it.
+
+    Returns:
+        [F] or [E, F] fp64.
     """
-    matrices = [(m, m is down) for m in (gate, up, down) if m is not None]
     match score:
         case "magnitude":
-            squares = [_channel_sum(m, is_down, torch.square) for m, is_down in matrices]
-            return torch.stack(squares).sum(0).sqrt()
+            return reductions.sums(inputs, down, True).sqrt()
         case "wanda":
-            means = [
-                _channel_sum(m, is_down, torch.abs) / m.shape[0 if is_down else 1]
-                for m, is_down in matrices
-            ]
-            return torch.stack(means).sum(0) * statistic.double()
+            width = inputs[0].shape[-1] if down is None else down.shape[-2]
+            return reductions.sums(inputs, down, False) * statistic / width
         case "flap":
-            squares = [_channel_sum(m, is_down, torch.square) for m, is_down in matrices]
-            return torch.stack(squares).sum(0) * statistic.double()
+            return reductions.sums(inputs, down, True) * statistic
         case "eq8":
-            ones = torch.ones_like(statistic)
-            relative = statistic.double() / statistic.double().norm().clamp_min(1e-30)
-            terms = [
-                _share_of_inputs(m, ones) * relative if is_down else ones.double()
-                for m, is_down in matrices
-            ]
-            return torch.stack(terms).sum(0)
+            if down is None:
+                return torch.full_like(statistic, len(inputs), dtype=torch.float64)
+            norm = torch.linalg.vector_norm(statistic, dim=-1, keepdim=True, dtype=torch.float64)
+            shares = reductions.output_shares(down, None)
+            return shares * statistic / norm.clamp_min(1e-30) + len(inputs)
         case _:  # balanced
-            relative = statistic.double() / statistic.double().mean().clamp_min(1e-30)
-            terms = [
-                _share_of_inputs(m, statistic) if is_down else _share_of_outputs(m) * relative
-                for m, is_down in matrices
-            ]
-            return torch.stack(terms).sum(0)
+            terms = []
+            if inputs:
+                mean = statistic.mean(dim=-1, keepdim=True, dtype=torch.float64)
+                terms.append(reductions.input_shares(inputs) / mean.clamp_min(1e-30))
+            if down is not None:
+                terms.append(reductions.output_shares(down, statistic.float()))
+            return sum(terms[1:], terms[0]) * statistic
 
 
-ROWS_PER_PARTIAL = 256  # rows of a column sum added in fp32 before they join the fp64 total
+def _chunks(matrix: torch.Tensor, square: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of ``matrix`` after another: which, and their absolute values, or squares, in fp32
+    in the same memory."""
+    height, width = matrix.shape
+    chunks = list(row_chunks(height, width, chunk_elements(matrix.device)))
+    step = chunks[0].stop if chunks else 0
+    buffer = torch.empty(step, width, dtype=torch.float32, device=matrix.device)
+    for rows in chunks:
+        part = buffer[: rows.stop - rows.start].copy_(matrix[rows])
+        yield rows, part.square_() if square else part.abs_()
+
+
+def _row_sums(matrix: torch.Tensor, square: bool, weight: torch.Tensor | None) -> torch.Tensor:
+    """``[R, C] -> [R]`` fp64, weighted by ``[C]`` fp32."""
+    sums = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    for rows, part in _chunks(matrix, square):
+        sums[rows] = part.sum(1) if weight is None else part @ weight
+    return sums
+
+
+def _column_sums(matrix: torch.Tensor, square: bool = False) -> torch.Tensor:
+    """``[R, C] -> [C]`` fp64."""
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for _, part in _chunks(matrix, square):
+        total += part.sum(0)
+    return total
+
+
+def _reciprocal(total: torch.Tensor) -> torch.Tensor:
+    """1 / total in fp32, finite for a total of 0, whose terms are 0."""
+    return total.clamp_min(1e-30).reciprocal().float()
+
+
+def torch_sums(inputs: Matrices, down: torch.Tensor | None, square: bool) -> torch.Tensor:
+    """:attr:`Reductions.sums`: fp32 over a few rows, fp64 over all."""
+    first = inputs[0] if down is None else down
+    if first.ndim == 3:
+        downs = [None] * len(first) if down is None else down
+        experts = zip(*inputs, downs, strict=True)
+        return torch.stack([torch_sums(gate_up, d, square) for *gate_up, d in experts])
+    parts = [_row_sums(matrix, square, None) for matrix in inputs]
+    parts += [] if down is None else [_column_sums(down, square)]
+    return torch.stack(parts).sum(0)
+
+
+def torch_input_shares(matrices: Matrices) -> torch.Tensor:
+    """:attr:`Reductions.input_shares`, in two walks over each matrix."""
+    if matrices[0].ndim == 3:
+        return torch.stack([torch_input_shares(e) for e in zip(*matrices, strict=True)])
+    parts = [_row_sums(m, False, _reciprocal(_column_sums(m))) for m in matrices]
+    return torch.stack(parts).sum(0)
+
+
+def torch_output_shares(down: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
+    """:attr:`Reductions.output_shares`, in one walk: a few rows are complete."""
+    if down.ndim == 3:
+        weights = [None] * len(down) if norms is None else norms
+        return torch.stack([torch_output_shares(*e) for e in zip(down, weights, strict=True)])
+    total = torch.zeros(down.shape[1], dtype=torch.float64, device=down.device)
+    for _, part in _chunks(down):
+        of_rows = part.sum(1) if norms is None else part @ norms
+        total += _reciprocal(of_rows) @ part
+    return total
+
+
+TORCH = Reductions(torch_sums, torch_input_shares, torch_output_shares)
 
 
 @Kernel
 @no_type_check
 def row_sums_kernel(
-    matrix_ptr,  # [R, C] fp16, bf16 or fp32, unit stride along C
-    weight_ptr,  # [C] fp32, read if WEIGHTED
-    out_ptr,  # [R] fp32: sum_c f(matrix[r, c]) * weight[c]
+    matrix_ptr,  # [E, R, C] fp16, bf16 or fp32, unit stride along C
+    weight_ptr,  # [E, C] fp32, contiguous, read if WEIGHTED
+    out_ptr,  # [E, R] fp32: sum_c f(matrix[e, r, c]) * weight[e, c]
     rows,
     columns,
-    stride,
+    matrix_stride,
+    row_stride,
     SQUARE: tl.constexpr,  # f is the square, else the absolute value
     WEIGHTED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(rows, BLOCK_R)
+    expert = program // blocks
+    row = (program % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    matrix_ptr += expert * matrix_stride
+    weight_ptr += expert * columns
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, columns, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = column < columns
         mask = (row < rows)[:, None] & inside[None, :]
-        pointers = matrix_ptr + row[:, None] * stride + column[None, :]
+        pointers = matrix_ptr + row[:, None] * row_stride + column[None, :]
         x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         if SQUARE:
             x *= x
@@ -134,18 +185,20 @@ def row_sums_kernel(
         if WEIGHTED:
             x *= tl.load(weight_ptr + column, mask=inside, other=0.0)[None, :]
         total += x
-    tl.store(out_ptr + row, tl.sum(total, 1), mask=row < rows)
+    tl.store(out_ptr + expert * rows + row, tl.sum(total, 1), mask=row < rows)
 
 
 @Kernel
 @no_type_check
 def column_sums_kernel(
-    matrix_ptr,  # [R, C] fp16, bf16 or fp32, unit stride along C
-    weight_ptr,  # [R] fp32, read if WEIGHTED
-    partials_ptr,  # [ceil(R / ROWS), C] fp32: sum over ROWS rows of f(matrix[r, c]) * weight[r]
+    matrix_ptr,  # [E, R, C] fp16, bf16 or fp32, unit stride along C
+    weight_ptr,  # [E, R] fp32, contiguous, read if WEIGHTED
+    partials_ptr,  # [N, E, C] fp32: sum over ROWS rows of f(matrix[e, r, c]) * weight[e, r]
     rows,
     columns,
-    stride,
+    experts,
+    matrix_stride,
+    row_stride,
     SQUARE: tl.constexpr,  # f is the square, else the absolute value
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -154,14 +207,17 @@ def column_sums_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(columns, BLOCK_C)
-    partial = program // blocks
     column = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    expert = program // blocks % experts
+    partial = program // blocks // experts
     inside = column < columns
     row = partial * ROWS + tl.arange(0, BLOCK_R)
+    matrix_ptr += expert * matrix_stride
+    weight_ptr += expert * rows
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for _ in range(0, ROWS, BLOCK_R):
         mask = (row < rows)[:, None] & inside[None, :]
-        pointers = matrix_ptr + row[:, None] * stride + column[None, :]
+        pointers = matrix_ptr + row[:, None] * row_stride + column[None, :]
         x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         if SQUARE:
             x *= x
@@ -171,144 +227,111 @@ def column_sums_kernel(
             x *= tl.load(weight_ptr + row, mask=row < rows, other=0.0)[:, None]
         total += x
         row += BLOCK_R
-    tl.store(partials_ptr + partial * columns + column, tl.sum(total, 0), mask=inside)
+    out = partials_ptr + (partial * experts + expert) * columns + column
+    tl.store(out, tl.sum(total, 0), mask=inside)
 
 
-def _launch_row_sums(
-    matrix: torch.Tensor, weight: torch.Tensor | None, square: bool, out: torch.Tensor
-) -> None:
-    """``[R, C] -> out [R]`` fp32: sum of squares or absolute values, weighted by ``[C]`` fp32."""
-    rows, columns = matrix.shape
-    config = launch_config("row_sums", matrix.device)
-    row_sums_kernel[(ceil_div(rows, config["BLOCK_R"]),)](
-        matrix,
-        matrix if weight is None else weight,
-        out,
-        rows,
-        columns,
-        matrix.stride(0),
-        SQUARE=square,
-        WEIGHTED=weight is not None,
-        **config,
-    )
+Weighted = tuple[torch.Tensor, torch.Tensor | None]
+"""A matrix and fp32 weights of the entries of its rows or columns, or None for 1."""
 
 
-def _launch_column_sums(
-    matrix: torch.Tensor, weight: torch.Tensor | None, square: bool, partials: torch.Tensor
-) -> None:
-    """``[R, C] -> partials [ceil(R / 256), C]`` fp32, weighted by ``[R]`` fp32."""
-    rows, columns = matrix.shape
-    config = launch_config("column_sums", matrix.device)
-    column_sums_kernel[(ceil_div(columns, config["BLOCK_C"]) * partials.shape[0],)](
-        matrix,
-        matrix if weight is None else weight,
-        partials,
-        rows,
-        columns,
-        matrix.stride(0),
-        SQUARE=square,
-        WEIGHTED=weight is not None,
-        ROWS=ROWS_PER_PARTIAL,
-        **config,
-    )
-
-
-def _channel_sums(
-    gate_up: list[torch.Tensor],
-    down: torch.Tensor | None,
-    square: bool,
-    gate_up_weights: list[torch.Tensor] | None = None,
-    down_weight: torch.Tensor | None = None,
+def _launch(
+    by_row: Sequence[Weighted],
+    by_column: Weighted | None,
+    square: bool = False,
+    reciprocal: bool = False,
 ) -> torch.Tensor:
-    """Sums over the entries of every channel, over all matrices, [F] fp64."""
-    first = down if down is not None else gate_up[0]
-    channels = first.shape[1] if down is not None else first.shape[0]
-    splits = 0 if down is None else ceil_div(down.shape[0], ROWS_PER_PARTIAL)
-    partials = torch.empty(
-        len(gate_up) + splits, channels, dtype=torch.float32, device=first.device
-    )
-    for i, matrix in enumerate(gate_up):
-        weight = gate_up_weights[i] if gate_up_weights is not None else None
-        _launch_row_sums(matrix, weight, square, partials[i])
-    if down is not None:
-        _launch_column_sums(down, down_weight, square, partials[len(gate_up) :])
-    total = torch.zeros(channels, dtype=torch.float64, device=first.device)
-    fold_partials(partials, total)
+    """Weighted sums for channels that are rows of some matrices, and columns of one.
+
+    A launch for each of the matrices, and one that adds up. With ``reciprocal``, 1 / sum in fp32,
+    finite for a sum of 0.
+    """
+    first = by_row[0][0] if by_column is None else by_column[0]
+    device = first.device
+    *batch, height, width = first.shape
+    channels = height if by_column is None else width
+    experts = batch[0] if batch else 1
+    splits = 0 if by_column is None else ceil_div(height, ROWS_PER_PARTIAL)
+    shape = (len(by_row) + splits, experts, channels)
+    partials = torch.empty(shape, dtype=torch.float32, device=device)
+    for part, (matrix, weight) in enumerate(by_row):
+        config = launch_config("row_sums", device)
+        row_sums_kernel[(experts * ceil_div(channels, config["BLOCK_R"]),)](
+            matrix,
+            matrix if weight is None else weight,
+            partials[part],
+            channels,
+            matrix.shape[-1],
+            matrix.stride(0),
+            matrix.stride(-2),
+            SQUARE=square,
+            WEIGHTED=weight is not None,
+            **config,
+        )
+    if by_column is not None:
+        matrix, weight = by_column
+        config = launch_config("column_sums", device)
+        column_sums_kernel[(splits * experts * ceil_div(channels, config["BLOCK_C"]),)](
+            matrix,
+            matrix if weight is None else weight,
+            partials[len(by_row) :],
+            height,
+            channels,
+            experts,
+            matrix.stride(0),
+            matrix.stride(-2),
+            SQUARE=square,
+            WEIGHTED=weight is not None,
+            ROWS=ROWS_PER_PARTIAL,
+            **config,
+        )
+    dtype = torch.float32 if reciprocal else torch.float64
+    total = torch.empty(*batch, channels, dtype=dtype, device=device)
+    fold_partials(partials, total.view(experts, channels), fresh=True, reciprocal=reciprocal)
     return total
 
 
-def _reciprocal(total: torch.Tensor) -> torch.Tensor:
-    """1 / total in fp32, finite for a total of 0, whose terms are 0."""
-    return total.clamp_min(1e-30).reciprocal().float()
+def triton_sums(inputs: Matrices, down: torch.Tensor | None, square: bool) -> torch.Tensor:
+    """:attr:`Reductions.sums`."""
+    return _launch([(m, None) for m in inputs], None if down is None else (down, None), square)
 
 
-def _down_shares(down: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
-    """sum_j |down[j, i]| / sum_i' |down[j, i']| n_i', [F] fp64; n is 1 where ``norms`` is None."""
-    row_totals = torch.empty(down.shape[0], dtype=torch.float32, device=down.device)
-    _launch_row_sums(down, norms, False, row_totals)
-    return _channel_sums([], down, False, down_weight=_reciprocal(row_totals))
+def triton_input_shares(matrices: Matrices) -> torch.Tensor:
+    """:attr:`Reductions.input_shares`."""
+    return _launch([(m, _launch([], (m, None), reciprocal=True)) for m in matrices], None)
 
 
-def _column_totals(matrix: torch.Tensor) -> torch.Tensor:
-    """sum_i |matrix[i, j]|, [D] fp64."""
-    return _channel_sums([], matrix, False)
+def triton_output_shares(down: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
+    """:attr:`Reductions.output_shares`."""
+    return _launch([], (down, _launch([(down, norms)], None, reciprocal=True)))
 
 
-@torch.library.custom_op("cfsp::channel_importance", mutates_args=())
+TRITON = Reductions(triton_sums, triton_input_shares, triton_output_shares)
+
+
+@kernel_op("channel_importance")
 def channel_importance_op(
+    statistic: torch.Tensor,
     score: str,
     gate: torch.Tensor | None,
     up: torch.Tensor | None,
     down: torch.Tensor | None,
-    statistic: torch.Tensor,
 ) -> torch.Tensor:
-    """The kernels' :func:`channel_importance_reference`; [F] fp64."""
-    gate_up = [m for m in (gate, up) if m is not None]
-    first = down if down is not None else gate_up[0]
-    channels = first.shape[1] if down is not None else first.shape[0]
-    width = first.shape[0] if down is not None else first.shape[1]
-    if not first.numel():
-        return channel_importance_reference(score, gate, up, down, statistic)
-    statistic = statistic.double()
-    with torch.cuda.device_of(first):
-        match score:
-            case "magnitude":
-                return _channel_sums(gate_up, down, True).sqrt_()
-            case "wanda":
-                return _channel_sums(gate_up, down, False).mul_(statistic / width)
-            case "flap":
-                return _channel_sums(gate_up, down, True).mul_(statistic)
-            case "eq8":
-                total = torch.full_like(statistic, len(gate_up))
-                if down is not None:
-                    relative = statistic / statistic.norm().clamp_min(1e-30)
-                    total += _down_shares(down, None) * relative
-                return total
-            case _:  # balanced
-                total = torch.zeros(channels, dtype=torch.float64, device=first.device)
-                if gate_up:
-                    weights = [_reciprocal(_column_totals(m)) for m in gate_up]
-                    total += _channel_sums(gate_up, None, False, gate_up_weights=weights)
-                    total *= statistic / statistic.mean().clamp_min(1e-30)
-                if down is not None:
-                    total += _down_shares(down, statistic.float()) * statistic
-                return total
+    """The kernels' :func:`importance`; fp64."""
+    with torch.cuda.device_of(statistic):
+        inputs = [matrix for matrix in (gate, up) if matrix is not None]
+        return importance(TRITON, score, inputs, down, statistic)
 
 
 @channel_importance_op.register_fake
 def _(
+    statistic: torch.Tensor,
     score: str,
     gate: torch.Tensor | None,
     up: torch.Tensor | None,
     down: torch.Tensor | None,
-    statistic: torch.Tensor,
 ) -> torch.Tensor:
-    if down is not None:
-        return down.new_empty(down.shape[1], dtype=torch.float64)
-    first = gate if gate is not None else up
-    if first is None:
-        raise ValueError("channel_importance needs at least one of gate, up, down")
-    return first.new_empty(first.shape[0], dtype=torch.float64)
+    return torch.empty_like(statistic, dtype=torch.float64)
 
 
 SCORES: dict[str, str | None] = {
@@ -353,10 +376,12 @@ def channel_importance(
         down: [D, F] likewise with unit stride along F, or None.
         norms: [F] fp32 or fp64 activation norms; for wanda, eq8 and balanced.
         variance: [F] fp32 or fp64 activation variance; for flap.
+            Each of these with one more dimension in front, [E, ...], is of E FFNs, scored apart:
+            experts in one tensor, or halves of one, without a copy.
         backend: "torch", "triton" or None: ``$CFSP_BACKEND``, then the device of the matrices.
 
     Returns:
-        [F] fp32 on the device of the matrices.
+        [F] fp32 on the device of the matrices; [E, F] for E FFNs, bit for bit as one by one.
 
     Raises:
         TypeError, ValueError: unknown score, missing statistic, no matrix, shapes that differ.
@@ -367,38 +392,54 @@ def channel_importance(
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-    matrices = (("gate", gate), ("up", up), ("down", down))
-    given = {name: as_matrix(name, m) for name, m in matrices if m is not None}
+    named = {"gate": gate, "up": up, "down": down}
+    given = {name: matrix for name, matrix in named.items() if matrix is not None}
     if not given:
         raise ValueError("channel_importance needs at least one of gate, up, down")
-    first_name, first = next(iter(given.items()))
-    channels = first.shape[1] if first_name == "down" else first.shape[0]
-    width = first.shape[0] if first_name == "down" else first.shape[1]
-    for name, matrix in given.items():
-        expected = (width, channels) if name == "down" else (channels, width)
+    name, first = next(iter(given.items()))
+    dimensions = 3 if first.ndim == 3 else 2
+    given = {name: as_matrix(name, matrix, dimensions) for name, matrix in given.items()}
+    *batch, channels, width = first.mT.shape if name == "down" else first.shape
+    for other, matrix in given.items():
+        expected = (*batch, width, channels) if other == "down" else (*batch, channels, width)
         if tuple(matrix.shape) != expected or matrix.device != first.device:
             raise ValueError(
-                f"{name} must be {expected} on {first.device} as {first_name} has it, "
+                f"{other} must be {expected} on {first.device} as {name} has it, "
                 f"got {tuple(matrix.shape)} on {matrix.device}"
             )
+    statistic = _statistic(score, norms, variance, (*batch, channels), first)
+    triton = use_triton("channel_importance", first, backend)
+    if not statistic.numel():
+        return torch.empty_like(statistic, dtype=torch.float32)
+    if triton and first.numel():
+        matrices = (given.get("gate"), given.get("up"), given.get("down"))
+        result = channel_importance_op(statistic, score, *matrices)
+    else:
+        inputs = [given[name] for name in ("gate", "up") if name in given]
+        result = importance(TORCH, score, inputs, given.get("down"), statistic)
+    return result.float()
+
+
+def _statistic(
+    score: str,
+    norms: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """[F] or [E, F]: what ``score`` needs beside the weights, checked; anything where that is
+    nothing."""
     needed = SCORES[score]
     if needed is None:
-        statistic = first.new_empty(0)
-    else:
-        given_statistic = norms if needed == "norms" else variance
-        if given_statistic is None:
-            raise ValueError(f"score {score!r} needs {needed}")
-        statistic = given_statistic.detach()
-        if tuple(statistic.shape) != (channels,) or statistic.device != first.device:
-            raise ValueError(
-                f"{needed} must be ({channels},) on {first.device}, "
-                f"got {tuple(statistic.shape)} on {statistic.device}"
-            )
-        if not statistic.dtype.is_floating_point:
-            raise TypeError(f"{needed} must be floating point, got {statistic.dtype}")
-    compute = (
-        channel_importance_op
-        if use_triton("channel_importance", first, backend)
-        else channel_importance_reference
-    )
-    return compute(score, given.get("gate"), given.get("up"), given.get("down"), statistic).float()
+        return torch.empty(shape, device=like.device)
+    statistic = norms if needed == "norms" else variance
+    if statistic is None:
+        raise ValueError(f"score {score!r} needs {needed}")
+    if tuple(statistic.shape) != shape or statistic.device != like.device:
+        raise ValueError(
+            f"{needed} must be {shape} on {like.device}, "
+            f"got {tuple(statistic.shape)} on {statistic.device}"
+        )
+    if not statistic.dtype.is_floating_point:
+        raise TypeError(f"{needed} must be floating point, got {statistic.dtype}")
+    return statistic.detach()

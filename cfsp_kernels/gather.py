@@ -16,7 +16,7 @@ from typing import NamedTuple, no_type_check
 import torch
 
 from ._configs import launch_config
-from ._dispatch import use_triton
+from ._dispatch import kernel_op, use_triton
 from ._triton import Kernel, ceil_div, tl
 from ._validation import as_matrix, check_index, check_out
 
@@ -60,7 +60,7 @@ def gather_columns_kernel(
     tl.store(out_ptr + row[:, None] * out_stride + k[None, :], values, mask=mask)
 
 
-@torch.library.custom_op("cfsp::gather_columns", mutates_args=("out",))
+@kernel_op("gather_columns", mutates_args=("out",))
 def gather_columns_op(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     """``out[:, k] = weight[:, index[k]]``, bit for bit."""
     rows, kept = out.shape
@@ -76,18 +76,13 @@ def gather_columns_op(weight: torch.Tensor, index: torch.Tensor, out: torch.Tens
         )
 
 
-@gather_columns_op.register_fake
-def _(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-    return None
-
-
 def _new_or_checked(
-    out: torch.Tensor | None, shape: tuple[int, int], weight: torch.Tensor
+    out: torch.Tensor | None, shape: tuple[int, int], weight: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
     """``out`` if it fits, or a new tensor."""
     if out is None:
         return weight.new_empty(shape)
-    check_out(out, shape, weight)
+    check_out("out", out, shape, weight.dtype, weight, index)
     return out
 
 
@@ -116,7 +111,7 @@ def gather_rows(
     """
     weight = as_matrix("weight", weight)
     check_index(index, weight.shape[0], weight)
-    out = _new_or_checked(out, (index.numel(), weight.shape[1]), weight)
+    out = _new_or_checked(out, (index.numel(), weight.shape[1]), weight, index)
     use_triton("gather_rows", weight, backend)
     gather_rows_reference(weight, index, out.detach())
     return out
@@ -146,7 +141,7 @@ def gather_columns(
     """
     weight = as_matrix("weight", weight)
     check_index(index, weight.shape[1], weight)
-    out = _new_or_checked(out, (weight.shape[0], index.numel()), weight)
+    out = _new_or_checked(out, (weight.shape[0], index.numel()), weight, index)
     if use_triton("gather_columns", weight, backend):
         gather_columns_op(weight, index, out.detach())
     else:

@@ -38,3 +38,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(integer), b.contiguous().view(integer)
     )
+
+
+def off_by(exact: torch.Tensor, ulps: int) -> torch.Tensor:
+    """fp64 rounded to fp32, and then larger in magnitude by ``ulps``: how hardware may err."""
+    rounded = exact.float()
+    moved = (rounded.view(torch.int32) + ulps).view(torch.float32)
+    return torch.where(rounded.isfinite() & (rounded != 0), moved, rounded)

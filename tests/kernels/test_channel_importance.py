@@ -112,6 +112,67 @@ def test_matrices_may_differ_in_dtype(backend, device):
     check("wanda", matrices, torch.ones(30, device=device), torch.ones(30), backend)
 
 
+def experts(count: int, channels: int, width: int, device) -> dict[str, torch.Tensor]:
+    """Gate and up as views of one tensor [E, 2F, D], and down [E, D, F]: as checkpoints do it."""
+    packed = random_matrix(count * 2 * channels, width, torch.bfloat16, device, padding=2, seed=1)
+    packed = packed.unflatten(0, (count, 2 * channels))
+    down = random_matrix(count * width, channels, torch.bfloat16, device, padding=1, seed=3)
+    gate, up = packed.split(channels, dim=1)
+    return {"gate": gate, "up": up, "down": down.unflatten(0, (count, width))}
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+def test_experts_have_the_bits_that_they_have_alone(backend, device, score, subset):
+    every = experts(3, 150, 70, device)
+    matrices = {name: every[name] for name in subset}
+    norms = random_matrix(3, 150, device=device, seed=4).abs()
+    norms[1] *= 50  # shares of another expert would show
+    options = {"norms": norms, "variance": norms.double() * 2}
+    got = channel_importance(score, **matrices, **options, backend=backend)
+    assert got.shape == (3, 150)
+    assert got.dtype == torch.float32
+    for e in range(3):
+        one = {name: tensor[e] for name, tensor in {**matrices, **options}.items()}
+        assert same_bits(got[e], channel_importance(score, **one, backend=backend))
+        check(score, {n: one[n] for n in matrices}, one["norms"], one["variance"], backend)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_experts_of_any_size(backend, device, score):
+    for count, channels, width in ((2, 260, 300), (1, 1, 1), (2, 0, 4)):
+        matrices = experts(count, channels, width, device)
+        norms = torch.ones(count, channels, device=device)
+        options = {"norms": norms, "variance": norms}
+        got = channel_importance(score, **matrices, **options, backend=backend)
+        assert got.shape == (count, channels)
+        for e in range(count):
+            one = {name: tensor[e] for name, tensor in {**matrices, **options}.items()}
+            assert same_bits(got[e], channel_importance(score, **one, backend=backend))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_no_expert_is_no_score(backend, device, score):
+    matrices, norms = experts(0, 6, 4, device), torch.ones(0, 6, device=device)
+    got = channel_importance(score, **matrices, norms=norms, variance=norms, backend=backend)
+    assert got.shape == (0, 6)
+
+
+def test_wrong_experts_are_refused(backend):
+    gate, down = torch.zeros(3, 6, 4), torch.zeros(3, 4, 6)
+    norms = torch.ones(3, 6)
+    for arguments, message in [
+        ({"gate": gate, "down": down[0], "norms": norms}, "down must"),
+        ({"gate": gate[0], "down": down, "norms": norms[0]}, "down must"),
+        ({"gate": gate, "down": down[:2], "norms": norms}, "down must"),
+        ({"gate": gate, "down": down, "norms": norms[0]}, "norms must"),
+        ({"gate": gate[None], "norms": norms}, "gate must"),
+        ({"down": down.mT, "norms": torch.ones(3, 4)}, "unit stride"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            channel_importance("wanda", **arguments, backend=backend)
+
+
 def test_wrong_arguments_are_refused(backend):
     down, norms = torch.zeros(4, 6), torch.ones(6)
     for arguments, error, message in [

@@ -16,14 +16,15 @@ pytestmark = [
     pytest.mark.skipif(not triton_installed(), reason="triton is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers are for Linux"),
 ]
-GATE = Path(__file__).with_name("compile_gate.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    """What compile_gate.py found, in a process of its own: this one has the interpreter."""
+    """What the gate found, in a process of its own: this one may have the interpreter."""
     result = subprocess.run(
-        [sys.executable, str(GATE), "--json"],
+        [sys.executable, "-m", "benchmarks.compile_gate", "--json"],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -57,7 +58,7 @@ def test_the_gate_sees_spills_and_narrow_loads():
     """It would not pass anything: a tile of too many elements spills, a ragged one loads narrow."""
     code = """
 import dataclasses
-import compile_gate as gate
+from benchmarks import compile_gate as gate
 from cfsp_kernels._configs import config_table
 config_table()["channel_statistics"]["big"] = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 1}
 case = next(c for c in gate.cases() if c.op == "channel_statistics")
@@ -67,7 +68,7 @@ print(gate.faults(gate.compile_case(ragged, "sm_90", "default")))
 """
     result = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=GATE.parent,
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

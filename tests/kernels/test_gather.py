@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, few_examples, random_matrix, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cfsp_kernels import gather_columns, gather_ffn, gather_rows
 
@@ -72,6 +73,53 @@ def test_ffn_without_a_gate(backend, device):
     assert same_bits(compact.down, down[:, index])
     with pytest.raises(ValueError, match="has none"):
         gather_ffn(None, up, down, index, out=(up, up, down), backend=backend)
+
+
+@pytest.mark.parametrize("gather", [gather_rows, gather_columns])
+def test_out_that_overlaps_is_refused_and_windows_are_not(backend, device, gather):
+    values = random_matrix(24, 40, device=device)
+    buffer = values.clone()
+    weight = buffer[:8, :8]
+    index = torch.tensor([5, 0, 7, 2], device=device)
+    shape = (4, 8) if gather is gather_rows else (8, 4)
+    for out in (
+        torch.zeros(1, 1, device=device).expand(shape),
+        torch.zeros(1, shape[1], device=device).expand(shape),
+        torch.zeros(64, device=device).as_strided(shape, (2, 1)),
+        weight[: shape[0], : shape[1]],
+        buffer[7:, 7:][: shape[0], : shape[1]],
+    ):
+        with pytest.raises(ValueError, match="out"):
+            gather(weight, index, out=out, backend=backend)
+    assert same_bits(buffer, values)
+    expected = gather(values[:8, :8], index, backend="torch")
+    for row, column in ((0, 8), (8, 0), (3, 9)):
+        out = buffer[row:, column:][: shape[0], : shape[1]]
+        gather(weight, index, out=out, backend=backend)
+        assert same_bits(out, expected)
+        buffer.copy_(values)
+
+
+def test_ffn_out_that_overlaps_is_refused(backend, device):
+    up, down = random_matrix(10, 4, device=device), random_matrix(4, 10, device=device)
+    index = torch.tensor([1, 8], device=device)
+    new = torch.zeros(2, 4, device=device)
+    for out in (
+        (new, new[:1].expand(2, 4), new.view(4, 2)),
+        (new, up[:2], torch.zeros(4, 2, device=device)),
+        (new, torch.zeros_like(new), down[:, :2]),
+    ):
+        with pytest.raises(ValueError, match="out"):
+            gather_ffn(up, up, down, index, out=out, backend=backend)
+
+
+def test_fakes_of_a_cpu_have_no_values_to_check(backend):
+    with FakeTensorMode():
+        weight, index = torch.zeros(6, 5), torch.zeros(3, dtype=torch.int64)
+        assert gather_rows(weight, index, backend=backend).shape == (3, 5)
+        assert gather_columns(weight, index, backend=backend).shape == (6, 3)
+        compact = gather_ffn(None, weight, weight.T.contiguous(), index, backend=backend)
+        assert compact.down.shape == (5, 3)
 
 
 @pytest.mark.parametrize("gather", [gather_rows, gather_columns])

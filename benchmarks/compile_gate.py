@@ -1,8 +1,11 @@
 """Compile every kernel ahead of time for every target and report what it uses. Needs no GPU.
 
-    python tests/kernels/compile_gate.py              # one line per kernel and target
-    python tests/kernels/compile_gate.py --markdown   # the coverage table of docs/kernels.md
-    python tests/kernels/compile_gate.py --json       # what test_compile.py reads
+    python -m benchmarks.compile_gate              # one line per kernel and target
+    python -m benchmarks.compile_gate --markdown   # the coverage table of docs/kernels.md
+    python -m benchmarks.compile_gate --json       # what tests/kernels/test_compile.py reads
+
+``--candidates ENTRY --target sm_90`` reads a JSON list of launch configurations from the standard
+input and prints the list of their faults: what a tuner asks before it times one.
 
 Registers and spills are read from the machine code, wide accesses from it or from PTX.
 """
@@ -13,6 +16,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,19 +32,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cfsp_kernels._configs import config_for, config_table
-from cfsp_kernels._partials import fold_kernel
-from cfsp_kernels._triton import Kernel
+from cfsp_kernels._partials import ROWS_PER_PARTIAL, fold_kernel
+from cfsp_kernels._triton import COUNTS, Kernel
 from cfsp_kernels.block_influence import block_influence_kernel
 from cfsp_kernels.channel_importance import column_sums_kernel, row_sums_kernel
-from cfsp_kernels.channel_statistics import ROWS_PER_PARTIAL, channel_statistics_kernel
+from cfsp_kernels.channel_statistics import channel_statistics_kernel
 from cfsp_kernels.gather import gather_columns_kernel
-from cfsp_kernels.gram import gram_kernel, precision
+from cfsp_kernels.gram import gram_kernel, gram_tma_kernel, precision
 from cfsp_kernels.swiglu_statistics import ACTIVATIONS, swiglu_statistics_kernel
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Target -> bytes of shared memory that one program may use."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = ("num_warps", "num_stages")
+WORKERS = min(16, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Case:
     """Arguments not divisible by 16: counts of rows always, the others where a case says so."""
     wide_loads: bool = True
     wide_stores: bool = False
+    targets: tuple[str, ...] = tuple(SHARED_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,34 +90,37 @@ class Resources:
 
 def cases() -> Iterator[Case]:
     """Every kernel at every dtype and variant that its op launches."""
-    rows = frozenset({"tokens", "rows", "partials"})
+    rows = frozenset(COUNTS)
     partial = {"ROWS": ROWS_PER_PARTIAL}
-    yield Case(
-        "fold_partials",
-        "",
-        fold_kernel,
-        "fp32",
-        {"partials_ptr": "*fp32", "total_ptr": "*fp64"},
-        {},
-        rows,
-        wide_loads=False,
-    )
+    pointers = {"partials_ptr": "*fp32", "total_ptr": "*fp64", "offsets_ptr": "*i32"}
+    for variant, segments in {"": False, "segments": True}.items():
+        constants = {**partial, "SEGMENTED": segments}
+        yield Case("fold_partials", variant, fold_kernel, "fp32", pointers, constants, rows, False)
     for dtype in DTYPES:
         x = f"*{dtype}"
-        pointers = {"x_ptr": x, "partials_ptr": "*fp32"}
-        yield Case(
-            "channel_statistics", "", channel_statistics_kernel, dtype, pointers, partial, rows
-        )
-        pointers = {"gate_ptr": x, "up_ptr": x, "product_ptr": x, "partials_ptr": "*fp32"}
-        for activation in ACTIVATIONS:
-            constants = {**partial, "ACTIVATION": activation, "ROUND_BF16": False}
+        whole, experts = {**partial, "SEGMENTS": 0}, {**partial, "SEGMENTS": 256}
+        pointers = {"x_ptr": x, "partials_ptr": "*fp32", "offsets_ptr": "*i32"}
+        for variant, constants in {"": whole, "segments": experts}.items():
             yield Case(
-                "swiglu_statistics",
-                activation,
-                swiglu_statistics_kernel,
+                "channel_statistics",
+                variant,
+                channel_statistics_kernel,
                 dtype,
                 pointers,
                 constants,
+                rows,
+            )
+        pointers = dict.fromkeys(("gate_ptr", "up_ptr", "product_ptr"), x)
+        pointers |= {"partials_ptr": "*fp32", "offsets_ptr": "*i32"}
+        variants = {activation: (activation, whole) for activation in ACTIVATIONS}
+        for variant, (activation, sums) in {**variants, "segments": ("silu", experts)}.items():
+            yield Case(
+                "swiglu_statistics",
+                variant,
+                swiglu_statistics_kernel,
+                dtype,
+                pointers,
+                {**sums, "ACTIVATION": activation, "ROUND_BF16": False},
                 rows,
                 wide_stores=True,
             )
@@ -147,14 +156,33 @@ def cases() -> Iterator[Case]:
             wide_loads=False,
             wide_stores=True,
         )
-        pointers = {"x_ptr": x, "out_ptr": "*fp32"}
-        constants = {"WIDEN": False}
-        if dtype == "fp32":
-            yield Case("gram_fp32", "", gram_kernel, dtype, pointers, constants, rows)
-        else:
-            yield Case("gram", "", gram_kernel, dtype, pointers, constants, rows)
-            case = Case("gram_ragged", "", gram_kernel, dtype, pointers, constants, rows)
-            yield dataclasses.replace(unaligned(case), variant="")
+        pointers = {"x_ptr": x, "out_ptr": "*fp32", "offsets_ptr": "*i32"}
+        entries = ["gram_fp32"] if dtype == "fp32" else ["gram", "gram_ragged"]
+        for entry in entries:
+            for variant, segments in {"": False, "segments": True}.items():
+                constants = {"WIDEN": False, "SEGMENTED": segments}
+                case = Case(entry, variant, gram_kernel, dtype, pointers, constants, rows)
+                ragged = entry == "gram_ragged"
+                yield dataclasses.replace(unaligned(case), variant=variant) if ragged else case
+        if dtype != "fp32":
+            config = config_for("gram_tma", "sm_90")
+            m, n, t = (config[f"BLOCK_{axis}"] for axis in "MNT")
+            descriptors = {
+                "left_desc": f"tensordesc<{dtype}[{t},{m}]>",
+                "right_desc": f"tensordesc<{dtype}[{t},{n}]>",
+                "out_desc": f"tensordesc<fp32[{m},{n // 4}]>",
+            }
+            yield Case(
+                "gram_tma",
+                "",
+                gram_tma_kernel,
+                dtype,
+                descriptors,
+                {"WIDEN": False, "REDUCE": True},
+                rows | set(descriptors),
+                wide_loads=False,
+                targets=("sm_90", "sm_100"),
+            )
 
 
 def unaligned(case: Case) -> Case:
@@ -252,26 +280,55 @@ def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, int, int]:
     )
 
 
+def compile_entry(case: Case, target: str, entry: str) -> list[Resources]:
+    """``case`` with one entry of its table, and for the main targets with ragged shapes too."""
+    rows = [compile_case(case, target, entry)]
+    ragged = case.op not in ("gram", "gram_ragged", "gram_tma") and case.dtype == "bf16"
+    if (ragged or case.op == "gram_fp32") and target in ("sm_90", "gfx942"):
+        rows.append(compile_case(unaligned(case), target, entry))
+    return rows
+
+
 def survey_case(number: int) -> list[Resources]:
     """One case with every entry of its table: on its own architecture, default on all four."""
     case = list(cases())[number]
-    ragged = case.op not in ("gram", "gram_ragged") and case.dtype == "bf16"
-    ragged = ragged or case.op == "gram_fp32"
-    rows = []
-    for entry in config_table()[case.op]:
-        for target in SHARED_LIMIT if entry == "default" else [entry]:
-            rows.append(compile_case(case, target, entry))
-            if ragged and target in ("sm_90", "gfx942"):
-                rows.append(compile_case(unaligned(case), target, entry))
-    return rows
+    return [
+        row
+        for entry in config_table()[case.op]
+        for target in (case.targets if entry == "default" else [entry])
+        for row in compile_entry(case, target, entry)
+    ]
 
 
 def survey(only: str | None = None) -> Iterator[Resources]:
     """Every case, or those of the ops whose name contains ``only``."""
     numbers = [i for i, case in enumerate(cases()) if only is None or only in case.op]
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ProcessPoolExecutor(WORKERS) as pool:
         for rows in pool.map(survey_case, numbers):
             yield from rows
+
+
+def try_candidate(number: int, entry: str, target: str, config: dict[str, int]) -> list[str]:
+    """Faults of one case of ``entry``, which is launched with ``config`` on ``target``."""
+    config_table()[entry][target] = config
+    case = [case for case in cases() if case.op == entry][number]  # some depend on the table
+    try:
+        return [fault for row in compile_entry(case, target, target) for fault in faults(row)]
+    # whatever the compiler stumbles over is why this candidate cannot be the one
+    except Exception as error:
+        last_line = (str(error).strip() or "no message").splitlines()[-1]
+        return [f"{type(error).__name__}: {last_line}"]
+
+
+def try_candidates(entry: str, target: str, configs: list[dict[str, int]]) -> list[list[str]]:
+    """Faults of every candidate in any case that a launch with ``entry`` may be."""
+    numbers = range(sum(case.op == entry for case in cases()))
+    with ProcessPoolExecutor(WORKERS) as pool:
+        found = [
+            [pool.submit(try_candidate, number, entry, target, config) for number in numbers]
+            for config in configs
+        ]
+        return [sorted({fault for case in tried for fault in case.result()}) for tried in found]
 
 
 def faults(used: Resources) -> list[str]:
@@ -323,7 +380,14 @@ def main() -> None:
     form.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
     form.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--op", help="only kernels whose name contains this")
+    parser.add_argument("--candidates", metavar="ENTRY", help="faults of configurations for it")
+    parser.add_argument("--target", default="sm_90", help="of --candidates (default: sm_90)")
     arguments = parser.parse_args()
+    if arguments.candidates:
+        print(
+            json.dumps(try_candidates(arguments.candidates, arguments.target, json.load(sys.stdin)))
+        )
+        return
     rows = []
     for row in survey(arguments.op):
         rows.append(row)
