@@ -92,9 +92,15 @@ def cases() -> Iterator[Case]:
     """Every kernel at every dtype and variant that its op launches."""
     rows = frozenset(COUNTS)
     partial = {"ROWS": ROWS_PER_PARTIAL}
-    pointers = {"partials_ptr": "*fp32", "total_ptr": "*fp64", "offsets_ptr": "*i32"}
-    for variant, segments in {"": False, "segments": True}.items():
-        constants = {**partial, "SEGMENTED": segments}
+    for variant in ("", "segments", "fresh", "reciprocal"):
+        total = "*fp32" if variant == "reciprocal" else "*fp64"
+        pointers = {"partials_ptr": "*fp32", "total_ptr": total, "offsets_ptr": "*i32"}
+        constants = {
+            **partial,
+            "SEGMENTED": variant == "segments",
+            "FRESH": variant in ("fresh", "reciprocal"),
+            "RECIPROCAL": variant == "reciprocal",
+        }
         yield Case("fold_partials", variant, fold_kernel, "fp32", pointers, constants, rows, False)
     for dtype in DTYPES:
         x = f"*{dtype}"

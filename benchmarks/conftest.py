@@ -1,5 +1,6 @@
 """One test per (op, shape, implementation), and a JSON without names of hosts or people."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from benchmarks import environment, harness, timing
 from benchmarks.shapes import DEFAULT_SHAPES, SHAPES
 
 HERE = Path(__file__).parent
+described = functools.cache(environment.describe)
 started = time.monotonic()
 
 
@@ -91,7 +93,7 @@ def measure(benchmark: BenchmarkFixture, stage: harness.Stage, pytestconfig: pyt
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    return environment.describe()
+    return described()  # asked for with every save, and the same
 
 
 @pytest.hookimpl(tryfirst=True)

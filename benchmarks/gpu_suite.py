@@ -428,7 +428,7 @@ def run(
             bad += 1
             continue
         print(f"{heading}: {step.shown()}", flush=True)
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         result = {
             "step": step.name,
             "purpose": step.purpose,

@@ -5,13 +5,13 @@ written) stands the rate of the multiply-adds of a lower triangle, for every imp
 GPU each form of the op is measured by itself; "cfsp" is the one that the op takes.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.harness import INTERPRETED, OpBenchmark
+from benchmarks.forms import forms
+from benchmarks.harness import OpBenchmark
 from benchmarks.shapes import Shape
 from benchmarks.timing import DEVICE, ON_GPU
 from cfsp_kernels import gram
@@ -37,14 +37,6 @@ def in_form(form: str, inputs: Inputs) -> torch.Tensor:
     return inputs[1]
 
 
-def forms() -> dict[str, Callable[[Inputs], torch.Tensor]]:
-    """The op's forms that run here, by name."""
-    has_tma = ON_GPU and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
-    names = [form for form in FORMS if form != "tma"]  # the newest comes last, lest it hang
-    names += ["tma"] if has_tma or INTERPRETED else []
-    return {f"form {name}": partial(in_form, name) for name in names}
-
-
 def eager(inputs: Inputs) -> torch.Tensor:
     """As published Hessian-based pruners accumulate it: an fp32 copy, the full product, a sum."""
     x, total = inputs
@@ -59,6 +51,9 @@ def add_product(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         return torch.addmm(total, x.t(), x, out_dtype=torch.float32, out=total)
     wide = x.float()
     return torch.addmm(total, wide.t(), wide, out=total)
+
+
+RUNNING = forms(torch.bfloat16 if ON_GPU else torch.float32)
 
 
 def sampled_rows(result: torch.Tensor) -> torch.Tensor:
@@ -76,7 +71,7 @@ BENCHMARKS = [
         reset=lambda inputs: inputs[1].zero_(),
         bytes_moved=lambda inputs: inputs[0].nbytes + inputs[1].nbytes,
         implementations={"cfsp": ours, "eager": eager, "torch op": lambda i: add_product(*i)},
-        gpu_implementations=forms(),
+        gpu_implementations={f"form {name}": partial(in_form, name) for name in RUNNING},
         compiled=eager,
         reference=lambda inputs: ours(inputs, backend="torch"),
         digest=sampled_rows,

@@ -102,7 +102,7 @@ def _fold_partials() -> Workload:
 
     def make_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         partials = torch.randn(max(1, shape.tokens // 256), 2, shape.intermediate, device=DEVICE)
-        return partials, torch.zeros_like(partials[:1], dtype=torch.float64)
+        return partials, torch.zeros_like(partials[0], dtype=torch.float64)
 
     def call(inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         fold_partials(*inputs)

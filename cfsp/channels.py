@@ -2,17 +2,36 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from cfsp_kernels import ChannelStatistics, gather_columns, gather_rows
+from cfsp_kernels import gather_columns, gather_rows
 
 from .errors import CfspError
 
-Collect = Callable[[int, ChannelStatistics, torch.Tensor, torch.Tensor | None], None]
-"""Takes (number of the expert, 0 in a plain FFN; statistics of its activation; the activation
-[..., F]; positions of its rows among the tokens of the call, None where it is all of them)."""
+
+@dataclass(frozen=True)
+class Routing:
+    """Whose the rows of an activation [T, F] are, one expert after the other."""
+
+    offsets: torch.Tensor
+    """[E + 1] int32, where the rows of each begin; those after the last are of none."""
+    experts: torch.Tensor
+    """[T] int64, the expert of each row."""
+    tokens: torch.Tensor
+    """[T] int64, its position among the tokens of the call."""
+
+
+class Observer(Protocol):
+    """What an FFN hands its activation to, in each run of its block."""
+
+    def totals(self) -> torch.Tensor:
+        """[2, F], or [2, E * F] for E experts, fp64: what statistics of this run are added to."""
+
+    def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
+        """``x``: the activation [..., F], whose statistics were added; ``routing``: of experts."""
 
 
 @dataclass(frozen=True)

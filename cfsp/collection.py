@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from cfsp_kernels import ChannelStatistics, block_influence
+from cfsp_kernels import block_influence
 
 from .blocks import Blocks, LiveBlocks
-from .channels import ChannelGroup, sizes_of
+from .channels import ChannelGroup, Routing, sizes_of
 from .errors import CfspError, Stopped
 from .gram_sums import GramSums, Split, check_ranks
 from .gram_writing import GramWriter, gram_writer
@@ -44,14 +43,14 @@ class _BlockCollector:
     ) -> None:
         """``split``: of the tokens, where Gram matrices are wanted."""
         self.groups = groups
-        sizes = sizes_of(groups)
-        self.ranges = [
-            slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)
-        ]
         self.ranks = ranks
         self.tokens = 0
-        self.expert_tokens = torch.zeros(len(sizes), dtype=torch.float64)
-        self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
+        ends = accumulate(group.total for group in groups)
+        self.ffns = [
+            _FFNCollector(self, number, slice(end - group.total, end))
+            for number, (group, end) in enumerate(zip(groups, ends, strict=True))
+        ]
+        self.zeros = torch.zeros(2, sum(sizes_of(groups)), dtype=torch.float64, device=device)
         self.sums: list[torch.Tensor] = []
         """Each [2, F] fp64: sum and sum of squares."""
         self.begun = False
@@ -63,34 +62,20 @@ class _BlockCollector:
         self.own_influences = self.influences[mine]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(sizes, split, mine.start, device, ranks) if split else None
+        self.grams = GramSums(groups, split, mine.start, device, ranks) if split else None
 
-    def add_channels(
-        self,
-        first: int,
-        expert: int,
-        part: ChannelStatistics,
-        x: torch.Tensor,
-        tokens: torch.Tensor | None,
-    ) -> None:
-        """``expert`` counts from the ``first`` of its FFN among all of the block."""
+    def current(self) -> torch.Tensor:
+        """The sums that the running micro-batch adds to."""
         if not self.sums or not (self.ranks.first or self.begun):
             self.sums.append(self.zeros.clone())
         self.begun = True
-        self.expert_tokens[first + expert] += part.tokens
-        channels = self.ranges[first + expert]
-        self.sums[-1][0, channels] += part.sum
-        self.sums[-1][1, channels] += part.sum_of_squares
-        if self.grams is not None:
-            self.grams.add(first + expert, self.seen, part, x, tokens)
+        return self.sums[-1]
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         self.tokens += before.shape[:-1].numel()
         self.begun = False
         self.seen += 1
-        part = block_influence(before, after)
-        for column, metric in enumerate(INFLUENCE_METRICS):
-            self.own_influences[index, column] = getattr(part, metric)
+        block_influence(before, after, out=self.own_influences[index])
 
     def result(
         self, number: int, windows: int, micro_batch: int, writer: GramWriter | None
@@ -107,7 +92,8 @@ class _BlockCollector:
                 "check the weights of this block, or use another dtype"
             )
         sums = ranks.ordered_sum([part.cpu() for part in self.sums], self.zeros)
-        expert_tokens = ranks.ordered_sum([self.expert_tokens], self.expert_tokens)
+        seen = torch.cat([ffn.seen() for ffn in self.ffns])
+        expert_tokens = ranks.ordered_sum([seen], torch.zeros_like(seen))
         if not expert_tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
@@ -122,17 +108,38 @@ class _BlockCollector:
         )
 
 
+class _FFNCollector:
+    """The :class:`cfsp.channels.Observer` of one FFN, or of all its experts."""
+
+    def __init__(self, block: _BlockCollector, number: int, channels: slice) -> None:
+        self.block = block
+        self.number = number
+        self.channels = channels
+        self.tokens: int | torch.Tensor = 0
+
+    def totals(self) -> torch.Tensor:
+        return self.block.current()[:, self.channels]
+
+    def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
+        rows = x.flatten(0, -2)
+        self.tokens += len(rows) if routing is None else routing.offsets.diff()
+        if self.block.grams is not None:
+            self.block.grams.add(self.number, self.block.seen, rows, routing)
+
+    def seen(self) -> torch.Tensor:
+        """Tokens of every expert so far, [E] fp64 on the CPU."""
+        experts = self.block.groups[self.number].experts
+        return torch.zeros(experts, dtype=torch.float64) + torch.as_tensor(self.tokens).cpu()
+
+
 @contextmanager
 def _observed(
     block: nn.Module, layout: Layout, collector: _BlockCollector, fused: bool
 ) -> Iterator[None]:
     """Hand the statistics of every FFN of the block to the collector while it runs."""
-    expert = 0
     with ExitStack() as stack:
-        for ffn in layout.block_ffns(block):
-            collect = partial(collector.add_channels, expert)
-            stack.enter_context(ffn.observed(block, collect, fused))
-            expert += ffn.group(block).experts
+        for ffn, observer in zip(layout.block_ffns(block), collector.ffns, strict=True):
+            stack.enter_context(ffn.observed(block, observer, fused))
         yield
 
 
@@ -164,8 +171,8 @@ def collect_statistics(
 
     Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
     ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices, on
-    the device, [F, F] fp32 three times for the block at work, on ranks other than the first as
-    often as each has eighths of the windows, and once more.
+    the device, for the block at work, [F, F] fp32 twice, on ranks other than the first as often as
+    each has eighths of the windows, and once more; and the activations of an eighth, twice.
 
     Args:
         model: a causal LM on its device; left as it was found.

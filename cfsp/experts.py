@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import grouped_mm
 
-from cfsp_kernels import ChannelStatistics, channel_statistics, swiglu_statistics
+from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from .channels import ChannelAxis, ChannelGroup, Collect, Compensate, FFNWeights, parameter
+from .channels import (
+    ChannelAxis,
+    ChannelGroup,
+    Compensate,
+    FFNWeights,
+    Observer,
+    Routing,
+    parameter,
+)
 from .ffns import FFN
 from .forwards import forward_instead
 from .modeling_cfsp import set_parameter, set_width
@@ -58,47 +66,52 @@ class ExpertsFFN(FFN):
         return tuple(FFNWeights(gate, up, down) for gate, up, down in experts)
 
     def observed(
-        self, block: nn.Module, collect: Collect, fused: bool = True
+        self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
-        """See :meth:`cfsp.ffns.FFN.observed`: each expert's statistics are of its own tokens."""
+        """See :meth:`cfsp.ffns.FFN.observed`: each expert's statistics are of its own tokens.
+
+        All experts of a micro-batch take a few launches, as in transformers' own forward with
+        grouped matrix products, whose output this gives; none of them waits for the device.
+        """
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
+        experts = len(down)
+        every = torch.arange(experts + 1, device=down.device)
         activate = self._activate(block, fused)
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
         ) -> torch.Tensor:
-            routed = top_k_index.T.flatten()
-            by_expert = routed.argsort(stable=True)
-            counts = routed.bincount(minlength=len(down)).tolist()
-            shares = top_k_weights.T.flatten()
-            total = torch.zeros_like(hidden_states)
-            for expert, rows in enumerate(by_expert.split(counts)[: len(down)]):
-                if len(rows):
-                    tokens = rows % len(hidden_states)
-                    both = linear(hidden_states[tokens], gate_up[expert])
-                    product, part = activate(*both.chunk(2, dim=-1))
-                    collect(expert, part, product, tokens)
-                    output = linear(product, down[expert]) * shares[rows, None]
-                    total.index_add_(0, tokens, output.to(total.dtype))
-            return total
+            chosen, order = top_k_index.flatten().sort(stable=True)
+            tokens = order // top_k_index.shape[1]
+            offsets = torch.searchsorted(chosen, every, out_int32=True)
+            both = grouped_mm(hidden_states[tokens], gate_up.mT, offs=offsets[1:])
+            totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
+            product = activate(*both.chunk(2, dim=-1), offsets, totals)
+            observer.add(product, Routing(offsets, chosen, tokens))
+            output = grouped_mm(product, down.mT, offs=offsets[1:])
+            output = output * top_k_weights.flatten()[order, None]
+            output = output.masked_fill((chosen >= experts)[:, None], 0)  # of no expert here
+            places = order.argsort()
+            return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
         return forward_instead([module], [forward])
 
-    def _activate(
-        self, block: nn.Module, fused: bool
-    ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ChannelStatistics]]:
-        """(gate, up) -> their product and its statistics."""
+    def _activate(self, block: nn.Module, fused: bool) -> Callable[..., torch.Tensor]:
+        """(gate, up, offsets, totals) -> their product, whose statistics are added to totals."""
         name = self.gated_activation(block) if fused else None
-        if name is not None:
-            return lambda gate, up: swiglu_statistics(gate, up, name)
         act = getattr(self.module(block), self.activation)
 
-        def unfused(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ChannelStatistics]:
+        def activate(
+            gate: torch.Tensor, up: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor
+        ) -> torch.Tensor:
+            if name is not None:
+                return swiglu_statistics(gate, up, name, offsets=offsets, totals=totals)[0]
             product = act(gate) * up
-            return product, channel_statistics(product)
+            channel_statistics(product, offsets=offsets, totals=totals)
+            return product
 
-        return unfused
+        return activate
 
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None

@@ -10,7 +10,15 @@ from transformers.activations import ACT2FN
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from .channels import ChannelAxis, ChannelGroup, Collect, Compensate, CutDown, FFNWeights, parameter
+from .channels import (
+    ChannelAxis,
+    ChannelGroup,
+    Compensate,
+    CutDown,
+    FFNWeights,
+    Observer,
+    parameter,
+)
 from .errors import CfspError
 from .forwards import forward_instead
 from .modeling_cfsp import set_parameter, set_width
@@ -124,19 +132,21 @@ class FFN:
         return lambda x: (gate(x), up(x))
 
     @contextmanager
-    def _hooked(self, block: nn.Module, collect: Collect) -> Iterator[None]:
-        hook = self.projection(block, self.down).register_forward_pre_hook(
-            lambda module, args: collect(0, channel_statistics(args[0]), args[0], None)
-        )
+    def _hooked(self, block: nn.Module, observer: Observer) -> Iterator[None]:
+        def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            channel_statistics(args[0], totals=observer.totals())
+            observer.add(args[0])
+
+        hook = self.projection(block, self.down).register_forward_pre_hook(observe)
         try:
             yield
         finally:
             hook.remove()
 
     def observed(
-        self, block: nn.Module, collect: Collect, fused: bool = True
+        self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
-        """While it lasts, each run of the block hands statistics of its FFN activation over.
+        """While it lasts, each run of the block hands its FFN activation and its statistics over.
 
         Where the FFN is gated by an activation that the fused op knows, the product and its
         statistics are made in one pass; elsewhere the input of down is read once more. Both
@@ -144,12 +154,13 @@ class FFN:
         """
         activation = self.gated_activation(block) if fused else None
         if activation is None:
-            return self._hooked(block, collect)
+            return self._hooked(block, observer)
         gate_and_up, down = self.gate_and_up(block), self.projection(block, self.down)
 
         def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-            product, part = swiglu_statistics(*gate_and_up(hidden_states), activation)
-            collect(0, part, product, None)
+            gate, up = gate_and_up(hidden_states)
+            product, _ = swiglu_statistics(gate, up, activation, totals=observer.totals())
+            observer.add(product)
             return down(product)
 
         return forward_instead([self.module(block)], [forward])

@@ -46,10 +46,22 @@ class GramCosts:
             for group in block
         )
 
-    def sum_bytes(self, split: Split, ranks: int) -> int:
-        """On the device of the rank with the most, while a block is at work."""
-        values = [sum(g.experts * g.channels**2 for g in block) for block in self.blocks]
-        return products_held(split, ranks) * max(values) * FP32
+    def sum_bytes(self, split: Split, ranks: int, itemsize: int) -> int:
+        """On the device of the rank with the most, while a block is at work: its products, and the
+        activations of a chunk, kept and in one piece, those of experts once more to be sorted.
+
+        ``itemsize``: bytes of an activation.
+        """
+        products = max(sum(g.experts * g.channels**2 for g in block) for block in self.blocks)
+        chunk = split.chunk_tokens * itemsize
+        rows = [
+            (2 if group.experts == 1 else 3)
+            * group.channels
+            * min(group.experts, self.active_experts)
+            for block in self.blocks
+            for group in block
+        ]
+        return products_held(split, ranks) * products * FP32 + chunk * max(rows)
 
     def panel_bytes(self, split: Split, ranks: int) -> int:
         """On the host, while a file is written: a panel of every term and of their sum, and those

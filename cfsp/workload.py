@@ -227,7 +227,7 @@ class Workload:
                 "micro-batch": costs.working_bytes(self.micro_batch, self.seqlen, self.device),
             }
             if self.gram is not None:
-                held = self.gram.sum_bytes(self._split, self.ranks)
+                held = self.gram.sum_bytes(self._split, self.ranks, costs.itemsize)
                 found["calibrate"]["Gram matrices"] = held
         if self.pruned is not None and self.gram is not None and self.gram.ranks:
             found["score"] = {

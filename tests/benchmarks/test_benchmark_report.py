@@ -67,6 +67,27 @@ def test_table_holds_every_measurement_copy_first(result: dict[str, Any]) -> Non
     assert "| gram | tiny | 1000 | 50 | 4 |  |  | 3 |" in text
 
 
+def test_headline_has_the_packages_op_its_roof_and_rivals() -> None:
+    bound = {"tokens": 8192, "tera_flops": 300.0}
+    benchmarks = [
+        entry("gram 8b", "copy", 0.5, 100.0),
+        entry("gram 8b", "matmul", 0.5, 1.0, tera_flops=600.0),
+        entry("gram 8b", "cfsp", 0.010, 50.0, **bound),
+        entry("gram 8b", "torch op", 0.015, 40.0, tera_flops=200.0),
+        entry("gram 8b", "torch.compile", 0.02, 40.0, tera_flops=150.0),
+        entry("gram 8b", "form tiles", 0.012, 40.0, tera_flops=250.0),
+        entry("gram 8b", "form panels", 0.010, 40.0, tera_flops=300.0),
+        entry("gather_rows 8b", "copy", 1.0, 40.0),
+        entry("gather_rows 8b", "cfsp", 1.0, 20.0, tokens=None),
+    ]
+    add_ratios(benchmarks)
+    assert "speedup_over_torch_op" not in benchmarks[1]["extra_info"]
+    text = report.headline([{"benchmarks": benchmarks[:7]}, {"benchmarks": benchmarks[7:]}])
+    assert "| gram | 8b | 8192 | 10 | 50 | 2 | 1.5 |" in text
+    assert "| gather_rows | 8b |  | 1000 | 50 |  |  |" in text
+    assert "gram 8b, fastest first: form panels 10 ms, form tiles 12 ms" in text
+
+
 def test_command_writes_markdown_and_chart(tmp_path: Path, result: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     source, table, chart = (tmp_path / name for name in ("r.json", "t.md", "c.png"))

@@ -1,6 +1,8 @@
 """The tuner knows every entry of the table, changes only what it measured, and leaves no trace."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tune
+from benchmarks.shapes import SHAPES
 from cfsp_kernels._configs import config_for, config_table
 
 TABLE = json.loads(tune.TABLE.read_text("utf-8"))
@@ -45,6 +48,40 @@ def test_table_is_as_before_after_a_candidate_failed() -> None:
     with pytest.raises(RuntimeError, match="no such tile"):
         launch_with_a_candidate()
     assert json.dumps(config_table()) == before
+
+
+def test_warps_alone_on_a_row_are_among_the_candidates() -> None:
+    found = tune.candidates("block_influence", TABLE["block_influence"]["default"])
+    assert {"BLOCK_D": 256, "num_warps": 1} in found
+    assert {"BLOCK_D": 512, "num_warps": 1} in found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers are for Linux")
+def test_the_gate_refuses_what_spills_and_what_does_not_compile() -> None:
+    pytest.importorskip("triton")
+    tile = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
+    large, odd = {**tile, "BLOCK_T": 64, "num_warps": 1}, {**tile, "BLOCK_T": 12}
+    good, spills, fails = tune.gate("channel_statistics", "sm_90", [tile, large, odd])
+    assert good == []
+    assert any("spills" in fault for fault in spills)
+    assert any("CompilationError" in fault for fault in fails)
+
+
+def test_a_candidate_that_fails_the_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def time_it(*arguments: Any) -> tuple[float, torch.Tensor]:
+        timed.append(config_for("fold_partials", "sm_00"))
+        return 1.0 / len(timed), torch.ones(1)
+
+    monkeypatch.setattr(tune, "_time", time_it)
+    monkeypatch.setattr(tune, "gate", lambda entry, target, configs: [["spills: 8"], []])
+    shapes = [SHAPES["tiny"]]
+    result = tune.sweep_entry("fold_partials", "sm_00", shapes, 1, math.inf, limit=3)
+    first, refused, last = result["trials"]
+    assert refused["error"] == "compile gate: spills: 8"
+    assert timed == [first["config"], last["config"]]
+    assert result["chosen"] == last["config"]
 
 
 def test_the_fastest_that_ran_is_chosen() -> None:

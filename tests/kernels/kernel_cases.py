@@ -1,5 +1,6 @@
 """Tensors and bounds that the kernel tests share."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -45,3 +46,14 @@ def off_by(exact: torch.Tensor, ulps: int) -> torch.Tensor:
     rounded = exact.float()
     moved = (rounded.view(torch.int32) + ulps).view(torch.float32)
     return torch.where(rounded.isfinite() & (rounded != 0), moved, rounded)
+
+
+def gram_dtype(form: str, device: torch.device) -> torch.dtype:
+    """The dtype to try a form of gram with; skips the test where it cannot run."""
+    if form == "tma" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor memory accelerator before sm_90")
+    if form == "tma" and torch.version.hip:
+        pytest.skip("a tensor memory accelerator is NVIDIA's")
+    if form == "panels" and device.type == "cpu":
+        return torch.float32  # torch has no fp32 products of 16-bit factors on a CPU
+    return torch.bfloat16

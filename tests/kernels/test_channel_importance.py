@@ -117,20 +117,23 @@ def experts(count: int, channels: int, width: int, device) -> dict[str, torch.Te
     packed = random_matrix(count * 2 * channels, width, torch.bfloat16, device, padding=2, seed=1)
     packed = packed.unflatten(0, (count, 2 * channels))
     down = random_matrix(count * width, channels, torch.bfloat16, device, padding=1, seed=3)
-    gate, up = packed.split(channels, dim=1)
-    return {"gate": gate, "up": up, "down": down.unflatten(0, (count, width))}
+    return {
+        "gate": packed[:, :channels],
+        "up": packed[:, channels:],
+        "down": down.unflatten(0, (count, width)),
+    }
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("subset", [SUBSETS[0], ("down",), ("gate",)], ids="+".join)
 def test_experts_have_the_bits_that_they_have_alone(backend, device, score, subset):
-    every = experts(3, 150, 70, device)
+    every = experts(3, 130, 20, device)
     matrices = {name: every[name] for name in subset}
-    norms = random_matrix(3, 150, device=device, seed=4).abs()
+    norms = random_matrix(3, 130, device=device, seed=4).abs()
     norms[1] *= 50  # shares of another expert would show
     options = {"norms": norms, "variance": norms.double() * 2}
     got = channel_importance(score, **matrices, **options, backend=backend)
-    assert got.shape == (3, 150)
+    assert got.shape == (3, 130)
     assert got.dtype == torch.float32
     for e in range(3):
         one = {name: tensor[e] for name, tensor in {**matrices, **options}.items()}
@@ -140,7 +143,7 @@ def test_experts_have_the_bits_that_they_have_alone(backend, device, score, subs
 
 @pytest.mark.parametrize("score", SCORES)
 def test_experts_of_any_size(backend, device, score):
-    for count, channels, width in ((2, 260, 300), (1, 1, 1), (2, 0, 4)):
+    for count, channels, width in ((2, 130, 300), (1, 1, 1), (2, 0, 4)):
         matrices = experts(count, channels, width, device)
         norms = torch.ones(count, channels, device=device)
         options = {"norms": norms, "variance": norms}

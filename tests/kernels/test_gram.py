@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, UNIT, few_examples, random_matrix, same_bits
+from kernel_cases import DTYPES, UNIT, few_examples, gram_dtype, random_matrix, same_bits
 
 from cfsp_kernels import gram
 from cfsp_kernels._triton import triton_installed
@@ -93,22 +93,11 @@ def test_the_bound_admits_products_in_parts_of_tf32_and_not_tf32():
     assert not within_the_bound(x, product.tril())
 
 
-def form_inputs(form: str, device: torch.device) -> torch.dtype:
-    """The dtype to try a form with; skips the test where it cannot run."""
-    if form == "tma" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("no tensor memory accelerator before sm_90")
-    if form == "tma" and torch.version.hip:
-        pytest.skip("a tensor memory accelerator is NVIDIA's")
-    if form == "panels" and device.type == "cpu":
-        return torch.float32  # torch has no fp32 products of 16-bit factors on a CPU
-    return torch.bfloat16
-
-
 @pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 @pytest.mark.parametrize("shape", [(70, 96), (1, 16), (33, 400)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_adds_the_triangle(device, form, shape):
-    dtype = form_inputs(form, device)
+    dtype = gram_dtype(form, device)
     x = random_matrix(*shape, dtype, device, padding=16)
     channels = shape[1]
     buffer = torch.full((channels, channels + 4), 5.0, device=device)
@@ -129,7 +118,7 @@ def test_every_form_adds_the_triangle(device, form, shape):
 @pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_exact_for_whole_numbers(device, form):
-    dtype = form_inputs(form, device)
+    dtype = gram_dtype(form, device)
     channels = 2100 if form == "panels" else 1040  # several panels, tiles, groups of them
     x = torch.randint(-8, 9, (70, channels), generator=torch.Generator().manual_seed(0))
     out = torch.zeros(channels, channels, device=device)
