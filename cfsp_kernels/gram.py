@@ -35,7 +35,8 @@ def gram_reference(x: torch.Tensor, out: torch.Tensor) -> None:
         end = min(start + BLOCK, x.shape[1])
         product = torch.zeros(end - start, end, device=x.device)
         for rows in x.split(ROWS):
-            product.addmm_(rows[:, start:end].float().T, rows[:, :end].float())
+            left, right = rows[:, start:end].float().T, rows[:, :end].float()
+            torch.addmm(product, left, right, out=product)
         out[start:end, :end] += product.tril_(start)
 
 
