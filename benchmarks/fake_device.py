@@ -10,26 +10,31 @@ with the target's launch configurations. Launches do nothing: results are what m
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from cfsp_kernels import _configs, _dispatch, _triton
-from cfsp_kernels._triton import interpreted
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Target -> bytes of shared memory that a program may use there."""
+BEFORE_ARGUMENTS = 9
+"""What Triton passes to a launcher before a kernel's own arguments: grid, stream and so on."""
+OnLaunch = Callable[[ASTSource, tuple[Any, ...]], None]
+"""Called with a variant of a kernel and the arguments that it is launched with."""
 
 
 class FakeDriver:
     """What Triton asks of a driver, answered for ``target``."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, on_launch: OnLaunch | None = None) -> None:
         self.target = target
+        self.on_launch = on_launch
         self.variants: list[ASTSource] = []
         """Every specialisation of every kernel that was launched, in order of its first launch."""
 
@@ -60,7 +65,9 @@ class FakeDriver:
     def launcher_cls(self, source: ASTSource, metadata: Any) -> Any:
         """Called once for every variant, when it is first launched."""
         self.variants.append(source)
-        return lambda *arguments: None
+        if self.on_launch is None:
+            return lambda *arguments: None
+        return lambda *arguments: self.on_launch(source, arguments[BEFORE_ARGUMENTS:])
 
     def forget(self) -> None:
         """Drop what was compiled, while there is a driver to unload it."""
@@ -69,7 +76,7 @@ class FakeDriver:
 
 
 @contextlib.contextmanager
-def fake_device(target: str = "sm_90") -> Iterator[FakeDriver]:
+def fake_device(target: str = "sm_90", on_launch: OnLaunch | None = None) -> Iterator[FakeDriver]:
     """Within it the ops take tensors on the CPU for tensors on a ``target``.
 
     Raises:
@@ -77,13 +84,18 @@ def fake_device(target: str = "sm_90") -> Iterator[FakeDriver]:
     """
     if _triton.interpreted():
         raise RuntimeError("a fake device compiles: start without TRITON_INTERPRET")
-    device = FakeDriver(target)
+    device = FakeDriver(target, on_launch)
+
+    def architecture(device: torch.device) -> str:  # a plain function: a mock takes microseconds
+        return target
+
+    def interpreted() -> bool:  # asked by the dispatch, on a CPU; kernels ask _triton itself
+        return True
+
     with (
         mock.patch.object(driver, "_active", device),
-        # Plain functions, for a mock takes as long as a launch.
-        mock.patch.object(_configs, "architecture", lambda device: target),
-        # The one question of the dispatch, whether a CPU will do; kernels ask _triton itself.
-        mock.patch.object(_dispatch, "interpreted", lambda: True),
+        mock.patch.object(_configs, "architecture", architecture),
+        mock.patch.object(_dispatch, "interpreted", interpreted),
         mock.patch.dict(os.environ, CFSP_BACKEND="triton"),
         mock.patch.dict(getattr(_triton, "LAUNCHED", {}), clear=True),
     ):

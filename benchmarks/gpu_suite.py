@@ -14,6 +14,7 @@ It needs a checkout and no installation: commands run with its root on the path.
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -79,6 +80,8 @@ class Step:
     """A program that must be there, else the step is skipped."""
     path: str | None = None
     """A path below the repository that must be there, else the step is skipped."""
+    package: str | None = None
+    """A package that must be installed, else the step is skipped."""
     sources: tuple[str, ...] = ()
     """Folders, beside the kernels and benchmarks, whose change makes a result out of date."""
     scratch: Path | None = None
@@ -173,6 +176,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                     *("--json", str(out / f"result-{name}.json")),
                 ),
                 limit,
+                package="accelerate",
                 sources=("cfsp",),
                 scratch=out / f"work-{name}",
                 extra=model == "llama-3-70b",
@@ -286,6 +290,8 @@ def missing(step: Step, out: Path) -> str | None:
         return f"{Path(step.tool).name} is not installed"
     if step.path is not None and not (ROOT / step.path).exists():
         return f"{step.path} does not exist"
+    if step.package is not None and importlib.util.find_spec(step.package) is None:
+        return f"{step.package} is not installed"
     return None
 
 

@@ -97,15 +97,17 @@ def gram_kernel(
         left_ptr += BLOCK_T * stride
         right_ptr += BLOCK_T * stride
     # A part of the tile at a time: all of it, its old values and addresses overflow the registers.
+    first_half, second_half = halves(total, BLOCK_M, BLOCK_N)
+    half = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     out_ptr += row[:, None] * out_stride
     inside = (row < channels)[:, None]
-    half = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-    for part in tl.static_range(2):
-        values = halves(total, BLOCK_M, BLOCK_N)[part]
-        mask = inside & (half[None, :] <= row[:, None])
-        pointers = out_ptr + half[None, :]
-        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
-        half += BLOCK_N // 2
+    mask = inside & (half[None, :] <= row[:, None])
+    pointers = out_ptr + half[None, :]
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + first_half, mask=mask)
+    half += BLOCK_N // 2
+    mask = inside & (half[None, :] <= row[:, None])
+    pointers += BLOCK_N // 2
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + second_half, mask=mask)
 
 
 @Kernel

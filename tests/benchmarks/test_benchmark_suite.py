@@ -345,6 +345,9 @@ def test_an_absent_tool_is_a_reason_to_skip(tmp_path: Path) -> None:
     assert gpu_suite.run([step], tmp_path, **OPTIONS) == 0
     result = read(tmp_path, "tool")
     assert (result["status"], result["reason"]) == ("skipped", "no-such-sanitizer is not installed")
+    step = script("package", "raise SystemExit(1)", package="no_such_package")
+    assert gpu_suite.run([step], tmp_path, **OPTIONS) == 0
+    assert read(tmp_path, "package")["reason"] == "no_such_package is not installed"
 
 
 def test_results_name_no_folder_of_this_machine(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ and no tensor), a multiple of 16, or an int64, and for a pointer that is a multi
 compiles as one need not as another, and the interpreter knows none of them. Here public ops are
 called on tensors that make each; ``benchmarks.fake_device`` leaves out the launch alone, so that
 no memory is touched. What each kernel was specialised for is read from Triton: a class of an
-argument that no call made is a fault, as is a kernel that none launched.
+argument that no call made is a fault, as is a kernel that none launched, or one that was launched
+with what it was not compiled for.
 """
 
 import functools
@@ -95,10 +96,40 @@ def kernels_of(package: str) -> list[str]:
     return sorted(kernel.function.__name__ for i, kernel in found.items() if i not in called)
 
 
-def launch(calls: Iterable[Call]) -> tuple[list[str], set[Seen]]:
+KINDS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def check_fit(variant: Any, values: tuple[Any, ...]) -> None:
+    """A variant is launched with what it was compiled for: whoever keeps some may mix them up."""
+    for p, value in zip(variant.fn.params, values, strict=True):
+        kind, attributes = variant.signature[p.name], variant.attrs.get((p.num,), [])
+        divisible = ["tt.divisibility", 16] in attributes
+        if kind == "constexpr":
+            fits = value == variant.constants[p.num,]
+        elif kind.startswith("*"):
+            near = ["tt.pointer_range", 32] in attributes  # of AMD: 32-bit offsets will do
+            fits = kind == KINDS[value.dtype]
+            fits &= not (divisible and value.data_ptr() % 16)
+            fits &= not (near and value.untyped_storage().size() > 2**31)
+        elif kind in ("i32", "i64"):
+            fits = not (divisible and value % 16) and (kind == "i64" or abs(value) < 2**31)
+        else:
+            fits = True
+        if not fits:
+            raise ValueError(f"{variant.fn.__name__} is not compiled for this {p.name}")
+
+
+def launch(calls: Iterable[Call], target: str = "sm_90") -> tuple[list[str], set[Seen]]:
     """Make every call; the errors of those that failed, and what was specialised."""
     errors = []
-    with fake_device("sm_90") as device:
+    with fake_device(target, check_fit) as device:
         for name, call in calls:
             try:
                 call()
@@ -255,6 +286,27 @@ def of_counts() -> Iterator[tuple[str, Callable[[int], Any], list[int]]]:
         yield name, call, [300, 1, 16, 4096]  # partials: 2, 1, 1, 16
 
 
+def of_storages() -> Iterator[Call]:
+    """Calls that differ in how much memory is behind a tensor alone. AMD's kernels are compiled
+    anew for 2 GiB and more, which 32-bit offsets do not reach."""
+    index = torch.zeros(16, dtype=torch.int32)
+    for name, x in {
+        "small": torch.zeros(32, 48, dtype=torch.bfloat16),
+        "large": tensor(torch.bfloat16, 32, 48, stride=48),
+        "small again": torch.zeros(32, 48, dtype=torch.bfloat16),
+    }.items():
+        for op, call in {
+            "channel_statistics": lambda x: k.channel_statistics(x),
+            "swiglu_statistics": lambda x: k.swiglu_statistics(x, x),
+            "block_influence": lambda x: k.block_influence(x, x),
+            "gram": lambda x: FORMS["tiles"](x, torch.zeros(48, 48)),
+            "gather_columns": lambda x: k.gather_columns(x, index),
+            "channel_importance, rows": lambda x: k.channel_importance("magnitude", up=x),
+            "channel_importance, columns": lambda x: k.channel_importance("magnitude", down=x),
+        }.items():
+            yield f"{op}, {name}", functools.partial(call, x)
+
+
 NEVER: Never = {
     # Ops allocate these, and allocations are aligned.
     ("block_influence_kernel", "", "out_ptr"): {UNALIGNED},
@@ -285,6 +337,8 @@ def part(number: int) -> tuple[list[str], set[Seen]]:
             return launch(of_grams(torch.bfloat16))
         case 3:
             return launch(of_weights())
+        case 4:
+            return launch(of_storages(), "gfx942")[0], set()
         case _:
             return compiled_again(of_counts()), set()
 
@@ -293,7 +347,7 @@ def main() -> int:
     """Print faults; returns the exit code."""
     kernels = kernels_of("cfsp_kernels")
     with ProcessPoolExecutor(2) as pool:
-        results = list(pool.map(part, range(5)))
+        results = list(pool.map(part, range(6)))
     seen = set().union(*(found for _, found in results))
     faults = [error for errors, _ in results for error in errors] + gaps(seen, kernels, NEVER)
     print(f"{len(kernels)} kernels, {len(seen)} classes of their arguments in each of their modes")
