@@ -378,6 +378,14 @@ def headline(out: Path) -> str:
         if any(saved):
             table = report.headline([result for result in saved if result])
             lines += ["", f"{title} tuning:", "", table]
+    for entry in read(out / "benchmark-calibration.json").get("benchmarks", []):
+        lines += ["", f"Calibration adds {entry['extra_info']['overhead']:.1%} to a plain forward."]
+    for result in map(read, sorted(out.glob("result-*.json"))):
+        if result.get("run"):
+            model = f"{result['model']}, {result['shapes']['blocks']} blocks"
+            tokens, seconds = result["calibration_tokens"], result["prune_seconds"]
+            speed = f"then {result['forward_speedup']:.2f} times as fast"
+            lines += ["", f"{model}, {tokens} tokens: pruned in {seconds:.1f} s, {speed}."]
     return "\n".join([*lines, ""])
 
 

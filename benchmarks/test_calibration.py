@@ -11,6 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.environment import describe
+from benchmarks.harness import INTERPRETED
 from benchmarks.timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
 ROUNDS = 11
@@ -20,6 +21,13 @@ CPU_SHAPE = {  # SmolLM2-135M, six of its thirty blocks
     "num_hidden_layers": 6,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+}
+REHEARSED_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 GPU_SHAPE = {  # Llama-3-8B, four of its thirty-two blocks
     "hidden_size": 4096,
@@ -39,13 +47,16 @@ def test_statistics_and_influence_on_top_of_the_plain_forward(
     from cfsp.stream import default_micro_batch
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, max_position_embeddings=1024, **(GPU_SHAPE if ON_GPU else CPU_SHAPE)
-    )
+    shape, windows, seqlen = CPU_SHAPE, 4, 1024
+    if ON_GPU:
+        shape, windows, seqlen = GPU_SHAPE, 32, 1024
+    elif INTERPRETED:
+        shape, windows, seqlen = REHEARSED_SHAPE, 2, 16
+    config = LlamaConfig(vocab_size=1024, max_position_embeddings=1024, **shape)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     model = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
-    windows = torch.randint(0, 1024, (32 if ON_GPU else 4, 1024))
-    micro_batch = default_micro_batch(torch.device(DEVICE), 1024)
+    windows = torch.randint(0, 1024, (windows, seqlen))
+    micro_batch = default_micro_batch(torch.device(DEVICE), seqlen)
     cold_cache = ColdCache()
     plain: list[float] = []
     calibrated: list[float] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import cfsp
 from cfsp.allocation import AllocationProblem, allocate_widths, apportion
-from cfsp.channels import ChannelGroup
+from cfsp.channels import ChannelGroup, Routing
 from cfsp.collection import collect_statistics
 from cfsp.error_curves import ErrorCurve
 from cfsp.error_figures import curves_figure
@@ -224,3 +224,45 @@ def test_the_checkpoint_has_the_names_and_shapes_of_the_familys(
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == (name if uniform else f"cfsp_{name}")
     assert ("auto_map" in config) != uniform
+
+
+class Seen:
+    """An observer that counts."""
+
+    def __init__(self, channels: int) -> None:
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+        self.routings: list[Routing] = []
+
+    def totals(self) -> torch.Tensor:
+        return self.sums
+
+    def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
+        assert routing is not None
+        self.routings.append(routing)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_that_are_observed_give_the_models_own_output(name: str) -> None:
+    model = make(name)
+    block, layout = model.model.layers[-1], LAYOUTS[name]
+    experts = next(ffn for ffn in layout.block_ffns(block) if ffn.group(block).experts > 1)
+    group, module = experts.group(block), experts.module(block)
+    states = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(37, group.experts, generator=torch.Generator().manual_seed(1))
+    shares, chosen = logits.softmax(-1).topk(2)
+    expected = module(states, chosen, shares)
+    seen = Seen(group.total)
+    with experts.observed(block, seen):
+        assert torch.equal(module(states, chosen, shares), expected)
+        chosen[3, 0] = group.experts  # on another machine: no expert here adds to it
+        others = module(states, chosen, shares)
+    first, second = seen.routings
+    assert int(first.offsets[-1]) == 74
+    assert int(second.offsets[-1]) == 73
+    assert torch.equal(second.experts, second.experts.sort().values)
+    same = torch.ones(37, dtype=torch.bool)
+    same[3] = False
+    assert torch.equal(others[same], expected[same])
+    assert others[3].isfinite().all()
+    assert not torch.equal(others[3], expected[3])

@@ -246,6 +246,25 @@ def test_headline_and_one_archive_hold_all_results_after_every_step(
     assert {(member.uid, member.uname) for member in members.values()} == {(0, "")}
 
 
+def test_headline_tells_what_calibration_and_pruning_took(tmp_path: Path) -> None:
+    measured = {"benchmarks": [{"group": None, "extra_info": {"overhead": 0.0551}}]}
+    (tmp_path / "benchmark-calibration.json").write_text(json.dumps(measured))
+    run = {
+        "run": True,
+        "model": "llama-3-8b",
+        "shapes": {"blocks": 8},
+        "prune_seconds": 33.33,
+        "calibration_tokens": 131072,
+        "forward_speedup": 1.234,
+    }
+    (tmp_path / "result-good.json").write_text(json.dumps(run))
+    (tmp_path / "result-bad.json").write_text(json.dumps({**run, "run": False, "model": "lost"}))
+    text = gpu_suite.headline(tmp_path)
+    assert "Calibration adds 5.5% to a plain forward." in text
+    assert "llama-3-8b, 8 blocks, 131072 tokens: pruned in 33.3 s, then 1.23 times as fast." in text
+    assert "lost" not in text
+
+
 def test_a_file_that_a_kill_tore_spoils_no_headline(tmp_path: Path) -> None:
     (tmp_path / "benchmark-gram.json").write_text('{"benchmarks": [')
     assert gpu_suite.run([script("good", "")], tmp_path, **OPTIONS) == 0

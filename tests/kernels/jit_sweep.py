@@ -133,6 +133,7 @@ def launch(calls: Iterable[Call], target: str = "sm_90") -> tuple[list[str], set
         for name, call in calls:
             try:
                 call()
+                call()  # again, with what the first left behind
             except Exception as error:
                 errors.append(f"{name}: {type(error).__name__}: {str(error).strip()}")
     return errors, {seen for variant in device.variants for seen in arguments_of(variant)}
