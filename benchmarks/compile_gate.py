@@ -221,6 +221,8 @@ def compile_case(case: Case, target_name: str, entry: str) -> Resources:
     signature = {
         name: "constexpr" if name in constants else case.pointers.get(name, "i32") for name in names
     }
+    if "offsets_ptr" in names and not (constants.get("SEGMENTS") or constants.get("SEGMENTED")):
+        signature["offsets_ptr"] = signature[names[0]]  # a launch passes this for what is not read
     aligned = [n for n in names if n not in constants and n not in case.unaligned]
     source = ASTSource(
         function,

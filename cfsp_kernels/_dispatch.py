@@ -52,7 +52,7 @@ def is_concrete(x: torch.Tensor) -> bool:
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Decorate a function that launches kernels, its first argument a tensor.
+    """Decorate a function that a compiler cannot look into, its first argument a tensor.
 
     It is registered as the custom op ``cfsp::name``, for torch.compile, fakes and dispatch modes.
     Eager calls go straight to the function: the dispatcher would take longer than all the rest.

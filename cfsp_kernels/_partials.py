@@ -45,9 +45,9 @@ def rows_of_partial(
     else:
         number = tl.arange(0, SEGMENTS)
         inside = (number > 0) & (number <= segments)
-        offset = tl.load(offsets_ptr + number, mask=inside, other=0).to(tl.int64)
-        begun = inside & (offset // ROWS + number <= partial)
-        segment = tl.sum(begun.to(tl.int64), 0)
+        offset = tl.load(offsets_ptr + number, mask=inside, other=0)
+        begun = inside & (offset // ROWS + number <= partial.to(tl.int32))
+        segment = tl.sum(begun.to(tl.int32), 0)
         start = tl.load(offsets_ptr + segment).to(tl.int64)
         if segment < segments:
             end = tl.load(offsets_ptr + segment + 1).to(tl.int64)

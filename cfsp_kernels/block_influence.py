@@ -36,6 +36,7 @@ class BlockInfluence(NamedTuple):
     """fp64 scalar, sum of the mean over D of |y - x|."""
 
 
+@kernel_op("block_influence_reference", mutates_args=("out",))  # its shapes depend on values
 def block_influence_reference(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
     """``[T, D], [T, D]`` -> ``out [4]`` fp64: angular, cosine, mse, mae, summed over T.
 
