@@ -5,7 +5,8 @@
     python -m benchmarks.compile_gate --json       # what tests/kernels/test_compile.py reads
 
 ``--candidates ENTRY --target sm_90`` reads a JSON list of launch configurations from the standard
-input and prints the list of their faults: what a tuner asks before it times one.
+input and prints the list of their faults: what a tuner asks before it times them (``--first``, of
+bf16 in the main), and of the fastest before it becomes the one in force.
 
 Registers and spills are read from the machine code, wide accesses from it or from PTX.
 """
@@ -328,9 +329,11 @@ def try_candidate(number: int, entry: str, target: str, config: dict[str, int]) 
         return [f"{type(error).__name__}: {last_line}"]
 
 
-def try_candidates(entry: str, target: str, configs: list[dict[str, int]]) -> list[list[str]]:
-    """Faults of every candidate in any case that a launch with ``entry`` may be."""
-    numbers = range(sum(case.op == entry for case in cases()))
+def try_candidates(
+    entry: str, target: str, configs: list[dict[str, int]], first: bool
+) -> list[list[str]]:
+    """Faults of every candidate in any case of ``entry``, or in the ``first`` of them."""
+    numbers = range(1 if first else sum(case.op == entry for case in cases()))
     with ProcessPoolExecutor(WORKERS) as pool:
         found = [
             [pool.submit(try_candidate, number, entry, target, config) for number in numbers]
@@ -390,11 +393,11 @@ def main() -> None:
     parser.add_argument("--op", help="only kernels whose name contains this")
     parser.add_argument("--candidates", metavar="ENTRY", help="faults of configurations for it")
     parser.add_argument("--target", default="sm_90", help="of --candidates (default: sm_90)")
+    parser.add_argument("--first", action="store_true", help="of the entry's cases only the first")
     arguments = parser.parse_args()
     if arguments.candidates:
-        print(
-            json.dumps(try_candidates(arguments.candidates, arguments.target, json.load(sys.stdin)))
-        )
+        entry, configs = arguments.candidates, json.load(sys.stdin)
+        print(json.dumps(try_candidates(entry, arguments.target, configs, arguments.first)))
         return
     rows = []
     for row in survey(arguments.op):

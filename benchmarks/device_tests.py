@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .environment import ROOT
+from .gpu_suite import anonymous
 
 LONGEST = "test_compile.py"
 
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         running = {pool.submit(run, *pair): pair[1] for pair in zip(files, logs, strict=True)}
         for ended in as_completed(running):
             log, code = running[ended], ended.result()
-            lines = log.read_text(errors="replace").splitlines()
+            text = anonymous(log.read_text(errors="replace"), options.logs)
+            log.write_text(text)
+            lines = text.splitlines()
             told = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
             print("\n".join([f"{log.stem}: {lines[-1] if lines else code}", *told]), flush=True)
             failed += code != 0

@@ -94,6 +94,7 @@ def fake_device(target: str = "sm_90", on_launch: OnLaunch | None = None) -> Ite
 
     with (
         mock.patch.object(driver, "_active", device),
+        mock.patch.object(torch.version, "hip", "fake" if target.startswith("gfx") else None),
         mock.patch.object(_configs, "architecture", architecture),
         mock.patch.object(_dispatch, "interpreted", interpreted),
         mock.patch.dict(os.environ, CFSP_BACKEND="triton"),

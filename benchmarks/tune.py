@@ -5,7 +5,8 @@
 Every entry of ``cfsp_kernels/launch_configs.json`` that this file knows is swept at the shapes of
 Llama-3-8B and 70B. A candidate is timed where the compile gate finds no fault in it, and counts
 where it runs and its result agrees with that of the configuration in force; the best geometric mean
-over the shapes wins, and replaces the one in force only when it is faster by more than the noise.
+over the shapes that passes the gate in every variant wins, and replaces the one in force only when
+it is faster by more than the noise.
 The whole sweep is kept as JSON.
 """
 
@@ -272,14 +273,18 @@ def candidates(entry: str, in_force: Config) -> list[Config]:
     return found
 
 
-def gate(entry: str, target: str, configs: Sequence[Config]) -> list[list[str]]:
-    """What the compile gate finds wrong with each configuration, in a process of its own: this one
-    may have Triton's interpreter, and the gate compiles several at a time.
+def gate(
+    entry: str, target: str, configs: Sequence[Config], *, first: bool = False
+) -> list[list[str]]:
+    """What the compile gate finds wrong with each configuration in all that may be launched with
+    it, or in the first of these; in a process of its own, since this one may have Triton's
+    interpreter, and since the gate compiles several at a time.
 
     Raises:
         CalledProcessError: the gate itself failed.
     """
-    command = ("-m", "benchmarks.compile_gate", "--candidates", entry, "--target", target)
+    command = ["-m", "benchmarks.compile_gate", "--candidates", entry, "--target", target]
+    command += ["--first"] if first else []
     found = subprocess.run(
         [sys.executable, *command],
         cwd=environment.ROOT,
@@ -331,7 +336,7 @@ def sweep_entry(
         for config in (in_force, *others)
     ]
     target = arch if ON_GPU else REHEARSED_TARGET
-    for trial, found in zip(trials[1:], gate(entry, target, others), strict=True):
+    for trial, found in zip(trials[1:], gate(entry, target, others, first=True), strict=True):
         if found:
             trial["error"] = f"compile gate: {', '.join(found)}"
     workload, cold = SWEEPS[entry].workload(), ColdCache()
@@ -361,20 +366,32 @@ def sweep_entry(
         # a sweep that is killed leaves these lines
         times = ", ".join(f"{name} {s * 1e3:.4g} ms" for name, s in trial["seconds"].items())
         print(f"{trial['config']}: {trial['error'] or times}", flush=True)
-    return choose(entry, trials, [shape.name for shape in shapes])
+    names = [shape.name for shape in shapes]
+    return choose(entry, trials, names, lambda config: gate(entry, target, [config])[0])
 
 
-def choose(entry: str, trials: list[dict[str, Any]], shapes: Sequence[str]) -> dict[str, Any]:
-    """The fastest configuration by geometric mean over ``shapes``; the first is in force."""
+def choose(
+    entry: str,
+    trials: list[dict[str, Any]],
+    shapes: Sequence[str],
+    faults: Callable[[Config], Sequence[str]] = lambda config: (),
+) -> dict[str, Any]:
+    """The fastest configuration by geometric mean over ``shapes`` that has no ``faults``; the first
+    is in force."""
     base = trials[0]["seconds"]
     for trial in trials:
         if trial["error"] is None:
             logs = [math.log(trial["seconds"][name] / base[name]) for name in shapes]
             trial["relative_time"] = math.exp(sum(logs) / len(logs))
     ran = [trial for trial in trials if trial["error"] is None]
-    best = min(ran, key=lambda trial: trial["relative_time"])
-    if best["relative_time"] > 1 - LEAST_GAIN:
-        best = trials[0]
+    for best in sorted(ran, key=lambda trial: trial["relative_time"]):
+        if best["relative_time"] > 1 - LEAST_GAIN:
+            best = trials[0]
+            break
+        found = faults(best["config"])
+        if not found:
+            break
+        best["error"] = f"compile gate: {', '.join(found)}"
     return {
         "entry": entry,
         "chosen": best["config"],

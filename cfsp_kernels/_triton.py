@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     import triton.language as tl
 else:
@@ -66,6 +68,9 @@ class Kernel:
         # what to compile; that takes as long as everything around it. This key tells apart at least
         # what Triton does: pointers by dtype and alignment, integers by value.
         tensors = arguments[: self.pointers]
+        large = []
+        if torch.version.hip:  # offsets of 32 bits where a tensor's memory allows them
+            large = [tensor.untyped_storage().nbytes() >> 31 for tensor in tensors]
         key = (
             self,
             tensors[0].device,
@@ -75,6 +80,7 @@ class Kernel:
             *[arguments[i] >> 31 for i in self.counts],
             *constants,
             *constants.values(),
+            *large,
         )
         compiled = LAUNCHED.get(key)
         if compiled is None:
@@ -90,10 +96,12 @@ class Kernel:
         )
 
 
-@functools.cache
+INSTALLED = importlib.util.find_spec("triton") is not None  # not asked where a compiler looks on
+
+
 def triton_installed() -> bool:
-    """Whether Triton can be imported. Looks for it without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton can be imported. It was looked for without importing it."""
+    return INSTALLED
 
 
 @functools.cache

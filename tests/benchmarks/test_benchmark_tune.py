@@ -70,12 +70,15 @@ def test_the_gate_refuses_what_spills_and_what_does_not_compile() -> None:
 def test_a_candidate_that_fails_the_gate_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
 
+    def pretended_gate(entry: str, target: str, configs: Any, first: bool = False) -> Any:
+        return [["spills: 8"], []] if first else [[]]
+
     def time_it(*arguments: Any) -> tuple[float, torch.Tensor]:
         timed.append(config_for("fold_partials", "sm_00"))
         return 1.0 / len(timed), torch.ones(1)
 
     monkeypatch.setattr(tune, "_time", time_it)
-    monkeypatch.setattr(tune, "gate", lambda entry, target, configs: [["spills: 8"], []])
+    monkeypatch.setattr(tune, "gate", pretended_gate)
     shapes = [SHAPES["tiny"]]
     result = tune.sweep_entry("fold_partials", "sm_00", shapes, 1, math.inf, limit=3)
     first, refused, last = result["trials"]
@@ -90,6 +93,22 @@ def test_the_fastest_that_ran_is_chosen() -> None:
     assert result["chosen"] == {"BLOCK": 3}
     assert result["relative_time"] == pytest.approx(0.5**0.5)
     assert result["complete"]
+
+
+def test_the_fastest_that_passes_the_gate_in_every_variant_is_chosen() -> None:
+    trials = [trial(1, 1.0), trial(2, 0.2), trial(3, 0.5), trial(4, 0.3)]
+    asked = []
+
+    def faults(config: dict[str, int]) -> list[str]:
+        asked.append(config["BLOCK"])
+        return [] if config["BLOCK"] == 4 else ["spills: 8"]
+
+    result = tune.choose("gram", trials, ["a", "b"], faults)
+    assert result["chosen"] == {"BLOCK": 4}
+    assert asked == [2, 4]
+    assert trials[1]["error"] == "compile gate: spills: 8"
+    refused = tune.choose("gram", trials, ["a", "b"], lambda config: ["spills: 8"])
+    assert refused["chosen"] == refused["in_force"] == {"BLOCK": 1}
 
 
 def test_a_gain_below_the_noise_changes_nothing() -> None:

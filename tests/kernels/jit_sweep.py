@@ -287,14 +287,16 @@ def of_counts() -> Iterator[tuple[str, Callable[[int], Any], list[int]]]:
         yield name, call, [300, 1, 16, 4096]  # partials: 2, 1, 1, 16
 
 
-def of_storages() -> Iterator[Call]:
-    """Calls that differ in how much memory is behind a tensor alone. AMD's kernels are compiled
+def of_twins() -> Iterator[Call]:
+    """Calls alike but for the dtype, or for the memory behind a tensor: AMD's kernels are compiled
     anew for 2 GiB and more, which 32-bit offsets do not reach."""
+    bf16, fp16 = torch.bfloat16, torch.float16
     index = torch.zeros(16, dtype=torch.int32)
     for name, x in {
-        "small": torch.zeros(32, 48, dtype=torch.bfloat16),
-        "large": tensor(torch.bfloat16, 32, 48, stride=48),
-        "small again": torch.zeros(32, 48, dtype=torch.bfloat16),
+        "small": torch.zeros(32, 48, dtype=bf16),
+        "large": tensor(bf16, 32, 48, stride=48),
+        "fp16": torch.zeros(32, 48, dtype=fp16),
+        "large, fp16": tensor(fp16, 32, 48, stride=48),
     }.items():
         for op, call in {
             "channel_statistics": lambda x: k.channel_statistics(x),
@@ -306,6 +308,12 @@ def of_storages() -> Iterator[Call]:
             "channel_importance, columns": lambda x: k.channel_importance("magnitude", down=x),
         }.items():
             yield f"{op}, {name}", functools.partial(call, x)
+        for dtype in (torch.int32, torch.int64):
+            offsets = torch.tensor([0, 32], dtype=dtype)
+            yield (
+                f"channel_statistics of a segment, {name}, {dtype}",
+                functools.partial(k.channel_statistics, x, offsets=offsets),
+            )
 
 
 NEVER: Never = {
@@ -339,7 +347,7 @@ def part(number: int) -> tuple[list[str], set[Seen]]:
         case 3:
             return launch(of_weights())
         case 4:
-            return launch(of_storages(), "gfx942")[0], set()
+            return launch(of_twins(), "gfx942")[0], set()
         case _:
             return compiled_again(of_counts()), set()
 

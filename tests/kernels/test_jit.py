@@ -64,7 +64,8 @@ PROGRAM = """
 import functools
 import torch
 import faulty
-from jit_sweep import FAR, gaps, launch
+from benchmarks.fake_device import fake_device
+from jit_sweep import FAR, check_fit, gaps, launch
 
 values = torch.zeros(65)
 
@@ -82,6 +83,16 @@ sweep(faulty.faulty_kernel, 16, 3, FAR, 1)
 sweep(faulty.sound_kernel, 16, 3, FAR, 1)
 sweep(faulty.sound_kernel, 16, 1, never={("sound_kernel", "", "x_stride"): {"1"}})
 print(*gaps(set(), ["sound_kernel"], {("gone_kernel", "", "x"): {"1"}}), sep="; ")
+with fake_device() as device:
+    faulty.sound_kernel[(1,)](values, 16, BLOCK=16)
+fits = []
+for arguments in (values, 32, 16), (values[1:], 16, 16), (values, 3, 16), (values, 16, 32):
+    try:
+        check_fit(device.variants[0], arguments)
+        fits.append(True)
+    except ValueError:
+        fits.append(False)
+print(*fits)
 """
 
 
@@ -98,4 +109,5 @@ def test_the_sweep_sees_what_fails_for_a_stride_of_1_and_what_was_left_out(tmp_p
         "0; sound_kernel (): x_stride was 1; sound_kernel (): x_stride was never an int64; "
         "sound_kernel (): x_stride was never not a multiple of 16",
         "sound_kernel was never launched; gone_kernel (): no x was seen",
+        "True False False False",
     ]
