@@ -45,13 +45,13 @@ FINAL = ("passed", "failed")
 MICRO_BATCH, EXPERTS = "llama-3-8b-8192", "qwen3-30b-a3b-8192"
 CALLS = f"{MICRO_BATCH},llama-3-8b-1024,llama-3-8b-131072"
 BENCHMARKS = {
-    "swiglu-statistics": ("test_swiglu_statistics.py", CALLS, 55),
-    "channel-statistics": ("test_channel_statistics.py", CALLS, 55),
-    "block-influence": ("test_block_influence.py", CALLS, 45),
-    "gram": ("test_gram.py", f"{MICRO_BATCH},llama-3-8b-1024,llama-3-8b-16384", 70),
-    "channel-importance": ("test_channel_importance.py", MICRO_BATCH, 65),
-    "gather": ("test_gather.py", MICRO_BATCH, 40),
-    "experts": ("test_experts.py", EXPERTS, 55),
+    "swiglu-statistics": ("test_swiglu_statistics.py", CALLS, 50),
+    "channel-statistics": ("test_channel_statistics.py", CALLS, 50),
+    "block-influence": ("test_block_influence.py", CALLS, 40),
+    "gram": ("test_gram.py", f"{MICRO_BATCH},llama-3-8b-1024,llama-3-8b-16384", 60),
+    "channel-importance": ("test_channel_importance.py", MICRO_BATCH, 50),
+    "gather": ("test_gather.py", MICRO_BATCH, 35),
+    "experts": ("test_experts.py", EXPERTS, 50),
 }
 """Step -> file, shapes in order of value, seconds."""
 ALL_FILES = tuple(f"benchmarks/{file}" for file, _, _ in BENCHMARKS.values())
@@ -126,7 +126,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
         "device-tests",
         "correctness of every kernel on this card",
         _python("-m", "benchmarks.device_tests", "--logs", str(out / "device-tests")),
-        130,
+        120,
         path="tests/kernels",
         sources=("tests/kernels",),
     )
@@ -206,7 +206,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                 (*every_op, "--dtypes", "float32")
                 if rehearsal
                 else (*watch, *every_op, *dtypes, "--backend", "triton"),
-                75,
+                90,
                 # torch's caching allocator hides an overrun into a neighbour from the tool
                 variables=interpreter if rehearsal else (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
                 tool=None if rehearsal else sanitizer(),
@@ -241,7 +241,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
             "every op again with the tuned table",
             ALL_FILES,
             f"{MICRO_BATCH},{EXPERTS}",
-            100,
+            115,
             after_tuning=True,
         ),
         bench(
@@ -249,7 +249,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
             "every op at the shapes of llama-3-70b",
             ALL_FILES,
             "llama-3-70b-8192",
-            115,
+            130,
         ),
     ]
     if not rehearsal:

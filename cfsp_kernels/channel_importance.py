@@ -82,31 +82,35 @@ def importance(
             return sum(terms[1:], terms[0]) * statistic
 
 
-def _chunks(matrix: torch.Tensor, square: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of ``matrix`` after another: which, and their absolute values, or squares, in fp32
-    in the same memory."""
+def _chunks(matrix: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Some rows of ``matrix`` after another: which, their values in fp32, and as much memory to put
+    results in, which may be where the values are."""
     height, width = matrix.shape
     chunks = list(row_chunks(height, width, chunk_elements(matrix.device)))
     step = chunks[0].stop if chunks else 0
     buffer = torch.empty(step, width, dtype=torch.float32, device=matrix.device)
     for rows in chunks:
-        part = buffer[: rows.stop - rows.start].copy_(matrix[rows])
-        yield rows, part.square_() if square else part.abs_()
+        values, room = matrix[rows], buffer[: rows.stop - rows.start]
+        yield rows, values if values.dtype == torch.float32 else room.copy_(values), room
 
 
 def _row_sums(matrix: torch.Tensor, square: bool, weight: torch.Tensor | None) -> torch.Tensor:
-    """``[R, C] -> [R]`` fp64, weighted by ``[C]`` fp32."""
+    """``[R, C] -> [R]`` fp64 of absolute values weighted by ``[C]`` fp32, or of squares."""
     sums = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    for rows, part in _chunks(matrix, square):
-        sums[rows] = part.sum(1) if weight is None else part @ weight
+    for rows, values, room in _chunks(matrix):
+        if square:
+            sums[rows] = torch.linalg.vector_norm(values, dim=1).double().square()
+        else:
+            part = torch.abs(values, out=room)
+            sums[rows] = part.sum(1) if weight is None else part @ weight
     return sums
 
 
 def _column_sums(matrix: torch.Tensor, square: bool = False) -> torch.Tensor:
     """``[R, C] -> [C]`` fp64."""
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for _, part in _chunks(matrix, square):
-        total += part.sum(0)
+    for _, values, room in _chunks(matrix):
+        total += (torch.square if square else torch.abs)(values, out=room).sum(0)
     return total
 
 
@@ -141,7 +145,8 @@ def torch_output_shares(down: torch.Tensor, norms: torch.Tensor | None) -> torch
         weights = [None] * len(down) if norms is None else norms
         return torch.stack([torch_output_shares(*e) for e in zip(down, weights, strict=True)])
     total = torch.zeros(down.shape[1], dtype=torch.float64, device=down.device)
-    for _, part in _chunks(down):
+    for _, values, room in _chunks(down):
+        part = torch.abs(values, out=room)
         of_rows = part.sum(1) if norms is None else part @ norms
         total += _reciprocal(of_rows) @ part
     return total

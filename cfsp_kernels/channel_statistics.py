@@ -62,8 +62,8 @@ def add_rows(x: torch.Tensor, totals: torch.Tensor) -> None:
 
 
 def rows_per_step(channels: int) -> int:
-    """Tokens that a reference takes at a time: a power of two up to 256, at most 8 MiB in fp32."""
-    rows = max(1, (1 << 21) // max(1, channels))
+    """Tokens that a reference takes at a time: a power of two up to 256, at most 4 MiB in fp32."""
+    rows = max(1, (1 << 20) // max(1, channels))
     return min(ROWS_PER_PARTIAL, 1 << (rows.bit_length() - 1))
 
 
