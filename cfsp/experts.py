@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, linear
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
@@ -71,7 +72,8 @@ class ExpertsFFN(FFN):
         """See :meth:`cfsp.ffns.FFN.observed`: each expert's statistics are of its own tokens.
 
         All experts of a micro-batch take a few launches, as in transformers' own forward with
-        grouped matrix products, whose output this gives; none of them waits for the device.
+        grouped matrix products, whose output this gives; none of them waits for the device,
+        unless rows are no whole 16 bytes, which grouped products ask for.
         """
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
@@ -85,11 +87,11 @@ class ExpertsFFN(FFN):
             chosen, order = top_k_index.flatten().sort(stable=True)
             tokens = order // top_k_index.shape[1]
             offsets = torch.searchsorted(chosen, every, out_int32=True)
-            both = grouped_mm(hidden_states[tokens], gate_up.mT, offs=offsets[1:])
+            both = grouped_linear(hidden_states[tokens], gate_up, offsets)
             totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
             product = activate(*both.chunk(2, dim=-1), offsets, totals)
             observer.add(product, Routing(offsets, chosen, tokens))
-            output = grouped_mm(product, down.mT, offs=offsets[1:])
+            output = grouped_linear(product, down, offsets)
             output = output * top_k_weights.flatten()[order, None]
             output = output.masked_fill((chosen >= experts)[:, None], 0)  # of no expert here
             places = order.argsort()
@@ -130,3 +132,23 @@ class ExpertsFFN(FFN):
         set_parameter(block, self.up, parameter(new_gate_up, gate_up))
         set_parameter(block, self.down, parameter(new_down, down))
         set_width(block, self.down, width)
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The rows of each expert times its weight.
+
+    Args:
+        x: [T, in], one expert after the other.
+        weight: [E, out, in].
+        offsets: [E + 1] int32, where the rows of each begin.
+
+    Returns:
+        [T, out]; rows after the last expert's hold anything.
+    """
+    whole = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+    if whole and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)):
+        return grouped_mm(x, weight.mT, offs=offsets[1:])
+    output = x.new_zeros(len(x), weight.shape[1])
+    for matrix, (start, end) in zip(weight, pairwise(offsets.tolist()), strict=True):
+        output[start:end] = linear(x[start:end], matrix)
+    return output

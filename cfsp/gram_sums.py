@@ -117,7 +117,8 @@ class _Sum:
             return
         count, size = self.group.experts, self.group.channels
         if not (self.adds and self.products):
-            self.products.append(torch.zeros(count, size, size, device=self.device))
+            shape = (count, size, size)
+            self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
             self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
         if self.experts:

@@ -1,6 +1,7 @@
 """Choose an op's implementation: argument, then ``$CFSP_BACKEND``, then the tensor's device."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -46,7 +47,9 @@ def is_concrete(x: torch.Tensor) -> bool:
     """Whether ``x`` has memory to look at, and nobody traces or intercepts what is done with it."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not is_in_torch_dispatch_mode()
     )
 
@@ -60,10 +63,17 @@ def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[..., An
 
     def decorate(launch: Callable[..., Any]) -> Any:
         registered = torch.library.custom_op(f"cfsp::{name}", launch, mutates_args=mutates_args)
+        names = list(inspect.signature(launch).parameters)
+        mutated = [names.index(argument) for argument in mutates_args]
 
         @functools.wraps(launch)
-        def call(x: torch.Tensor, *arguments: Any) -> Any:
-            return (launch if is_concrete(x) else registered)(x, *arguments)
+        def call(*arguments: Any) -> Any:
+            if not is_concrete(arguments[0]):
+                return registered(*arguments)
+            result = launch(*arguments)
+            for place in mutated:  # a kernel writes unseen by autograd
+                torch.autograd.graph.increment_version(arguments[place])
+            return result
 
         call.register_fake = registered.register_fake  # type: ignore[attr-defined]
         return call

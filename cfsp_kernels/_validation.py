@@ -13,10 +13,15 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
-def check_float(name: str, x: torch.Tensor) -> None:
-    """``x`` is a tensor of a dtype that the kernels read."""
+def check_tensor(name: str, x: torch.Tensor) -> None:
+    """``x`` is a tensor."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def check_float(name: str, x: torch.Tensor) -> None:
+    """``x`` is a tensor of a dtype that the kernels read."""
+    check_tensor(name, x)
     if x.dtype not in FLOAT_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{name} must be one of {names}, got {str(x.dtype).removeprefix('torch.')}")
@@ -62,6 +67,7 @@ def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor)
 
 def check_vector(name: str, vector: torch.Tensor, device: torch.device) -> None:
     """``vector`` holds positions, on ``device``."""
+    check_tensor(name, vector)
     if vector.ndim != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {tuple(vector.shape)}")
     if vector.dtype not in INDEX_DTYPES:
@@ -97,7 +103,8 @@ def check_offsets(offsets: torch.Tensor, rows: torch.Tensor) -> None:
         first, last = int(offsets[0]), int(offsets[-1])
         if first != 0 or last > rows.shape[0] or (offsets.diff() < 0).any():
             raise ValueError(
-                f"offsets must rise from 0 to at most {rows.shape[0]} rows, got {first} to {last}"
+                f"offsets must begin at 0, never fall and end at {rows.shape[0]} rows at most, "
+                f"got {offsets.tolist() if len(offsets) < 9 else f'{first} to {last}'}"
             )
 
 
@@ -113,6 +120,7 @@ def check_out(
     No two of its elements share memory, and none with an input: a kernel's programs write in no
     order.
     """
+    check_tensor(name, out)
     device = next(x.device for x in inputs if x is not None)
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != device:
         raise ValueError(
@@ -123,8 +131,13 @@ def check_out(
         raise ValueError(f"{name} must have unit stride along columns, got strides {out.stride()}")
     if not out.is_contiguous() and _overlaps_itself(out):
         raise ValueError(f"{name} overlaps itself: strides {out.stride()}")
-    if is_concrete(out) and any(x is not None and _overlap(out, x) for x in inputs):
-        raise ValueError(f"{name} shares memory with an input")
+    check_apart(name, out, *inputs)
+
+
+def check_apart(name: str, out: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """``out`` shares no memory with others. Unknown, and not an error, in a compiled graph."""
+    if is_concrete(out) and any(x is not None and _overlap(out, x) for x in others):
+        raise ValueError(f"{name} shares memory with another argument")
 
 
 def _overlaps_itself(x: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ save one read of it, and cost as much in partial sums of F columns per panel.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -21,7 +22,7 @@ from ._configs import launch_config
 from ._dispatch import kernel_op, use_triton
 from ._partials import ROWS_PER_PARTIAL, fold_partials
 from ._triton import Kernel, ceil_div, tl
-from ._validation import as_matrix, chunk_elements, row_chunks
+from ._validation import as_matrix, check_tensor, chunk_elements, row_chunks
 
 Matrices = Sequence[torch.Tensor]
 
@@ -78,7 +79,8 @@ def importance(
                 mean = statistic.mean(dim=-1, keepdim=True, dtype=torch.float64)
                 terms.append(reductions.input_shares(inputs) / mean.clamp_min(1e-30))
             if down is not None:
-                terms.append(reductions.output_shares(down, statistic.float()))
+                norms = statistic.float().contiguous()
+                terms.append(reductions.output_shares(down, norms))
             return sum(terms[1:], terms[0]) * statistic
 
 
@@ -402,6 +404,7 @@ def channel_importance(
     if not given:
         raise ValueError("channel_importance needs at least one of gate, up, down")
     name, first = next(iter(given.items()))
+    check_tensor(name, first)
     dimensions = 3 if first.ndim == 3 else 2
     given = {name: as_matrix(name, matrix, dimensions) for name, matrix in given.items()}
     *batch, channels, width = first.mT.shape if name == "down" else first.shape
@@ -421,7 +424,10 @@ def channel_importance(
         result = channel_importance_op(statistic, score, *matrices)
     else:
         inputs = [given[name] for name in ("gate", "up") if name in given]
-        result = importance(TORCH, score, inputs, given.get("down"), statistic)
+        kind = first.device.type
+        exact = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if exact else nullcontext():
+            result = importance(TORCH, score, inputs, given.get("down"), statistic)
     return result.float()
 
 
@@ -440,6 +446,7 @@ def _statistic(
     statistic = norms if needed == "norms" else variance
     if statistic is None:
         raise ValueError(f"score {score!r} needs {needed}")
+    check_tensor(needed, statistic)
     if tuple(statistic.shape) != shape or statistic.device != like.device:
         raise ValueError(
             f"{needed} must be {shape} on {like.device}, "

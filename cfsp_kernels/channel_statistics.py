@@ -35,6 +35,7 @@ class ChannelStatistics(NamedTuple):
     """[C] fp64, sum of x squared over tokens; with segments [E, C]."""
 
 
+@kernel_op("channel_statistics_reference", mutates_args=("totals",))
 def channel_statistics_reference(
     x: torch.Tensor, totals: torch.Tensor, offsets: torch.Tensor | None
 ) -> None:

@@ -18,7 +18,7 @@ import torch
 from ._configs import launch_config
 from ._dispatch import kernel_op, use_triton
 from ._triton import Kernel, ceil_div, tl
-from ._validation import as_matrix, check_index, check_out
+from ._validation import as_matrix, check_apart, check_index, check_out, check_tensor
 
 
 def gather_rows_reference(weight: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -200,9 +200,13 @@ def gather_ffn(
                 f"{name} has {channels} channels of width {width}, up has {up.shape[0]} "
                 f"of width {up.shape[1]}"
             )
-    gate_out, up_out, down_out = (None, None, None) if out is None else out
+    gate_out, up_out, down_out = outs = (None, None, None) if out is None else out
     if gate is None and gate_out is not None:
         raise ValueError("out has a gate, the FFN has none")
+    for place, given in enumerate(outs):
+        if given is not None:
+            check_tensor("out", given)
+            check_apart("out", given, gate, up, down, *outs[:place])
     return CompactFFN(
         None if gate is None else gather_rows(gate, index, out=gate_out, backend=backend),
         gather_rows(up, index, out=up_out, backend=backend),

@@ -25,15 +25,21 @@ BLOCK = 512  # columns per block row of the triangle
 ROWS = 2048  # tokens that are held in fp32 at a time
 
 
-def gram_reference(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Add the lower triangle of ``x^T x`` to ``out [C, C]`` fp32, block row by block row.
+@kernel_op("gram_reference", mutates_args=("out",))  # how often it loops depends on values
+def gram_reference(x: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
+    """Add the lower triangle of ``x^T x`` to ``out [C, C]`` fp32; with offsets, of each segment to
+    one of ``[E, C, C]``."""
+    for segment, total in segments_of(x.shape[0], out, offsets):
+        if total is not None:
+            _add_triangle(x[segment], total)
 
-    A block row is summed from zero before it is added, so that the sum of a call has the same bits
-    whatever it is added to.
-    """
+
+def _add_triangle(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Block row by block row. Each is summed from zero before it is added, so that the sum of a
+    call has the same bits whatever it is added to."""
     for start in range(0, x.shape[1], BLOCK):
         end = min(start + BLOCK, x.shape[1])
-        product = torch.zeros(end - start, end, device=x.device)
+        product = torch.zeros(end - start, end, dtype=torch.float32, device=x.device)
         for rows in x.split(ROWS):
             left, right = rows[:, start:end].float().T, rows[:, :end].float()
             torch.addmm(product, left, right, out=product)
@@ -333,10 +339,6 @@ def gram(
         out = torch.zeros(shape, dtype=torch.float32, device=x.device)
     else:
         check_out("out", out, shape, torch.float32, rows, offsets)
-    if use_triton("gram", x, backend):
-        gram_op(rows, out.detach(), offsets)
-    else:
-        for segment, total in segments_of(rows.shape[0], out.detach(), offsets):
-            if total is not None:
-                gram_reference(rows[segment], total)
+    compute = gram_op if use_triton("gram", x, backend) else gram_reference
+    compute(rows, out.detach(), offsets)
     return out

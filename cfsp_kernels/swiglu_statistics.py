@@ -40,6 +40,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@kernel_op("swiglu_statistics_reference", mutates_args=("totals",))
 def swiglu_statistics_reference(
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -175,6 +176,7 @@ def swiglu_statistics_op(
     return product
 
 
+@swiglu_statistics_reference.register_fake
 @swiglu_statistics_op.register_fake
 def _(
     gate: torch.Tensor,

@@ -21,8 +21,8 @@ from cfsp.layouts import LAYOUTS
 from cfsp.ranking import rank
 from cfsp.statistics import Statistics, load_statistics, save_statistics
 
-from .conftest import make_tokenizer
-from .test_families import make, recipe_for
+from .conftest import make_tiny, make_tokenizer
+from .test_families import ALL, make, recipe_for
 
 RECIPE = recipe_for("deepseek_v3", "cfsp")
 
@@ -266,3 +266,19 @@ def test_experts_that_are_observed_give_the_models_own_output(name: str) -> None
     assert torch.equal(others[same], expected[same])
     assert others[3].isfinite().all()
     assert not torch.equal(others[3], expected[3])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_experts_of_any_width_are_calibrated_where_the_model_runs(
+    fused: bool, windows: torch.Tensor
+) -> None:
+    """Grouped products take rows of whole 16 bytes; a model may be told to do without."""
+    config = {**dict(ALL["qwen3_moe"].config), "moe_intermediate_size": 34}
+    model = make_tiny("qwen3_moe", 0, **config)
+    model.set_experts_implementation("eager")
+    expected = routed_activations(model, windows)
+    found = collect(model, windows, micro_batch=4, fused=fused)
+    for (number, expert), x in expected.items():
+        part = found.blocks[number].ffns()[expert]
+        assert part.tokens == len(x)
+        assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)

@@ -191,3 +191,30 @@ def test_wrong_arguments_are_refused(backend):
     ]:
         with pytest.raises(error, match=message):
             channel_importance(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("score", ["wanda", "eq8", "balanced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_may_have_any_strides(backend, device, score, dtype):
+    matrices = weights(40, 24, torch.float32, device)
+    packed = {name: torch.stack([m, m + 1, m * 2]) for name, m in matrices.items()}
+    values = random_matrix(3, 80, dtype, device, seed=4).abs() + 0.1
+    for norms, chosen in (
+        (values[0, ::2], matrices),
+        (values[:1, :1].expand(1, 40)[0], matrices),
+        (values[:, :40], packed),
+        (values[:, :40].T.contiguous().T, packed),
+    ):
+        got = channel_importance(score, **chosen, norms=norms, backend=backend)
+        plain = channel_importance(score, **chosen, norms=norms.contiguous(), backend=backend)
+        assert same_bits(got, plain)
+
+
+def test_what_is_no_tensor_is_refused_by_name(backend):
+    down, norms = torch.zeros(4, 6), torch.ones(6)
+    for arguments, name in (
+        ({"gate": [[1.0]], "norms": norms}, "gate"),
+        ({"down": down, "norms": [1.0] * 6}, "norms"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            channel_importance("wanda", **arguments, backend=backend)

@@ -291,3 +291,13 @@ class TestAccumulator:
         handle.remove()
         assert accumulator.tokens == 15
         assert not accumulator.norm.requires_grad
+
+
+def test_offsets_and_totals_that_are_no_tensors_are_refused_by_name(backend):
+    x = torch.zeros(10, 4)
+    with pytest.raises(TypeError, match="offsets must be a tensor, got list"):
+        channel_statistics(x, offsets=[0, 5, 10], backend=backend)
+    with pytest.raises(TypeError, match="totals must be a tensor, got ChannelStatistics"):
+        channel_statistics(x, totals=channel_statistics(x), backend=backend)
+    with pytest.raises(ValueError, match=r"never fall .* got \[0, 6, 5\]"):
+        channel_statistics(x, offsets=torch.tensor([0, 6, 5]), backend=backend)

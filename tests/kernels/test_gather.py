@@ -145,3 +145,13 @@ def test_ffn_of_shapes_that_differ_is_refused(backend):
         gather_ffn(None, torch.zeros(6, 4), torch.zeros(4, 5), torch.tensor([0]), backend=backend)
     with pytest.raises(TypeError, match="up must be"):
         gather_ffn(None, None, torch.zeros(4, 5), torch.tensor([0]), backend=backend)
+
+
+def test_no_out_of_an_ffn_may_share_memory_with_what_the_others_need(backend, device):
+    gate, up = random_matrix(8, 4, device=device), random_matrix(8, 4, device=device, seed=1)
+    down = random_matrix(4, 8, device=device, seed=2)
+    index = torch.tensor([0, 3, 5], device=device)
+    one, other, last = (torch.empty(3, 4, device=device) for _ in range(3))
+    for out in ((one, one, last.T.contiguous()), (up[:3], other, torch.empty(4, 3, device=device))):
+        with pytest.raises(ValueError, match="out shares memory"):
+            gather_ffn(gate, up, down, index, out=out, backend=backend)

@@ -108,14 +108,10 @@ def flat(results: object) -> list:
 @pytest.mark.parametrize("op", OPS)
 def test_fakes_have_the_shapes_of_results(backend, device, op):
     real = [flat(call()) for call in variants(op, device, backend)]
-    fakes = []
     with FakeTensorMode():
-        for call, expected in zip(variants(op, device, backend), real, strict=True):
-            if backend == "torch" and "offsets" in call.keywords:
-                continue  # the reference asks where segments are, which no fake can answer
-            fakes.append((flat(call()), expected))
+        fakes = [flat(call()) for call in variants(op, device, backend)]
     assert fakes
-    for fake, expected in fakes:
+    for fake, expected in zip(fakes, real, strict=True):
         for a, b in zip(fake, expected, strict=True):
             if isinstance(b, torch.Tensor):
                 assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
@@ -124,21 +120,19 @@ def test_fakes_have_the_shapes_of_results(backend, device, op):
 
 
 def every_op(x, y, weight, index, offsets, backend):
-    """All public ops in one graph, those with segments where ``offsets`` are given."""
+    """All public ops in one graph."""
     totals = torch.ones(2, x.shape[1], dtype=torch.float64, device=x.device)
     influence = torch.zeros(4, dtype=torch.float64, device=x.device)
     triangle = torch.ones(x.shape[1], x.shape[1], device=x.device)
     columns = torch.zeros(x.shape[0], index.shape[0], dtype=x.dtype, device=x.device)
     experts = torch.stack([y, y + 1])
-    segmented = ()
-    if offsets is not None:
-        sums = torch.ones(offsets.shape[0] - 1, *totals.shape, dtype=torch.float64, device=x.device)
-        segmented = (
-            *cfsp_kernels.channel_statistics(x, offsets=offsets, totals=sums, backend=backend),
-            *cfsp_kernels.swiglu_statistics(x, y, offsets=offsets, backend=backend)[1],
-            sums,
-            cfsp_kernels.gram(x, offsets=offsets, backend=backend),
-        )
+    sums = torch.ones(offsets.shape[0] - 1, *totals.shape, dtype=torch.float64, device=x.device)
+    segmented = (
+        *cfsp_kernels.channel_statistics(x, offsets=offsets, totals=sums, backend=backend),
+        *cfsp_kernels.swiglu_statistics(x, y, offsets=offsets, backend=backend)[1],
+        sums,
+        cfsp_kernels.gram(x, offsets=offsets, backend=backend),
+    )
     return (
         *cfsp_kernels.channel_statistics(x, backend=backend)[1:],
         *cfsp_kernels.channel_statistics(x, totals=totals, backend=backend)[1:],
@@ -165,7 +159,7 @@ def test_ops_compile_to_one_graph(backend, device):
     weight = random_matrix(30, 8, device=device, seed=2)
     index = torch.arange(0, 30, 2, device=device)
     # The reference asks where segments are, which no graph can.
-    offsets = None if backend == "torch" else torch.tensor([0, 3, 3, 7], device=device)
+    offsets = torch.tensor([0, 3, 3, 7], device=device)
     compiled = torch.compile(every_op, fullgraph=True, backend="aot_eager")
     eager = every_op(x, y, weight, index, offsets, backend)
     for a, b in zip(eager, compiled(x, y, weight, index, offsets, backend), strict=True):
@@ -183,3 +177,57 @@ def test_parameters_are_read_without_a_graph(backend, device):
     out = torch.nn.Parameter(torch.zeros(8, 15, device=device))
     cfsp_kernels.gather_columns(x, index, out=out, backend=backend)
     assert torch.equal(out, x[:, index])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_result(backend, device, dtype):
+    x, y = random_matrix(8, 30, device=device), random_matrix(8, 30, device=device, seed=1)
+
+    def in_fp32() -> list[torch.Tensor]:
+        return [
+            cfsp_kernels.gram(x, backend=backend),
+            cfsp_kernels.channel_statistics(x, backend=backend).sum,
+            *cfsp_kernels.block_influence(x, y, backend=backend)[1:],
+            cfsp_kernels.channel_importance("balanced", down=y, norms=x[0].abs(), backend=backend),
+        ]
+
+    expected = in_fp32()
+    torch.set_default_dtype(dtype)
+    try:
+        got = in_fp32()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("score", ["balanced", "eq8"])
+def test_autocast_takes_no_digits_away(backend, device, score):
+    gate, down = random_matrix(30, 8, device=device), random_matrix(8, 30, device=device, seed=1)
+    norms = random_matrix(1, 30, device=device, seed=2)[0].abs()
+
+    def call() -> torch.Tensor:
+        return cfsp_kernels.channel_importance(
+            score, gate=gate, down=down, norms=norms, backend=backend
+        )
+
+    expected = call()
+    with torch.autocast(device.type, torch.bfloat16):
+        assert same_bits(call(), expected)
+
+
+def test_what_a_call_wrote_is_known_to_autograd(backend, device):
+    x, out = random_matrix(8, 30, device=device), torch.zeros(30, 30, device=device)
+    factor = torch.ones(30, 30, device=device, requires_grad=True)
+    product = (factor * out).sum()
+    cfsp_kernels.gram(x, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_tensors_without_memory_give_shapes():
+    x = torch.zeros(10, 4, device="meta")
+    assert cfsp_kernels.gram(x, out=torch.zeros(4, 4, device="meta")).is_meta
+    assert cfsp_kernels.block_influence(x, x).angular.is_meta
+    totals = torch.zeros(2, 4, dtype=torch.float64, device="meta")
+    assert cfsp_kernels.channel_statistics(x, totals=totals).sum.is_meta
+    assert cfsp_kernels.channel_importance("flap", down=x, variance=x[0]).is_meta
