@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._triton import interpreted, triton_installed
@@ -72,7 +73,7 @@ def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[..., An
                 return registered(*arguments)
             result = launch(*arguments)
             for place in mutated:  # a kernel writes unseen by autograd
-                torch.autograd.graph.increment_version(arguments[place])
+                increment_version(arguments[place])
             return result
 
         call.register_fake = registered.register_fake  # type: ignore[attr-defined]

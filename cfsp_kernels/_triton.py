@@ -23,8 +23,9 @@ COUNTS = ("tokens", "rows", "partials", "segments")
 """Arguments that differ from call to call. Triton would compile a kernel again where one is 1 or a
 multiple of 16 for the first time, in the middle of a calibration, and gain nothing."""
 
-LAUNCHED: dict[tuple[Any, ...], Any] = {}
-"""What was compiled for a kernel, device and kinds of arguments that were launched before."""
+LAUNCHED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+"""What was compiled for a kernel, device and kinds of arguments that were launched before, and the
+constants to hand it."""
 
 
 class Kernel:
@@ -68,10 +69,7 @@ class Kernel:
         # what to compile; that takes as long as everything around it. This key tells apart at least
         # what Triton does: pointers by dtype and alignment, integers by value.
         tensors = arguments[: self.pointers]
-        large = []
-        if torch.version.hip:  # offsets of 32 bits where a tensor's memory allows them
-            large = [tensor.untyped_storage().nbytes() >> 31 for tensor in tensors]
-        key = (
+        key: tuple[Any, ...] = (
             self,
             tensors[0].device,
             *[tensor.dtype for tensor in tensors],
@@ -80,13 +78,17 @@ class Kernel:
             *[arguments[i] >> 31 for i in self.counts],
             *constants,
             *constants.values(),
-            *large,
         )
-        compiled = LAUNCHED.get(key)
-        if compiled is None:
-            LAUNCHED[key] = self.run(programs, *arguments, **constants)
+        if torch.version.hip:  # offsets have 32 bits where a tensor's memory allows it
+            key += tuple(tensor.untyped_storage().nbytes() >> 31 for tensor in tensors)
+        known = LAUNCHED.get(key)
+        if known is None:
+            compiled = self.run(programs, *arguments, **constants)
+            if compiled is not None:  # as it is under the interpreter
+                LAUNCHED[key] = compiled, [constants[name] for name in self.constants]
         else:
-            compiled[programs, 1, 1](*arguments, *[constants[name] for name in self.constants])
+            compiled, rest = known
+            compiled[programs, 1, 1](*arguments, *rest)
 
     def run(self, programs: int, *arguments: Any, **constants: Any) -> Any:
         """Launch by Triton's own way, which takes tensor descriptors as well; what it compiled."""
