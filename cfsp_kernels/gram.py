@@ -25,18 +25,12 @@ BLOCK = 512  # columns per block row of the triangle
 ROWS = 2048  # tokens that are held in fp32 at a time
 
 
-@kernel_op("gram_reference", mutates_args=("out",))  # how often it loops depends on values
-def gram_reference(x: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
-    """Add the lower triangle of ``x^T x`` to ``out [C, C]`` fp32; with offsets, of each segment to
-    one of ``[E, C, C]``."""
-    for segment, total in segments_of(x.shape[0], out, offsets):
-        if total is not None:
-            _add_triangle(x[segment], total)
+def gram_reference(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Add the lower triangle of ``x^T x`` to ``out [C, C]`` fp32, block row by block row.
 
-
-def _add_triangle(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Block row by block row. Each is summed from zero before it is added, so that the sum of a
-    call has the same bits whatever it is added to."""
+    A block row is summed from zero before it is added, so that the sum of a call has the same bits
+    whatever it is added to.
+    """
     for start in range(0, x.shape[1], BLOCK):
         end = min(start + BLOCK, x.shape[1])
         product = torch.zeros(end - start, end, dtype=torch.float32, device=x.device)
@@ -44,6 +38,14 @@ def _add_triangle(x: torch.Tensor, out: torch.Tensor) -> None:
             left, right = rows[:, start:end].float().T, rows[:, :end].float()
             torch.addmm(product, left, right, out=product)
         out[start:end, :end] += product.tril_(start)
+
+
+@kernel_op("gram_segments_reference", mutates_args=("out",))  # slices depend on values
+def gram_segments_reference(x: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor) -> None:
+    """:func:`gram_reference` of each segment, into ``out [E, C, C]``."""
+    for segment, total in segments_of(x.shape[0], out, offsets):
+        if total is not None:
+            gram_reference(x[segment], total)
 
 
 @Kernel
@@ -339,6 +341,10 @@ def gram(
         out = torch.zeros(shape, dtype=torch.float32, device=x.device)
     else:
         check_out("out", out, shape, torch.float32, rows, offsets)
-    compute = gram_op if use_triton("gram", x, backend) else gram_reference
-    compute(rows, out.detach(), offsets)
+    if use_triton("gram", x, backend):
+        gram_op(rows, out.detach(), offsets)
+    elif offsets is None:
+        gram_reference(rows, out.detach())
+    else:
+        gram_segments_reference(rows, out.detach(), offsets)
     return out
