@@ -424,9 +424,8 @@ def channel_importance(
         result = channel_importance_op(statistic, score, *matrices)
     else:
         inputs = [given[name] for name in ("gate", "up") if name in given]
-        kind = first.device.type
-        exact = torch.amp.is_autocast_available(kind)
-        with torch.autocast(kind, enabled=False) if exact else nullcontext():
+        # Products of sums keep their digits under autocast, which meta tensors know nothing of.
+        with nullcontext() if first.is_meta else torch.autocast(first.device.type, enabled=False):
             result = importance(TORCH, score, inputs, given.get("down"), statistic)
     return result.float()
 
