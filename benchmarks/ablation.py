@@ -27,12 +27,8 @@ import torch
 
 import cfsp
 from cfsp import Calibration, CfspError, Recipe, Statistics
-from cfsp.models import OpenModel, check_seqlen, quiet_loading
-from cfsp.pipeline import calibration_windows
-from cfsp.plan import write_json
-from cfsp.provenance import tokens_fingerprint
-from cfsp.recipe import DTYPES, recipe_from_dict
-from cfsp.text import (
+from cfsp.api import calibration_windows
+from cfsp.calibration.text import (
     BOS_CHOICES,
     EVALUATE,
     SEPARATORS,
@@ -41,6 +37,10 @@ from cfsp.text import (
     load_text,
     tokenize,
 )
+from cfsp.models.fingerprints import tokens_fingerprint
+from cfsp.models.loading import OpenModel, check_seqlen, quiet_loading
+from cfsp.pruning.plan import write_json
+from cfsp.pruning.recipe import DTYPES, recipe_from_dict
 
 from . import ablation_report, environment
 from .ablation_grid import BUDGETS, RECIPES, grid, public, read_recipes

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cfsp import Calibration, CfspError, Recipe
-from cfsp.recipe import recipe_from_dict
+from cfsp.pruning.recipe import recipe_from_dict
 
 BUDGETS = ("0.2", "0.3", "0.5")
 """Fractions of the FFN channels to remove."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp import CfspError, Recipe
-from cfsp.recipe import recipe_from_dict
+from cfsp.pruning.recipe import recipe_from_dict
 
 from .ablation_grid import OF_THE_RUN, SHARED
 from .report import MARKED, provenance

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from benchmarks.environment import describe
-from cfsp.feasibility import even_plan
-from cfsp.latency import LatencyTable
-from cfsp.models import adopt
-from cfsp.rewriting import prune_block_
+from cfsp.costs.feasibility import even_plan
+from cfsp.costs.latency import LatencyTable
+from cfsp.models.loading import adopt
+from cfsp.pruning.compaction import prune_block_
 
 SHAPE = {
     "hidden_size": 512,

@@ -31,7 +31,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 PRUNE = """
 import json, re, sys
 from pathlib import Path
-from cfsp.cli import main
+from cfsp.cli.main import main
 code = main(sys.argv[2:])
 status = Path("/proc/self/status").read_text()
 peak = {k: 1024 * int(re.search(rf"{k}:\\s+(\\d+)", status)[1]) for k in ("VmHWM", "VmPeak")}
@@ -61,7 +61,7 @@ def limited(code: str, *arguments: str, limit: int) -> tuple[int, str]:
 
 def shapes(checkpoint: Path) -> dict[str, int]:
     """Bytes of the weights and of the largest block, blocks, hidden size, bytes per value."""
-    from cfsp.shards import read_index
+    from cfsp.io.shards import read_index
 
     sizes: dict[str, int] = {}
     tensors = read_index(checkpoint)

@@ -46,7 +46,7 @@ def pruned_folder(options: argparse.Namespace) -> Path:
 def perplexities(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, float]:
     """On the first windows of both texts."""
     import cfsp
-    from cfsp.evaluation import evaluation_windows
+    from cfsp.evaluation.quality import evaluation_windows
 
     found = {}
     for domain, text in zip(DOMAINS, (options.eval_dataset, options.other_dataset), strict=True):

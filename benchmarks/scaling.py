@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 import cfsp
-from cfsp.estimate import format_count, format_seconds
-from cfsp.hardware import H100, Hardware
+from cfsp.costs.estimates import format_count, format_seconds
+from cfsp.costs.hardware import H100, Hardware
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MODELS = ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B", "Qwen3-235B-A22B", "Kimi-K2")
@@ -48,7 +48,7 @@ STEPS = (
     ("verification, reading", "107284545536 / 6e9", "s"),
     ("floor: half of the scores, 80 % of 989e12", "(1.8296e16 - 1.76e14) / (0.8*989e12)", "s"),
 )
-"""(what, formula, unit) for Llama-3-70B on one H100, as :mod:`cfsp.workload` has them."""
+"""(what, formula, unit) for Llama-3-70B on one H100, as :mod:`cfsp.costs.workload` has them."""
 
 
 PUBLISHED = cfsp.Recipe(scorer="cfsp")

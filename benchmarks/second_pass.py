@@ -27,7 +27,7 @@ from . import environment
 def random_plan(opened: Any, sparsity: float) -> Any:
     """A plan that keeps random channels of every block."""
     from cfsp import Recipe
-    from cfsp.plan import BlockPlan, PruningPlan
+    from cfsp.pruning.plan import BlockPlan, PruningPlan
 
     generator = torch.Generator().manual_seed(0)
     blocks = []
@@ -58,8 +58,8 @@ def copy(shards: Sequence[Path], goal: Path) -> None:
 
 def cut(checkpoint: Path, goal: Path, sparsity: float) -> None:
     """The second pass alone: no windows are measured."""
-    from cfsp.second_pass import prune_to_shards_
-    from cfsp.streaming import open_streamed
+    from cfsp.models.opening import open_streamed
+    from cfsp.pruning.compaction_streamed import prune_to_shards_
 
     opened = open_streamed(checkpoint)
     if opened is None:

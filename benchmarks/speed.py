@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import cfsp
-from cfsp.models import open_model, pick_device
-from cfsp.speed import PeakMemory, Workload, measure_speed, time_round
+from cfsp.evaluation.speed import PeakMemory, Workload, measure_speed, time_round
+from cfsp.models.loading import open_model, pick_device
 
 from . import environment
 from .timing import DEVICE

@@ -42,9 +42,9 @@ GPU_SHAPE = {  # Llama-3-8B, four of its thirty-two blocks
 def test_statistics_and_influence_on_top_of_the_plain_forward(
     benchmark: BenchmarkFixture,
 ) -> None:
-    from cfsp.collection import collect_statistics
-    from cfsp.layouts import LAYOUTS
-    from cfsp.stream import default_micro_batch
+    from cfsp.calibration.collect import collect_statistics
+    from cfsp.models.blockwise import default_micro_batch
+    from cfsp.models.layouts import LAYOUTS
 
     torch.manual_seed(0)
     shape, windows, seqlen = CPU_SHAPE, 4, 1024

@@ -4,21 +4,21 @@ Importing this registers the pruned architectures with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
 """
 
-from .checkpoint import load
-from .dry_run import estimate
+from .api import PruneResult, calibrate, latency_table, plan, prune
+from .calibration.statistics import Statistics, load_statistics, save_statistics
+from .checkpoints.exports import ExportResult, export
+from .checkpoints.folder import load
+from .costs.dry_run import estimate
+from .costs.estimates import Estimate
+from .costs.latency import LatencyTable
 from .errors import CfspError
-from .estimate import Estimate
-from .evaluation import Perplexity, perplexity
-from .exports import ExportResult, export
-from .latency import LatencyTable
-from .models import open_model
-from .pipeline import PruneResult, calibrate, latency_table, plan, prune
-from .plan import PruningPlan, load_plan, save_plan
-from .ranking import with_ranking
-from .recipe import Calibration, Recipe, load_recipe
+from .evaluation.quality import Perplexity, perplexity
+from .models.loading import open_model
+from .models.registration import register
+from .pruning.plan import PruningPlan, load_plan, save_plan
+from .pruning.ranking import with_ranking
+from .pruning.recipe import Calibration, Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover
-from .registration import register
-from .statistics import Statistics, load_statistics, save_statistics
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """vLLM's way to know pruned models: loaded by vLLM itself, through the entry point of the wheel."""
 
 NATIVE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Those with a class in :mod:`cfsp.vllm_models`; vLLM runs others through transformers."""
+"""Those with a class in :mod:`cfsp.models.vllm`; vLLM runs others through transformers."""
 
 
 def register() -> None:
@@ -13,4 +13,4 @@ def register() -> None:
 
     for family in NATIVE_FAMILIES:
         name = f"CFSP{family}ForCausalLM"
-        ModelRegistry.register_model(name, f"cfsp.vllm_models:{name}")
+        ModelRegistry.register_model(name, f"cfsp.models.vllm:{name}")

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import cfsp
-from cfsp.demo import demo_model, dense_folder
+from cfsp.calibration.statistics import Statistics
+from cfsp.cli.demo import demo_model, dense_folder
 from cfsp.errors import CfspError
-from cfsp.statistics import Statistics
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-"""For tests of what families share; tests/test_families.py goes through all of them."""
+"""For tests of what families share; tests/models/test_families.py goes through all of them."""
 TEXT = str(Path(__file__).resolve().parents[1] / "LICENSE")
 """Enough for tiny models, and read in a fiftieth of the time that the builtin text takes."""
 TINY = {

@@ -10,19 +10,19 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from ..costs import FP32, ModelCosts, costs_of
-from ..descriptions import Description, describe, kept_tensors
-from ..dry_run import choose_hardware
+from ..costs.dry_run import choose_hardware
+from ..costs.estimates import format_count, format_seconds
+from ..costs.flops import FP32, ModelCosts, costs_of
+from ..costs.hardware import Hardware, resident_bytes
+from ..costs.workload import SLACK, TEXT_BYTES, WORKSPACE_BYTES
 from ..errors import CfspError
-from ..estimate import format_count, format_seconds
-from ..evaluation import EVALUATION_WINDOWS
-from ..hardware import Hardware, resident_bytes
-from ..layouts import unsupported
-from ..memory import MemoryBudget, format_bytes, parse_budget
-from ..models import check_seqlen
-from ..recipe import Recipe
-from ..shards import TensorInfo
-from ..workload import SLACK, TEXT_BYTES, WORKSPACE_BYTES
+from ..evaluation.quality import EVALUATION_WINDOWS
+from ..io.memory import MemoryBudget, format_bytes, parse_budget
+from ..io.shards import TensorInfo
+from ..models.descriptions import Description, describe, kept_tensors
+from ..models.layouts import unsupported
+from ..models.loading import check_seqlen
+from ..pruning.recipe import Recipe
 from .folder import read_pruned
 from .settings import Recovery
 from .trained import what_is_trained
@@ -298,7 +298,7 @@ def estimate_recovery(
         eval_windows: windows to measure perplexity on, before and after.
         max_memory: see :func:`cfsp.recover`.
         device: of this machine; its speed is measured for a moment.
-        hardware: another machine instead, or the name of one in ``cfsp.hardware.HARDWARE``.
+        hardware: another machine instead, or the name of one in ``cfsp.costs.hardware.HARDWARE``.
         tflops: 1e12 FLOP/s that the device sustains, instead.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from ..errors import CfspError
-from ..models import OpenModel
-from ..plan import PruningPlan, load_plan
+from ..models.loading import OpenModel
+from ..pruning.plan import PruningPlan, load_plan
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
 

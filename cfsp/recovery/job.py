@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import saved_tensors
-from ..descriptions import describe_opened
+from ..api import calibration_windows, held_out_text
+from ..checkpoints.folder import saved_tensors
+from ..costs.hardware import resident_bytes, this_machine
 from ..errors import CfspError
-from ..hardware import resident_bytes, this_machine
-from ..memory import MemoryBudget
-from ..models import OpenModel, count_parameters, open_model, quiet_loading
-from ..pipeline import calibration_windows, held_out_text
-from ..provenance import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
-from ..runs import HeldOut
+from ..io.memory import MemoryBudget
+from ..models.descriptions import describe_opened
+from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
+from ..models.loading import OpenModel, count_parameters, open_model, quiet_loading
+from ..run import HeldOut
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .folder import PrunedFolder, check_opened, read_pruned
@@ -90,7 +90,7 @@ def make_job(
     Args:
         folder: of the pruned model.
         settings: as the user gave them.
-        eval_dataset: None: see :func:`cfsp.mixtures.held_out_mixture`.
+        eval_dataset: None: see :func:`cfsp.calibration.mixtures.held_out_mixture`.
         eval_windows: 0: nothing is measured.
         device: a name.
         budget: of memory.

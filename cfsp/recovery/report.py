@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation import Perplexity, perplexities_by_dataset
+from ..evaluation.quality import Perplexity, perplexities_by_dataset
 from .settings import Recovery
 
 

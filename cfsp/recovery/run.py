@@ -13,12 +13,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..blocks import empty_
-from ..checkpoint import check_out, new_folder, partial_folder, take_probe, verify, write_model
+from ..checkpoints.folder import (
+    check_out,
+    new_folder,
+    partial_folder,
+    take_probe,
+    verify,
+    write_model,
+)
+from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..errors import CfspError
-from ..evaluation import EVALUATION_WINDOWS, Perplexity, perplexity
-from ..memory import parse_budget
-from ..resume import STATE_FOLDER, begin, check_resume, end
+from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexity
+from ..io.memory import parse_budget
+from ..models.blocks import empty_
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
 from .folder import write_documents
 from .job import Job, make_job

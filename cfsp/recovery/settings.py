@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..calibration.mixtures import parse_mixture
+from ..calibration.text import BOS_CHOICES
 from ..errors import CfspError, unknown_name
-from ..mixtures import parse_mixture
-from ..recipe import Calibration
-from ..stream import default_micro_batch
-from ..text import BOS_CHOICES
+from ..models.blockwise import default_micro_batch
+from ..pruning.recipe import Calibration
 
 METHODS = ("lora", "ffn")
 ALLOCATIONS = ("importance", "uniform")

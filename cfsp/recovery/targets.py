@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..costs import is_attention
+from ..costs.flops import is_attention
 from ..errors import CfspError
-from ..experts import ExpertsFFN
-from ..layouts import Layout
+from ..models.experts import ExpertsFFN
+from ..models.layouts import Layout
 
 BlockProjections = dict[str, nn.Module]
 """Projections of a block, Linear or Conv1D, by their names in the model."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layouts import Layout
-from ..plan import PruningPlan
-from .ranks import importance_ranks, uniform_ranks
+from ..models.layouts import Layout
+from ..pruning.plan import PruningPlan
+from .lora_ranks import importance_ranks, uniform_ranks
 from .settings import Recovery
 from .targets import ffn_parameters, largest_ranks, projections, rank_costs
 

@@ -13,7 +13,7 @@ import yaml
 
 import cfsp
 from benchmarks import ablation, ablation_grid, ablation_report
-from cfsp.evaluation import evaluation_windows
+from cfsp.evaluation.quality import evaluation_windows
 from tests.conftest import TEXT, make_tiny, make_tokenizer
 
 GRID: list[dict[str, Any]] = [
@@ -130,7 +130,7 @@ def test_another_default_is_another_cell(root: Path, result: dict[str, Any]) -> 
     values = {**GRID[0], "sparsity": 0.25, "width_multiple": 1}
     calibration = {"dataset": TEXT, "samples": 6, "seqlen": 32}
     recipe = ablation_grid.resolved(
-        cfsp.recipe.recipe_from_dict({**values, "calibration": calibration})
+        cfsp.pruning.recipe.recipe_from_dict({**values, "calibration": calibration})
     )
     tokens = result["cells"][0]["calibration"]
     assert kept.cell(recipe, tokens) == result["cells"][0]

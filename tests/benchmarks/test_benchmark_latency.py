@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import latency
-from cfsp import latency_measure
+from cfsp.costs import latency_measurement as latency_measure
 
 
 def test_every_budget_is_predicted_within_it_and_measured(

@@ -1,0 +1,168 @@
+"""Several datasets in one: ``wikitext2:3,c4:1`` read, windows shared out and mixed evenly."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from ..errors import CfspError
+from ..pruning.allocation import apportion
+from .text import CALIBRATE, DATASETS, bos_token, check_dataset, load_text, random_windows, tokenize
+
+Mixture = Mapping[str, float]
+"""Dataset -> weight, in the order in which they were named."""
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """Dataset -> weight, of ``NAME|PATH[:WEIGHT],...``; without a weight it is 1.
+
+    What exists is never split: the longest run of parts that is a name or a path, with or without
+    a weight, is one dataset. What is unknown goes through as it is, for a recipe may be read where
+    its files are not.
+
+    Raises:
+        CfspError: an empty or repeated name, or a weight that is not above 0 and finite.
+    """
+    if not isinstance(text, str):
+        raise CfspError(f"dataset must be text such as wikitext2:3,c4:1, got {text!r}")
+    found: dict[str, float] = {}
+    for dataset, weight in _entries(text.split(",")):
+        if not dataset:
+            raise CfspError(f"dataset {text!r} has an empty name")
+        if dataset in found:
+            raise CfspError(f"dataset {dataset!r} is named twice in {text!r}")
+        if not 0 < weight < math.inf:
+            raise CfspError(
+                f"dataset {dataset!r}: the weight must be above 0 and finite, got {weight}"
+            )
+        found[dataset] = weight
+    return found
+
+
+def _entries(parts: list[str]) -> Iterator[tuple[str, float]]:
+    unknown: list[str] = []
+    while parts:
+        entry, count = _longest(parts)
+        if entry is None:
+            unknown.append(parts[0])
+        elif unknown:
+            yield ",".join(unknown), 1.0
+            unknown = []
+        if entry is not None:
+            yield entry
+        parts = parts[count:]
+    if unknown:
+        yield ",".join(unknown), 1.0
+
+
+def _longest(parts: list[str]) -> tuple[tuple[str, float] | None, int]:
+    """The dataset that the most of the first parts are, and of how many; (None, 1) without one."""
+    for count in range(len(parts), 0, -1):
+        entry = _weighted(",".join(parts[:count]))
+        if entry is not None:
+            return entry, count
+    return None, 1
+
+
+def _weighted(text: str) -> tuple[str, float] | None:
+    if _exists(text):
+        return text, 1.0
+    dataset, _, weight = text.rpartition(":")
+    try:
+        return (dataset, float(weight)) if _exists(dataset) else None
+    except ValueError:
+        return None
+
+
+def _exists(dataset: str) -> bool:
+    return dataset in DATASETS or os.path.exists(dataset)
+
+
+def format_mixture(mixture: Mixture) -> str:
+    """The text of a mixture, without weights that are 1 or of a dataset alone."""
+    if len(mixture) == 1:
+        return next(iter(mixture))
+    return ",".join(
+        dataset if weight == 1 else f"{dataset}:{weight:g}" for dataset, weight in mixture.items()
+    )
+
+
+def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str, int]:
+    """Windows of each dataset, by weight: the largest-remainder method, at least one each.
+
+    Args:
+        mixture: weights.
+        windows: of all datasets.
+        what: the setting that says so, for the error.
+
+    Raises:
+        CfspError: fewer windows than datasets.
+    """
+    if windows < len(mixture):
+        raise CfspError(
+            f"{what} must be {len(mixture)} or more, one for each dataset of "
+            f"{format_mixture(mixture)!r}, got {windows}"
+        )
+    weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
+    weights /= weights.max()
+    quotas = weights * (windows / weights.sum())
+    most = [windows] * len(mixture)
+    counts = apportion(quotas, most, windows, 1, torch.zeros_like(quotas))
+    return dict(zip(mixture, counts, strict=True))
+
+
+def interleaved(counts: Sequence[int]) -> list[int]:
+    """A position for every window, of those of the first dataset, then the second and so on.
+
+    Window i of n of a dataset is at (i + 1/2) / n of the whole, among equals that of the first
+    dataset: any stretch has windows of every dataset in about the proportions of all.
+
+    Returns:
+        indices into the windows one dataset after another, in the order in which they are mixed.
+    """
+    places = [Fraction(2 * window + 1, 2 * count) for count in counts for window in range(count)]
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
+@contextmanager
+def naming(dataset: str) -> Iterator[None]:
+    """Errors within say which dataset they are about."""
+    try:
+        yield
+    except CfspError as error:
+        raise CfspError(f"dataset {dataset!r}: {error}") from None
+
+
+def calibration_tokens(
+    tokenizer: Any, mixture: Mixture, samples: int, seqlen: int, seed: int, bos: str
+) -> torch.Tensor:
+    """Calibration windows [samples, seqlen] of all datasets, mixed evenly.
+
+    Each dataset is tokenised on its own and gives the first of the windows that it gives alone, of
+    :func:`text.random_windows` with the same seed, so that they do not depend on the others.
+
+    Raises:
+        CfspError: unknown or unreadable dataset, or one with too few tokens.
+    """
+    counts = share_out(mixture, samples)
+    for dataset in mixture:
+        check_dataset(dataset)
+    start = bos_token(tokenizer, bos)
+    drawn = []
+    for dataset, count in counts.items():
+        tokens = tokenize(tokenizer, load_text(dataset, CALIBRATE))
+        with naming(dataset):
+            drawn.append(random_windows(tokens, count, seqlen, seed, start))
+    return torch.cat(drawn)[interleaved(list(counts.values()))]
+
+
+def held_out_mixture(mixture: Mixture) -> dict[str, float]:
+    """The datasets of a mixture that have a held-out part of their own, as local files have not;
+    the text that ships with Python where none has."""
+    return {name: weight for name, weight in mixture.items() if name in DATASETS} or {
+        "builtin": 1.0
+    }

@@ -1,0 +1,140 @@
+"""A pruned model in the formats of other runtimes: each is written, read back and compared."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import CfspError, unknown_name
+from ...io.shards import sync_folder
+from ...models.loading import quiet_loading
+from ..folder import check_out, new_folder, partial_folder
+from . import gguf_model, nemotron_nas, padded
+from .source import ExportOptions, ExportSource, open_source
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One format."""
+
+    check: Callable[[ExportSource, ExportOptions], None]
+    """Raises CfspError for a model that the format cannot hold, before any work."""
+    write: Callable[[ExportSource, ExportOptions, Path, bool], dict[str, Any]]
+    """(source, options, path, progress): writes, reads back, compares; says what there is to say.
+    The source is used up."""
+    options: frozenset[str] = frozenset()
+    """Those of :class:`ExportOptions` that mean something here."""
+    suffix: str | None = None
+    """Of the one file that is written; None: a folder."""
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "nemotron-nas": Exporter(nemotron_nas.check, nemotron_nas.write),
+    "gguf": Exporter(gguf_model.check, gguf_model.write, frozenset({"type", "pre"}), ".gguf"),
+    "padded": Exporter(padded.check, padded.write, frozenset({"multiple"})),
+}
+"""Format by name."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written."""
+
+    format: str
+    out: Path
+    widths: tuple[int, ...]
+    """FFN channels of every block of the model that was exported."""
+    nbytes: int
+    """Size on disk."""
+    details: dict[str, Any]
+    """What the format has to say: see the writer of each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the details beside the rest."""
+        plain = {"format": self.format, "out": str(self.out), "widths": list(self.widths)}
+        return {**plain, "bytes": self.nbytes, **self.details}
+
+
+def export(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    type: str | None = None,
+    pre: str | None = None,
+    multiple: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ExportResult:
+    """Write a model, pruned or not, in the format of another runtime.
+
+    Tensor by tensor from disk to disk where the model is a folder of safetensors under their own
+    names. ``out`` appears only when it is whole, was read back and compared.
+
+    Args:
+        model: folder, hub id or .gguf file.
+        to: "nemotron-nas", "gguf" or "padded".
+        out: a folder to make; for gguf a file.
+        type: gguf: "F32", "F16", "BF16" or "Q8_0"; as stored by default.
+        pre: gguf: llama.cpp's name of the tokenizer's pre-tokenizer; found out by default.
+        multiple: padded: the width becomes a multiple of this, 1 by default.
+        overwrite: replace ``out``.
+        progress: show a bar on stderr.
+
+    Raises:
+        CfspError: an unknown format, an option of another format, a model that the format cannot
+            hold, an output that exists or cannot be written.
+        RuntimeError: what was read back differs. A defect.
+    """
+    exporter = EXPORTERS.get(to)
+    if exporter is None:
+        raise unknown_name("format", to, EXPORTERS)
+    options, out = ExportOptions(type.upper() if type else None, pre, multiple), Path(out)
+    for name, value in asdict(options).items():
+        if value is not None and name not in exporter.options:
+            valid = [other for other, entry in EXPORTERS.items() if name in entry.options]
+            raise CfspError(f"{name} is an option of {', '.join(valid)}, not of {to}")
+    if exporter.suffix and out.suffix != exporter.suffix:
+        raise CfspError(f"output {out}: {to} is one file, its name ends in {exporter.suffix}")
+    new_output = new_file if exporter.suffix else new_folder
+    if not exporter.suffix:
+        check_out(out, overwrite, model)
+    elif out.exists():
+        _check_file(out, overwrite, model)
+    with quiet_loading():
+        source = open_source(model)
+        exporter.check(source, options)
+        with new_output(out, overwrite) as partial:
+            details = exporter.write(source, options, partial, progress)
+    nbytes = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
+    return ExportResult(to, out, source.widths, nbytes, details)
+
+
+def _check_file(out: Path, overwrite: bool, source: str | Path) -> None:
+    if Path(source).exists() and out.samefile(source):
+        raise CfspError(f"output {out} is the input; choose another name")
+    if not out.is_file():
+        raise CfspError(f"output {out} exists and is not a file")
+    if not overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+
+
+@contextmanager
+def new_file(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A file to fill that becomes ``out`` when all went well, and vanishes otherwise."""
+    partial = partial_folder(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        if out.exists() and not overwrite:
+            raise CfspError(f"output {out} exists; --overwrite replaces it")
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise CfspError(f"cannot write {out}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""``gguf``: one file for llama.cpp, with the tokenizer, written tensor by tensor.
+
+llama.cpp's arch ``llama`` has one FFN width for all blocks; ``deci``, the same decoder, has a width
+per block. Both rotate neighbouring pairs of q and k, so their rows are put in that order.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...errors import CfspError
+from .gguf_tensors import GGUF_TYPES, GgufTensor, check_gguf_tensor, gguf_bytes, gguf_type
+from .gguf_tokenizer import check_tokenizer, write_tokenizer
+from .source import ExportOptions, ExportSource, check_family, open_source
+
+ARCHITECTURES: dict[str, tuple[str, str | None]] = {
+    "llama": ("llama", "deci"),
+    "mistral": ("llama", "deci"),
+    "qwen2": ("qwen2", "deci"),
+    "qwen3": ("qwen3", None),
+}
+"""Family -> llama.cpp's arch for one width, and the one that computes the same with a width per
+block."""
+NEIGHBOUR_PAIRS = ("llama", "deci")
+"""Archs that rotate neighbouring pairs of q and k, where transformers rotates halves."""
+DOWN_BIAS = ("llama", "deci")
+"""Archs with a bias on the down projection."""
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Those that a factor per frequency says in full."""
+
+
+def architecture(source: ExportSource) -> str | None:
+    """llama.cpp's arch for a model, None where there is none."""
+    one_width, per_block = ARCHITECTURES[source.family]
+    fits = len(set(source.widths)) == 1 and (not source.added_bias or one_width in DOWN_BIAS)
+    return one_width if fits else per_block
+
+
+def check(source: ExportSource, options: ExportOptions) -> None:
+    """Raise CfspError for what llama.cpp does not compute, or has no pre-tokenizer for."""
+    if find_spec("gguf") is None:
+        raise CfspError("the gguf export needs the package 'gguf': pip install 'cfsp[gguf]'")
+    padded = "export it as padded first, and convert that folder"
+    check_family(source, ARCHITECTURES, "gguf", f"{padded} with llama.cpp's convert_hf_to_gguf.py")
+    if architecture(source) is None:
+        what = "a bias on down_proj" if source.added_bias else "a width per block"
+        raise CfspError(f"llama.cpp has no {source.family} with {what}; {padded}")
+    if source.config.hidden_act != "silu":
+        raise CfspError(f"gguf holds models that compute silu, not {source.config.hidden_act!r}")
+    if options.type is not None and options.type not in GGUF_TYPES:
+        raise CfspError(f"unknown type {options.type!r}; valid: {', '.join(GGUF_TYPES)}")
+    rope_type = source.config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise CfspError(f"gguf holds RoPE {', '.join(ROPE_TYPES)} exactly, not {rope_type!r}")
+    check_tokenizer(source.opened.tokenizer, source.config.vocab_size, options.pre)
+
+
+def write(
+    source: ExportSource, options: ExportOptions, file: Path, progress: bool
+) -> dict[str, Any]:
+    """One file. Details: ``architecture``, ``type``, ``pre`` of the tokenizer, and
+    ``stored_as_f16``, the matrices whose rows have no whole number of Q8_0's blocks of 32."""
+    from gguf import GGUFWriter
+
+    arch = architecture(source)
+    if arch is None:
+        raise ValueError("checked before")
+    chosen = options.type or gguf_type(source.opened.model.dtype)
+    planned = list(gguf_tensors(source, arch, chosen))
+    writer = GGUFWriter(file, arch)
+    try:
+        write_parameters(writer, source, arch, chosen)
+        pre = write_tokenizer(writer, source, options.pre)
+        for tensor in planned:
+            writer.add_tensor_info(*tensor.info())
+        for part in ("header", "kv_data", "ti_data"):
+            getattr(writer, f"write_{part}_to_file")()
+        total = sum(tensor.nbytes for tensor in planned)
+        bar = tqdm(total=total, desc="export", unit="B", unit_scale=True, disable=not progress)
+        with bar:
+            for tensor, values in _with_values(planned, source, arch):
+                writer.write_tensor_data(gguf_bytes(tensor, values))
+                bar.update(tensor.nbytes)
+    finally:
+        writer.close()
+    check_written(file, planned, open_source(source.path), arch)
+    as_f16 = [t.name for t in planned if len(t.shape) > 1 and t.type != chosen]
+    return {"architecture": arch, "type": chosen, "pre": pre, "stored_as_f16": as_f16}
+
+
+def gguf_tensors(source: ExportSource, arch: str, chosen: str) -> Iterator[GgufTensor]:
+    """What the file holds, in the order in which the source's tensors come."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
+    names = get_tensor_name_map(MODEL_ARCH(number), len(source.widths))
+    for name, info in source.planned_tensors().items():
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise CfspError(f"llama.cpp's arch {arch} has no place for {name}")
+        yield GgufTensor.planned(name, found, info.shape, chosen)
+    if rope_factors(source) is not None:
+        yield GgufTensor.planned("", "rope_freqs.weight", (source.config.head_dim // 2,), "F32")
+
+
+def rope_factors(source: ExportSource) -> torch.Tensor | None:
+    """[head_dim / 2] fp32: by what llama.cpp divides each plain frequency; None where it is 1."""
+    model, config = source.opened.model, source.config
+    if config.rope_parameters["rope_type"] == "default":
+        return None
+    rotary = model.base_model.rotary_emb
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    plain = 1 / config.rope_parameters["rope_theta"] ** exponents
+    return (plain / rotary.inv_freq.double()).float()
+
+
+def neighbour_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows [heads * head_dim, ...] of q or k, from halves of each head to neighbouring pairs."""
+    halves = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _with_values(
+    planned: list[GgufTensor], source: ExportSource, arch: str
+) -> Iterator[tuple[GgufTensor, torch.Tensor]]:
+    """Each tensor with its values, in the order planned."""
+    config = source.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    values = source.named_tensors()
+    for tensor in planned:
+        if not tensor.source:
+            factors = rope_factors(source)
+            if factors is not None:
+                yield tensor, factors
+            continue
+        name, found = next(values)
+        if name != tensor.source:
+            raise RuntimeError(f"expected {tensor.source}, found {name}")
+        projection = name.split(".")[-2]
+        if arch in NEIGHBOUR_PAIRS and projection in heads:
+            found = neighbour_pairs(found, heads[projection])
+        yield tensor, found
+
+
+def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) -> None:
+    """The model's shape and numbers. Where attention slides, the context ends with the window, up
+    to which it is the same as full attention."""
+    config, blocks, per_block = source.config, len(source.widths), arch == "deci"
+    context = config.max_position_embeddings
+    if getattr(config, "sliding_window", None):
+        context = min(context, config.sliding_window)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    writer.add_type("model")
+    writer.add_name(source.opened.name)
+    writer.add_file_type(GGUF_TYPES[chosen])
+    if chosen == "Q8_0":
+        writer.add_quantization_version(2)
+    writer.add_block_count(blocks)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(list(source.widths) if per_block else source.widths[0])
+    writer.add_head_count([heads] * blocks if per_block else heads)
+    writer.add_head_count_kv([kv_heads] * blocks if per_block else kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    generation = source.opened.model.generation_config
+    for name, key in (
+        ("temperature", "temp"),
+        ("top_k", "top_k"),
+        ("top_p", "top_p"),
+        ("min_p", "min_p"),
+        ("repetition_penalty", "penalty_repeat"),
+    ):
+        value = getattr(generation, name, None)
+        if value is not None and getattr(generation, "do_sample", False):
+            getattr(writer, f"add_sampling_{key}")(value)
+
+
+def check_written(file: Path, planned: list[GgufTensor], source: ExportSource, arch: str) -> None:
+    """Read the file back; every tensor is the model's, to the precision of its type.
+
+    Raises:
+        RuntimeError: one is not. A defect.
+    """
+    from gguf import GGUFReader
+
+    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    if list(found) != [tensor.name for tensor in planned]:
+        raise RuntimeError("the file holds other tensors than were written")
+    for tensor, values in _with_values(planned, source, arch):
+        check_gguf_tensor(tensor, found[tensor.name], values)

@@ -1,0 +1,120 @@
+"""Tensors of a GGUF file: their types, their bytes, and the comparison after reading them back."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import CfspError
+
+GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
+"""Type of a file's matrices -> its number in ``general.file_type``."""
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Q8_0_VALUES, Q8_0_BYTES = 32, 34
+ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor to write."""
+
+    source: str
+    """Its name in the model; empty for one that the model does not hold."""
+    name: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    """As in torch."""
+    type: str
+
+    @classmethod
+    def planned(cls, source: str, name: str, shape: tuple[int, ...], chosen: str) -> "GgufTensor":
+        """Vectors are F32, as llama.cpp wants them; a matrix that Q8_0 cannot hold is F16."""
+        if len(shape) == 1:
+            chosen = "F32"
+        elif chosen == "Q8_0" and shape[-1] % Q8_0_VALUES:
+            chosen = "F16"
+        return cls(source, name, shape, chosen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        count = math.prod(self.shape)
+        if self.type == "Q8_0":
+            return count // Q8_0_VALUES * Q8_0_BYTES
+        return count * STORED[self.type].itemsize
+
+    def info(self) -> tuple[str, tuple[int, ...], np.dtype, int, Any]:
+        """Arguments of ``GGUFWriter.add_tensor_info``."""
+        from gguf import GGMLQuantizationType
+
+        # A dtype other than uint8: the shape is in values then, not in bytes.
+        kind = GGMLQuantizationType[self.type]
+        return self.name, self.shape, np.dtype(np.float32), self.nbytes, kind
+
+
+def gguf_type(dtype: torch.dtype) -> str:
+    """The type that holds a dtype as it is."""
+    return next(name for name, stored in STORED.items() if stored == dtype)
+
+
+def gguf_bytes(tensor: GgufTensor, values: torch.Tensor) -> np.ndarray:
+    """[nbytes] uint8, as they lie in the file.
+
+    Raises:
+        CfspError: a value that F16 cannot hold.
+    """
+    parts = [_encoded(part, tensor.type).reshape(-1) for part in _rows(values)]
+    if tensor.type == "F16" and any(np.isinf(part.view(np.float16)).any() for part in parts):
+        raise CfspError(f"{tensor.source} has values above 65504, too large for F16; use BF16")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _rows(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor in pieces, so that no fp32 copy of a whole one is made."""
+    return iter(values.detach().split(ROWS_AT_A_TIME))
+
+
+def _encoded(values: torch.Tensor, kind: str) -> np.ndarray:
+    if kind in STORED:
+        return values.to(STORED[kind]).contiguous().view(torch.uint8).numpy()
+    from gguf import GGMLQuantizationType, quants
+
+    return quants.quantize(values.float().contiguous().numpy(), GGMLQuantizationType[kind])
+
+
+def check_gguf_tensor(tensor: GgufTensor, found: Any, values: torch.Tensor) -> None:
+    """Decode a tensor that was read back and compare it with the model's.
+
+    Raises:
+        RuntimeError: a shape, a type, or a value that is off by more than the type's precision.
+    """
+    from gguf import quants
+
+    shape = tuple(int(size) for size in reversed(found.shape))
+    if shape != tensor.shape or found.tensor_type.name != tensor.type:
+        raise RuntimeError(f"{tensor.name} is {shape} {found.tensor_type.name} in the file")
+    first = 0
+    for part in _rows(values):
+        data = found.data[first : first + len(part)]
+        decoded = torch.from_numpy(np.array(quants.dequantize(data, found.tensor_type)))
+        first += len(part)
+        expected = part.float()
+        if not bool(((decoded - expected).abs() <= _error(expected, tensor.type)).all()):
+            raise RuntimeError(f"{tensor.name} differs from {tensor.source} after reading it back")
+
+
+def _error(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The largest error that rounding to a type makes: half a unit in the last place."""
+    if kind == "F32":
+        return torch.zeros_like(values)
+    if kind == "F16":
+        return (values.abs() * 2**-11).clamp(min=2**-25)
+    if kind == "BF16":
+        return (values.abs() * 2**-8).clamp(min=2**-134)
+    # Half a step of the block's scale, and 127 steps times the rounding of the scale to F16.
+    largest = values.unflatten(-1, (-1, Q8_0_VALUES)).abs().amax(-1, keepdim=True)
+    error = largest * (1 / 254 + 2**-11) * 1.01 + 127 * 2**-25
+    return error.expand(*error.shape[:-1], Q8_0_VALUES).flatten(-2)

@@ -1,0 +1,151 @@
+"""The model that is exported: opened lean, its tensors in turn, and what formats ask about it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ...errors import CfspError
+from ...io.shards import ShardWriter, TensorInfo, pack_shards, read_index, read_tensors, write_index
+from ...models.blocks import LiveBlocks
+from ...models.layouts import PRUNED_PREFIX
+from ...models.loading import OpenModel
+from ...models.opening import open_lean
+from ..folder import MAX_SHARD_BYTES, converted, saved_tensors
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may ask of a format; None where nothing was said."""
+
+    type: str | None = None
+    pre: str | None = None
+    multiple: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model to export."""
+
+    path: str | Path
+    opened: OpenModel
+    widths: tuple[int, ...]
+    """FFN channels of every block."""
+
+    @property
+    def config(self) -> Any:
+        """Its transformers config."""
+        return self.opened.model.config
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of the architecture that it was before it was pruned."""
+        return self.config.model_type.removeprefix(PRUNED_PREFIX)
+
+    @property
+    def added_bias(self) -> bool:
+        """Whether a compensation gave the down projections a bias that the architecture lacks."""
+        return bool((getattr(self.config, "cfsp_config", None) or {}).get("added_bias"))
+
+    def planned_tensors(self) -> dict[str, TensorInfo]:
+        """What a checkpoint holds, in the order of :meth:`named_tensors`."""
+        return {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._saved_tensors().items()
+        }
+
+    def _saved_tensors(self) -> dict[str, torch.Tensor]:
+        """By the names of checkpoints; where these differ, the model is in memory whole."""
+        tensors = saved_tensors(self.opened.model)
+        return converted(self.opened.model, tensors) if self._is_whole else tensors
+
+    @property
+    def _is_whole(self) -> bool:
+        return isinstance(self.opened.blocks, LiveBlocks)
+
+    def named_tensors(
+        self, change_: Callable[[nn.Module], None] = lambda block: None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of everything a checkpoint holds, one block in memory at a time where it
+        can be, each after ``change_`` changed it in place."""
+        if self._is_whole:
+            for block in self.opened.layout.find_blocks(self.opened.model):
+                change_(block)
+            yield from self._saved_tensors().items()
+            return
+        prefix = f"{self.opened.layout.blocks}."
+        tensors = list(saved_tensors(self.opened.model).items())
+        first = next(at for at, (name, _) in enumerate(tensors) if name.startswith(prefix))
+        yield from tensors[:first]
+        with self.opened.blocks.turns() as turns:
+            for number, block in turns:
+                change_(block)
+                for name, tensor in block.state_dict().items():
+                    yield f"{prefix}{number}.{name}", tensor
+        yield from (item for item in tensors[first:] if not item[0].startswith(prefix))
+
+
+def open_source(model: str | Path) -> ExportSource:
+    """Open a model folder, hub id or GGUF file on the CPU, in the dtype that it is stored in.
+
+    Raises:
+        CfspError: not found, corrupt, unsupported architecture.
+    """
+    opened = open_lean(model, device="cpu")
+    return ExportSource(model, opened, opened.layout.intermediate_sizes(opened.model))
+
+
+def check_family(source: ExportSource, families: Iterable[str], to: str, instead: str) -> None:
+    """Raise CfspError unless the architecture is one that a format holds exactly."""
+    families = tuple(families)
+    if source.family not in families:
+        raise CfspError(
+            f"{to} holds {', '.join(families)} exactly, not {source.family!r}; {instead}"
+        )
+
+
+def write_changed_weights(
+    source: ExportSource, folder: Path, change_: Callable[[nn.Module], None], progress: bool
+) -> None:
+    """Write all tensors as safetensors, each block after it was changed at its turn.
+
+    Args:
+        source: its skeleton has the changed shapes afterwards.
+        folder: where the shards go.
+        change_: changes a block in place, the same for a block with and without values.
+        progress: show a bar on stderr.
+
+    Raises:
+        OSError: no space for a shard; nothing of it was written then.
+    """
+    for block in source.opened.layout.find_blocks(source.opened.model):
+        change_(block)
+    planned = source.planned_tensors()
+    shards = pack_shards(planned, MAX_SHARD_BYTES)
+    total = sum(info.nbytes for info in planned.values())
+    bar = tqdm(total=total, desc="export", unit="B", unit_scale=True, disable=not progress)
+    with bar, ShardWriter(folder, shards) as writer:
+        for name, tensor in source.named_tensors(change_):
+            writer.write(name, tensor)
+            bar.update(tensor.nbytes)
+    write_index(folder, shards)
+
+
+def check_written_weights(
+    source: ExportSource, folder: Path, change_: Callable[[nn.Module], None]
+) -> None:
+    """Read every tensor back: it is the source's, changed as it was to be, bit for bit.
+
+    Raises:
+        RuntimeError: it is not so. A defect.
+    """
+    left = read_index(folder)
+    for name, tensor in source.named_tensors(change_):
+        if not torch.equal(read_tensors({name: left.pop(name)})[name], tensor):
+            raise RuntimeError(f"{name} differs from the exported model's after reading it back")
+    if left:
+        raise RuntimeError(f"{', '.join(left)}: not of the exported model")

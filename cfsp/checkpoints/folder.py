@@ -1,0 +1,262 @@
+"""A folder that reloads: per-block widths in the config, the modeling file beside the weights."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..errors import CfspError, Stopped
+from ..io.shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
+from ..models import modeling_cfsp
+from ..models.loading import load_config, pick_device, quiet_loading
+from ..models.pruned_classes import is_stock
+from ..pruning.plan import PruningPlan, save_plan
+from .resume import can_resume
+
+MODELING_FILE = Path(modeling_cfsp.__file__)
+MAX_SHARD_BYTES = 5_000_000_000
+PROBE_TOKENS = 16
+
+
+def load(
+    folder: str | Path, *, dtype: str = "auto", device: str = "auto", **options: Any
+) -> PreTrainedModel:
+    """Load a pruned model for use.
+
+    Args:
+        folder: what ``cfsp prune`` wrote.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", "cuda:1".
+        options: handed to ``from_pretrained``.
+
+    Returns:
+        The model in eval mode.
+    """
+    where = pick_device(device)
+    if not (Path(folder) / "config.json").is_file():
+        raise CfspError(f"{folder} is not a model folder: no config.json")
+    load_config(str(folder))
+    precision = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)
+    return model.to(where).eval()
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a result is until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
+
+    A run that can be resumed (see :mod:`checkpoints.resume`) stays where it was stopped or the
+    disk failed it; one that was resumed, after any error.
+    """
+    check_out(out, overwrite, resume=resume)
+    partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
+    keep = resume
+    try:
+        if not (resume and can_resume(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=resume)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        keep = keep or can_resume(partial)
+        hint = "; --resume continues this run" if keep and can_resume(partial) else ""
+        raise CfspError(f"cannot write {out}: {error}{hint}") from error
+    except Stopped:
+        keep = keep or can_resume(partial)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_out(
+    out: Path, overwrite: bool, source: str | Path | None = None, *, resume: bool = False
+) -> None:
+    """Refuse an output folder that is the input, or exists and is not to be overwritten, or whose
+    interrupted run is to be neither continued nor overwritten."""
+    if source is not None and Path(source).exists() and out.exists() and out.samefile(source):
+        raise CfspError(f"output {out} is the input; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise CfspError(f"output {out} exists and is not a folder")
+    if out.exists() and not overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    partial = partial_folder(out)
+    if can_resume(partial) and not overwrite and not resume:
+        raise CfspError(
+            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
+        )
+
+
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds, in order: tied tensors once, under their first name."""
+    seen: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a model under the names and in the shapes of its family's checkpoints.
+
+    Most families' are those of their modules; experts are apart there.
+    """
+    found = revert_weight_conversion(model, dict(tensors))
+    return tensors if found.keys() == tensors.keys() else found
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
+    tensors = converted(model, saved_tensors(model))
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    shards = pack_shards(infos, MAX_SHARD_BYTES)
+    with ShardWriter(folder, shards) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    write_index(folder, shards)
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Config, weights, modeling file, generation config and tokenizer of a model."""
+    write_weights(model, folder)
+    write_settings(model, tokenizer, folder)
+
+
+def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Everything of a model's folder but the weights."""
+    config = model.config.to_diff_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    for name in ("_name_or_path", "_model_name_or_path"):
+        config.pop(name, None)
+    if not is_stock(model):
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        prefix = modeling_cfsp.PREFIX  # a reloaded model's base is of the family's own class
+        base = prefix + type(model.base_model).__name__.removeprefix(prefix)
+        module = MODELING_FILE.stem
+        config["auto_map"] = {
+            "AutoConfig": f"{module}.{type(model.config).__name__}",
+            "AutoModel": f"{module}.{base}",
+            "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
+        }
+    else:
+        config.pop("auto_map", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_companions(model, tokenizer, folder)
+
+
+def write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Generation config, and the tokenizer with its chat template."""
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """[1, 16] fixed tokens to which a reloaded model must say the same, to the last bit."""
+    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.vocab_size
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits [1, 16, V] of the probe tokens."""
+    ids = probe_tokens(model).to(next(model.parameters()).device)
+    return model(input_ids=ids, use_cache=False).logits.cpu()
+
+
+def unsaved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Buffers that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model says to fixed tokens, and the buffers with which it says so."""
+
+    logits: torch.Tensor
+    buffers: dict[str, torch.Tensor]
+
+
+def take_probe(model: PreTrainedModel) -> Probe:
+    """The probe of a model that is about to be saved."""
+    return Probe(probe_logits(model), unsaved_buffers(model))
+
+
+def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedModel:
+    """Reload a written model and compare its logits, bit for bit, with those before it was saved.
+
+    A live model may carry buffers that a fresh load makes otherwise (``model.to(bfloat16)`` also
+    rounds the rotary frequencies). Then the comparison is repeated with its buffers, and a
+    warning says so.
+
+    Returns:
+        The reloaded model.
+
+    Raises:
+        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
+    """
+    with quiet_loading():
+        model = load(folder, device=str(device))
+    got = probe_logits(model)
+    if torch.equal(got, expected.logits):
+        return model
+    own = unsaved_buffers(model)
+    if own.keys() == expected.buffers.keys():
+        _set_buffers(model, expected.buffers)
+        equal = torch.equal(probe_logits(model), expected.logits)
+        _set_buffers(model, own)
+        if equal:
+            warnings.warn(
+                "the live model's rotary or other unsaved buffers are not those that a fresh load "
+                "makes (did .to(dtype) round them?); the saved model has the fresh ones",
+                stacklevel=2,
+            )
+            return model
+    raise differs(got, expected.logits)
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
+    """The error for a saved model with other logits than the pruned one had."""
+    worst = float((found.double() - expected.double()).abs().max())
+    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
+
+
+def _set_buffers(model: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, buffer)
+
+
+def write_documents(
+    folder: Path, plan: PruningPlan, recipe_document: dict[str, Any], card: str
+) -> None:
+    """plan.json, recipe.yaml and the model card."""
+    save_plan(plan, folder / "plan.json")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_document, sort_keys=False))
+    (folder / "README.md").write_text(card)

@@ -1,0 +1,100 @@
+"""What a run from disk to disk keeps beside its shards, so that a later one can continue it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from ..calibration.grams import GramFolder
+from ..calibration.statistics import Statistics, gram_path, load_statistics, save_statistics
+from ..distributed import Ranks
+from ..errors import CfspError
+from ..pruning.plan import write_json
+
+FORMAT = "cfsp-run-1"
+STATE_FOLDER = ".cfsp-run"
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+
+
+def can_resume(partial: Path) -> bool:
+    """Whether a folder holds a run that was begun."""
+    return (partial / STATE_FOLDER / MANIFEST).is_file()
+
+
+def check_resume(partial: Path, identity: dict[str, Any]) -> None:
+    """Refuse to continue a run of something else.
+
+    Args:
+        partial: the folder of the run that was interrupted; one without a run is no objection.
+        identity: plain values that say what this run does; equal ones give equal bytes.
+
+    Raises:
+        CfspError: names what differs.
+    """
+    if not can_resume(partial):
+        return
+    file = partial / STATE_FOLDER / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        known = manifest["identity"] if manifest["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CfspError(f"cannot resume: {file}: {type(error).__name__}: {error}") from None
+    differing = sorted(
+        key for key in identity.keys() | known.keys() if identity.get(key) != known.get(key)
+    )
+    if differing:
+        raise CfspError(
+            f"cannot resume {partial}: it was begun with another {', '.join(differing)}; "
+            "--overwrite without --resume begins anew"
+        )
+
+
+def begin(partial: Path, identity: dict[str, Any]) -> None:
+    """Say in a folder which run fills it. Nothing where :func:`check_resume` found it begun."""
+    if not can_resume(partial):
+        (partial / STATE_FOLDER).mkdir(exist_ok=True)
+        write_json(partial / STATE_FOLDER / MANIFEST, {"format": FORMAT, "identity": identity})
+
+
+def check_shared(partial: Path, ranks: Ranks) -> None:
+    """Raise CfspError on every rank where one does not see the folder that the first has begun."""
+    if ranks.size == 1:
+        return
+    mark = partial / STATE_FOLDER / ranks.of_first(lambda: uuid4().hex)
+    if ranks.first:
+        mark.touch()
+    ranks.barrier()
+    seen = mark.exists()
+    ranks.check(
+        None
+        if seen
+        else f"rank {ranks.rank} does not see {partial}, which rank 0 made; "
+        "--out must be on a file system that all ranks share"
+    )
+    if ranks.first:
+        mark.unlink()
+
+
+def kept_statistics(partial: Path) -> Statistics | None:
+    """The calibration of a run that had finished its first pass."""
+    file = partial / STATE_FOLDER / STATISTICS
+    return load_statistics(file) if file.is_file() else None
+
+
+def kept_grams(partial: Path) -> GramFolder:
+    """Where a run's Gram matrices go, beside its statistics."""
+    folder = gram_path(partial / STATE_FOLDER / STATISTICS)
+    folder.mkdir(exist_ok=True)
+    return GramFolder(folder)
+
+
+def keep_statistics(partial: Path, statistics: Statistics) -> None:
+    """Keep the calibration for a later run."""
+    save_statistics(statistics, partial / STATE_FOLDER / STATISTICS)
+
+
+def end(partial: Path) -> None:
+    """Remove everything that is no part of the result."""
+    shutil.rmtree(partial / STATE_FOLDER)

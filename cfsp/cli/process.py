@@ -1,0 +1,68 @@
+"""The process around a command: SIGTERM, what other libraries print, and how it ends."""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
+from types import FrameType
+
+from huggingface_hub.utils import disable_progress_bars
+
+from ..distributed import Ranks, launched
+from ..errors import CfspError, RankLost, Stopped
+from ..models.loading import quiet_loading
+
+
+@contextmanager
+def sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come. The first lets a run end in order, a second ends the process.
+
+    Not where ``torchrun`` started it: it hands on what each process may have received already,
+    and kills those that do not end within 30 s.
+    """
+    came = Event()
+    if current_thread() is not main_thread():
+        yield came.is_set
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.set()
+        if not launched():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def quiet(ranks: Ranks, asked: bool) -> Iterator[None]:
+    """Other libraries show no bars where that is asked, and nothing on ranks beside the first."""
+    if ranks.first and not asked:
+        yield
+        return
+    with quiet_loading(), warnings.catch_warnings():
+        if not ranks.first:
+            warnings.simplefilter("ignore")
+            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # not imported yet
+            disable_progress_bars()
+        yield
+
+
+def ended(run: Callable[[], None]) -> tuple[int, str]:
+    """(exit code, what to tell the user) of a command."""
+    try:
+        run()
+    except CfspError as error:
+        return 2, f"cfsp: error: {' '.join(str(error).split())}"
+    except RankLost as error:
+        return 1, f"cfsp: another rank has ended ({error}); prune continues with --resume"
+    except Stopped:
+        return 128 + signal.SIGTERM, "cfsp: stopped; the same command with --resume continues"
+    except KeyboardInterrupt:
+        return 130, "cfsp: interrupted; nothing was written"
+    return 0, ""

@@ -1,0 +1,298 @@
+"""What a model costs, from the names and shapes of its parameters: no weights, any architecture.
+
+Matrix products are 2 * parameters per token; of an expert's, only the share that is active. A
+parameter belongs to the attention, the router or the FFN by its name and shape, so that
+architectures that cannot be pruned are counted too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import CfspError
+from ..io.shards import TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+ATTENTION = ("attn", "attention")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+COMPOSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
+"""Activations made of several operations, each with a result of its own."""
+FP32 = 4
+
+
+def block_path(model: PreTrainedModel) -> str:
+    """The path of the decoder blocks: the longest list of modules in the base model that is not
+    itself in a list (experts are).
+
+    Raises:
+        CfspError: there is none.
+    """
+    lists = {
+        name: len(module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not lists:
+        raise CfspError(f"{type(model).__name__} has no list of decoder blocks")
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    longest = max(outermost, key=lambda name: lists[name])
+    prefix = model.base_model_prefix if model.base_model is not model else ""
+    return f"{prefix}.{longest}" if prefix else longest
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is one of routed experts, of which a token sees a few."""
+    return "experts" in name.split(".")
+
+
+def is_attention(name: str) -> bool:
+    """Whether a parameter belongs to a block's attention."""
+    return any(word in name for word in ATTENTION)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Shape of the attention of every block."""
+
+    heads: int
+    key_heads: int
+    key_size: int
+    value_size: int
+    eager: bool
+    """Whether scores [heads, S, S] lie in memory, by transformers' own attention."""
+
+    def flops(self, seqlen: int) -> float:
+        """Of scores and weighted values, per token, over the whole S x S: kernels that skip what
+        is masked do half."""
+        return 2.0 * seqlen * self.heads * (self.key_size + self.value_size)
+
+    def working_bytes(self, seqlen: int, itemsize: int, device: str) -> int:
+        """Per token at the peak: while queries or keys are rotated, or with the scores.
+
+        PyTorch's fused attention on a CPU wants keys and values of one size.
+        """
+        q, k, v = (
+            heads * size
+            for heads, size in (
+                (self.heads, self.key_size),
+                (self.key_heads, self.key_size),
+                (self.key_heads, self.value_size),
+            )
+        )
+        rotated = max(4 * q + k + v, 2 * q + 4 * k + v) * itemsize
+        if self.eager:
+            copies = itemsize + FP32 + (FP32 if itemsize < FP32 else 0)
+        elif device == "cpu" and self.key_size != self.value_size:
+            copies = 3 * FP32
+        else:
+            return rotated
+        repeated = (q + 2 * self.heads * max(self.key_size, self.value_size)) * itemsize
+        return max(rotated, repeated + (k + v) * itemsize + self.heads * seqlen * copies)
+
+
+def attention_of(config: Any) -> Attention:
+    """The attention that a (text) config describes."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    latent = getattr(text, "kv_lora_rank", None) is not None
+    key_size = int(getattr(text, "qk_head_dim", None) or size) if latent else size
+    value_size = int(getattr(text, "v_head_dim", None) or size) if latent else size
+    key_heads = heads if latent else int(getattr(text, "num_key_value_heads", None) or heads)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return Attention(heads, key_heads, key_size, value_size, eager)
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """One decoder block: its parameters by name within the block."""
+
+    tensors: Tensors
+    hidden_size: int
+    active_experts: int
+    """Experts that a token goes through."""
+    composed: bool
+    """Whether the activation is one of :data:`COMPOSED`."""
+
+    def _experts(self) -> int:
+        """Routed experts of the block."""
+        names = [name.split(".") for name in self.tensors if is_expert(name)]
+        listed = {part[part.index("experts") + 1] for part in names}
+        numbers = {int(number) for number in listed if number.isdigit()}
+        if numbers:
+            return len(numbers)
+        stacked = (x.shape[0] for n, x in self.tensors.items() if is_expert(n) and x.shape)
+        return next(stacked, 0)
+
+    def _share(self, name: str) -> float:
+        """The share of a parameter that a token is multiplied with."""
+        return min(1.0, self.active_experts / self._experts()) if is_expert(name) else 1.0
+
+    def _matrices(self) -> dict[str, TensorInfo]:
+        return {n: x for n, x in self.tensors.items() if len(x.shape) == 2 or self._stacked(n, x)}
+
+    @staticmethod
+    def _stacked(name: str, info: TensorInfo) -> bool:
+        return is_expert(name) and len(info.shape) == 3
+
+    def _is_router(self, name: str, info: TensorInfo) -> bool:
+        return not is_expert(name) and info.shape[0] == self._experts()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def ffn(self) -> dict[str, TensorInfo]:
+        """The matrices that pruning shrinks: those of no attention and no router."""
+        return {
+            name: info
+            for name, info in self._matrices().items()
+            if not is_attention(name) and not self._is_router(name, info)
+        }
+
+    def matrix_flops(self) -> dict[str, float]:
+        """Of the matrix product with each parameter that is in one, per token."""
+        return {
+            name: 2.0 * info.numel * self._share(name) for name, info in self._matrices().items()
+        }
+
+    def linear_flops(self) -> float:
+        """Of the matrix products with parameters, per token."""
+        return sum(self.matrix_flops().values())
+
+    def has_attention(self) -> bool:
+        """Whether tokens see each other by scores; linear attention has none."""
+        return any(is_attention(name) and "linear_attn" not in name for name in self.tensors)
+
+    def ffn_working_values(self) -> int:
+        """Values per token at the peak: what enters a matrix or leaves one."""
+        dense = routed = widest = 0
+        for name, info in self.ffn().items():
+            *_, out, into = info.shape
+            inner = out if into == self.hidden_size else into
+            if is_expert(name):
+                copies = 1 if into == self.hidden_size else 2  # its input, and act(gate)
+                routed += copies * inner * self.active_experts * self._stacked(name, info)
+            else:
+                dense += inner
+                widest = max(widest, inner)
+        if self.composed:
+            dense += 2 * widest
+        if routed:  # tokens sorted by expert, before and after
+            routed = self.active_experts * self.hidden_size + max(
+                routed, 3 * self.active_experts * self.hidden_size
+            )
+        return max(dense, routed)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """A model as a skeleton shows it."""
+
+    parameters: int
+    """Tied ones once."""
+    outer: Tensors
+    """Embeddings, final norm, head: what stays in memory."""
+    blocks: Sequence[BlockCosts]
+    attention: Attention
+    hidden_size: int
+    vocab_size: int
+    itemsize: int
+    """Bytes of a value of the hidden states."""
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes of what stays in memory."""
+        return sum(info.nbytes for info in self.outer.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def largest_block(self) -> int:
+        """Bytes of the largest block."""
+        return max(block.nbytes for block in self.blocks)
+
+    @property
+    def ffn_bytes(self) -> int:
+        """Bytes of all FFN matrices."""
+        return sum(x.nbytes for block in self.blocks for x in block.ffn().values())
+
+    def block_flops(self, seqlen: int) -> float:
+        """Of one token through all blocks."""
+        attending = sum(block.has_attention() for block in self.blocks)
+        linear = sum(block.linear_flops() for block in self.blocks)
+        return linear + attending * self.attention.flops(seqlen)
+
+    def head_flops(self) -> float:
+        """Of one token through the head."""
+        return 2.0 * self.hidden_size * self.vocab_size
+
+    def flops(self, seqlen: int) -> float:
+        """Of one token through the whole model."""
+        return self.block_flops(seqlen) + self.head_flops()
+
+    def working_bytes(self, windows: int, seqlen: int, device: str) -> int:
+        """What a forward call of one block over some windows holds at its peak, beside the
+        block and its input.
+
+        That is the output of the call before, the state that was normalised and, in the FFN, the
+        residual; or the fp32 temporaries of the norm.
+        """
+        state = self.hidden_size * self.itemsize
+        attention = 2 * state + self.attention.working_bytes(seqlen, self.itemsize, device)
+        values = max(block.ffn_working_values() for block in self.blocks)
+        norm = 2 * state + 2 * self.hidden_size * FP32
+        return windows * seqlen * max(attention, 3 * state + values * self.itemsize, norm)
+
+    def logits_bytes(self, seqlen: int, rows: int) -> int:
+        """Logits of one window, and the fp32 temporaries of the loss over ``rows`` positions."""
+        return self.vocab_size * (seqlen * self.itemsize + 2 * min(rows, seqlen) * FP32)
+
+
+def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> ModelCosts:
+    """The costs of a model.
+
+    Args:
+        config: of transformers; its text part is read.
+        tensors: every parameter by its name, tied ones once.
+        blocks: path of the decoder blocks.
+        itemsize: bytes of a value of the hidden states.
+
+    Raises:
+        CfspError: a config without the sizes of a decoder.
+    """
+    text = config.get_text_config()
+    activation = getattr(text, "hidden_act", getattr(text, "activation_function", None))
+    active = next((int(n) for k in TOP_K if (n := getattr(text, k, None))), 1)
+    grouped: dict[int, dict[str, TensorInfo]] = {}
+    outer: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if name.startswith(f"{blocks}."):
+            number, _, within = name.removeprefix(f"{blocks}.").partition(".")
+            grouped.setdefault(int(number), {})[within] = info
+        else:
+            outer[name] = info
+    try:
+        hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
+        attention = attention_of(config)
+    except AttributeError as error:
+        raise CfspError(f"{config.model_type}: cannot estimate: {error}") from None
+    return ModelCosts(
+        sum(info.numel for info in tensors.values()),
+        outer,
+        tuple(
+            BlockCosts(part, hidden_size, active, activation in COMPOSED)
+            for _, part in sorted(grouped.items())
+        ),
+        attention,
+        hidden_size,
+        vocab_size,
+        itemsize,
+    )

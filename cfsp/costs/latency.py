@@ -1,0 +1,251 @@
+"""Seconds of a model by the widths of its FFNs, by a measured table; widths that meet them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CfspError
+from ..pruning.allocation import reachable
+
+FORMAT = "cfsp-latency-1"
+HALVINGS = 14
+CLOSE = 1e-3
+"""Of the seconds asked for: nearer than this is near enough to fill up channel by channel."""
+Widths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WidthCurve:
+    """Seconds of a block for widths of one of its FFNs, its others being dense."""
+
+    widths: Widths
+    """Ascending; the last one is the dense FFN's."""
+    seconds: tuple[float, ...]
+
+    def at(self, widths: np.ndarray) -> np.ndarray:
+        """Seconds less those of the dense FFN: linear in between, below the least width its."""
+        return np.interp(widths, self.widths, self.seconds) - self.seconds[-1]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What was measured of a model on a device, for a forward call over [batch, length] tokens."""
+
+    identity: dict[str, Any]
+    """What it was measured of and on: device, dtype, batch, length, versions, model."""
+    outer_seconds: float
+    """Of embeddings, norm and head."""
+    kinds: tuple[tuple[WidthCurve, ...], ...]
+    """A curve for every FFN of every kind of block."""
+    blocks: tuple[int, ...]
+    """The kind of every block."""
+
+    @property
+    def batch(self) -> int:
+        """Windows of the forward call."""
+        return int(self.identity["batch"])
+
+    @property
+    def length(self) -> int:
+        """Tokens of each."""
+        return int(self.identity["length"])
+
+    @cached_property
+    def curves(self) -> tuple[WidthCurve, ...]:
+        """Of every FFN of every block, in order."""
+        return tuple(curve for kind in self.blocks for curve in self.kinds[kind])
+
+    @property
+    def dense_seconds(self) -> float:
+        """Of the dense model."""
+        return self.outer_seconds + sum(self.kinds[kind][0].seconds[-1] for kind in self.blocks)
+
+    def predicted(self, widths: Sequence[int]) -> float:
+        """Seconds of the model with these widths, one per FFN of every block."""
+        saved = (
+            float(curve.at(np.array(width)))
+            for curve, width in zip(self.curves, widths, strict=True)
+        )
+        return self.dense_seconds + sum(saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "format": FORMAT,
+            "identity": self.identity,
+            "outer_seconds": self.outer_seconds,
+            "kinds": [
+                [{"widths": list(c.widths), "seconds": list(c.seconds)} for c in kind]
+                for kind in self.kinds
+            ],
+            "blocks": list(self.blocks),
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything in it."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def load_table(path: str | Path) -> LatencyTable:
+    """Read a table that ``cfsp latency`` wrote.
+
+    Raises:
+        CfspError: unreadable, or no such table.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(document["format"])
+        kinds = tuple(
+            tuple(WidthCurve(tuple(c["widths"]), tuple(c["seconds"])) for c in kind)
+            for kind in document["kinds"]
+        )
+        table = LatencyTable(
+            document["identity"], document["outer_seconds"], kinds, tuple(document["blocks"])
+        )
+        table.predicted([curve.widths[-1] for curve in table.curves])
+        return table
+    except OSError as error:
+        raise CfspError(f"cannot read latency table {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise CfspError(f"{path} is not a latency table of `cfsp latency`") from None
+
+
+@dataclass(frozen=True)
+class LatencyLimit:
+    """Seconds that a pruned model may take, by a table."""
+
+    table: LatencyTable
+    seconds: float
+    text: str
+    """The request, for errors."""
+
+    def costs(self, sizes: Sequence[int]) -> Widths:
+        """About what one channel of width costs in every FFN, to a hundredth of the dearest one."""
+        slopes = [
+            max(0.0, -float(curve.at(np.array(curve.widths[0]))) / (size - curve.widths[0] or 1))
+            for curve, size in zip(self.table.curves, sizes, strict=True)
+        ]
+        dearest = max(slopes) or 1.0
+        found = [max(1, round(100 * slope / dearest)) for slope in slopes]
+        return tuple(cost // math.gcd(*found) for cost in found)
+
+    def fitted(
+        self,
+        widths_at: Callable[[float], Widths],
+        sizes: Sequence[int],
+        multiple: int,
+        *,
+        equal: bool = False,
+    ) -> Widths:
+        """The widest widths that the limit allows.
+
+        A width gives way to a larger one that is no slower. What an allocator's widths leave of
+        the seconds is then filled up, first where it would add channels next.
+
+        Args:
+            widths_at: an allocator: fraction to remove of what all channels cost -> widths.
+            sizes: channels of every FFN, of one expert.
+            multiple: of widths.
+            equal: leave widths as the allocator gives them.
+
+        Raises:
+            CfspError: no widths are fast enough; says what they reach.
+        """
+        steps = _Steps(self.table, sizes, multiple, snap=not equal)
+        costs = self.costs(sizes)
+        total = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+        least, most = reachable(sizes, multiple, costs)
+        low, high = 1 - most * multiple / total, 1 - least * multiple / total
+        widest, best = (steps.snapped(widths_at(sparsity)) for sparsity in (low, high))
+        if steps.seconds(best) > self.seconds:
+            dense = self.table.dense_seconds
+            shown = [f"{max(0.0, 1 - steps.seconds(x) / dense):.4f}" for x in (widest, best)]
+            raise CfspError(
+                f"{self.text} is out of reach: by the table the FFNs, in multiples of {multiple}, "
+                f"can bring the model to latency={shown[0]} to {shown[1]}"
+            )
+        if steps.seconds(widest) <= self.seconds:
+            return widest
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            widths = steps.snapped(widths_at(middle))
+            if steps.seconds(widths) <= self.seconds:
+                high, best = middle, widths
+            else:
+                low, widest = middle, widths
+            if self.seconds - steps.seconds(best) < CLOSE * self.seconds:
+                break
+        return best if equal else steps.filled(best, widest, self.seconds)
+
+
+class _Steps:
+    """Seconds of every FFN at every multiple of width."""
+
+    def __init__(
+        self, table: LatencyTable, sizes: Sequence[int], multiple: int, *, snap: bool
+    ) -> None:
+        self.multiple = multiple
+        self.dense = table.dense_seconds
+        self.saved: list[np.ndarray] = []
+        """Of every FFN, by the number of multiples less one: seconds against the dense one."""
+        self.next: list[np.ndarray] = []
+        """The widest number of multiples, less one, that is no slower."""
+        known: dict[tuple[WidthCurve, int], tuple[np.ndarray, np.ndarray]] = {}
+        for curve, size in zip(table.curves, sizes, strict=True):
+            room = size // multiple
+            if (curve, room) not in known:
+                saved = curve.at(np.arange(1, room + 1) * multiple)
+                known[curve, room] = saved, _no_slower(saved) if snap else np.arange(room)
+            saved, no_slower = known[curve, room]
+            self.saved.append(saved)
+            self.next.append(no_slower)
+
+    def _positions(self, widths: Sequence[int]) -> list[int]:
+        return [width // self.multiple - 1 for width in widths]
+
+    def seconds(self, widths: Sequence[int]) -> float:
+        positions = self._positions(widths)
+        return self.dense + sum(
+            float(saved[at]) for saved, at in zip(self.saved, positions, strict=True)
+        )
+
+    def snapped(self, widths: Sequence[int]) -> Widths:
+        positions = self._positions(widths)
+        return tuple(
+            (int(wider[at]) + 1) * self.multiple
+            for wider, at in zip(self.next, positions, strict=True)
+        )
+
+    def filled(self, widths: Widths, wider: Widths, limit: float) -> Widths:
+        """``widths`` widened as far as the limit goes, first where ``wider`` is."""
+        at, spent = self._positions(widths), self.seconds(widths)
+        order = sorted(range(len(at)), key=lambda ffn: (widths[ffn] - wider[ffn], ffn))
+        changed = True
+        while changed:
+            changed = False
+            for ffn in order:
+                saved = self.saved[ffn]
+                if at[ffn] + 1 < len(saved):
+                    then = int(self.next[ffn][at[ffn] + 1])
+                    more = float(saved[then] - saved[at[ffn]])
+                    if spent + more <= limit:
+                        at[ffn], spent, changed = then, spent + more, True
+        return tuple((position + 1) * self.multiple for position in at)
+
+
+def _no_slower(seconds: np.ndarray) -> np.ndarray:
+    """For every position the last one from there on that takes no more than any from there on."""
+    found, best = np.empty(len(seconds), dtype=np.int64), len(seconds) - 1
+    for at in range(len(seconds) - 1, -1, -1):
+        if seconds[at] < seconds[best]:
+            best = at
+        found[at] = best
+    return found

@@ -1,0 +1,158 @@
+"""Measured generation: prefill and decode in tokens/s, and the memory that it took."""
+
+import gc
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import CfspError
+from ..models.loading import check_seqlen, model_device
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is generated: random prompts, continued greedily."""
+
+    batch: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise CfspError(f"{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the rounds of a workload."""
+
+    prefill_tokens_per_second: float
+    """Prompt tokens of the whole batch, logits of the last position only."""
+    decode_tokens_per_second: float
+    """New tokens of the whole batch, one position after the other with a key-value cache."""
+    peak_memory_bytes: int | None
+    """See :class:`PeakMemory`; None where it was not measured."""
+    workload: Workload
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class PeakMemory:
+    """The most that is held at a time from when this is made on, beyond what was held then.
+
+    On a GPU of what torch allocates there; on a CPU of the resident memory of the process, in
+    which memory that was freed earlier and not given back is not seen.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self.device = device
+        self.before = self._held()
+
+    def _held(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _resident("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far, such as that of loading, but not what was held before it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.before is not None:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            except OSError:
+                self.before = None
+
+    def measure(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+        return None if self.before is None or peak is None else max(0, peak - self.before)
+
+
+def _resident(key: str) -> int | None:
+    """A line of /proc/self/status in bytes; None where there is none."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = status.partition(f"{key}:")[2].split()
+    return int(found[0]) * 1024 if found else None
+
+
+def random_prompts(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
+    """[batch, prompt_tokens] int64 on the model's device, the same for equal vocabularies.
+
+    Raises:
+        CfspError: more tokens than the model has positions.
+    """
+    check_seqlen(model, workload.prompt_tokens + workload.new_tokens)
+    generator = torch.Generator().manual_seed(0)
+    shape = (workload.batch, workload.prompt_tokens)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, shape, generator=generator).to(model_device(model))
+
+
+@torch.no_grad()
+def time_round(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
+    """(seconds of the prefill, seconds of the decoding)."""
+    prompts = random_prompts(model, workload)
+    known = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    cache = "cache" if "cache" in known else "past_key_values"  # the name before transformers 5.24
+    started = _clock(prompts.device)
+    output = model(input_ids=prompts, use_cache=True, **last)
+    prefilled = _clock(prompts.device)
+    for _ in range(workload.new_tokens):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
+    return prefilled - started, _clock(prompts.device) - prefilled
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure_speed(
+    models: Sequence[PreTrainedModel],
+    workload: Workload = Workload(),
+    *,
+    peak_memory: Sequence[int | None] | None = None,
+) -> list[Speed]:
+    """Speeds of several models that can be compared: they take turns, so that each sees the same
+    machine.
+
+    Args:
+        models: causal LMs in eval mode; run once by the caller, or their first round is slow.
+        workload: what is generated.
+        peak_memory: what :class:`PeakMemory` measured of each, kept with the result.
+
+    Raises:
+        CfspError: more tokens than a model has positions.
+    """
+    rounds = [[time_round(model, workload) for model in models] for _ in range(workload.rounds)]
+    memory = peak_memory or [None] * len(models)
+    return [
+        Speed(
+            workload.batch * workload.prompt_tokens / median(prefill for prefill, _ in turns),
+            workload.batch * workload.new_tokens / median(decode for _, decode in turns),
+            taken,
+            workload,
+        )
+        for turns, taken in zip(zip(*rounds, strict=True), memory, strict=True)
+    ]

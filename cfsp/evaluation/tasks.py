@@ -1,0 +1,117 @@
+"""Tasks of the lm-evaluation-harness on a model in memory; needs the extra ``eval``."""
+
+import io
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from ..errors import CfspError
+from ..models.loading import OpenModel
+
+TASK_ERRORS = (OSError, ValueError, LookupError, ImportError, TypeError)
+"""What a task file or a dataset that cannot be had raises."""
+
+
+def require_harness() -> Any:
+    """The module ``lm_eval``.
+
+    Raises:
+        CfspError: it is not installed; says how to.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise CfspError("tasks need the lm-evaluation-harness: pip install 'cfsp[eval]'") from None
+    return lm_eval
+
+
+def find_tasks(
+    tasks: Sequence[str], folder: str | Path | None = None, *, progress: bool = True
+) -> Any:
+    """The harness's index of tasks, for :func:`run_tasks`, after all of these were loaded from it
+    with their data. To make one takes the harness some seconds.
+
+    Args:
+        tasks: names of tasks or groups.
+        folder: of task files of one's own.
+        progress: let the harness write to stderr.
+
+    Raises:
+        CfspError: a task that neither the harness nor ``folder`` has, or that cannot be loaded;
+            the harness is not installed.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise CfspError(f"no such folder of tasks: {folder}")
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager(include_path=str(folder) if folder is not None else None)
+    for task in tasks:
+        if task not in index.all_tasks:
+            raise CfspError(f"unknown task {task!r}; `lm_eval ls tasks` lists them")
+    for task in tasks:
+        try:
+            with _stderr(progress):
+                index.load([task])
+        except TASK_ERRORS as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise CfspError(f"cannot load task {task!r}: {why}") from None
+    return index
+
+
+def run_tasks(
+    opened: OpenModel,
+    tasks: Sequence[str],
+    index: Any,
+    *,
+    limit: int | None = None,
+    batch: int = 1,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Scores of a model in tasks, by task and metric.
+
+    Args:
+        opened: a causal LM with its tokenizer, where it is.
+        tasks: names of tasks or groups.
+        index: that has them, of :func:`find_tasks`.
+        limit: only the first examples of each task.
+        batch: examples at a time.
+        progress: let the harness write to stderr.
+
+    Returns:
+        Of every task its metrics, such as ``acc``; a standard error is ``acc_stderr``, a metric of
+        a filter ``exact_match (strict-match)``.
+
+    Raises:
+        CfspError: the harness is not installed.
+    """
+    harness = require_harness()
+    from lm_eval.models.huggingface import HFLM
+
+    with _stderr(progress):
+        model = HFLM(
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
+            backend="causal",
+            batch_size=batch,
+        )
+        found = harness.simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=index, limit=limit, log_samples=False
+        )
+    return {task: _metrics(values) for task, values in found["results"].items()}
+
+
+def _stderr(shown: bool) -> AbstractContextManager[object]:
+    """The harness has no option against its bars: where they are not shown, nothing is."""
+    return nullcontext() if shown else redirect_stderr(io.StringIO())
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5}`` -> ``{"acc": 0.5}``."""
+    metrics = {}
+    for name, value in values.items():
+        metric, _, of = name.partition(",")
+        if of and isinstance(value, int | float):
+            metrics[metric if of == "none" else f"{metric} ({of})"] = float(value)
+    return metrics

@@ -1,0 +1,120 @@
+"""SHA-256 of the files of a model, against what is known of them: safetensors has no checksums."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import CfspError
+from ..models.opening import local_folder
+from .shards import read_index
+
+SUMS_FILE = "SHA256SUMS"  # the format of coreutils' sha256sum
+READ_BYTES = 16 << 20
+HASHERS = min(8, os.cpu_count() or 1)
+
+
+def _sha256(file: Path, bar: tqdm, from_disk: bool) -> str:
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            if from_disk and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while part := stream.read(READ_BYTES):
+                digest.update(part)
+                bar.update(len(part))
+    except OSError as error:
+        raise CfspError(f"cannot read {file}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def sha256_of(
+    files: Sequence[Path], *, from_disk: bool = False, progress: bool = True
+) -> list[str]:
+    """Hexadecimal SHA-256 of files, read side by side.
+
+    Args:
+        files: what to read.
+        from_disk: drop them from the page cache first, where the system takes that advice.
+        progress: show a bar on stderr.
+
+    Raises:
+        CfspError: one cannot be read.
+    """
+    total = sum(file.stat().st_size for file in files if file.exists())
+    bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress)
+    with bar, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
+        return list(pool.map(lambda file: _sha256(file, bar, from_disk), files))
+
+
+def weight_files(model: str | Path) -> list[Path]:
+    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder.
+
+    Raises:
+        CfspError: it has no such files, or one without a header that can be read.
+    """
+    if Path(model).suffix == ".gguf":
+        return [Path(model)]
+    folder = local_folder(model)
+    if folder is None:
+        raise CfspError(f"{model} has no safetensors or GGUF files to verify")
+    return sorted({stored.file for stored in read_index(folder).values()})
+
+
+def _listed(sums: Path) -> dict[str, str]:
+    """File name -> hash of a list of sums; an absent one is empty."""
+    try:
+        lines = sums.read_text().splitlines() if sums.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise CfspError(f"cannot read {sums}: {error}") from None
+    found = (re.match(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)
+    return {match[2]: match[1] for match in found if match is not None}
+
+
+def known_hashes(files: Iterable[Path]) -> dict[Path, str]:
+    """What is known of files: by ``SHA256SUMS`` beside them, else by the hub's cache, where a large
+    file is a link to a blob that has its hash as a name.
+
+    Raises:
+        CfspError: nothing is known of one of them, or the list cannot be read.
+    """
+    files = list(files)
+    lists = {folder: _listed(folder / SUMS_FILE) for folder in {file.parent for file in files}}
+    known: dict[Path, str] = {}
+    for file in files:
+        blob, listed = file.resolve().name, lists[file.parent]
+        if file.name in listed:
+            known[file] = listed[file.name]
+        elif re.fullmatch(r"[0-9a-f]{64}", blob):
+            known[file] = blob
+        else:
+            raise CfspError(
+                f"no hash is known of {file}; `sha256sum {file.name} > {SUMS_FILE}` beside a good "
+                "copy makes one"
+            )
+    return known
+
+
+def check_hashes(known: Mapping[Path, str], *, progress: bool = True) -> None:
+    """Read files whole and compare their hashes.
+
+    Raises:
+        CfspError: names the file that has another hash, or cannot be read.
+    """
+    for file, found in zip(known, sha256_of(list(known), progress=progress), strict=True):
+        if found != known[file]:
+            raise CfspError(
+                f"{file} is corrupt: its SHA-256 is {found}, should be {known[file]}; fetch it anew"
+            )
+
+
+def write_hashes(folder: Path, *, progress: bool = True) -> None:
+    """List the hashes of a folder's weights, read back from the disk, for ``sha256sum --check``."""
+    files = sorted(folder.glob("*.safetensors"))
+    hashes = sha256_of(files, from_disk=True, progress=progress)
+    lines = [f"{found}  {file.name}\n" for found, file in zip(hashes, files, strict=True)]
+    (folder / SUMS_FILE).write_text("".join(lines))

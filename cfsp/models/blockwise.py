@@ -1,0 +1,163 @@
+"""Run a decoder one block at a time over many windows; hidden states stay, in place.
+
+The model's own forward makes everything a block is called with (masks, position embeddings,
+and whatever else the architecture passes): each block is replaced for one dry run by a stand-in
+that records its arguments and hands its input on.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CfspError
+from .layouts import as_block_output, hidden_states_of
+from .surgery import forward_instead
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """What every block is called with, and the hidden states on their way through."""
+
+    hidden: torch.Tensor
+    """[N, S, D] in the model's dtype; :func:`run_block` updates it in place."""
+    micro_batch: int
+    """Windows per call."""
+    arguments: tuple[tuple[tuple[tuple[Any, ...], dict[str, Any]], ...], ...]
+    """[block][micro-batch]: positional and keyword arguments after the hidden states."""
+
+    def micro_batches(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number, view of the hidden states [b, S, D]) of every micro-batch."""
+        return enumerate(self.hidden.split(self.micro_batch) if len(self.hidden) else ())
+
+
+def default_micro_batch(device: torch.device, seqlen: int, cpu_tokens: int = 1) -> int:
+    """Windows per call, one at least: about 8192 tokens fill a GPU, ``cpu_tokens`` go to a CPU, by
+    default one window, which keeps it in its cache."""
+    return max(1, (8192 if device.type != "cpu" else cpu_tokens) // seqlen)
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """``old`` where ``new`` equals it, so that equal masks and embeddings are kept once."""
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_shared(a, b) for a, b in zip(new, old, strict=True))
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    return new
+
+
+@torch.no_grad()
+def record_block_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, micro_batch: int
+) -> BlockCalls:
+    """Embed all windows and record what each block is called with.
+
+    Args:
+        model: a causal LM of transformers.
+        blocks: its decoder blocks; each takes the hidden states first.
+        windows: [N, S] int64 tokens; there may be none.
+        micro_batch: windows per call.
+    """
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
+    embedded: list[torch.Tensor] = []
+
+    def stand_in(number: int) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if number == 0:
+                embedded.append(hidden_states)
+            elif hidden_states.shape != embedded[-1].shape:
+                raise CfspError(
+                    f"{type(blocks[number]).__name__} is not given the hidden states as the block "
+                    "before returned them: blocks of this architecture cannot be run one by one"
+                )
+            call: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
+            if recorded[number]:
+                call = _shared(call, recorded[number][0])
+            recorded[number].append(call)
+            return as_block_output(blocks[number], hidden_states)
+
+        return forward
+
+    hidden = torch.empty(0, device=device)
+    with forward_instead(blocks, [stand_in(number) for number in range(len(blocks))]):
+        for number, tokens in enumerate(windows.split(micro_batch) if len(windows) else ()):
+            model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
+            states = embedded.pop()
+            if number == 0:
+                hidden = states.new_empty(len(windows), *states.shape[1:])
+            start = number * micro_batch
+            hidden[start : start + len(states)] = states
+    return BlockCalls(hidden, micro_batch, tuple(tuple(calls) for calls in recorded))
+
+
+@torch.no_grad()
+def run_block(
+    block: nn.Module,
+    number: int,
+    calls: BlockCalls,
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Run one block once over every micro-batch and leave its outputs in ``calls.hidden``.
+
+    ``observe(micro-batch number, block input, block output)`` sees both before the input is
+    overwritten.
+    """
+    for index, states in calls.micro_batches():
+        args, kwargs = calls.arguments[number][index]
+        output = hidden_states_of(block(states, *args, **kwargs))
+        observe(index, states, output)
+        states.copy_(output)
+
+
+class RidingWindows:
+    """Windows that go through the blocks as these come into memory, one window per call.
+
+    What comes out is what the model gives when it is run on each window alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.windows = windows
+        self.seconds = 0.0
+        """Time spent on these windows, without the loading of blocks."""
+        started = time.perf_counter()
+        self.calls = record_block_calls(model, blocks, windows, micro_batch=1)
+        self._count(started)
+
+    def _count(self, started: float) -> None:
+        if self.calls.hidden.device.type == "cuda":
+            torch.cuda.synchronize(self.calls.hidden.device)
+        self.seconds += time.perf_counter() - started
+
+    def ride(self, number: int) -> None:
+        """Go through one block, whose weights are in memory."""
+        started = time.perf_counter()
+        run_block(self.blocks[number], number, self.calls, lambda *_: None)
+        self._count(started)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[torch.Tensor]:
+        """[1, S, V] of every window, after its last block."""
+        for index, states in self.calls.micro_batches():
+            started = time.perf_counter()
+            tokens = self.windows[index : index + 1].to(states.device)
+            ends = [partial(_output, as_block_output(block, states)) for block in self.blocks]
+            with forward_instead(self.blocks, ends):
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+            self._count(started)
+            yield logits
+
+
+def _output(output: Any, *_: Any, **__: Any) -> Any:
+    return output

@@ -1,0 +1,150 @@
+"""Layouts of architectures that none is written down for, where their structure is certain."""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import permutations
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from .ffn import FFN, FUSED_ACTIVATIONS
+from .layouts import Layout, unsupported
+from .modeling_cfsp import set_parameter
+
+TRIAL_CHANNELS = 8
+TOLERANCE = 1e-4
+
+
+def detect_layout(model: PreTrainedModel) -> Layout:
+    """The layout of a model whose every block has one gated FFN and no other module like it.
+
+    A gated FFN is a module with three Linear children, two [F, D] and one [D, F], that gives
+    down(act(gate(x)) * up(x)) on random input, cut to a few channels of random weights: as it
+    would after pruning. Statistics are then taken at its down projection, whatever comes before.
+
+    Args:
+        model: of transformers itself; no values are read, so it may be on meta.
+
+    Raises:
+        CfspError: anything else; says what was found.
+    """
+    module = type(model).__module__
+    ours = module == set_parameter.__module__  # a pruned model, whose family is of transformers
+    if not ours and not (
+        module.startswith("transformers.") and model.config.model_type in CONFIG_MAPPING
+    ):
+        raise unsupported(model.config.model_type, "its code is not part of transformers")
+    path, blocks = _blocks(model)
+    found = {_detect_ffn(model, block) for block in blocks}
+    if len(found) > 1:
+        raise unsupported(model.config.model_type, f"blocks with FFNs of {len(found)} kinds")
+    return Layout(path, tuple(found))
+
+
+def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The one list of as many modules as the config says the model has blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    outermost = [
+        pair for pair in lists if pair[0].count(".") == min(n.count(".") for n, _ in lists)
+    ]
+    if len(outermost) != 1:
+        names = ", ".join(name for name, _ in outermost) or "none"
+        raise unsupported(
+            model.config.model_type, f"expected one list of {count} blocks, found {names}"
+        )
+    return outermost[0]
+
+
+def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
+    candidates = [
+        (path, roles)
+        for path, module in block.named_modules()
+        if (roles := _linear_children(module))
+    ]
+    if len(candidates) != 1:
+        names = ", ".join(path or "the block itself" for path, _ in candidates) or "none"
+        raise unsupported(
+            model.config.model_type,
+            f"{type(block).__name__} should have one module of three Linear, found {names}",
+        )
+    path, roles = candidates[0]
+    if "." in path or any("expert" in name for name, _ in block.named_parameters()):
+        reason = f"{path} of {type(block).__name__} is only one part of its FFN"
+        raise unsupported(model.config.model_type, reason)
+    module = block.get_submodule(path)
+    for gate, up, down in roles:
+        for activation in _activations(module):
+            if _computes(module, gate, up, down, activation):
+                gate, up, down = (f"{path}.{name}".lstrip(".") for name in (gate, up, down))
+                return FFN(up, down, gate, activation="")
+    raise unsupported(
+        model.config.model_type,
+        f"{path} of {type(block).__name__} does not compute down(act(gate(x)) * up(x))",
+    )
+
+
+def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
+    """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
+    [F, D] and one [D, F]. A pruned block may have as many channels as D."""
+    shapes = {
+        name: tuple(child.weight.shape)
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    }
+    if len(shapes) != 3 or any(list(child.children()) for child in module.children()):
+        return []
+    return [
+        (gate, up, down)
+        for gate, up, down in permutations(shapes)
+        if shapes[gate] == shapes[up] == shapes[down][::-1]
+    ]
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _activations(module: nn.Module) -> Iterator[Activation]:
+    """What may be between gate and product: the module's own, or one that its code calls."""
+    yield from (child for child in module.children() if type(child) is not nn.Linear)
+    yield from (
+        value for name, value in vars(module).items() if callable(value) and name != "forward"
+    )
+    yield from (ACT2FN[name] for name in FUSED_ACTIVATIONS.values())
+
+
+def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Activation) -> bool:
+    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x))."""
+    own = [*module.parameters(), *module.buffers()]
+    meta = {id(tensor): tensor.detach().to("meta").requires_grad_(False) for tensor in own}
+    meta |= {id(p): nn.Parameter(meta[id(p)], requires_grad=False) for p in module.parameters()}
+    trial = copy.deepcopy(module, meta)
+    trial.__dict__.pop("forward", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    width = trial.get_parameter(f"{down}.weight").shape[0]
+    for name, parameter in list(trial.named_parameters()):
+        shape = list(parameter.shape)
+        if name != f"{down}.bias":
+            shape[1 if name == f"{down}.weight" else 0] = TRIAL_CHANNELS
+        value = random(*shape) / (width**0.5 if shape[-1] == width else 1)
+        set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
+    x = random(2, 3, width)
+    gate_proj, up_proj, down_proj = (trial.get_submodule(name) for name in (gate, up, down))
+    try:
+        with torch.no_grad():
+            expected = down_proj(activation(gate_proj(x)) * up_proj(x))
+            found = trial.eval()(x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return False
+    same = isinstance(found, torch.Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)

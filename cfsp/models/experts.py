@@ -1,0 +1,154 @@
+"""Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.functional import grouped_mm, linear
+
+from cfsp_kernels import channel_statistics, swiglu_statistics
+
+from ..io.shards import Room
+from .channels import (
+    ChannelAxis,
+    ChannelGroup,
+    Compensate,
+    FFNWeights,
+    Observer,
+    Routing,
+    parameter,
+)
+from .ffn import FFN
+from .modeling_cfsp import set_parameter, set_width
+from .surgery import forward_instead
+
+
+@dataclass(frozen=True)
+class ExpertsFFN(FFN):
+    """Gated experts of one width: gate and up [E, 2F, D], gate first, and down [E, D, F].
+
+    ``up`` and ``down`` are the paths of parameters; the module that has them is called with the
+    hidden states [T, D], and for every token the numbers [T, K] and the shares [T, K] of its
+    experts.
+    """
+
+    up: str = "mlp.experts.gate_up_proj"
+    down: str = "mlp.experts.down_proj"
+    gate: None = None
+    width: str = "moe_intermediate_size"
+
+    @property
+    def is_gated(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def channels(self) -> dict[str, ChannelAxis]:
+        """See :attr:`cfsp.models.ffn.FFN.channels`."""
+        return {self.up: ChannelAxis(1, copies=2), self.down: ChannelAxis(2)}
+
+    @property
+    def down_bias(self) -> None:
+        """None: experts have no biases."""
+        return
+
+    def group(self, block: nn.Module) -> ChannelGroup:
+        """See :meth:`cfsp.models.ffn.FFN.group`."""
+        experts, _, channels = block.get_parameter(self.down).shape
+        return ChannelGroup(channels, experts)
+
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
+        """See :meth:`cfsp.models.ffn.FFN.weights`."""
+        gates, ups = parameters[self.up].chunk(2, dim=1)
+        experts = zip(gates, ups, parameters[self.down], strict=True)
+        return tuple(FFNWeights(gate, up, down) for gate, up, down in experts)
+
+    def observed(
+        self, block: nn.Module, observer: Observer, fused: bool = True
+    ) -> AbstractContextManager[None]:
+        """See :meth:`cfsp.models.ffn.FFN.observed`: each expert's statistics are of its own tokens.
+
+        All experts of a micro-batch take a few launches, as in transformers' own forward with
+        grouped matrix products, whose output this gives; none of them waits for the device,
+        unless rows are no whole 16 bytes, which grouped products ask for.
+        """
+        module = self.module(block)
+        gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
+        experts = len(down)
+        every = torch.arange(experts + 1, device=down.device)
+        activate = self._activate(block, fused)
+
+        def forward(
+            hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            chosen, order = top_k_index.flatten().sort(stable=True)
+            tokens = order // top_k_index.shape[1]
+            offsets = torch.searchsorted(chosen, every, out_int32=True)
+            both = grouped_linear(hidden_states[tokens], gate_up, offsets)
+            totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
+            product = activate(*both.chunk(2, dim=-1), offsets, totals)
+            observer.add(product, Routing(offsets, chosen, tokens))
+            output = grouped_linear(product, down, offsets)
+            output = output * top_k_weights.flatten()[order, None]
+            output = output.masked_fill((chosen >= experts)[:, None], 0)  # of no expert here
+            places = order.argsort()
+            return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+        return forward_instead([module], [forward])
+
+    def _activate(self, block: nn.Module, fused: bool) -> Callable[..., torch.Tensor]:
+        """(gate, up, offsets, totals) -> their product, whose statistics are added to totals."""
+        name = self.gated_activation(block) if fused else None
+        act = getattr(self.module(block), self.activation)
+
+        def activate(
+            gate: torch.Tensor, up: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor
+        ) -> torch.Tensor:
+            if name is not None:
+                return swiglu_statistics(gate, up, name, offsets=offsets, totals=totals)[0]
+            product = act(gate) * up
+            channel_statistics(product, offsets=offsets, totals=totals)
+            return product
+
+        return activate
+
+    def cut_(
+        self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
+    ) -> None:
+        """See :meth:`cfsp.models.ffn.FFN.cut_`. One expert at a time: the tensors are large."""
+        gate_up, down = (block.get_parameter(name) for name in (self.up, self.down))
+        experts, width = kept.shape
+        place = room or (lambda shape, dtype: down.new_empty(shape, dtype=dtype))
+        new_gate_up = place((experts, 2 * width, gate_up.shape[2]), gate_up.dtype)
+        new_down = place((experts, down.shape[1], width), down.dtype)
+        rows = ChannelAxis(0, copies=2)
+        for expert in range(experts):
+            rows.cut(gate_up.data[expert], kept[expert], new_gate_up[expert])
+            if compensate(expert, down.data[expert], new_down[expert]).bias is not None:
+                raise ValueError("experts have no bias to put a mean into")
+        set_parameter(block, self.up, parameter(new_gate_up, gate_up))
+        set_parameter(block, self.down, parameter(new_down, down))
+        set_width(block, self.down, width)
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The rows of each expert times its weight.
+
+    Args:
+        x: [T, in], one expert after the other.
+        weight: [E, out, in].
+        offsets: [E + 1] int32, where the rows of each begin.
+
+    Returns:
+        [T, out]; rows after the last expert's hold anything.
+    """
+    whole = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+    if whole and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)):
+        return grouped_mm(x, weight.mT, offs=offsets[1:])
+    output = x.new_zeros(len(x), weight.shape[1])
+    for matrix, (start, end) in zip(weight, pairwise(offsets.tolist()), strict=True):
+        output[start:end] = linear(x[start:end], matrix)
+    return output

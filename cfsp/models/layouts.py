@@ -1,0 +1,143 @@
+"""Where an architecture keeps its decoder blocks and their FFNs. No other module knows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CfspError
+from .channels import ChannelGroup, FFNWeights
+from .experts import ExpertsFFN
+from .ffn import FFN, Conv1DFFN, FusedFFN
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of the blocks in a causal LM and of the FFNs that a block may have."""
+
+    blocks: str = "model.layers"
+    ffns: tuple[FFN, ...] = (FFN(),)
+
+    def find_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The decoder blocks of a model, in order."""
+        return model.get_submodule(self.blocks)  # type: ignore[return-value]
+
+    def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
+        """The FFNs that a block has. Its channels are theirs, one FFN after the other.
+
+        Raises:
+            CfspError: it has none.
+        """
+        found = tuple(ffn for ffn in self.ffns if ffn.is_in(block))
+        if not found:
+            expected = ", ".join(ffn.down for ffn in self.ffns)
+            raise CfspError(
+                f"no FFN in {type(block).__name__}: expected the weights of {expected} "
+                "(quantised models and adapters: prune the plain model first)"
+            )
+        return found
+
+    def groups(self, block: nn.Module) -> tuple[ChannelGroup, ...]:
+        """The channels of each FFN of a block, read from the shapes of its weights."""
+        return tuple(ffn.group(block) for ffn in self.block_ffns(block))
+
+    def ffn_weights(
+        self, block: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[FFNWeights, ...]:
+        """The matrices of every FFN of a block, of every expert of each.
+
+        ``parameters`` hold the values where the block itself is without: those in the FFNs'
+        ``weight_names``, by name.
+        """
+        if parameters is None:
+            parameters = dict(block.named_parameters())
+        return tuple(
+            weights for ffn in self.block_ffns(block) for weights in ffn.weights(parameters)
+        )
+
+    def weight_names(self, block: nn.Module) -> tuple[str, ...]:
+        """Parameters of a block that tell it from others: the matrices of its FFNs."""
+        return tuple(name for ffn in self.block_ffns(block) for name in ffn.weight_names)
+
+    def intermediate_sizes(self, model: nn.Module) -> tuple[int, ...]:
+        """FFN channels of every block, in all its FFNs and experts."""
+        return tuple(
+            sum(group.total for group in self.groups(block)) for block in self.find_blocks(model)
+        )
+
+
+def _ungated(
+    blocks: str, up: str, down: str, width: str = "intermediate_size", linear: str = "Linear"
+) -> Layout:
+    return Layout(blocks, (FFN(up, down, gate=None, width=width, projection_class=linear),))
+
+
+GATED = Layout()
+FUSED = Layout(ffns=(FusedFFN(),))
+SHARED = FFN(
+    "mlp.shared_experts.up_proj",
+    "mlp.shared_experts.down_proj",
+    "mlp.shared_experts.gate_proj",
+    width="shared_intermediate_size",
+)
+H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+LAYOUTS: dict[str, Layout] = {
+    "llama": GATED,
+    "mistral": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gemma": GATED,
+    "gemma2": GATED,
+    "gemma3_text": GATED,
+    "olmo2": GATED,
+    "granite": GATED,
+    "cohere2": GATED,
+    "smollm3": GATED,
+    "stablelm": GATED,
+    "phi3": FUSED,
+    "glm4": FUSED,
+    "phi": _ungated("model.layers", "mlp.fc1", "mlp.fc2"),
+    "starcoder2": _ungated("model.layers", "mlp.c_fc", "mlp.c_proj"),
+    "gpt_neox": _ungated("gpt_neox.layers", *H_TO_4H),
+    "falcon": _ungated("transformer.h", *H_TO_4H, "ffn_hidden_size", "FalconLinear"),
+    "bloom": _ungated("transformer.h", *H_TO_4H),
+    "opt": _ungated("model.decoder.layers", "fc1", "fc2", "ffn_dim"),
+    "mixtral": Layout(ffns=(ExpertsFFN(width="intermediate_size"),)),
+    "qwen3_moe": Layout(ffns=(ExpertsFFN(), FFN())),
+    "deepseek_v3": Layout(ffns=(ExpertsFFN(), SHARED, FFN())),
+    "gpt2": Layout("transformer.h", (Conv1DFFN(width="n_inner"),)),
+}
+"""``model_type`` of a transformers config -> its layout."""
+
+PRUNED_PREFIX = "cfsp_"
+"""A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
+
+TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
+"""Classes of blocks that return their hidden states in a tuple."""
+
+
+def known_layout(model_type: str) -> Layout | None:
+    """The layout that is written down here for an architecture, pruned or not."""
+    return LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
+
+
+def unsupported(model_type: str, reason: str = "") -> CfspError:
+    """The error for an architecture that cannot be pruned: why, and which can."""
+    why = f": {reason}" if reason else ""
+    return CfspError(
+        f"unsupported architecture {model_type!r}{why}; supported: {', '.join(LAYOUTS)}, and any "
+        "whose blocks have one gated FFN of three Linear"
+    )
+
+
+def as_block_output(block: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """Hidden states in the form in which a block of this class returns them."""
+    return (hidden_states,) if type(block).__name__ in TUPLE_BLOCKS else hidden_states
+
+
+def hidden_states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,313 @@
+"""How many channels every block keeps: pure functions under one total budget."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import mul
+
+import torch
+
+from ..calibration.curves import CURVE_POINTS, ErrorCurve
+from ..errors import CfspError
+from .knapsack import least_error_choices
+
+REFERENCE_TOKENS = 131072
+"""The released CFSP sums its importance over 128 windows of 1024 tokens. Ours is a mean; times
+this it equals theirs at that setting and does not change with the amount of calibration data."""
+
+SIGMOID_SCALE = 1e4
+"""The released CFSP divides the centred importance by this before the sigmoid."""
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """What an allocator may look at."""
+
+    importance: torch.Tensor
+    """[L] fp64, coarse importance of every FFN, that of its block: mean influence per token."""
+    scores: tuple[torch.Tensor, ...]
+    """Channel scores [F_l] of every FFN."""
+    sparsity: float
+    """Fraction to remove of what all channels cost."""
+    experts: tuple[int, ...] = ()
+    """Experts of every FFN, whose channels its scores are one after the other and whose width is
+    one; () where no FFN has any."""
+    costs: tuple[int, ...] = ()
+    """What one more channel of width costs in every FFN, in all its experts, in any unit; ():
+    one per channel, so that channels themselves are the budget."""
+    width_multiple: int = 1
+    curves: tuple[ErrorCurve, ...] = ()
+    """Of every FFN, scaled so that they may be added up; () where no allocator asks for them."""
+
+    @property
+    def intermediate_sizes(self) -> torch.Tensor:
+        """[L] int64, channels of every FFN, of all its experts."""
+        return torch.tensor([len(score) for score in self.scores])
+
+    @property
+    def channel_costs(self) -> torch.Tensor:
+        """[L] fp64, cost of one channel of one expert of every FFN."""
+        experts = torch.tensor(self.experts or (1,) * len(self.scores))
+        return torch.tensor(self.costs or experts.tolist()) / experts.double()
+
+    @property
+    def budget(self) -> float:
+        """Cost to keep in all, before rounding."""
+        total = float((self.channel_costs * self.intermediate_sizes).sum())
+        return (1 - self.sparsity) * total
+
+
+def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
+    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
+    131072 tokens."""
+    return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
+
+
+def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Fraction of channels that each block keeps, as the released CFSP has it.
+
+    s = sigmoid((I - mean I) / 1e4), keep = s / mean(s) * (1 - p). Where the largest keep would
+    reach 1, s is contracted about its mean so that it becomes (1 - p) + p / 1.05.
+
+    Args:
+        importance_sum: [L] fp64, influence of each block summed over 131072 tokens.
+        sparsity: p in [0, 1).
+
+    Returns:
+        [L] fp64 with mean 1 - p.
+
+    Source: arXiv 2409.13199 and its released code.
+    """
+    share = importance_shares(importance_sum)
+    mean = share.mean()
+    if share.max() > mean and float(share.max() / mean) * (1 - sparsity) >= 1:
+        room = mean * (1 / (1 - sparsity) - 1)
+        share = mean + (share - mean) * (room / (share.max() - mean) / 1.05)
+    return share / mean * (1 - sparsity)
+
+
+def cfsp(problem: AllocationProblem) -> torch.Tensor:
+    """Wider where the block turns its hidden states further; see :func:`cfsp_keep_fractions`."""
+    keep = cfsp_keep_fractions(problem.importance * REFERENCE_TOKENS, problem.sparsity)
+    sizes = problem.intermediate_sizes
+    widths = keep * sizes
+    return widths * (problem.budget / (problem.channel_costs * widths).sum())
+
+
+def cfsp_filled(problem: AllocationProblem) -> torch.Tensor:
+    """CFSP's shares without their contraction: an FFN whose share is more than it has stays whole,
+    and the others share what is left of the budget in proportion."""
+    share = importance_shares(problem.importance * REFERENCE_TOKENS)
+    sizes = problem.intermediate_sizes.double()
+    costs = problem.channel_costs * sizes
+    keep, cut = torch.ones_like(share), torch.ones(len(share), dtype=torch.bool)
+    while bool(cut.any()):
+        left = problem.budget - costs[~cut].sum()
+        keep[cut] = share[cut] * (left / (costs * share)[cut].sum())
+        whole = cut & (keep >= 1)
+        if not bool(whole.any()):
+            break
+        keep[whole] = 1.0
+        cut &= ~whole
+    return keep * sizes
+
+
+def uniform(problem: AllocationProblem) -> torch.Tensor:
+    """The same fraction of every block."""
+    return (1 - problem.sparsity) * problem.intermediate_sizes.double()
+
+
+def global_threshold(problem: AllocationProblem) -> torch.Tensor:
+    """One threshold on the scores of all blocks, each standardised within its block.
+
+    Source: FLAP, arXiv 2312.11983. Equal scores go to the earlier block and channel.
+    """
+    standardised = []
+    for score in problem.scores:
+        deviation = score.double().std() if len(score) > 1 else torch.tensor(0.0)
+        centred = score.double() - score.double().mean()
+        standardised.append(centred / deviation if deviation > 0 else torch.zeros_like(centred))
+    order = torch.sort(torch.cat(standardised), descending=True, stable=True).indices
+    block_of = torch.repeat_interleave(
+        torch.arange(len(problem.scores)), problem.intermediate_sizes
+    )[order]
+    costs = problem.channel_costs[block_of]
+    kept = int((costs.cumsum(0) - costs / 2 < problem.budget).sum())
+    return torch.bincount(block_of[:kept], minlength=len(problem.scores)).double()
+
+
+def knapsack(problem: AllocationProblem) -> torch.Tensor:
+    """Least sum of errors over all FFNs under the budget, at multiples of the width multiple.
+
+    Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance; see
+    :func:`cfsp.pruning.knapsack.least_error_choices`. Sources: SPDY (arXiv 2201.13096), ZipLM
+    (arXiv 2302.04089).
+    """
+    if not problem.curves:
+        raise CfspError("allocator 'knapsack' needs error curves")
+    experts = problem.experts or (1,) * len(problem.scores)
+    costs, multiple = problem.costs or experts, problem.width_multiple
+    sizes = [len(s) // count for s, count in zip(problem.scores, experts, strict=True)]
+    widths = [_knapsack_widths(size, multiple) for size in sizes]
+    chosen = least_error_choices(
+        [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
+        [(of_ffn * cost).numpy() for of_ffn, cost in zip(widths, costs, strict=True)],
+        check_budget(sizes, problem.budget, multiple, costs) * multiple,
+    )
+    found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
+    return torch.tensor(found, dtype=torch.float64) * torch.tensor(experts)
+
+
+def search_start(problem: AllocationProblem) -> torch.Tensor:
+    """Where a search begins: the knapsack's widths where there are error curves, else those of
+    :func:`cfsp_filled`."""
+    return (knapsack if problem.curves else cfsp_filled)(problem)
+
+
+def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
+    most = size // multiple
+    step = -(-most // CURVE_POINTS)
+    return torch.tensor(sorted({1, *range(step, most, step), most})) * multiple
+
+
+ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
+    "cfsp": cfsp,
+    "cfsp-filled": cfsp_filled,
+    "uniform": uniform,
+    "global": global_threshold,
+    "knapsack": knapsack,
+    "search": search_start,
+}
+"""Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
+NEEDS_CURVES = frozenset({"knapsack"})
+SEARCH = "search"
+"""Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.live_search`."""
+
+
+def check_budget(
+    intermediate_sizes: Sequence[int],
+    budget: float,
+    multiple: int,
+    costs: Sequence[int] | None = None,
+) -> int:
+    """The cost to keep in all over the multiple, where some widths meet the budget.
+
+    Args:
+        intermediate_sizes: channels of every FFN, of one expert where it has several.
+        budget: cost to keep in all FFNs and experts.
+        multiple: 1 for exact widths.
+        costs: of one channel of width in every FFN: its experts, where channels are the budget;
+            None: 1.
+
+    Raises:
+        CfspError: none do; says which sparsities can be reached.
+    """
+    costs = costs or [1] * len(intermediate_sizes)
+    wanted = round(budget / multiple)
+    least, most = reachable(intermediate_sizes, multiple, costs)
+    if not least <= wanted <= most:
+        total = sum(map(mul, intermediate_sizes, costs))
+        low, high = (1 - units * multiple / total for units in (most, least))
+        raise CfspError(
+            f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
+            f"{len(costs)} {_kind(costs)}s can reach {max(0.0, low):.4g} to {high:.4g}"
+        )
+    return wanted
+
+
+def reachable(
+    intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
+) -> tuple[int, int]:
+    """What all FFNs cost at least and at most, over the multiple; see :func:`check_budget`."""
+    room = [size // multiple for size in intermediate_sizes]
+    if min(room) < 1:
+        raise CfspError(
+            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
+            f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
+        )
+    return sum(costs), sum(map(mul, room, costs))
+
+
+def _kind(costs: Sequence[int]) -> str:
+    return "block" if max(costs) == 1 else "FFN"
+
+
+def apportion(
+    ideal: torch.Tensor,
+    intermediate_sizes: Sequence[int],
+    budget: float,
+    multiple: int,
+    importance: torch.Tensor,
+    costs: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
+
+    Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
+    most by it, among equals to the more important one (the largest-remainder method). An FFN
+    keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
+    of each of them; the budget is met to half of the smallest step that can be made.
+
+    Args:
+        ideal: [L] widths, real; of one expert, as the result.
+        intermediate_sizes: channels of every FFN, of one expert.
+        budget: cost to keep in all FFNs and experts.
+        multiple: 1 for exact widths.
+        importance: [L]; breaks ties, then the index does.
+        costs: see :func:`check_budget`.
+
+    Raises:
+        CfspError: no widths meet the budget; says what could be.
+    """
+    costs = costs or [1] * len(intermediate_sizes)
+    room = [size // multiple for size in intermediate_sizes]
+    wanted = check_budget(intermediate_sizes, budget, multiple, costs)
+    quotas = (ideal.double() / multiple).tolist()
+    units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
+    lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
+    order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
+
+    missing = wanted - sum(map(mul, units, costs))
+    changed = True
+    while changed:
+        changed = False
+        for by, turn in ((1, order), (-1, order[::-1])):
+            for ffn in turn:
+                nearer = 2 * missing * by > costs[ffn]
+                if nearer and 1 <= units[ffn] + by <= room[ffn]:
+                    units[ffn] += by
+                    missing -= by * costs[ffn]
+                    changed = True
+    return tuple(count * multiple for count in units)
+
+
+def equal_widths(
+    intermediate_sizes: Sequence[int], sparsity: float, multiple: int
+) -> tuple[int, ...]:
+    """The same fraction of every FFN, to the nearest multiple: equal widths for equal sizes.
+
+    An FFN that is a number of times as large as the smallest one keeps as many times its width, as
+    the config of a family with shared experts has it.
+    """
+
+    def nearest(size: int) -> int:
+        units = max(round((1 - sparsity) * size / multiple), 1)
+        return min(units, size // multiple) * multiple
+
+    least = min(intermediate_sizes)
+    return tuple(
+        nearest(size) if size % least else size // least * nearest(least)
+        for size in intermediate_sizes
+    )
+
+
+def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
+    """Width of every FFN, of each expert where it has several, by the named allocator."""
+    experts = problem.experts or (1,) * len(problem.scores)
+    counts = torch.tensor(experts)
+    return apportion(
+        ALLOCATORS[allocator](replace(problem, width_multiple=multiple)) / counts,
+        (problem.intermediate_sizes // counts).tolist(),
+        problem.budget,
+        multiple,
+        problem.importance,
+        problem.costs or experts,
+    )

@@ -1,0 +1,145 @@
+"""Budgets of a whole model, in parameters, FLOPs or latency: as text, and in FFN channels."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..costs.latency import LatencyLimit, Widths
+from ..errors import CfspError
+from .allocation import reachable
+
+KINDS = ("params", "flops", "latency")
+FORM = "params=0.25, params=6B, flops=0.25 or latency=0.25, the last two perhaps with @1x1024"
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+BATCH, LENGTH = 1, 1024
+"""What FLOPs and latency are of, where nothing else is said."""
+TOLERANCES = {"params": 0.005, "flops": 0.005, "latency": 0.05}
+"""How far from the request, as a fraction of it, the widths may be."""
+
+
+@dataclass(frozen=True)
+class ModelBudget:
+    """What is asked of a whole model."""
+
+    text: str
+    kind: str
+    """params, flops or latency."""
+    fraction: float | None
+    """Of all parameters, FLOPs or seconds, to remove; None where ``parameters`` says."""
+    parameters: int | None
+    """To keep in all."""
+    batch: int
+    length: int
+    """FLOPs and latency are those of a forward call over [batch, length] tokens."""
+
+    def kept(self, total: float) -> float:
+        """What may stay of ``total``."""
+        if self.parameters is not None:
+            return self.parameters
+        return (1 - (self.fraction or 0.0)) * total
+
+    def written(self, kept: float, total: float) -> str:
+        """What stays of ``total``, in the terms of the request."""
+        if self.parameters is not None:
+            return f"{kept / 1e6:,.1f}M"
+        return f"{1 - kept / total:.4f}"
+
+    def check(self, kept: float, total: float, multiple: int) -> None:
+        """Raise CfspError where what stays is not what was asked for, as widths in multiples of
+        ``multiple`` come to it."""
+        wanted = self.kept(total)
+        off = abs(kept - wanted) / max(wanted, 1)
+        if off > TOLERANCES[self.kind]:
+            finer = 1 << max(0, int(multiple * TOLERANCES[self.kind] / off).bit_length() - 1)
+            hint = f"; take --width-multiple {finer}" if finer < multiple else ""
+            raise CfspError(
+                f"{self.text}: widths in multiples of {multiple} come to "
+                f"{self.kind}={self.written(kept, total)}{hint}"
+            )
+
+
+def parse_budget(text: str) -> ModelBudget:
+    """Read "params=0.25", "params=6B", "flops=0.25@8x2048" or "latency=0.25@1x1024".
+
+    A number below 1 is a fraction to remove, any other the parameters to keep; K, M, B and T are
+    thousands to trillions. Behind the @ is batch x length.
+
+    Raises:
+        CfspError: anything else; says what is expected.
+    """
+    found = re.fullmatch(r"(\w+)=(\d*\.?\d+)([KMBT]?)(?:@(\d+)x(\d+))?", text.strip(), re.I)
+    if found is None or found[1] not in KINDS:
+        raise CfspError(f"budget {text!r}: expected {FORM}")
+    kind, number, unit = found[1], float(found[2]), found[3].upper()
+    batch, length = int(found[4] or BATCH), int(found[5] or LENGTH)
+    absolute = bool(unit) or number >= 1
+    if absolute and kind != "params":
+        raise CfspError(f"budget {text!r}: {kind} is a fraction to remove, below 1")
+    if found[4] and kind == "params":
+        raise CfspError(f"budget {text!r}: parameters are the same at any batch and length")
+    if min(batch, length) < 1:
+        raise CfspError(f"budget {text!r}: batch and length must be 1 or more")
+    parameters = round(number * COUNTS[unit]) if absolute else None
+    return ModelBudget(text.strip(), kind, None if absolute else number, parameters, batch, length)
+
+
+@dataclass(frozen=True)
+class ChannelBudget:
+    """What an allocator is given: the fraction to remove of what all channels cost."""
+
+    sparsity: float
+    costs: tuple[int, ...]
+    """Of one channel of width in every FFN, in all its experts."""
+    latency: LatencyLimit | None = None
+    """Where it is one: ``sparsity`` is then what it would be if channels were all that counted."""
+
+    def widths(
+        self,
+        widths_at: Callable[[float], Widths],
+        sizes: Sequence[int],
+        multiple: int,
+        *,
+        equal: bool = False,
+    ) -> Widths:
+        """Widths under the budget; see :meth:`LatencyLimit.fitted` for arguments."""
+        if self.latency is None:
+            return widths_at(self.sparsity)
+        return self.latency.fitted(widths_at, sizes, multiple, equal=equal)
+
+
+def channel_budget(
+    budget: ModelBudget,
+    total: float,
+    sizes: Sequence[int],
+    costs: Sequence[int],
+    multiple: int,
+    added: int = 0,
+) -> ChannelBudget:
+    """The fraction of the channels' cost that has to go, so that the whole model meets its budget.
+
+    Args:
+        budget: of the whole model.
+        total: what the dense model costs.
+        sizes: channels of every FFN, of one expert where it has several.
+        costs: of one channel of width in every FFN, in all its experts; the unit of ``total``.
+        multiple: of widths.
+        added: what pruning adds wherever it cuts: biases.
+
+    Raises:
+        CfspError: no widths meet the budget; says what they could.
+    """
+    channels = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+    fixed = total - channels + added
+    wanted = budget.kept(total)
+    least, most = (multiple * units + fixed for units in reachable(sizes, multiple, costs))
+    slack = TOLERANCES[budget.kind] * wanted
+    if not least - slack <= wanted <= most + slack:
+        low, high = (budget.written(kept, total) for kept in (most, least))
+        raise CfspError(
+            f"{budget.text} is out of reach: the FFNs, in multiples of {multiple}, can bring the "
+            f"model to {budget.kind}={low} to {high}"
+        )
+    kept = min(max(wanted, least), most) - fixed
+    unit = math.gcd(*costs)
+    return ChannelBudget(1 - kept / channels, tuple(cost // unit for cost in costs))

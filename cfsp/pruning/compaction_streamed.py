@@ -1,0 +1,222 @@
+"""From the shards of a dense model to those of the pruned one, one block at a time.
+
+Each block is read once more, ahead of its turn. At its turn it is cut exactly as a live model's
+is, windows that measure the model go through it before and after, and a thread behind writes it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..calibration.progress import BlockProgress
+from ..calibration.statistics import Statistics
+from ..checkpoints.folder import MAX_SHARD_BYTES, saved_tensors
+from ..distributed import ALONE, Ranks
+from ..errors import Stopped
+from ..io.arena import Arena, aligned
+from ..io.shards import (
+    Room,
+    Shard,
+    ShardWriter,
+    TensorInfo,
+    finished_shards,
+    pack_shards,
+    write_index,
+)
+from ..models.blockwise import RidingWindows
+from ..models.channels import FitRecord
+from ..models.loading import OpenModel
+from .compaction import check_compensation, check_plan, planned_tensors, prune_block_
+from .plan import PruningPlan
+from .refit import Refitting
+
+
+def _write_all(
+    writer: ShardWriter, tensors: Mapping[str, torch.Tensor], ready: Callable[[], None]
+) -> None:
+    ready()
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+
+
+class _Aside:
+    """Where a cut block waits to be written while its own memory takes the next one."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.arena = Arena(nbytes, torch.device("cpu"), pinned=self.on_gpu)
+
+    def room(self) -> Room | None:
+        """Where the cut matrices of the next block go at once: on a CPU, here."""
+        self.arena.clear()
+        return None if self.on_gpu else self.arena.take
+
+    def put(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+        """The tensors here, and what to call before they are read."""
+        memory = self.arena.memory
+        inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
+
+        def here(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_cuda and tensor.data_ptr() in inside:
+                return tensor
+            place = self.arena.take(tuple(tensor.shape), tensor.dtype)
+            return place.copy_(tensor, non_blocking=True)
+
+        found = {name: here(tensor) for name, tensor in tensors.items()}
+        if not self.on_gpu:
+            return found, lambda: None
+        return found, torch.cuda.current_stream(self.device).record_event().synchronize
+
+
+def _around_blocks(
+    tensors: Mapping[str, torch.Tensor], blocks: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Tensors that come before and after those of the blocks, so that shards are filled in turn
+    and finished one after another."""
+    head: dict[str, torch.Tensor] = {}
+    tail: dict[str, torch.Tensor] = {}
+    part = head
+    for name, tensor in tensors.items():
+        if name.startswith(blocks):
+            part = tail
+        else:
+            part[name] = tensor
+    return head, tail
+
+
+def _block_of(name: str, blocks: str) -> int | None:
+    """The number of the block that a tensor is in, where the blocks are at the path ``blocks``."""
+    inside = name.removeprefix(f"{blocks}.")
+    return int(inside.partition(".")[0]) if inside != name else None
+
+
+def _largest_block(planned: Mapping[str, TensorInfo], blocks: str) -> int:
+    """Bytes of memory for the largest of the planned blocks."""
+    sizes: Counter[int] = Counter()
+    for name, info in planned.items():
+        number = _block_of(name, blocks)
+        if number is not None:
+            sizes[number] += aligned(info.nbytes)
+    return max(sizes.values())
+
+
+def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard]:
+    """This rank's part of the shards that are not in the folder yet."""
+    finished = ranks.of_first(lambda: finished_shards(folder, shards))
+    left = [shard for shard in shards if shard.name not in finished]
+    return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
+
+
+def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+    """Numbers of the blocks with tensors in these shards."""
+    numbers = {_block_of(name, blocks) for shard in shards for name in shard.tensors}
+    return {number for number in numbers if number is not None}
+
+
+def prune_to_shards_(
+    opened: OpenModel,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    folder: Path,
+    *,
+    before: Sequence[RidingWindows] = (),
+    after: Sequence[RidingWindows] = (),
+    refitting: Refitting | None = None,
+    stop: Callable[[], bool] = bool,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> dict[int, tuple[FitRecord, ...]]:
+    """Write the weights of the pruned model, the bytes that a pruned live model's would be.
+
+    Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
+
+    Args:
+        opened: the dense model; its skeleton has the pruned shapes afterwards, in blocks that were
+            read.
+        plan: what each block keeps.
+        statistics: for compensations that need them.
+        folder: where the shards go; those that an earlier run finished there stay as they are.
+        before: windows that go through the dense blocks.
+        after: windows that go through the pruned blocks.
+        refitting: fits each block after it is cut.
+        stop: asked after each block; shards that are being written are finished first. Ranks stop
+            each on their own.
+        progress: show a bar on stderr.
+        ranks: those that share the shards.
+
+    Returns:
+        What :func:`compaction.prune_block_` does, by number of the blocks that were read.
+
+    Raises:
+        CfspError: a plan for another model, statistics that are missing, a shard that cannot be
+            read.
+        OSError: no space for a shard; nothing of it was written then.
+        Stopped: ``stop`` said so.
+    """
+    layout, model = opened.layout, opened.model
+    check_plan(plan, model, layout, opened.blocks.fingerprint())
+    check_compensation(plan, statistics)
+    dense = saved_tensors(model)
+    planned = planned_tensors(dense, model, layout, plan)
+    shards = pack_shards(planned, MAX_SHARD_BYTES)
+    mine = _to_write(shards, folder, ranks)
+    others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
+    riding = refitting or any(len(windows.windows) for windows in (*before, *after))
+    wanted = None if riding else blocks_of(mine, layout.blocks)
+    total = sum(shard.nbytes for shard in shards)
+    aside = _Aside(
+        _largest_block(planned, layout.blocks), model.get_input_embeddings().weight.device
+    )
+    bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
+    shown = BlockProgress(bar, len(plan.blocks))
+    with (
+        bar,
+        ShardWriter(folder, shards, others) as writer,
+        ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
+        opened.blocks.turns(wanted) as turns,
+    ):
+        head, tail = _around_blocks(dense, f"{layout.blocks}.")
+        writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
+        bar.update(sum(tensor.nbytes for tensor in head.values()))
+        stop_after: int | None = None
+        records: dict[int, tuple[FitRecord, ...]] = {}
+        for number, block in turns:
+            shown.turn(number, opened.blocks.stored_bytes(number))
+            for windows in before:
+                windows.ride(number)
+            if refitting is not None:
+                refitting.run_dense(number)
+            block_statistics = statistics.blocks[number] if statistics is not None else None
+            writing.result()  # at most one block waits to be written
+            block_plan, room = plan.blocks[number], aside.room()
+            records[number] = prune_block_(
+                block, layout, block_plan, plan.recipe, block_statistics, room
+            )
+            if refitting is not None:
+                refitting.run_pruned(number)
+            for windows in after:
+                windows.ride(number)
+            prefix = f"{layout.blocks}.{number}."
+            pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
+            writing = behind.submit(_write_all, writer, pruned, ready)
+            bar.update(sum(tensor.nbytes for tensor in pruned.values()))
+            del pruned
+            if stop_after is None and stop():
+                writing.result()
+                stop_after = writer.closed + len(writer.open)
+            if stop_after is not None and writer.closed >= stop_after:
+                writing.result()
+                raise Stopped
+        writing.result()
+        _write_all(writer, tail, lambda: None)
+        bar.update(sum(tensor.nbytes for tensor in tail.values()))
+    if ranks.first:
+        write_index(folder, shards)
+    return records

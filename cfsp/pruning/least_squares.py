@@ -1,0 +1,204 @@
+"""Least squares for what is kept: a down projection that makes up for the channels removed.
+
+W is the down projection [D, F], x [T, F] its input over the fitting tokens, K the kept channels.
+With G = x^T x / T (the covariance, where a bias is fitted too), M = diag(G_KK) and W_K the old
+columns, the new ones W' minimise
+
+    || x W^T - x_K W'^T ||^2 / T  +  damping || (W' - W_K) M^1/2 ||^2
+
+The change of the columns, W' - W_K = W_R G_RK (G_KK + damping M)^-1 over the removed channels R, is
+what is solved for: it is nothing where nothing is removed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration.grams import Gram
+
+ROWS = 1024  # of the projection that are fp64 at a time
+COLUMNS = 2048  # of a Gram matrix
+DAMPING = 0.2
+ATTEMPTS = 6
+MORE_DAMPING = 10.0
+LEAST_DAMPING = 1e-6
+"""What a factorisation that fails without damping is tried again with."""
+QUIET = 1e-3
+"""Least mean square of a channel, relative to their mean, that damping reckons with."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A down projection fitted to the dense one's output."""
+
+    weight: torch.Tensor
+    """[D, width], of the dtype of the old."""
+    bias: torch.Tensor | None
+    """[D], where one was asked for."""
+    damping: float
+    """With which the factorisation succeeded."""
+
+
+def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
+    """[rows, columns] fp64, of the second moments or the covariance."""
+    found = gram.product[rows[:, None], columns].double().div_(gram.tokens)
+    if centred:
+        mean = gram.sum / gram.tokens
+        found -= mean[rows, None] * mean[columns]
+    return found
+
+
+def _removed(kept: torch.Tensor, channels: int) -> torch.Tensor:
+    goes = torch.ones(channels, dtype=torch.bool, device=kept.device)
+    goes[kept] = False
+    return goes.nonzero().flatten()
+
+
+def ridge_of(moments: torch.Tensor) -> torch.Tensor:
+    """[K], what damping 1 adds to the diagonal of [K, K] moments: each channel's own mean square.
+
+    Correlations shrink by one factor then, whatever the scales of the channels. One that is next to
+    silent counts as if it had a part of the mean: nothing is known of what it does elsewhere.
+    """
+    own = moments.diagonal()
+    return own.clamp_min(QUIET * float(own.mean()))
+
+
+def _factor(
+    moments: torch.Tensor, ridge: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, float] | None:
+    """Cholesky factor of the moments, damped in place, and the damping with which there is one."""
+    diagonal = moments.diagonal().clone()
+    for _ in range(ATTEMPTS):
+        moments.diagonal().copy_(diagonal + damping * ridge)
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if not failed and bool(factor.diagonal().isfinite().all()):
+            return factor, damping
+        damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
+    return None
+
+
+def solve_damped(
+    moments: torch.Tensor, across: torch.Tensor, damping: float
+) -> torch.Tensor | None:
+    """across (moments + damping ridge)^-1, with the ridge of :func:`ridge_of`.
+
+    Args:
+        moments: [K, K] fp64, symmetric; damped in place.
+        across: [D, K] fp64.
+        damping: see :func:`fit_down`.
+
+    Returns:
+        [D, K] fp64; None where the moments are zero, not finite or have no factor.
+    """
+    ridge = ridge_of(moments)
+    if not 0 < float(ridge.mean()) < torch.inf:
+        return None
+    found = _factor(moments, ridge, damping)
+    return torch.cholesky_solve(across.T, found[0]).T if found is not None else None
+
+
+@torch.no_grad()
+def fit_down(
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    gram: Gram,
+    damping: float = DAMPING,
+    *,
+    bias: bool = False,
+    pull: float = 1.0,
+) -> Fit | None:
+    """The kept columns of a down projection, changed so that its output is nearly the dense one's.
+
+    Solved in fp64 on the device of ``down``. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs for K kept and R
+    removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes.
+
+    Args:
+        down: [D, F] fp16, bf16 or fp32.
+        kept: [K] int64, ascending.
+        gram: of its input, on the same device.
+        damping: weight of the second term. Where the
+            moments have no Cholesky factor it is raised tenfold, at most 5 times.
+        bias: remove the means first and give a bias.
+        pull: where the second term pulls: pull * W_K. 0 is ordinary ridge regression.
+
+    Returns:
+        The fit; None where there is none, for the activations are all zero or not finite.
+    """
+    channels = down.shape[1]
+    removed = _removed(kept, channels)
+    if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
+        return None
+    moments = _moments(gram, kept, kept, bias)
+    ridge = ridge_of(moments)
+    if not 0 < float(ridge.mean()) < torch.inf:
+        return None
+    found = _factor(moments, ridge, damping)
+    if found is None:
+        return None
+    factor, used = found
+    del moments, found  # as large as the factor
+    across = _moments(gram, removed, kept, bias)
+    weight = down.new_empty(down.shape[0], len(kept))
+    added = down.new_zeros(down.shape[0]) if bias else None
+    for start in range(0, len(down), ROWS):
+        rows = down[start : start + ROWS].double()
+        old = rows[:, kept]
+        target = rows[:, removed] @ across
+        if pull != 1:
+            target -= (1 - pull) * used * ridge * old
+        new = old + torch.cholesky_solve(target.T, factor).T
+        weight[start : start + ROWS] = new
+        if added is not None:
+            rows[:, kept] -= weight[start : start + ROWS].double()
+            added[start : start + ROWS] = rows @ gram.sum / gram.tokens
+    finite = all(bool(x.isfinite().all()) for x in (weight, added) if x is not None)
+    return Fit(weight, added, used) if finite else None
+
+
+@torch.no_grad()
+def output_errors(
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    candidates: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    gram: Gram,
+) -> list[float]:
+    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64.
+
+    2 D F^2 FLOPs, and 2 D K^2 for each candidate.
+
+    Args:
+        down: W, [D, F].
+        kept: [K] int64.
+        candidates: (W' [D, K], b [D] or None).
+        gram: of x, on the device of ``down``.
+
+    Returns:
+        The relative error of each; 0 where neither it nor the dense output is anything but zero.
+    """
+    dense, changes = 0.0, [0.0] * len(candidates)
+    within = gram.product[kept][:, kept]
+    for start in range(0, len(down), ROWS):
+        rows = down[start : start + ROWS].double()
+        product = _times(rows, gram.product)
+        whole = float((product * rows).sum())
+        dense += whole
+        for number, (weight, bias) in enumerate(candidates):
+            new = weight[start : start + ROWS].double()
+            crossed = float((product[:, kept] * new).sum())
+            changes[number] += whole - 2 * crossed + float((_times(new, within) * new).sum())
+            if bias is not None:
+                own = bias[start : start + ROWS].double()
+                mean = rows @ gram.sum - new @ gram.sum[kept]
+                changes[number] += float(gram.tokens * own.square().sum() - 2 * own @ mean)
+    return [
+        max(change, 0.0) / dense if dense > 0 else (0.0 if change <= 0 else torch.inf)
+        for change in changes
+    ]
+
+
+def _times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows [r, C] fp64 @ matrix [C, C] fp32, of which some columns are fp64 at a time."""
+    parts = [rows @ columns.double() for columns in matrix.split(COLUMNS, dim=1)]
+    return torch.cat(parts, dim=1)

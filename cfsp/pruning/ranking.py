@@ -1,0 +1,165 @@
+"""Scores of every FFN's channels and, where an allocator asks, the error at every width."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import accumulate, pairwise
+
+import torch
+from tqdm import tqdm
+
+from ..calibration.curves import (
+    ErrorCurve,
+    Ranking,
+    curve_widths,
+    hidden_energy,
+    of_experts,
+    weighted,
+)
+from ..calibration.statistics import BlockStatistics, Statistics, check_grams
+from ..models.channels import FFNWeights
+from .allocation import NEEDS_CURVES, SEARCH
+from .compensation import ADD_BIAS, NEEDS_GRAM
+from .obs import error_curve, order_of, plain_error_curve
+from .recipe import Recipe
+from .scoring import SCORERS
+
+Weights = Callable[[int], Sequence[FFNWeights]]
+"""Block number -> the matrices of its FFNs, of every expert."""
+
+
+def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
+    """The ranking for a recipe that the statistics have already; None where they have none."""
+    wanted = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
+    asks = _asks_for_curves(statistics, recipe)
+    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not asks))
+    return next(fitting, None)
+
+
+def _asks_for_curves(statistics: Statistics, recipe: Recipe) -> bool:
+    """A search begins with them where they can be had."""
+    allocator, grams = recipe.resolved_allocator, statistics.gram_folder is not None
+    return allocator in NEEDS_CURVES or (allocator == SEARCH and grams)
+
+
+def rank(
+    statistics: Statistics,
+    weights: Weights,
+    recipe: Recipe,
+    *,
+    curves: bool = False,
+    progress: bool = False,
+) -> Ranking:
+    """Score the channels of every FFN; the ranking that the statistics have, where they have it.
+
+    Args:
+        statistics: of the dense model.
+        weights: called only for scorers that read weights, and for error curves.
+        recipe: scorer, allocator, compensation and damping are read.
+        curves: error curves too, whatever the allocator.
+        progress: show a bar on stderr where Gram matrices are read.
+
+    Raises:
+        CfspError: Gram matrices that the scorer or the allocator needs are not there.
+    """
+    found = stored_ranking(statistics, recipe)
+    curves = curves or _asks_for_curves(statistics, recipe)
+    if found is not None and (found.curves or not curves):
+        return found
+    if SCORERS[recipe.scorer].needs_gram:
+        check_grams(statistics, f"scorer {recipe.scorer!r}")
+    elif curves:
+        check_grams(statistics, f"allocator {recipe.resolved_allocator!r}")
+    reads_grams = curves or SCORERS[recipe.scorer].needs_gram
+    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not (progress and reads_grams))
+    scores: list[torch.Tensor] = []
+    found_curves: list[ErrorCurve] = []
+    for number, block in enumerate(bar):
+        block_scores, block_curves = _rank_block(block, partial(weights, number), recipe, curves)
+        scores.extend(block_scores)
+        found_curves.extend(block_curves)
+    return Ranking(
+        recipe.scorer,
+        recipe.resolved_compensation,
+        recipe.damping,
+        tuple(scores),
+        tuple(found_curves),
+    )
+
+
+def with_ranking(
+    statistics: Statistics,
+    weights: Weights,
+    recipe: Recipe,
+    *,
+    curves: bool = True,
+    progress: bool = False,
+) -> Statistics:
+    """The statistics with scores and error curves for a recipe's scorer, compensation and damping:
+    :func:`cfsp.save_statistics` keeps them, and plans for any budget need neither weights nor Gram
+    matrices then. Arguments and errors as :func:`rank`."""
+    ranking = rank(statistics, weights, recipe, curves=curves, progress=progress)
+    others = (r for r in statistics.rankings if r.made_by != ranking.made_by)
+    return replace(statistics, rankings=(*others, ranking))
+
+
+def scaled_curves(
+    ranking: Ranking, statistics: Statistics, recipe: Recipe
+) -> tuple[ErrorCurve, ...]:
+    """The ranking's curves as an allocator may add them up; see
+    :func:`cfsp.calibration.curves.weighted`."""
+    if not ranking.curves:
+        return ()
+    block_of = [
+        number for number, block in enumerate(statistics.blocks) for _ in block.groups or [None]
+    ]
+    mse, cosine = (statistics.importance(metric).tolist() for metric in ("mse", "cosine"))
+    return weighted(
+        ranking.curves,
+        statistics.importance(recipe.importance)[block_of],
+        [hidden_energy(mse[number], cosine[number]) for number in block_of],
+        recipe.error_scale,
+        recipe.importance_exponent,
+    )
+
+
+def _rank_block(
+    block: BlockStatistics,
+    weights: Callable[[], Sequence[FFNWeights]],
+    recipe: Recipe,
+    curves: bool,
+) -> tuple[list[torch.Tensor], list[ErrorCurve]]:
+    """Of every FFN of a block, the scores [experts * channels], and the curve where asked."""
+    weights = cache(weights)
+    scores, errors = [], []
+    parts = block.ffns()
+    for expert, part in enumerate(parts):
+        own = cache(lambda expert=expert: weights()[expert])
+        scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))
+        if curves:
+            errors.append(_curve(part, own().down, scores[-1], recipe))
+    counts = [group.experts for group in block.groups] or [1]
+    ranges = [slice(*ends) for ends in pairwise([0, *accumulate(counts)])]
+    tokens = [part.tokens for part in parts]
+    return (
+        [torch.cat(scores[ffn]) for ffn in ranges],
+        [of_experts(errors[ffn], tokens[ffn], block.tokens) for ffn in ranges] if curves else [],
+    )
+
+
+@torch.no_grad()
+def _curve(
+    statistics: BlockStatistics, down: torch.Tensor, scores: torch.Tensor, recipe: Recipe
+) -> ErrorCurve:
+    """The error of one FFN or expert when the lowest scores go, after the recipe's compensation:
+    without the mean where that puts it back."""
+    if statistics.gram is None:
+        raise ValueError("an error curve needs the Gram matrices of the block")
+    compensation, widths = recipe.resolved_compensation, curve_widths(len(scores))
+    gram = statistics.gram.fit(down.device).moments(centred=compensation in ADD_BIAS)
+    order = order_of(scores)
+    if compensation in NEEDS_GRAM:
+        errors = error_curve(down, gram, order, widths, recipe.damping)
+    else:
+        errors = plain_error_curve(down, gram, order, widths)
+    return ErrorCurve(widths, errors / len(down))

@@ -1,0 +1,292 @@
+"""Blocks are fitted again after the cut, on what the pruned blocks before them give.
+
+The calibration windows go through the dense blocks and through the pruned ones side by side, one
+block at a time. The target of a pruned block is the output of its dense one, so that it also makes
+up for what the blocks before it got wrong. No labels, and no gradient leaves the block.
+
+Two ways, one after the other where both are asked for. ``sequential``: what the block's output
+lacks is regressed on the input z of its down projection, in closed form,
+
+    change of W_down = R^T z (z^T z + damping diag(z^T z))^-1,  R = dense - pruned output.
+
+``blockwise``: some epochs of Adam on all weights of the FFN. Either is kept only where it lowers
+the error of the block's output on windows that it was not fitted on.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from cfsp_kernels import gram
+
+from ..calibration.grams import held_out_windows
+from ..distributed import Ranks
+from ..errors import CfspError
+from ..models.blockwise import record_block_calls, run_block
+from ..models.ffn import FFN
+from ..models.layouts import Layout, hidden_states_of
+from .block_cache import BlockCache
+from .least_squares import solve_damped
+
+EPOCHS = 2
+LEARNING_RATE = 0.005
+WARM_UP_STEPS = 20
+BETAS = (0.9, 0.95)
+SEEDS_PER_BLOCK = 1000  # more than anyone's epochs
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How blocks are fitted again."""
+
+    sequential: bool
+    damping: float
+    """Of the closed form, relative to the mean square of each channel."""
+    epochs: int
+    """Passes of Adam over the fitting windows, one step for each window; 0: none."""
+    learning_rate: float
+    """Step relative to the root mean square of each weight matrix."""
+    seed: int
+    """Of the order of the windows in each epoch."""
+
+
+@dataclass(frozen=True)
+class BlockRefit:
+    """What fitting a block again did, on the held-out windows."""
+
+    block: int
+    way: str
+    """``sequential`` or ``blockwise``."""
+    errors: tuple[float, ...]
+    """Mean square error of the block's output, relative to what the dense block adds to its
+    input: before, and after each epoch (after the closed form). () where nothing is held out."""
+    kept: int
+    """Which of them is that of the weights that were kept; 0: those from before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class Refitting:
+    """Windows on their way through the dense and the pruned blocks.
+
+    Memory: the hidden states of all windows twice, and once or twice more what the block at work
+    computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
+    gradient and the two moments of Adam), or in closed form z^T z of one FFN.
+
+    Args:
+        model: the causal LM, with its embeddings in memory.
+        layout: where its blocks and FFNs are.
+        windows: [N, S] int64 calibration tokens; the last are held out.
+        settings: how to fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, windows: torch.Tensor, settings: RefitSettings
+    ) -> None:
+        self.layout = layout
+        self.blocks = layout.find_blocks(model)
+        self.settings = settings
+        self.dense = record_block_calls(model, self.blocks, windows, micro_batch=1)
+        self.pruned = self.dense.hidden.clone()
+        self.refits: list[BlockRefit] = []
+        fitted = len(windows) - held_out_windows(len(windows))
+        self.fitted, self.held_out = range(fitted), range(fitted, len(windows))
+        self._change = 0.0
+        self._cache: BlockCache | None = None
+
+    def run_dense(self, number: int) -> None:
+        """Take the dense windows through a block that is not cut yet: they are its targets."""
+        change = torch.zeros((), dtype=torch.float64, device=self.pruned.device)
+
+        def observe(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+            if index in self.held_out:
+                change.add_((after.double() - before.double()).square().sum())
+
+        run_block(self.blocks[number], number, self.dense, observe)
+        self._change = float(change)
+
+    @torch.no_grad()
+    def run_pruned(self, number: int) -> None:
+        """Fit a block that has been cut, in place, then take the pruned windows through it."""
+        self._cache = BlockCache(
+            self.blocks[number], self._parameters(number), lambda: self._run(number, 0)
+        )
+        known: tuple[float, ...] = ()
+        if self.settings.sequential:
+            solved = self._solve_(number)
+            self.refits.append(solved)
+            known = solved.errors[solved.kept :][:1]
+        if self.settings.epochs:
+            self.refits.append(self._train_(number, known))
+        for index in range(len(self.pruned)):
+            self.pruned[index : index + 1] = self._output(number, index)
+        self._cache = None
+
+    def _output(
+        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[1, S, D]: the pruned block's output for a window, with these parameters."""
+        if self._cache is None:
+            return self._run(number, index, values)
+        return self._cache.run(index, lambda: self._run(number, index, values))
+
+    def _run(
+        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        block = self.blocks[number]
+        args, kwargs = self.dense.arguments[number][index]
+        states = self.pruned[index : index + 1]
+        return hidden_states_of(functional_call(block, dict(values or {}), (states, *args), kwargs))
+
+    def _lack(
+        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[1, S, D] fp32: what the pruned block's output lacks of the dense one's."""
+        target = self.dense.hidden[index : index + 1]
+        return target.float() - self._output(number, index, values).float()
+
+    def _error(self, number: int, values: Mapping[str, torch.Tensor]) -> float:
+        """Over the held-out windows."""
+        total = sum(
+            self._lack(number, index, values).square().sum(dtype=torch.float64)
+            for index in self.held_out
+        )
+        return float(total) / self._change if self._change else 0.0
+
+    def _parameters(self, number: int) -> dict[str, nn.Parameter]:
+        """Those of the FFNs of a block."""
+        block = self.blocks[number]
+        named = dict(block.named_parameters())
+        names = [
+            name for ffn in self.layout.block_ffns(block) for name in (*ffn.channels, ffn.down_bias)
+        ]
+        return {name: named[name] for name in names if name in named}
+
+    def _solve_(self, number: int) -> BlockRefit:
+        """Change the down projections in closed form, each after the ones before it."""
+        block, parameters = self.blocks[number], self._parameters(number)
+        judged = bool(self.held_out)
+        errors = [self._error(number, parameters)] if judged else []
+        old = {}
+        for ffn in self.layout.block_ffns(block):
+            change = self._regressed(number, ffn)
+            down = parameters[f"{ffn.down}.weight"]
+            old[down] = down.data.clone()
+            if change is not None:
+                transposed = ffn.channels[f"{ffn.down}.weight"].dimension == 0
+                down.data += (change.T if transposed else change).to(down.dtype)
+        if judged:
+            errors.append(self._error(number, parameters))
+        better = not judged or errors[1] < errors[0]
+        if not better:
+            for down, values in old.items():
+                down.data.copy_(values)
+        return BlockRefit(number, "sequential", tuple(errors), int(better))
+
+    def _regressed(self, number: int, ffn: FFN) -> torch.Tensor | None:
+        """[D, width] fp64: what a down projection lacks; None where its input is all zero."""
+        block = self.blocks[number]
+        width = ffn.group(block).channels
+        seen: list[torch.Tensor] = []
+        hook = ffn.projection(block, ffn.down).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
+        device = self.pruned.device
+        product = torch.zeros(width, width, device=device)
+        across = torch.zeros(self.pruned.shape[-1], width, dtype=torch.float64, device=device)
+        try:
+            for index in self.fitted:
+                lack = self._lack(number, index)[0]
+                inner = seen.pop().reshape(-1, width)
+                gram(inner, out=product)
+                across += lack.T @ inner.float()
+        finally:
+            hook.remove()
+        product += product.tril(-1).T
+        return solve_damped(product.double(), across, self.settings.damping)
+
+    def _train_(self, number: int, known: tuple[float, ...]) -> BlockRefit:
+        """``known``: the error before, where it was measured."""
+        parameters = self._parameters(number)
+        masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        judged = bool(self.held_out)
+        errors = list(known)
+        if judged and not known:
+            errors.append(self._error(number, parameters))
+        kept = 0
+        for epoch in self._epochs(number, masters, parameters):
+            if judged:
+                errors.append(self._error(number, _cast(masters, parameters)))
+            if not judged or errors[epoch] < errors[kept]:
+                kept = epoch
+                for name, master in masters.items():
+                    parameters[name].data.copy_(master.data)
+        return BlockRefit(number, "blockwise", tuple(errors), kept)
+
+    def _epochs(
+        self,
+        number: int,
+        masters: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor],
+    ) -> Iterator[int]:
+        """Adam with a cosine schedule; hands over after each epoch, 1, 2, ..."""
+        settings, windows = self.settings, len(self.fitted)
+        groups = [
+            {"params": [master], "rate": settings.learning_rate * _root_mean_square(master)}
+            for master in masters.values()
+        ]
+        adam = torch.optim.Adam(groups, betas=BETAS)
+        block = self.blocks[number]
+        frozen = {name: parameter.detach() for name, parameter in block.named_parameters()}
+        step, steps = 0, settings.epochs * windows
+        for epoch in range(1, settings.epochs + 1):
+            seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
+            order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+            for index in order.tolist():
+                step += 1
+                factor = min(1.0, step / WARM_UP_STEPS) * _cosine((step - 1) / steps)
+                for group in adam.param_groups:
+                    group["lr"] = group["rate"] * factor
+                with torch.enable_grad():
+                    values = {**frozen, **_cast(masters, parameters)}
+                    self._lack(number, index, values).square().mean().backward()
+                adam.step()
+                adam.zero_grad()
+            yield epoch
+
+
+def check_refits(model: nn.Module, layout: Layout, ranks: Ranks) -> None:
+    """Raise CfspError where blocks cannot be fitted again: by several ranks, or with experts."""
+    if ranks.size > 1:
+        raise CfspError("sequential and blockwise fitting run in one process: drop torchrun")
+    for block in layout.find_blocks(model):
+        if any(group.experts > 1 for group in layout.groups(block)):
+            raise CfspError(
+                "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
+            )
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().float().clone().requires_grad_()
+
+
+def _cast(
+    masters: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """As the block computes with them; gradients flow back to the masters."""
+    return {name: master.to(parameters[name].dtype) for name, master in masters.items()}
+
+
+def _root_mean_square(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().square().mean().sqrt())
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))

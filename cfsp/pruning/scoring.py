@@ -1,0 +1,170 @@
+"""Channel scores [F] of one block: pure functions of its statistics and, where needed, weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cfsp_kernels import channel_importance
+
+from ..calibration.statistics import BlockStatistics
+from ..models.channels import FFNWeights
+from .least_squares import DAMPING
+from .obs import removal_order, residual_norms
+
+
+class ScoreFunction(Protocol):
+    """(statistics, weights on demand, damping of least squares) -> scores [F] fp64 on the CPU. A
+    function that does not call the second argument reads no weights, and nothing loads them for
+    it."""
+
+    def __call__(
+        self,
+        statistics: BlockStatistics,
+        weights: Callable[[], FFNWeights],
+        damping: float = DAMPING,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A way to score channels, and what its authors use it with."""
+
+    score: ScoreFunction
+    allocator: str
+    compensation: str
+    summary: str
+    reads_weights: bool = True
+    needs_gram: bool = False
+    """Whether it reads the Gram matrices in the statistics."""
+
+
+def activation_norm(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """n_i, the L2 norm of the channel's activation. Reads no weights."""
+    return statistics.norm
+
+
+def cfsp(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """The score of the released CFSP (three_w_one_wa with b = c = 1). Reads no weights.
+
+    It is the mean over j of (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n.
+    Every normalised column sums to one, whatever the weights: what is left is 3 / D times the
+    activation norm, and the constant changes no order.
+    """
+    return statistics.norm
+
+
+def _kernel_score(
+    name: str, statistic: str | None = None, matrices: tuple[str, ...] = ("down",)
+) -> ScoreFunction:
+    """A score of ``cfsp_kernels.channel_importance``."""
+
+    def score(
+        statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    ) -> torch.Tensor:
+        ffn = weights()
+        given = {m: getattr(ffn, m) for m in matrices}
+        if statistic is not None:
+            value = getattr(statistics, "norm" if statistic == "norms" else statistic)
+            given[statistic] = value.to(ffn.down.device)
+        return channel_importance(name, **given).double().cpu()
+
+    return score
+
+
+def obs(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """When greedy removal takes the channel, see :func:`cfsp.pruning.obs.removal_order`."""
+    if statistics.gram is None:
+        raise ValueError("scorer obs needs the Gram matrices of the block")
+    down = weights().down
+    return removal_order(down, statistics.gram.fit(down.device).moments(), damping).scores
+
+
+def cfsp_output(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
+    to that of what it adds to the output."""
+    magnitude = channel_importance("magnitude", down=weights().down).double().cpu()
+    return statistics.norm * magnitude.sqrt()
+
+
+RESIDUAL_DAMPING = 2.0
+"""Between what a channel is (much of it) and what the others cannot replace (little). Too little
+buys the calibration's own text at the price of all others."""
+
+
+def cfsp_residual(
+    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+) -> torch.Tensor:
+    """r_i ||W_down[:, i]||^1/2 with what the other channels leave of the activation, see
+    :func:`cfsp.pruning.obs.residual_norms`, in place of its norm."""
+    if statistics.gram is None:
+        raise ValueError("scorer cfsp-residual needs the Gram matrices of the block")
+    down = weights().down
+    gram = statistics.gram.fit(down.device).moments()
+    magnitude = channel_importance("magnitude", down=down).double()
+    return (residual_norms(gram, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
+
+
+EVERY_MATRIX = ("gate", "up", "down")
+
+SCORERS: dict[str, Scorer] = {
+    "cfsp": Scorer(cfsp, "cfsp", "none", "released CFSP; equals the activation norm", False),
+    "cfsp-eq8": Scorer(
+        _kernel_score("eq8", "norms", EVERY_MATRIX),
+        "cfsp",
+        "none",
+        "Eq. 8 of the paper at second hand: down normalised over channels",
+    ),
+    "cfsp-output": Scorer(
+        cfsp_output,
+        "cfsp-filled",
+        "least-squares",
+        "activation norm times the root of the norm of the column of down; best with least squares",
+    ),
+    "cfsp-residual": Scorer(
+        cfsp_residual,
+        "cfsp-filled",
+        "least-squares",
+        "cfsp-output, of what the other channels leave of the activation",
+        needs_gram=True,
+    ),
+    "cfsp-balanced": Scorer(
+        _kernel_score("balanced", "norms", EVERY_MATRIX),
+        "cfsp",
+        "none",
+        "gate, up and down all normalised over channels, so that no term is constant",
+    ),
+    "activation-norm": Scorer(activation_norm, "cfsp", "none", "L2 norm of the activation", False),
+    "wanda-sp": Scorer(
+        _kernel_score("wanda", "norms"), "global", "none", "mean |W_down| times activation norm"
+    ),
+    "flap": Scorer(
+        _kernel_score("flap", "variance"),
+        "global",
+        "bias",
+        "activation variance times squared norm of the column of down",
+    ),
+    "wifn": Scorer(
+        _kernel_score("wanda", "norms"), "global", "bias", "wanda-sp with bias compensation"
+    ),
+    "magnitude-sp": Scorer(
+        _kernel_score("magnitude"), "uniform", "none", "L2 norm of the column of down"
+    ),
+    "obs": Scorer(
+        obs,
+        "knapsack",
+        "least-squares",
+        "greedy removal of the channel that costs the output least after a refit (OBS)",
+        needs_gram=True,
+    ),
+}
+"""Scorer by name; each with the allocator and compensation that it is published with."""

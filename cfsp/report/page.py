@@ -1,0 +1,150 @@
+"""``cfsp report``: one self-contained HTML file about one or more pruned folders."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ..checkpoints.documents import Result
+from ..errors import CfspError
+from ..pruning.allocation import NEEDS_CURVES
+from ..pruning.recipe import Recipe
+from ..pruning.refit import BlockRefit
+from . import figures
+from .error_figures import curves_figure, fits_figure, refits_figure
+from .tables import Values, compared, evaluation_table, number_at, perplexities, tiles
+from .usage import usage
+
+
+def write_report(
+    results: Sequence[Result], path: str | Path, evaluations: Sequence[Values] = ()
+) -> None:
+    """Write the report, whole or not at all.
+
+    Args:
+        results: of :func:`cfsp.checkpoints.documents.read_result`; more than one are also compared.
+        path: of the HTML file.
+        evaluations: of :func:`documents.read_evaluation`, of these models and of others.
+
+    Raises:
+        CfspError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(report_html(results, evaluations), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CfspError(f"cannot write {path}: {error}") from None
+
+
+def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -> str:
+    """The report as HTML. All names and texts in it are escaped."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = files(__package__) / "templates"
+    environment.globals["number_at"] = number_at
+    template = environment.from_string((folder / "report.html").read_text("utf-8"))
+    labels = _labels(results)
+    return template.render(
+        css=(folder / "report.css").read_text("utf-8"),
+        title=labels[0] if len(results) == 1 else f"{len(results)} pruned models",
+        results=[
+            _result(result, label, evaluations)
+            for result, label in zip(results, labels, strict=True)
+        ],
+        compared=compared(results, labels) if len(results) > 1 else None,
+        evaluation=evaluation_table(evaluations, results) if evaluations else None,
+    )
+
+
+def _labels(results: Sequence[Result]) -> list[str]:
+    """A folder's name, or its path where two have one name."""
+    names = [result.name for result in results]
+    return [
+        name if names.count(name) == 1 else str(result.folder)
+        for name, result in zip(names, results, strict=True)
+    ]
+
+
+def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "label": label,
+        "dense": result.dense_name,
+        "sparsity": f"{plan.sparsity:.1%}",
+        "tiles": tiles(result, evaluations),
+        "perplexity": perplexities(result),
+        "widths": figures.widths_figure(plan),
+        "importance": figures.importance_figure(plan),
+        "importance_metric": plan.recipe.importance,
+        "allocator": plan.recipe.resolved_allocator,
+        "scores": figures.scores_figure(plan),
+        "scorer": plan.recipe.scorer,
+        "curves": curves_figure(plan),
+        "compensation": plan.recipe.resolved_compensation,
+        "fits": result.fits,
+        "fits_figure": fits_figure(result.fits, len(plan.blocks)),
+        "refits": [_refit_texts(refit) for refit in result.refits],
+        "refits_figure": refits_figure(result.refits, len(plan.blocks)),
+        "recoveries": [_flat(recovery) for recovery in result.recoveries],
+        "strips": figures.strips(plan),
+        "blocks": plan.blocks,
+        "recipe": _recipe(result),
+        "provenance": _flat(result.provenance),
+        "usage": usage(result, label),
+    }
+
+
+def _refit_texts(refit: BlockRefit) -> list[str]:
+    """A row of the table of blocks fitted again."""
+    errors = [f"{error:.4g}" for error in refit.errors]
+    before, after = errors[0] if errors else "–", ", ".join(errors[1:]) or "–"
+    return [str(refit.block), refit.way, before, after, str(refit.kept)]
+
+
+def _recipe(result: Result) -> list[tuple[str, str]]:
+    """Every choice that was made, those left to the scorer too, but for what had no effect."""
+    recipe, calibration = result.plan.recipe, result.plan.recipe.calibration
+    choices = recipe.to_dict() | {
+        "allocator": recipe.resolved_allocator,
+        "compensation": recipe.resolved_compensation,
+        "calibration": f"{calibration.samples} windows of {calibration.seqlen} tokens of "
+        f"{calibration.dataset}, seed {calibration.seed}, BOS {calibration.bos}",
+    }
+    words = {True: "yes", False: "no"}
+    return [
+        (name.replace("_", " "), words[value] if isinstance(value, bool) else str(value))
+        for name, value in choices.items()
+        if value is not None and name not in _without_effect(recipe)
+    ]
+
+
+def _without_effect(recipe: Recipe) -> set[str]:
+    """Settings of what this recipe does not do."""
+    unread: set[str] = set()
+    if not recipe.blockwise:
+        unread |= {"epochs", "learning_rate"}
+    if not recipe.searches:
+        unread |= {name for name in recipe.to_dict() if name.startswith("search_")}
+        if recipe.resolved_allocator not in NEEDS_CURVES:
+            unread |= {"error_scale", "importance_exponent"}
+    return unread
+
+
+def _flat(values: Values, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as (path, text)."""
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        path = f"{prefix}{name}".replace("_", " ")
+        if isinstance(value, Mapping):
+            found.extend(_flat(value, f"{path} · "))
+        elif value is not None:
+            found.append((path, str(value)))
+    return found

@@ -1,0 +1,68 @@
+"""Perplexity against its definition."""
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from cfsp.calibration.text import EVALUATE, load_text, tokenize
+from cfsp.evaluation.quality import (
+    evaluation_windows,
+    generate,
+    generate_side_by_side,
+    perplexity,
+)
+
+from ..conftest import make_tiny, make_tokenizer
+
+
+@torch.no_grad()
+def test_perplexity_is_exp_of_the_mean_over_all_predicted_tokens(windows: torch.Tensor) -> None:
+    model = make_tiny()
+    logits = model(input_ids=windows).logits.double().log_softmax(-1)
+    likelihood = logits[:, :-1].gather(-1, windows[:, 1:, None])
+    measured = perplexity(model, windows, progress=False)
+    assert measured.perplexity == pytest.approx(math.exp(-float(likelihood.mean())), rel=1e-5)
+    assert (measured.windows, measured.tokens, measured.seqlen) == (6, 6 * 23, 24)
+
+
+def test_long_windows_are_summed_over_all_their_chunks() -> None:
+    windows = torch.randint(0, 256, (1, 700))
+    model = make_tiny(max_position_embeddings=1024)
+    loss = model(input_ids=windows, labels=windows).loss
+    assert perplexity(model, windows, progress=False).perplexity == pytest.approx(
+        math.exp(float(loss)), rel=1e-5
+    )
+
+
+def test_windows_follow_the_tokenizers_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenize(tokenizer, load_text("builtin", EVALUATE))
+    plain = evaluation_windows(tokenizer, "builtin", 32, 3, "auto")
+    assert torch.equal(plain.flatten(), ids[:96])
+    with_bos = evaluation_windows(make_tokenizer(puts_bos=True), "builtin", 32, 3, "auto")
+    assert with_bos[:, 0].tolist() == [256] * 3
+    assert torch.equal(with_bos[:, 1:].flatten(), ids[:93])
+
+
+def test_generation_is_greedy_and_as_long_as_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, second = (generate(make_tiny(), tokenizer, "abc", 8) for _ in range(2))
+    assert first.text == second.text
+    assert first.tokens == 8
+    assert first.tokens_per_second > 0
+
+
+def test_side_by_side_takes_turns_and_keeps_each_models_text(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [make_tiny(seed=0), make_tiny(seed=1)]
+    turns: list[int] = []
+
+    def recorded(model: object, *rest: object) -> object:
+        turns.append(models.index(model))
+        return generate(model, *rest)
+
+    monkeypatch.setattr("cfsp.evaluation.quality.generate", recorded)
+    found = generate_side_by_side(models, tokenizer, "abc", 8, rounds=2)
+    assert turns == [0, 1, 0, 1]
+    assert [g.text for g in found] == [generate(m, tokenizer, "abc", 8).text for m in models]
