@@ -27,7 +27,6 @@ import torch
 
 import cfsp
 from cfsp import Calibration, CfspError, Recipe, Statistics
-from cfsp.api import calibration_windows
 from cfsp.calibration.text import (
     BOS_CHOICES,
     EVALUATE,
@@ -37,6 +36,7 @@ from cfsp.calibration.text import (
     load_text,
     tokenize,
 )
+from cfsp.calibration.windows import calibration_windows
 from cfsp.models.fingerprints import tokens_fingerprint
 from cfsp.models.loading import OpenModel, check_seqlen, quiet_loading
 from cfsp.pruning.plan import write_json

@@ -6,6 +6,7 @@ Importing this registers the pruned architectures with transformers, so that
 
 from .api import PruneResult, calibrate, latency_table, plan, prune
 from .calibration.statistics import Statistics, load_statistics, save_statistics
+from .calibration.windows import Calibration
 from .checkpoints.exports import ExportResult, export
 from .checkpoints.folder import load
 from .costs.dry_run import estimate
@@ -17,7 +18,7 @@ from .models.loading import open_model
 from .models.registration import register
 from .pruning.plan import PruningPlan, load_plan, save_plan
 from .pruning.ranking import with_ranking
-from .pruning.recipe import Calibration, Recipe, load_recipe
+from .pruning.recipe import Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover
 
 __version__ = "0.1.0"

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .calibration.grams import temporary_folder
-from .calibration.mixtures import (
-    calibration_tokens,
-    format_mixture,
-    held_out_mixture,
-    parse_mixture,
-    share_out,
-)
 from .calibration.statistics import Statistics, check_grams, check_statistics, load_statistics
+from .calibration.windows import Calibration, calibration_windows
 from .checkpoints.folder import check_out
 from .costs.dry_run import Job, estimate_opened
 from .costs.feasibility import check_biases, check_recipe
@@ -28,22 +21,23 @@ from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
 from .errors import CfspError
-from .evaluation.quality import EVALUATION_WINDOWS, mixed_evaluation_windows
-from .io.hashes import check_hashes, known_hashes, weight_files
+from .evaluation.held_out import held_out_text
+from .evaluation.quality import EVALUATION_WINDOWS, perplexity
+from .io.hashes import check_hashes, known_hashes
 from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
-from .models.loading import OpenModel, adopt, check_seqlen, model_device, open_model
-from .models.opening import open_lean
+from .models.loading import OpenModel, adopt, model_device, open_model
+from .models.opening import open_lean, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import NEEDS_STATISTICS
 from .pruning.live_search import width_search
 from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
-from .pruning.recipe import Calibration, Recipe
+from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import HeldOut, PruneResult, Run, collect, prune_live, prune_stored
+from .run import PruneResult, Run, collect, prune_live, prune_stored
 
 
 def _open(
@@ -54,27 +48,6 @@ def _open(
         return adopt(model, tokenizer)
     opened = (open_lean if streamed else open_model)(model, dtype, device)
     return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
-
-
-def calibration_windows(
-    model: PreTrainedModel, tokenizer: Any, settings: Calibration
-) -> torch.Tensor:
-    """Token windows [samples, seqlen] that a calibration runs on.
-
-    Raises:
-        CfspError: seqlen beyond the model's positions, unknown dataset, too few tokens.
-    """
-    check_seqlen(model, settings.seqlen)
-    if tokenizer is None:
-        raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
-    return calibration_tokens(
-        tokenizer,
-        parse_mixture(settings.dataset),
-        settings.samples,
-        settings.seqlen,
-        settings.seed,
-        settings.bos,
-    )
 
 
 def _count(windows: torch.Tensor | None) -> int:
@@ -222,7 +195,11 @@ def plan_opened(
     model, layout, windows = opened.model, opened.layout, search_windows(opened, recipe)
     search = None
     if windows is not None:
-        search = width_search(model, layout, statistics, recipe, windows, progress=progress)
+
+        def measure() -> float:
+            return perplexity(model, windows, progress=False).perplexity
+
+        search = width_search(model, layout, statistics, recipe, measure, progress=progress)
     given = opened.blocks.ffn_weights
     return plan_within(
         statistics, given, recipe, model, layout, table, search=search, progress=progress
@@ -234,24 +211,6 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     known = statistics.provenance.get("calibration")
     calibration = Calibration(**known) if known else recipe.calibration
     return dataclasses.replace(recipe, calibration=calibration)
-
-
-def held_out_text(opened: OpenModel, recipe: Recipe, dataset: str | None, windows: int) -> HeldOut:
-    """Held-out windows to measure on: of ``dataset``, or else of those of the calibration's
-    datasets that have a held-out part, see :func:`cfsp.calibration.mixtures.held_out_mixture`."""
-    if windows == 0:
-        return HeldOut("", None)
-    mixture = parse_mixture(dataset or recipe.calibration.dataset)
-    if dataset is None:
-        mixture = held_out_mixture(mixture)
-    seqlen = recipe.calibration.seqlen
-    check_seqlen(opened.model, seqlen)
-    if opened.tokenizer is None:
-        raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
-    bos = recipe.calibration.bos
-    counts = share_out(mixture, windows, "eval_windows")
-    tokens = mixed_evaluation_windows(opened.tokenizer, counts, seqlen, bos)
-    return HeldOut(format_mixture(mixture), tokens, counts)
 
 
 def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
@@ -358,7 +317,7 @@ def prune(
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
         if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
-    held_out = held_out_text(opened, recipe, eval_dataset, eval_windows)
+    held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
 
     windows = None
     compensation = recipe.resolved_compensation

@@ -1,9 +1,9 @@
 """A job whose input is checked: in memory or from disk to disk, with what comes of it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 from .calibration.collect import collect_statistics
 from .calibration.grams import GramFolder, temporary_folder
 from .calibration.statistics import Statistics, statistics_fingerprint
-from .checkpoints.card import PruneReport, model_card, recipe_document
+from .checkpoints.card import model_card
+from .checkpoints.fits import fits_to_dicts
 from .checkpoints.folder import (
     check_out,
     load,
     new_folder,
     partial_folder,
-    probe_tokens,
-    take_probe,
     verify,
     write_documents,
     write_model,
@@ -40,6 +39,7 @@ from .costs.footprint import Footprints, footprints, plan_within
 from .costs.latency import LatencyTable
 from .distributed import ALONE, Ranks
 from .errors import CfspError, Stopped
+from .evaluation.held_out import HeldOut
 from .evaluation.quality import Perplexity, perplexity, ridden_perplexity
 from .io.hashes import write_hashes
 from .models.blocks import StoredBlocks, empty_
@@ -49,13 +49,85 @@ from .models.fingerprints import tokens_fingerprint, versions
 from .models.loading import OpenModel, quiet_loading
 from .models.opening import verify_streamed
 from .models.pruned_classes import become_pruned_, is_stock
+from .models.tensors import probe_tokens, take_probe
 from .pruning.compaction import prune_model_
 from .pruning.compaction_streamed import prune_to_shards_
 from .pruning.live_search import width_search
 from .pruning.plan import PruningPlan, plan_to_dict
 from .pruning.ranking import stored_ranking, with_ranking
 from .pruning.recipe import Recipe
-from .pruning.refit import RefitSettings, Refitting
+from .pruning.refit import BlockRefit, RefitSettings, Refitting
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a run did and measured."""
+
+    name: str
+    """The dense model: hub id, folder or file name."""
+    plan: PruningPlan
+    statistics: Statistics | None
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
+    refits: tuple[BlockRefit, ...]
+    """What fitting blocks again after the cut came to; () where they were not."""
+    sizes: Footprints
+    """What the model took and takes."""
+    table: LatencyTable | None
+    """That seconds are by."""
+    perplexity_before: Perplexity | None
+    perplexity_after: Perplexity | None
+    stock: bool
+    """Whether the result is an architecture of transformers itself."""
+    versions: dict[str, str]
+
+    @property
+    def parameters_before(self) -> int:
+        """Of the dense model; tied ones once."""
+        return self.sizes.before.parameters
+
+    @property
+    def parameters_after(self) -> int:
+        """Of the pruned model; tied ones once."""
+        return self.sizes.after.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measured part, as plain values."""
+        before, after = self.perplexity_before, self.perplexity_after
+        return {
+            "sparsity": self.plan.sparsity,
+            "widths": list(self.plan.widths),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "sizes": self.sizes.to_dict(),
+            "perplexity_before": before.to_dict() if before is not None else None,
+            "perplexity_after": after.to_dict() if after is not None else None,
+            **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
+            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
+        }
+
+
+def recipe_document(report: PruneReport) -> dict[str, Any]:
+    """The recipe with everything that a run depends on, for recipe.yaml.
+
+    What was measured is in it but for times: equal runs give equal documents.
+    """
+    statistics = report.statistics
+    result = report.to_dict()
+    for measured in (result["perplexity_before"], result["perplexity_after"]):
+        if measured is not None:
+            del measured["seconds"]
+    return {
+        "recipe": report.plan.recipe.to_dict(),
+        "provenance": {
+            "model": report.name,
+            "model_fingerprint": report.plan.model_fingerprint,
+            "statistics": statistics.provenance if statistics is not None else None,
+            "versions": report.versions,
+            "latency_table": report.table.to_dict() if report.table is not None else None,
+        },
+        "result": result,
+    }
 
 
 @dataclass(frozen=True)
@@ -89,17 +161,6 @@ class PruneResult:
     def statistics(self) -> Statistics | None:
         """The calibration; None where a plan was applied without any."""
         return self.report.statistics
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a model is measured on before and after."""
-
-    dataset: str
-    tokens: torch.Tensor | None
-    """[N, S] int64; None where nothing is measured."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """Windows of each dataset, one dataset after another."""
 
 
 def collect(
@@ -198,12 +259,16 @@ class Run:
         opened, windows = self.opened, self.search_windows
         search = None
         if windows is not None:
+
+            def measure() -> float:
+                return perplexity(opened.model, windows, progress=False).perplexity
+
             search = width_search(
                 opened.model,
                 opened.layout,
                 statistics,
                 self.recipe,
-                windows,
+                measure,
                 progress=self.progress,
             )
         return self.ranks.of_first(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..apportion import apportion
 from ..errors import CfspError
-from ..pruning.allocation import apportion
 from .text import CALIBRATE, DATASETS, bos_token, check_dataset, load_text, random_windows, tokenize
 
 Mixture = Mapping[str, float]

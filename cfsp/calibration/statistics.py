@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..errors import CfspError
 from ..models.channels import ChannelGroup, sizes_of
-from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint
+from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .curves import Ranking, ranking_of
 from .grams import (
@@ -131,20 +130,6 @@ class Statistics:
     def importance(self, metric: str) -> torch.Tensor:
         """[L] fp64, coarse importance of every block: its mean influence per token."""
         return torch.tensor([b.importance(metric) for b in self.blocks], dtype=torch.float64)
-
-
-def model_fingerprint(model: nn.Module, layout: Layout) -> str:
-    """Identifies a model by the shapes and a sample of the values of its FFN matrices."""
-
-    def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-        for number, block in enumerate(layout.find_blocks(model)):
-            parameters = dict(block.named_parameters())
-            for name in layout.weight_names(block):
-                tensor = parameters[name].detach()
-                values = tensor[0].flatten()[:SAMPLED_VALUES]
-                yield f"{number}.{name}", tuple(tensor.shape), values
-
-    return samples_fingerprint(samples())
 
 
 def statistics_fingerprint(statistics: Statistics) -> str:

@@ -1,89 +1,10 @@
 """The record of a run, and the two documents made of it: recipe.yaml's and the model card."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from ..calibration.statistics import Statistics
-from ..costs.footprint import Footprints
-from ..costs.latency import LatencyTable
-from ..evaluation.quality import Perplexity, perplexities_by_dataset
-from ..models.channels import FitRecord
-from ..pruning.plan import PruningPlan
-from ..pruning.recipe import Calibration
-from ..pruning.refit import BlockRefit
-from .fits import fits_section, fits_to_dicts, refits_section
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What a run did and measured."""
-
-    name: str
-    """The dense model: hub id, folder or file name."""
-    plan: PruningPlan
-    statistics: Statistics | None
-    fits: tuple[tuple[FitRecord, ...], ...]
-    """What compensations that fit came to, in each FFN and expert of each block; () for others."""
-    refits: tuple[BlockRefit, ...]
-    """What fitting blocks again after the cut came to; () where they were not."""
-    sizes: Footprints
-    """What the model took and takes."""
-    table: LatencyTable | None
-    """That seconds are by."""
-    perplexity_before: Perplexity | None
-    perplexity_after: Perplexity | None
-    stock: bool
-    """Whether the result is an architecture of transformers itself."""
-    versions: dict[str, str]
-
-    @property
-    def parameters_before(self) -> int:
-        """Of the dense model; tied ones once."""
-        return self.sizes.before.parameters
-
-    @property
-    def parameters_after(self) -> int:
-        """Of the pruned model; tied ones once."""
-        return self.sizes.after.parameters
-
-    def to_dict(self) -> dict[str, Any]:
-        """The measured part, as plain values."""
-        before, after = self.perplexity_before, self.perplexity_after
-        return {
-            "sparsity": self.plan.sparsity,
-            "widths": list(self.plan.widths),
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "sizes": self.sizes.to_dict(),
-            "perplexity_before": before.to_dict() if before is not None else None,
-            "perplexity_after": after.to_dict() if after is not None else None,
-            **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
-            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
-        }
-
-
-def recipe_document(report: PruneReport) -> dict[str, Any]:
-    """The recipe with everything that a run depends on, for recipe.yaml.
-
-    What was measured is in it but for times: equal runs give equal documents.
-    """
-    statistics = report.statistics
-    result = report.to_dict()
-    for measured in (result["perplexity_before"], result["perplexity_after"]):
-        if measured is not None:
-            del measured["seconds"]
-    return {
-        "recipe": report.plan.recipe.to_dict(),
-        "provenance": {
-            "model": report.name,
-            "model_fingerprint": report.plan.model_fingerprint,
-            "statistics": statistics.provenance if statistics is not None else None,
-            "versions": report.versions,
-            "latency_table": report.table.to_dict() if report.table is not None else None,
-        },
-        "result": result,
-    }
-
+from ..calibration.windows import Calibration
+from ..evaluation.quality import perplexities_by_dataset
+from .fits import fits_section, refits_section
 
 CARD = """\
 ---
@@ -143,7 +64,7 @@ def _range(values: tuple[int, ...]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _perplexity_row(report: PruneReport) -> str:
+def _perplexity_row(report: Any) -> str:
     before, after = report.perplexity_before, report.perplexity_after
     if before is None or after is None:
         return "| perplexity | not measured | not measured |"
@@ -162,7 +83,7 @@ def _datasets(calibration: Calibration) -> str:
     return ", ".join(f"`{name}` ({count})" for name, count in counts.items())
 
 
-def model_card(report: PruneReport) -> str:
+def model_card(report: Any) -> str:
     """README.md of a result, Markdown with the hub's front matter."""
     plan, recipe = report.plan, report.plan.recipe
     usage = (

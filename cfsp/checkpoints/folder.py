@@ -6,27 +6,38 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CfspError, Stopped
-from ..io.shards import ShardWriter, TensorInfo, pack_shards, sync_folder, write_index
+from ..io.shards import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    TensorInfo,
+    pack_shards,
+    sync_folder,
+    write_index,
+)
 from ..models import modeling_cfsp
 from ..models.loading import load_config, pick_device, quiet_loading
 from ..models.pruned_classes import is_stock
+from ..models.tensors import (
+    Probe,
+    _set_buffers,
+    converted,
+    differs,
+    probe_logits,
+    saved_tensors,
+    unsaved_buffers,
+)
 from ..pruning.plan import PruningPlan, save_plan
 from .resume import can_resume
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
-MAX_SHARD_BYTES = 5_000_000_000
-PROBE_TOKENS = 16
 
 
 def load(
@@ -108,27 +119,6 @@ def check_out(
         )
 
 
-def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds, in order: tied tensors once, under their first name."""
-    seen: set[int] = set()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor.detach()
-    return tensors
-
-
-def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names and in the shapes of its family's checkpoints.
-
-    Most families' are those of their modules; experts are apart there.
-    """
-    found = revert_weight_conversion(model, dict(tensors))
-    return tensors if found.keys() == tensors.keys() else found
-
-
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
     """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
     tensors = converted(model, saved_tensors(model))
@@ -177,37 +167,6 @@ def write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> No
         tokenizer.save_pretrained(folder)
 
 
-def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """[1, 16] fixed tokens to which a reloaded model must say the same, to the last bit."""
-    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.vocab_size
-
-
-@torch.no_grad()
-def probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits [1, 16, V] of the probe tokens."""
-    ids = probe_tokens(model).to(next(model.parameters()).device)
-    return model(input_ids=ids, use_cache=False).logits.cpu()
-
-
-def unsaved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Buffers that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a model says to fixed tokens, and the buffers with which it says so."""
-
-    logits: torch.Tensor
-    buffers: dict[str, torch.Tensor]
-
-
-def take_probe(model: PreTrainedModel) -> Probe:
-    """The probe of a model that is about to be saved."""
-    return Probe(probe_logits(model), unsaved_buffers(model))
-
-
 def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedModel:
     """Reload a written model and compare its logits, bit for bit, with those before it was saved.
 
@@ -239,18 +198,6 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
             )
             return model
     raise differs(got, expected.logits)
-
-
-def differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
-    """The error for a saved model with other logits than the pruned one had."""
-    worst = float((found.double() - expected.double()).abs().max())
-    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
-
-
-def _set_buffers(model: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:
-    for name, buffer in buffers.items():
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, buffer)
 
 
 def write_documents(

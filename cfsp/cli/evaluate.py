@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration.text import BOS_CHOICES
+from ..calibration.windows import Calibration
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..evaluation.quality import evaluation_windows, perplexity
 from ..evaluation.speed import PeakMemory, Workload, measure_speed, random_prompts, time_round
 from ..evaluation.tasks import find_tasks, run_tasks
 from ..models.loading import OpenModel, check_seqlen, open_model, pick_device
-from ..pruning.recipe import DTYPES, Calibration
+from ..pruning.recipe import DTYPES
 from ..report.tables import evaluation_table
 from .options import print_json
 

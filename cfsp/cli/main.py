@@ -25,6 +25,7 @@ from ..calibration.statistics import (
     save_statistics,
 )
 from ..calibration.text import BOS_CHOICES
+from ..calibration.windows import Calibration
 from ..checkpoints.exports import EXPORTERS, export
 from ..checkpoints.exports.gguf_tensors import GGUF_TYPES
 from ..checkpoints.fits import fits_summary, refits_summary
@@ -37,7 +38,7 @@ from ..pruning.allocation import ALLOCATORS
 from ..pruning.budget import FORM
 from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import load_plan, save_plan
-from ..pruning.recipe import DTYPES, Calibration, Recipe, load_recipe
+from ..pruning.recipe import DTYPES, Recipe, load_recipe
 from ..pruning.scoring import SCORERS
 from .curves import add_curves
 from .demo import print_demo, run_demo

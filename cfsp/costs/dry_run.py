@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from ..calibration.gram_sums import check_ranks
-from ..checkpoints.folder import MAX_SHARD_BYTES
 from ..errors import CfspError, unknown_name
 from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.memory import MemoryBudget, parse_budget
-from ..io.shards import TensorInfo, pack_shards
+from ..io.shards import MAX_SHARD_BYTES, TensorInfo, Tensors, pack_shards
 from ..models.blockwise import default_micro_batch
-from ..models.descriptions import Description, describe, describe_opened, kept_tensors, tensor_infos
+from ..models.descriptions import Description, describe, describe_opened
 from ..models.layouts import unsupported
 from ..models.loading import OpenModel, check_seqlen, model_device, pick_device
+from ..models.tensors import kept_tensors, tensor_infos
 from ..pruning.allocation import NEEDS_CURVES, SEARCH
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import NEEDS_GRAM
@@ -26,7 +26,7 @@ from ..pruning.scoring import SCORERS
 from .estimates import Estimate
 from .feasibility import even_plan
 from .fit_costs import GramCosts
-from .flops import ModelCosts, Tensors, costs_of
+from .flops import ModelCosts, costs_of
 from .footprint import Footprints, footprints
 from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
 from .latency import LatencyTable
@@ -312,7 +312,7 @@ def estimate(
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
     budget = parse_budget(max_memory)
-    described = describe(model, recipe)
+    described = describe(model, recipe.dtype, whole=recipe.searches)
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
     machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)

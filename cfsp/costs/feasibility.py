@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..apportion import apportion, check_budget
 from ..errors import CfspError
 from ..models.channels import check_expert_width
 from ..models.layouts import Layout
 from ..models.pruned_classes import parameter_shapes, stock_model
-from ..pruning.allocation import apportion, check_budget, equal_widths
+from ..pruning.allocation import equal_widths
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
 from ..pruning.plan import BlockPlan, PruningPlan, flat_channels

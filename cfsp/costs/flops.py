@@ -5,42 +5,18 @@ parameter belongs to the attention, the router or the FFN by its name and shape,
 architectures that cannot be pruned are counted too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
 from ..errors import CfspError
-from ..io.shards import TensorInfo
+from ..io.shards import TensorInfo, Tensors
 
-Tensors = Mapping[str, TensorInfo]
 ATTENTION = ("attn", "attention")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
 COMPOSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 """Activations made of several operations, each with a result of its own."""
 FP32 = 4
-
-
-def block_path(model: PreTrainedModel) -> str:
-    """The path of the decoder blocks: the longest list of modules in the base model that is not
-    itself in a list (experts are).
-
-    Raises:
-        CfspError: there is none.
-    """
-    lists = {
-        name: len(module)
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    if not lists:
-        raise CfspError(f"{type(model).__name__} has no list of decoder blocks")
-    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    longest = max(outermost, key=lambda name: lists[name])
-    prefix = model.base_model_prefix if model.base_model is not model else ""
-    return f"{prefix}.{longest}" if prefix else longest
 
 
 def is_expert(name: str) -> bool:

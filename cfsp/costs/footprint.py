@@ -8,17 +8,18 @@ from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
+from ..io.shards import Tensors
 from ..models.channels import ChannelGroup
-from ..models.descriptions import kept_tensors, tensor_infos
 from ..models.layouts import Layout
 from ..models.loading import check_seqlen
+from ..models.tensors import kept_tensors, tensor_infos
 from ..pruning.budget import BATCH, LENGTH, ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
 from ..pruning.plan import PruningPlan, WidthSearch, make_plan
 from ..pruning.ranking import Weights
 from ..pruning.recipe import Recipe
-from .flops import ModelCosts, Tensors, costs_of
+from .flops import ModelCosts, costs_of
 from .latency import LatencyLimit, LatencyTable
 
 
@@ -153,7 +154,7 @@ def resolve_budget(
                 f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
             )
         limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
-        return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit)
+        return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
     costs = _costs(model, layout, tensor_infos(dense_tensors(model)))
     per_channel = channel_costs(model, layout, costs)[budget.kind]
     if budget.kind == "params":

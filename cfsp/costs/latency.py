@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ..apportion import reachable
 from ..errors import CfspError
-from ..pruning.allocation import reachable
+from ..pruning.budget import Widths
 
 FORMAT = "cfsp-latency-1"
 HALVINGS = 14
 CLOSE = 1e-3
 """Of the seconds asked for: nearer than this is near enough to fill up channel by channel."""
-Widths = tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CfspError
-from ..models.opening import local_folder
-from .shards import read_index
 
 SUMS_FILE = "SHA256SUMS"  # the format of coreutils' sha256sum
 READ_BYTES = 16 << 20
@@ -49,20 +47,6 @@ def sha256_of(
     bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress)
     with bar, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
         return list(pool.map(lambda file: _sha256(file, bar, from_disk), files))
-
-
-def weight_files(model: str | Path) -> list[Path]:
-    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder.
-
-    Raises:
-        CfspError: it has no such files, or one without a header that can be read.
-    """
-    if Path(model).suffix == ".gguf":
-        return [Path(model)]
-    folder = local_folder(model)
-    if folder is None:
-        raise CfspError(f"{model} has no safetensors or GGUF files to verify")
-    return sorted({stored.file for stored in read_index(folder).values()})
 
 
 def _listed(sums: Path) -> dict[str, str]:

@@ -397,3 +397,9 @@ class ShardWriter:
             del self.open[shard.name]
             current.finish()
             self.closed += 1
+
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+Tensors = Mapping[str, TensorInfo]

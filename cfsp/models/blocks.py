@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..calibration.statistics import model_fingerprint
 from ..io.block_reader import BlockReader
 from ..io.shards import StoredTensor, first_values, read_tensors
 from .channels import FFNWeights
-from .fingerprints import SAMPLED_VALUES, samples_fingerprint
+from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
 
 
@@ -38,7 +37,7 @@ class LiveBlocks:
         return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
 
     def fingerprint(self) -> str:
-        """See :func:`cfsp.calibration.statistics.model_fingerprint`."""
+        """See :func:`cfsp.models.fingerprints.model_fingerprint`."""
         return model_fingerprint(self.model, self.layout)
 
 

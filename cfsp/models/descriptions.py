@@ -1,21 +1,20 @@
 """Models as their configs and the headers of their weights tell: no weights are read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..costs.flops import Tensors, block_path
 from ..errors import CfspError
-from ..io.shards import TensorInfo, read_index
-from ..pruning.recipe import Recipe
+from ..io.shards import TensorInfo, Tensors, read_index
 from .blocks import StoredBlocks
 from .detection import detect_layout
 from .layouts import Layout, known_layout
 from .loading import OpenModel, load_config, load_part, make_skeleton, quiet_loading, require_gguf
+from .tensors import kept_tensors, tensor_infos
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,6 @@ class Description:
     blocks: str
     """Path of the blocks."""
     streamed: bool
-
-
-def kept_tensors(
-    tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
-) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds: tied tensors once."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-
-def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    """Dtypes and shapes of tensors."""
-    return {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
 
 def describe_opened(opened: OpenModel) -> Description:
@@ -73,10 +59,10 @@ def _config(model: str | Path) -> Any:
     return load_config(str(model))
 
 
-def _dtype(recipe: Recipe, config: Any, stored: Tensors, whole_file: bool) -> torch.dtype:
+def _dtype(dtype: str, config: Any, stored: Tensors, whole_file: bool) -> torch.dtype:
     """What a run computes in: as asked, as the config says, as stored; fp32 from GGUF."""
-    if recipe.dtype != "auto":
-        return getattr(torch, recipe.dtype)
+    if dtype != "auto":
+        return getattr(torch, dtype)
     if whole_file:
         return torch.float32
     if isinstance(config.dtype, torch.dtype):
@@ -92,8 +78,10 @@ def _layout(skeleton: PreTrainedModel) -> Layout | None:
         return None
 
 
-def describe(model: str | Path, recipe: Recipe) -> Description:
+def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
     """A hub id, folder, config file or GGUF file of any causal LM of transformers.
+
+    ``whole``: it will be loaded whole, whatever the checkpoint allows.
 
     Raises:
         CfspError: no config, or one that transformers cannot build a model of.
@@ -102,9 +90,9 @@ def describe(model: str | Path, recipe: Recipe) -> Description:
     gguf = path.suffix == ".gguf"
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
     stored: Tensors = read_index(path) if has_weights else {}
-    dtype = _dtype(recipe, config, stored, gguf)
+    precision = _dtype(dtype, config, stored, gguf)
     with quiet_loading():
-        skeleton = make_skeleton(config, dtype)
+        skeleton = make_skeleton(config, precision)
     layout = _layout(skeleton)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(kept_tensors(skeleton.state_dict(), skeleton))
@@ -112,8 +100,28 @@ def describe(model: str | Path, recipe: Recipe) -> Description:
     quantised = getattr(config, "quantization_config", None) is not None
     renamed = has_weights and len(known) < len(own)
     if not known:
-        width = config.dtype if isinstance(config.dtype, torch.dtype) else dtype
+        width = config.dtype if isinstance(config.dtype, torch.dtype) else precision
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
-    whole = gguf or quantised or renamed or (path / "adapter_config.json").exists()
+    whole = whole or gguf or quantised or renamed or (path / "adapter_config.json").exists()
     name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
-    return Description(name, skeleton, known, layout, blocks, not whole and not recipe.searches)
+    return Description(name, skeleton, known, layout, blocks, not whole)
+
+
+def block_path(model: PreTrainedModel) -> str:
+    """The path of the decoder blocks: the longest list of modules in the base model that is not
+    itself in a list (experts are).
+
+    Raises:
+        CfspError: there is none.
+    """
+    lists = {
+        name: len(module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not lists:
+        raise CfspError(f"{type(model).__name__} has no list of decoder blocks")
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    longest = max(outermost, key=lambda name: lists[name])
+    prefix = model.base_model_prefix if model.base_model is not model else ""
+    return f"{prefix}.{longest}" if prefix else longest

@@ -2,11 +2,14 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import nn
+
+from .layouts import Layout
 
 PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets")
 SAMPLED_VALUES = 256
@@ -54,3 +57,17 @@ def tokens_fingerprint(windows: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(windows.shape)}".encode())
     digest.update(windows.to(torch.int64).contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module, layout: Layout) -> str:
+    """Identifies a model by the shapes and a sample of the values of its FFN matrices."""
+
+    def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        for number, block in enumerate(layout.find_blocks(model)):
+            parameters = dict(block.named_parameters())
+            for name in layout.weight_names(block):
+                tensor = parameters[name].detach()
+                values = tensor[0].flatten()[:SAMPLED_VALUES]
+                yield f"{number}.{name}", tuple(tensor.shape), values
+
+    return samples_fingerprint(samples())

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..checkpoints.folder import differs, probe_tokens
 from ..errors import CfspError
 from ..io.shards import StoredTensor, read_index, read_tensors
 from .blocks import StoredBlocks, set_parameters_
@@ -24,6 +23,7 @@ from .loading import (
     pick_device,
     quiet_loading,
 )
+from .tensors import differs, probe_tokens
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -195,3 +195,17 @@ def ridden_probe(opened: OpenModel) -> torch.Tensor:
         for number, _ in turns:
             probe.ride(number)
     return next(probe.logits()).cpu()
+
+
+def weight_files(model: str | Path) -> list[Path]:
+    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder.
+
+    Raises:
+        CfspError: it has no such files, or one without a header that can be read.
+    """
+    if Path(model).suffix == ".gguf":
+        return [Path(model)]
+    folder = local_folder(model)
+    if folder is None:
+        raise CfspError(f"{model} has no safetensors or GGUF files to verify")
+    return sorted({stored.file for stored in read_index(folder).values()})

@@ -4,10 +4,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from ..costs.latency import LatencyLimit, Widths
+from ..apportion import reachable
 from ..errors import CfspError
-from .allocation import reachable
 
 KINDS = ("params", "flops", "latency")
 FORM = "params=0.25, params=6B, flops=0.25 or latency=0.25, the last two perhaps with @1x1024"
@@ -84,6 +84,22 @@ def parse_budget(text: str) -> ModelBudget:
     return ModelBudget(text.strip(), kind, None if absolute else number, parameters, batch, length)
 
 
+Widths = tuple[int, ...]
+
+
+class WidthFit(Protocol):
+    """The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
+
+    def __call__(
+        self,
+        widths_at: Callable[[float], Widths],
+        sizes: Sequence[int],
+        multiple: int,
+        *,
+        equal: bool = False,
+    ) -> Widths: ...
+
+
 @dataclass(frozen=True)
 class ChannelBudget:
     """What an allocator is given: the fraction to remove of what all channels cost."""
@@ -91,8 +107,8 @@ class ChannelBudget:
     sparsity: float
     costs: tuple[int, ...]
     """Of one channel of width in every FFN, in all its experts."""
-    latency: LatencyLimit | None = None
-    """Where it is one: ``sparsity`` is then what it would be if channels were all that counted."""
+    fit: WidthFit | None = None
+    """Of a latency: ``sparsity`` is then what it would be if channels were all that counted."""
 
     def widths(
         self,
@@ -102,10 +118,10 @@ class ChannelBudget:
         *,
         equal: bool = False,
     ) -> Widths:
-        """Widths under the budget; see :meth:`LatencyLimit.fitted` for arguments."""
-        if self.latency is None:
+        """Widths under the budget; see :class:`WidthFit` for arguments."""
+        if self.fit is None:
             return widths_at(self.sparsity)
-        return self.latency.fitted(widths_at, sizes, multiple, equal=equal)
+        return self.fit(widths_at, sizes, multiple, equal=equal)
 
 
 def channel_budget(

@@ -8,10 +8,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration.grams import StoredGram
-from ..calibration.statistics import BlockStatistics, Statistics, check_grams, model_fingerprint
+from ..calibration.statistics import BlockStatistics, Statistics, check_grams
 from ..errors import CfspError
 from ..io.shards import Room, TensorInfo
 from ..models.channels import CutDown, FitRecord, check_expert_width
+from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_GRAM, NEEDS_STATISTICS
 from .plan import BlockPlan, PruningPlan

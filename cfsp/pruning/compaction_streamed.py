@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from ..calibration.progress import BlockProgress
 from ..calibration.statistics import Statistics
-from ..checkpoints.folder import MAX_SHARD_BYTES, saved_tensors
 from ..distributed import ALONE, Ranks
 from ..errors import Stopped
 from ..io.arena import Arena, aligned
 from ..io.shards import (
+    MAX_SHARD_BYTES,
     Room,
     Shard,
     ShardWriter,
@@ -30,6 +30,7 @@ from ..io.shards import (
 from ..models.blockwise import RidingWindows
 from ..models.channels import FitRecord
 from ..models.loading import OpenModel
+from ..models.tensors import saved_tensors
 from .compaction import check_compensation, check_plan, planned_tensors, prune_block_
 from .plan import PruningPlan
 from .refit import Refitting

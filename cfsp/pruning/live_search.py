@@ -11,7 +11,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
-from ..evaluation.quality import perplexity
 from ..models.layouts import Layout
 from .allocation import AllocationProblem
 from .compaction import check_compensation, prune_block_
@@ -28,13 +27,13 @@ def width_search(
     layout: Layout,
     statistics: Statistics,
     recipe: Recipe,
-    windows: torch.Tensor,
+    measure: Callable[[], float],
     *,
     progress: bool = False,
 ) -> WidthSearch:
     """A search that measures every candidate as it would be saved, compensation and all.
 
-    Time: a pass over ``windows`` for each of ``1 + search_generations * search_offspring``
+    Time: a measurement for each of ``1 + search_generations * search_offspring``
     candidates, and a cut for each new width of a block. Memory: see :class:`CutBlocks`.
 
     Args:
@@ -42,7 +41,7 @@ def width_search(
         layout: where its FFNs are.
         statistics: that the cuts are compensated by.
         recipe: its compensation, damping and settings of the search are read.
-        windows: [N, S] int64, what is measured.
+        measure: the loss of the model as it stands, such as its perplexity.
         progress: show a bar on stderr.
 
     Raises, when it is run:
@@ -66,7 +65,7 @@ def width_search(
 
             def evaluate(widths: tuple[int, ...]) -> float:
                 put(plan_of(widths))
-                measured = perplexity(model, windows, progress=False).perplexity
+                measured = measure()
                 bar.set_postfix(perplexity=f"{measured:.3f}", refresh=False)
                 bar.update()
                 return measured

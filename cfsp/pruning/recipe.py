@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from ..calibration.curves import ERROR_SCALES
-from ..calibration.mixtures import parse_mixture, share_out
 from ..calibration.statistics import INFLUENCE_METRICS
-from ..calibration.text import BOS_CHOICES
+from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
 from .allocation import ALLOCATORS, NEEDS_CURVES, SEARCH
 from .budget import ModelBudget, parse_budget
@@ -20,37 +19,6 @@ from .refit import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The tokens that a model is calibrated on."""
-
-    dataset: str = "wikitext2"
-    """wikitext2, c4, ptb, builtin or the path of a local file; or several of these with weights,
-    as ``wikitext2:3,c4:1``, see :func:`cfsp.calibration.mixtures.parse_mixture`."""
-    samples: int = 128
-    """Number of windows, of all datasets."""
-    seqlen: int = 1024
-    """Tokens per window."""
-    seed: int = 0
-    """Of the random start of each window."""
-    bos: str = "auto"
-    """auto: each window starts with a BOS where the tokenizer itself puts one; always; never."""
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise CfspError(f"samples must be 1 or more, got {self.samples}")
-        if self.seqlen < 2:
-            raise CfspError(f"seqlen must be 2 or more, got {self.seqlen}")
-        if self.bos not in BOS_CHOICES:
-            raise unknown_name("bos", self.bos, BOS_CHOICES)
-        share_out(parse_mixture(self.dataset), self.samples)
-
-    @property
-    def windows_by_dataset(self) -> dict[str, int]:
-        """Windows of each dataset."""
-        return share_out(parse_mixture(self.dataset), self.samples)
 
 
 @dataclass(frozen=True)
@@ -100,7 +68,7 @@ class Recipe:
     """auto: as the checkpoint stores it."""
     micro_batch: int | None = None
     """Windows per forward call; None: about 8192 tokens on a GPU, one window on a CPU."""
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

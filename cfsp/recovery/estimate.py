@@ -19,10 +19,10 @@ from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.memory import MemoryBudget, format_bytes, parse_budget
 from ..io.shards import TensorInfo
-from ..models.descriptions import Description, describe, kept_tensors
+from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
-from ..pruning.recipe import Recipe
+from ..models.tensors import kept_tensors
 from .folder import read_pruned
 from .settings import Recovery
 from .trained import what_is_trained
@@ -305,7 +305,7 @@ def estimate_recovery(
         CfspError: no pruned folder, settings that do not fit the model.
     """
     process, pruned = resident_bytes(), read_pruned(Path(folder))
-    described = describe(folder, Recipe())
+    described = describe(folder)
     if described.layout is None:
         raise unsupported(described.model.config.model_type)
     machine = choose_hardware(hardware, device, described.model.dtype, tflops)
@@ -317,7 +317,7 @@ def estimate_recovery(
     trained = what_is_trained(pruned.plan, described.model, described.layout, settings)
     teacher = None
     if settings.distillation is not None:
-        teacher = describe(settings.distillation.teacher, Recipe())
+        teacher = describe(settings.distillation.teacher)
     return estimate_training(
         described,
         teacher,

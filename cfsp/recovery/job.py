@@ -1,6 +1,5 @@
 """A recovery whose input is checked: the model, what of it is trained, and on which tokens."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..api import calibration_windows, held_out_text
-from ..checkpoints.folder import saved_tensors
+from ..calibration.windows import calibration_windows
 from ..costs.hardware import resident_bytes, this_machine
 from ..errors import CfspError
+from ..evaluation.held_out import HeldOut, held_out_text
 from ..io.memory import MemoryBudget
 from ..models.descriptions import describe_opened
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import OpenModel, count_parameters, open_model, quiet_loading
-from ..run import HeldOut
+from ..models.tensors import saved_tensors
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .folder import PrunedFolder, check_opened, read_pruned
@@ -110,8 +109,7 @@ def make_job(
     settings = settings.resolved(recipe.calibration, count_parameters(model), where)
     trained = what_is_trained(pruned.plan, model, opened.layout, settings)
     windows = calibration_windows(model, opened.tokenizer, settings.text)
-    measured = dataclasses.replace(recipe, calibration=settings.text)
-    held_out = held_out_text(opened, measured, eval_dataset, eval_windows)
+    held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
     teacher = _teacher(opened, settings, device)
     estimate = estimate_training(
         describe_opened(opened),

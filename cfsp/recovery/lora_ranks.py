@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..apportion import apportion
 from ..errors import CfspError
-from ..pruning.allocation import REFERENCE_TOKENS, apportion, importance_shares
+from ..pruning.allocation import REFERENCE_TOKENS, importance_shares
 
 
 def uniform_ranks(rank: int, largest: Sequence[int]) -> list[int]:

@@ -13,19 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.folder import (
-    check_out,
-    new_folder,
-    partial_folder,
-    take_probe,
-    verify,
-    write_model,
-)
+from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexity
 from ..io.memory import parse_budget
 from ..models.blocks import empty_
+from ..models.tensors import take_probe
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
 from .folder import write_documents
 from .job import Job, make_job

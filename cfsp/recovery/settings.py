@@ -9,9 +9,9 @@ import torch
 
 from ..calibration.mixtures import parse_mixture
 from ..calibration.text import BOS_CHOICES
+from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
 from ..models.blockwise import default_micro_batch
-from ..pruning.recipe import Calibration
 
 METHODS = ("lora", "ffn")
 ALLOCATIONS = ("importance", "uniform")

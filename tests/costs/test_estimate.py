@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
-from cfsp.costs.flops import ModelCosts, block_path, costs_of
+from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.costs.hardware import H100
 from cfsp.errors import CfspError
 from cfsp.io.memory import MemoryBudget, format_bytes, parse_budget, parse_bytes
 from cfsp.io.shards import TensorInfo
 from cfsp.models.blockwise import record_block_calls, run_block
+from cfsp.models.descriptions import block_path
 from cfsp.pruning.live_search import CutBlocks
 from cfsp.pruning.plan import BlockPlan
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.api import calibration_windows
 from cfsp.calibration.text import load_text
+from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
 from cfsp.distributed import ALONE, Ranks, joined
 from cfsp.errors import CfspError, RankLost, Stopped
@@ -166,11 +166,12 @@ def with_a_broken_token(folder: Path, text: Path) -> Path:
 def four(here: Here) -> Driven:
     """Everything that four ranks are asked for, in one start of them; at its end one is killed."""
     stop_in_pass_1 = {
-        "rank": 2, "module": "calibration.collect", "function": "run_block", "call": 2, "signal": "SIGTERM",
-        "to": "itself",
+        "rank": 2, "module": "calibration.collect", "function": "run_block", "call": 2,
+        "signal": "SIGTERM", "to": "itself",
     }  # fmt: skip
     stop_in_pass_2 = {
-        **stop_in_pass_1, "module": "pruning.compaction_streamed", "function": "prune_block_", "call": 1
+        **stop_in_pass_1, "module": "pruning.compaction_streamed", "function": "prune_block_",
+        "call": 1,
     }  # fmt: skip
     kill = {**stop_in_pass_2, "rank": 3, "signal": "SIGKILL"}
     broken = with_a_broken_token(here.folder / "nan", here.text)

@@ -11,13 +11,14 @@ from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 import cfsp
+from cfsp.apportion import apportion
 from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
 from cfsp.models.channels import ChannelGroup, Routing
 from cfsp.models.layouts import LAYOUTS
-from cfsp.pruning.allocation import AllocationProblem, allocate_widths, apportion
+from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
 from cfsp.report.error_figures import curves_figure
 

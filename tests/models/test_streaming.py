@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 import cfsp
 from cfsp import run as runs
 from cfsp.calibration.collect import collect_statistics
-from cfsp.calibration.statistics import Statistics, model_fingerprint
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.errors import CfspError
 from cfsp.io.shards import read_header
 from cfsp.models.blocks import StoredBlocks
+from cfsp.models.fingerprints import model_fingerprint
 from cfsp.models.loading import OpenModel, open_model
 from cfsp.models.opening import open_streamed
 from cfsp.pruning import compaction_streamed as second_pass

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cfsp.apportion import apportion
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
 from cfsp.pruning.allocation import (
     ALLOCATORS,
     AllocationProblem,
     allocate_widths,
-    apportion,
     cfsp_keep_fractions,
     equal_widths,
     importance_shares,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.api import calibration_windows
 from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.grams import temporary_folder
 from cfsp.calibration.statistics import Statistics, statistics_fingerprint
+from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
 from cfsp.evaluation.quality import perplexity

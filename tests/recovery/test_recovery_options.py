@@ -111,7 +111,7 @@ def test_estimated_activations_are_those_kept(name: str, inner: int, tmp_path: P
     for blocks in (2, 4):
         model = make_tiny(name, num_hidden_layers=blocks, intermediate_size=inner)
         model.config.save_pretrained(tmp_path / "config")
-        described = describe(tmp_path / "config", cfsp.Recipe())
+        described = describe(tmp_path / "config")
         costs = estimates._costs(described, torch.float32)
         estimated[blocks] = estimates._activations(costs, seqlen, seqlen, False)
         model.requires_grad_(False)

@@ -10,12 +10,20 @@ from torch import nn
 from tqdm import tqdm
 
 from ...errors import CfspError
-from ...io.shards import ShardWriter, TensorInfo, pack_shards, read_index, read_tensors, write_index
+from ...io.shards import (
+    MAX_SHARD_BYTES,
+    ShardWriter,
+    TensorInfo,
+    pack_shards,
+    read_index,
+    read_tensors,
+    write_index,
+)
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
 from ...models.loading import OpenModel
 from ...models.opening import open_lean
-from ..folder import MAX_SHARD_BYTES, converted, saved_tensors
+from ...models.tensors import converted, saved_tensors
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""Whole widths under one budget: the largest-remainder method."""
+
+from collections.abc import Sequence
+from operator import mul
+
+import torch
+
+from .errors import CfspError
+
+
+def check_budget(
+    intermediate_sizes: Sequence[int],
+    budget: float,
+    multiple: int,
+    costs: Sequence[int] | None = None,
+) -> int:
+    """The cost to keep in all over the multiple, where some widths meet the budget.
+
+    Args:
+        intermediate_sizes: channels of every FFN, of one expert where it has several.
+        budget: cost to keep in all FFNs and experts.
+        multiple: 1 for exact widths.
+        costs: of one channel of width in every FFN: its experts, where channels are the budget;
+            None: 1.
+
+    Raises:
+        CfspError: none do; says which sparsities can be reached.
+    """
+    costs = costs or [1] * len(intermediate_sizes)
+    wanted = round(budget / multiple)
+    least, most = reachable(intermediate_sizes, multiple, costs)
+    if not least <= wanted <= most:
+        total = sum(map(mul, intermediate_sizes, costs))
+        low, high = (1 - units * multiple / total for units in (most, least))
+        raise CfspError(
+            f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
+            f"{len(costs)} {_kind(costs)}s can reach {max(0.0, low):.4g} to {high:.4g}"
+        )
+    return wanted
+
+
+def reachable(
+    intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
+) -> tuple[int, int]:
+    """What all FFNs cost at least and at most, over the multiple; see :func:`check_budget`."""
+    room = [size // multiple for size in intermediate_sizes]
+    if min(room) < 1:
+        raise CfspError(
+            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
+            f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
+        )
+    return sum(costs), sum(map(mul, room, costs))
+
+
+def _kind(costs: Sequence[int]) -> str:
+    return "block" if max(costs) == 1 else "FFN"
+
+
+def apportion(
+    ideal: torch.Tensor,
+    intermediate_sizes: Sequence[int],
+    budget: float,
+    multiple: int,
+    importance: torch.Tensor,
+    costs: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
+
+    Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
+    most by it, among equals to the more important one (the largest-remainder method). An FFN
+    keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
+    of each of them; the budget is met to half of the smallest step that can be made.
+
+    Args:
+        ideal: [L] widths, real; of one expert, as the result.
+        intermediate_sizes: channels of every FFN, of one expert.
+        budget: cost to keep in all FFNs and experts.
+        multiple: 1 for exact widths.
+        importance: [L]; breaks ties, then the index does.
+        costs: see :func:`check_budget`.
+
+    Raises:
+        CfspError: no widths meet the budget; says what could be.
+    """
+    costs = costs or [1] * len(intermediate_sizes)
+    room = [size // multiple for size in intermediate_sizes]
+    wanted = check_budget(intermediate_sizes, budget, multiple, costs)
+    quotas = (ideal.double() / multiple).tolist()
+    units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
+    lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
+    order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
+
+    missing = wanted - sum(map(mul, units, costs))
+    changed = True
+    while changed:
+        changed = False
+        for by, turn in ((1, order), (-1, order[::-1])):
+            for ffn in turn:
+                nearer = 2 * missing * by > costs[ffn]
+                if nearer and 1 <= units[ffn] + by <= room[ffn]:
+                    units[ffn] += by
+                    missing -= by * costs[ffn]
+                    changed = True
+    return tuple(count * multiple for count in units)

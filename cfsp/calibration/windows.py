@@ -1,0 +1,64 @@
+"""What a model is calibrated on: the settings, and the token windows that they make."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import CfspError, unknown_name
+from ..models.loading import check_seqlen
+from .mixtures import calibration_tokens, parse_mixture, share_out
+from .text import BOS_CHOICES
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tokens that a model is calibrated on."""
+
+    dataset: str = "wikitext2"
+    """wikitext2, c4, ptb, builtin or the path of a local file; or several of these with weights,
+    as ``wikitext2:3,c4:1``, see :func:`cfsp.calibration.mixtures.parse_mixture`."""
+    samples: int = 128
+    """Number of windows, of all datasets."""
+    seqlen: int = 1024
+    """Tokens per window."""
+    seed: int = 0
+    """Of the random start of each window."""
+    bos: str = "auto"
+    """auto: each window starts with a BOS where the tokenizer itself puts one; always; never."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise CfspError(f"samples must be 1 or more, got {self.samples}")
+        if self.seqlen < 2:
+            raise CfspError(f"seqlen must be 2 or more, got {self.seqlen}")
+        if self.bos not in BOS_CHOICES:
+            raise unknown_name("bos", self.bos, BOS_CHOICES)
+        share_out(parse_mixture(self.dataset), self.samples)
+
+    @property
+    def windows_by_dataset(self) -> dict[str, int]:
+        """Windows of each dataset."""
+        return share_out(parse_mixture(self.dataset), self.samples)
+
+
+def calibration_windows(
+    model: PreTrainedModel, tokenizer: Any, settings: Calibration
+) -> torch.Tensor:
+    """Token windows [samples, seqlen] that a calibration runs on.
+
+    Raises:
+        CfspError: seqlen beyond the model's positions, unknown dataset, too few tokens.
+    """
+    check_seqlen(model, settings.seqlen)
+    if tokenizer is None:
+        raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
+    return calibration_tokens(
+        tokenizer,
+        parse_mixture(settings.dataset),
+        settings.samples,
+        settings.seqlen,
+        settings.seed,
+        settings.bos,
+    )
