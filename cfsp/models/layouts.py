@@ -1,6 +1,6 @@
 """Where an architecture keeps its decoder blocks and their FFNs. No other module knows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,24 @@ class Layout:
     def find_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The decoder blocks of a model, in order."""
         return model.get_submodule(self.blocks)  # type: ignore[return-value]
+
+    def prefix(self, number: int) -> str:
+        """What the names of a block's parameters begin with in the model."""
+        return f"{self.blocks}.{number}."
+
+    def place_of(self, name: str) -> tuple[int, str] | None:
+        """(number of the block, name in it) of a parameter of the model; None outside blocks."""
+        inside = name.removeprefix(f"{self.blocks}.")
+        if inside == name:
+            return None
+        number, _, within = inside.partition(".")
+        return int(number), within
+
+    def ffns_of(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, FFN]]:
+        """(number of the block, block, FFN) of every FFN of a model, in order."""
+        for number, block in enumerate(self.find_blocks(model)):
+            for ffn in self.block_ffns(block):
+                yield number, block, ffn
 
     def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
         """The FFNs that a block has. Its channels are theirs, one FFN after the other.
