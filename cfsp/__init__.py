@@ -4,7 +4,7 @@ Importing this registers the pruned architectures with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
 """
 
-from .api import PruneResult, calibrate, latency_table, plan, prune
+from .api import calibrate, latency_table, plan, prune
 from .calibration.statistics import Statistics, load_statistics, save_statistics
 from .calibration.windows import Calibration
 from .checkpoints.exports import ExportResult, export
@@ -20,6 +20,7 @@ from .pruning.plan import PruningPlan, load_plan, save_plan
 from .pruning.ranking import with_ranking
 from .pruning.recipe import Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover
+from .run import PruneResult
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The whole job: calibrate, plan, prune, measure, save. Each step is also a function of its own."""
+"""The whole job: calibrate, plan, prune. Each step is also a function of its own."""
 
 import dataclasses
 import sys
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .calibration.grams import temporary_folder
@@ -15,14 +14,13 @@ from .calibration.windows import Calibration, calibration_windows
 from .checkpoints.folder import check_out
 from .costs.dry_run import Job, estimate_opened
 from .costs.feasibility import check_biases, check_recipe
-from .costs.footprint import plan_within
 from .costs.hardware import device_capped
 from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
 from .errors import CfspError
 from .evaluation.held_out import held_out_text
-from .evaluation.quality import EVALUATION_WINDOWS, perplexity
+from .evaluation.quality import EVALUATION_WINDOWS
 from .io.hashes import check_hashes, known_hashes
 from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
@@ -32,38 +30,11 @@ from .models.opening import open_lean, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import NEEDS_STATISTICS
-from .pruning.live_search import width_search
 from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import PruneResult, Run, collect, prune_live, prune_stored
-
-
-def _open(
-    model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str, *, streamed: bool = True
-) -> OpenModel:
-    """A live model as it is; one given by name block by block where that can be."""
-    if isinstance(model, nn.Module):
-        return adopt(model, tokenizer)
-    opened = (open_lean if streamed else open_model)(model, dtype, device)
-    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
-
-
-def _count(windows: torch.Tensor | None) -> int:
-    return len(windows) if windows is not None else 0
-
-
-def _announced(
-    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
-) -> int:
-    """Windows per forward call, the same on every rank, after the estimate was printed and found to
-    fit the budget."""
-    estimate = estimate_opened(opened, job, budget, measure=progress)
-    if progress:
-        print(estimate.summary(), file=sys.stderr)
-    estimate.check(budget)
-    return -int(ranks.most(-estimate.micro_batch))
+from .run import PruneResult, Run, collect, plan_model, prune_from_disk_to_disk, prune_in_memory
 
 
 def calibrate(
@@ -108,7 +79,9 @@ def calibrate(
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
     with device_capped(model_device(opened.model), budget.device):
-        return collect(opened, recipe, windows, micro_batch, progress, ranks=ranks, grams=grams)
+        return collect(
+            opened, recipe, windows, micro_batch, grams=grams, progress=progress, ranks=ranks
+        )
 
 
 def latency_table(
@@ -165,63 +138,8 @@ def plan(
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        return plan_opened(adopt(weights, tokenizer), statistics, recipe, progress=progress)
+        return plan_model(adopt(weights, tokenizer), statistics, recipe, progress=progress)
     return make_plan(statistics, weights, recipe, progress=progress)
-
-
-def search_windows(
-    opened: OpenModel, recipe: Recipe, windows: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """What a search measures on: the calibration's last windows; None where nothing is searched.
-
-    ``windows``: those of the calibration, where they are at hand.
-    """
-    if not recipe.searches:
-        return None
-    if windows is None:
-        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    return windows[-recipe.search_windows :]
-
-
-def plan_opened(
-    opened: OpenModel,
-    statistics: Statistics,
-    recipe: Recipe,
-    table: LatencyTable | None = None,
-    *,
-    progress: bool = False,
-) -> PruningPlan:
-    """The plan for an open model, which is in memory where its widths are searched for."""
-    model, layout, windows = opened.model, opened.layout, search_windows(opened, recipe)
-    search = None
-    if windows is not None:
-
-        def measure() -> float:
-            return perplexity(model, windows, progress=False).perplexity
-
-        search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    given = opened.blocks.ffn_weights
-    return plan_within(
-        statistics, given, recipe, model, layout, table, search=search, progress=progress
-    )
-
-
-def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
-    """The recipe that would make these statistics: theirs is the calibration that counts."""
-    known = statistics.provenance.get("calibration")
-    calibration = Calibration(**known) if known else recipe.calibration
-    return dataclasses.replace(recipe, calibration=calibration)
-
-
-def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
-    """Raise CfspError on every rank where a weight file is not what it should be."""
-    problem = None
-    try:
-        known = list(known_hashes(weight_files(model)).items())
-        check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
-    except CfspError as error:
-        problem = str(error)
-    ranks.check(problem)
 
 
 def prune(
@@ -281,6 +199,7 @@ def prune(
         Stopped: ``stop`` said so.
     """
     budget = parse_budget(max_memory)
+    live = isinstance(model, nn.Module)
     if plan is not None:
         recipe = plan.recipe
     if out is not None:
@@ -294,66 +213,112 @@ def prune(
         eval_windows = EVALUATION_WINDOWS if out is not None else 0
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
-
-    if verify and not isinstance(model, nn.Module):
+    if verify and not live:
         _check_files(model, progress and ranks.first, ranks)
-    where = ranks.device(device)
     searches = recipe.searches and plan is None
     if searches and ranks.size > 1:
         raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+
     streamed = out is not None and not searches
-    opened = _open(model, tokenizer, recipe.dtype, where, streamed=streamed)
-    layout = opened.layout
-    fingerprint = opened.blocks.fingerprint()
+    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device), streamed=streamed)
     wanted = recipe.model_budget if plan is None else None
     table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
+    _check(opened, recipe, plan, statistics, table, ranks)
+    held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
+    needs = plan is None or recipe.resolved_compensation in NEEDS_STATISTICS
+    calibrates = statistics is None and needs
+    windows = None
+    if calibrates or recipe.refits or searches:
+        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+    job = Job(
+        recipe,
+        len(windows) if calibrates and windows is not None else 0,
+        len(held_out.tokens) if held_out.tokens is not None else 0,
+        plan=plan,
+        ranks=ranks.size,
+        table=table,
+    )
+    run = Run(
+        opened=opened,
+        recipe=recipe,
+        plan=plan,
+        statistics=statistics,
+        windows=windows,
+        calibrates=calibrates,
+        held_out=held_out,
+        table=table,
+        micro_batch=_announced(opened, job, budget, progress and ranks.first, ranks),
+        overwrite=overwrite,
+        verify=verify,
+        stop=stop,
+        progress=progress and ranks.first,
+        ranks=ranks,
+    )
+    with device_capped(model_device(opened.model), budget.device):
+        if out is not None and isinstance(opened.blocks, StoredBlocks):
+            return prune_from_disk_to_disk(run, opened.blocks, Path(out), resume=resume)
+        return prune_in_memory(run, Path(out) if out is not None else None, given=live)
+
+
+def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
+    """The recipe that would make these statistics: theirs is the calibration that counts."""
+    known = statistics.provenance.get("calibration")
+    calibration = Calibration(**known) if known else recipe.calibration
+    return dataclasses.replace(recipe, calibration=calibration)
+
+
+def _open(
+    model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str, *, streamed: bool = True
+) -> OpenModel:
+    """A live model as it is; one given by name block by block where that can be."""
+    if isinstance(model, nn.Module):
+        return adopt(model, tokenizer)
+    opened = (open_lean if streamed else open_model)(model, dtype, device)
+    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
+
+
+def _check_files(model: Any, progress: bool, ranks: Ranks) -> None:
+    """Raise CfspError on every rank where a weight file is not what it should be."""
+    problem = None
+    try:
+        known = list(known_hashes(weight_files(model)).items())
+        check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
+    except CfspError as error:
+        problem = str(error)
+    ranks.check(problem)
+
+
+def _check(
+    opened: OpenModel,
+    recipe: Recipe,
+    plan: PruningPlan | None,
+    statistics: Statistics | None,
+    table: LatencyTable | None,
+    ranks: Ranks,
+) -> None:
+    """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
+    model, layout, fingerprint = opened.model, opened.layout, opened.blocks.fingerprint()
     if plan is not None:
-        check_biases(opened.model, layout, recipe.resolved_compensation)
-        check_plan(plan, opened.model, layout, fingerprint)
+        check_biases(model, layout, recipe.resolved_compensation)
+        check_plan(plan, model, layout, fingerprint)
     else:
-        check_recipe(opened.model, layout, recipe, table)
+        check_recipe(model, layout, recipe, table)
     if statistics is not None:
-        check_statistics(statistics, opened.model, layout, fingerprint)
+        check_statistics(statistics, model, layout, fingerprint)
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
         if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
-    held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
-
-    windows = None
-    compensation = recipe.resolved_compensation
-    if statistics is None and (plan is None or compensation in NEEDS_STATISTICS):
-        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    refit_windows = None
     if recipe.refits:
-        check_refits(opened.model, layout, ranks)
-        refit_windows = (
-            windows
-            if windows is not None
-            else calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-        )
-    progress = progress and ranks.first
-    job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
-    job = dataclasses.replace(job, table=table)
-    micro_batch = _announced(opened, job, budget, progress, ranks)
-    run = Run(
-        opened,
-        recipe,
-        plan,
-        statistics,
-        windows,
-        refit_windows,
-        micro_batch,
-        held_out,
-        overwrite,
-        verify,
-        stop,
-        progress,
-        ranks,
-        search_windows(opened, recipe, windows) if searches else None,
-        table,
-    )
-    folder = Path(out) if out is not None else None
-    with device_capped(model_device(opened.model), budget.device):
-        if folder is not None and isinstance(opened.blocks, StoredBlocks):
-            return prune_stored(run, opened.blocks, folder, resume)
-        return prune_live(run, folder, given=isinstance(model, nn.Module))
+        check_refits(model, layout, ranks)
+
+
+def _announced(
+    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
+) -> int:
+    """Windows per forward call, the same on every rank, after the estimate was printed and found to
+    fit the budget."""
+    estimate = estimate_opened(opened, job, budget, measure=progress)
+    if progress:
+        print(estimate.summary(), file=sys.stderr)
+    estimate.check(budget)
+    return -int(ranks.most(-estimate.micro_batch))

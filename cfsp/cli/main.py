@@ -14,7 +14,6 @@ from ..api import (
     PruneResult,
     as_calibrated,
     calibrate,
-    plan_opened,
     prune,
 )
 from ..calibration.curves import ERROR_SCALES
@@ -40,6 +39,7 @@ from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import load_plan, save_plan
 from ..pruning.recipe import DTYPES, Recipe, load_recipe
 from ..pruning.scoring import SCORERS
+from ..run.job import plan_model
 from .curves import add_curves
 from .demo import print_demo, run_demo
 from .estimate import DRY_RUN_OPTIONS, add_dry_run, add_memory, dry_run
@@ -241,7 +241,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)
-    plan = plan_opened(opened, statistics, recipe, table, progress=not arguments.quiet)
+    plan = plan_model(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
     if not print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):

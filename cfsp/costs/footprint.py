@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.statistics import Statistics
 from ..errors import CfspError
 from ..io.shards import Tensors
 from ..models.channels import ChannelGroup
@@ -16,8 +15,7 @@ from ..models.tensors import kept_tensors, tensor_infos
 from ..pruning.budget import BATCH, LENGTH, ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
-from ..pruning.plan import PruningPlan, WidthSearch, make_plan
-from ..pruning.ranking import Weights
+from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from .flops import ModelCosts, costs_of
 from .latency import LatencyLimit, LatencyTable
@@ -196,28 +194,6 @@ def footprints(
         )
     )
     return Footprints(before, after, batch, length)
-
-
-def plan_within(
-    statistics: Statistics,
-    weights: Weights,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    layout: Layout,
-    table: LatencyTable | None = None,
-    *,
-    search: WidthSearch | None = None,
-    progress: bool = False,
-) -> PruningPlan:
-    """:func:`cfsp.pruning.plan.make_plan` under the recipe's budget of this very model.
-
-    Raises:
-        CfspError: no widths meet the budget.
-    """
-    budget = resolve_budget(model, layout, recipe, table)
-    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
-    check_met(model, layout, plan, table)
-    return plan
 
 
 def check_met(

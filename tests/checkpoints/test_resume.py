@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import cfsp
-from cfsp import run as runs
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import CfspError, Stopped
 from cfsp.io import shards
 from cfsp.pruning import compaction_streamed as second_pass
+from cfsp.run import job
 
 from ..conftest import TEXT
 from ..models.test_streaming import RECIPE, assert_same_files, prune, saved
@@ -60,7 +60,7 @@ def test_a_run_stopped_in_the_second_pass_keeps_shards_and_statistics(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(runs, "collect_statistics", again)
+    monkeypatch.setattr(job, "collect_statistics", again)
     prune(folder, tmp_path / "out", resume=True)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
     assert done.items() <= finished(tmp_path / "out").items()

@@ -324,7 +324,7 @@ def test_an_interrupted_write_leaves_the_old_result(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cfsp.run.write_documents", interrupt)
+    monkeypatch.setattr("cfsp.run.disk_to_disk.write_documents", interrupt)
     assert run(capsys, *arguments)[0] == 130
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert sorted(names) == sorted(path.name for path in kept.iterdir())

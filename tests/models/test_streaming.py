@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import cfsp
-from cfsp import run as runs
 from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoints import folder as checkpoint
@@ -25,6 +24,7 @@ from cfsp.models.fingerprints import model_fingerprint
 from cfsp.models.loading import OpenModel, open_model
 from cfsp.models.opening import open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
+from cfsp.run import disk_to_disk
 
 from ..conftest import FAMILIES, TEXT, make_tiny, make_tokenizer
 
@@ -325,8 +325,8 @@ def test_a_flipped_byte_in_what_was_written_is_a_defect(
         file.write_bytes(content)
         write(folder, *arguments)
 
-    write = runs.write_documents
-    monkeypatch.setattr(runs, "write_documents", corrupted)
+    write = disk_to_disk.write_documents
+    monkeypatch.setattr(disk_to_disk, "write_documents", corrupted)
     with pytest.raises(RuntimeError, match="differs from the pruned one by"):
         prune(saved(tmp_path / "m"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -12,7 +12,6 @@ import yaml
 from transformers import PreTrainedModel
 
 import cfsp
-from cfsp import run as runs
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import Stopped
@@ -21,6 +20,7 @@ from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.pruning import compensation
 from cfsp.pruning.compensation import least_squares
+from cfsp.run import job
 
 from ..conftest import TEXT, make_tiny, make_tokenizer
 from ..models.test_families import make
@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(runs, "collect_statistics", again)
+    monkeypatch.setattr(job, "collect_statistics", again)
     shutil.copytree(tmp_path / "out.partial", tmp_path / "damaged.partial")
     file = (
         tmp_path / "damaged.partial" / kept.relative_to(kept.parents[1]) / "block-0001.safetensors"

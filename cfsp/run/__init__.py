@@ -1,0 +1,6 @@
+"""A checked pruning job, in memory or from disk to disk, and the record of what it did."""
+
+from .disk_to_disk import prune_from_disk_to_disk
+from .in_memory import prune_in_memory
+from .job import Run, collect, plan_model
+from .result import PruneReport, PruneResult

@@ -1,0 +1,165 @@
+"""Prune a model from disk to disk; pass 2 reads each block once, for everything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..calibration.statistics import Statistics
+from ..checkpoints.card import model_card
+from ..checkpoints.folder import new_folder, partial_folder, write_documents, write_settings
+from ..checkpoints.resume import (
+    begin,
+    check_resume,
+    check_shared,
+    end,
+    keep_statistics,
+    kept_grams,
+    kept_statistics,
+)
+from ..costs.footprint import footprints
+from ..distributed import Ranks
+from ..errors import CfspError, Stopped
+from ..evaluation.quality import Perplexity, ridden_perplexity
+from ..io.hashes import write_hashes
+from ..models.blocks import StoredBlocks, empty_
+from ..models.blockwise import RidingWindows
+from ..models.channels import FitRecord
+from ..models.opening import verify_streamed
+from ..models.tensors import probe_tokens
+from ..pruning.compaction_streamed import prune_to_shards_
+from ..pruning.plan import PruningPlan
+from ..pruning.ranking import stored_ranking, with_ranking
+from ..pruning.refit import Refitting
+from .job import Run
+from .result import PruneReport, PruneResult, recipe_document
+
+
+def prune_from_disk_to_disk(
+    run: Run, blocks: StoredBlocks, out: Path, *, resume: bool
+) -> PruneResult:
+    """Calibrate, plan, cut, document, verify and publish, on every rank."""
+    opened, ranks = run.opened, run.ranks
+    identity = run.identity(blocks)
+    ranks.check_same(identity)
+    if resume:
+        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
+    with _shared_folder(out, run.overwrite, resume, ranks) as folder:
+        if ranks.first:
+            begin(folder, identity)
+        check_shared(folder, ranks)
+        statistics = _calibrated(run, folder)
+        plan = run.planned(statistics)
+        sizes = footprints(opened.model, opened.layout, plan, run.table)
+        cut = _cut(run, plan, statistics, folder)
+
+        def publish() -> PruneReport:
+            run.become_pruned_(plan)
+            known = statistics.without_grams() if statistics is not None else None
+            report = run.report(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
+            write_settings(opened.model, opened.tokenizer, folder)
+            write_documents(folder, plan, recipe_document(report), model_card(report))
+            empty_(opened.model)  # one model's embeddings in memory at a time
+            verify_streamed(folder, cut.probe, blocks.device)
+            if run.verify:
+                write_hashes(folder, progress=run.progress)
+            end(folder)
+            return report
+
+        report = ranks.of_first(publish)
+    return PruneResult(opened.tokenizer, report, out, None, blocks.device)
+
+
+@contextmanager
+def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> Iterator[Path]:
+    """:func:`new_folder` of the first rank, for all to fill."""
+    if ranks.first:
+        with new_folder(out, overwrite, resume) as folder:
+            yield folder
+    else:
+        try:
+            yield partial_folder(out)
+        except OSError as error:
+            hint = "--resume continues this run"
+            raise CfspError(f"cannot write {out}: {error}; {hint}") from error
+    ranks.barrier()
+
+
+def _calibrated(run: Run, folder: Path) -> Statistics | None:
+    """The statistics that an interrupted run kept in the folder, or new ones, which are kept: first
+    alone, then with the ranking that the plan follows from, where that takes long."""
+    statistics = run.ranks.of_first(lambda: kept_statistics(folder))
+    if statistics is None:
+        statistics = run.calibrated(lambda: kept_grams(folder))
+    if statistics is None or not run.calibrates or not run.ranks.first:
+        return statistics
+    keep_statistics(folder, statistics)
+    recipe = run.recipe
+    planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
+    if recipe.ranks_by_gram and not planned:
+        weights = run.opened.blocks.ffn_weights
+        statistics = with_ranking(statistics, weights, recipe, curves=False, progress=run.progress)
+    keep_statistics(folder, statistics)
+    return statistics
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What pass 2 measured."""
+
+    fits: tuple[tuple[FitRecord, ...], ...]
+    """Of every block, on the first rank, which reads all."""
+    refitting: Refitting | None
+    before: Perplexity | None
+    after: Perplexity | None
+    probe: torch.Tensor
+    """Logits [1, 16, V] of the probe tokens, on the first rank; the others have none."""
+
+
+def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path) -> _Cut:
+    """Write the shards, with each rank's share of the held-out windows riding along; the probe
+    rides on the first rank.
+
+    Raises:
+        Stopped: on every rank, after each has finished its shards or stopped between two.
+    """
+    opened, held_out, ranks = run.opened, run.held_out, run.ranks
+    model, modules = opened.model, opened.layout.find_blocks(opened.model)
+    own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
+    probe = RidingWindows(model, modules, own_probe)
+    pair, tokens = [], held_out.tokens
+    if tokens is not None:
+        own = tokens[ranks.share(len(tokens))]
+        pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
+    refitting = run.refitting()
+    stopped = False
+    fits: dict[int, tuple[FitRecord, ...]] = {}
+    try:
+        fits = prune_to_shards_(
+            opened,
+            plan,
+            statistics,
+            folder,
+            before=pair[:1],
+            after=[*pair[1:], probe],
+            refitting=refitting,
+            stop=run.stop,
+            progress=run.progress,
+            ranks=ranks,
+        )
+    except Stopped:
+        stopped = True
+    if ranks.any(stopped):
+        raise Stopped
+    before = after = None
+    if tokens is not None:
+        before, after = (
+            ridden_perplexity(
+                riding, tokens, dataset=held_out.dataset, counts=held_out.counts, ranks=ranks
+            )
+            for riding in pair
+        )
+    logits = next(probe.logits(), torch.empty(0)).cpu()
+    return _Cut(tuple(fits.values()), refitting, before, after, logits)

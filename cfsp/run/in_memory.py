@@ -1,0 +1,61 @@
+"""Prune a model that is in memory, in place."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..calibration.grams import temporary_folder
+from ..checkpoints.card import model_card
+from ..checkpoints.folder import check_out, new_folder, verify, write_documents, write_model
+from ..costs.footprint import footprints
+from ..errors import Stopped
+from ..io.hashes import write_hashes
+from ..models.blocks import empty_
+from ..models.loading import model_device
+from ..models.tensors import take_probe
+from ..pruning.compaction import prune_model_
+from .job import Run
+from .result import PruneReport, PruneResult, recipe_document
+
+
+def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
+    """Calibrate, plan, cut, document, verify and publish; ``given``: the model is the caller's own,
+    so that the result is that very model."""
+    opened, pruned = run.opened, run.opened.model
+    if out is not None:
+        check_out(out, run.overwrite)  # nothing here can be resumed
+    statistics = run.calibrated(temporary_folder)
+    plan = run.planned(statistics)
+    training = pruned.training
+    pruned.eval()
+    sizes = footprints(pruned, opened.layout, plan, run.table)
+    before = run.measured()
+    if run.ranks.any(run.stop()):
+        raise Stopped
+    refitting = run.refitting()
+    fits = prune_model_(
+        pruned, opened.layout, plan, statistics, refitting=refitting, progress=run.progress
+    )
+    run.become_pruned_(plan)
+    report = run.report(plan, statistics, sizes, fits, refitting, before, run.measured())
+    device = model_device(pruned)
+    if out is not None and run.ranks.first:
+        pruned = _published(run, report, out, given)
+    run.ranks.barrier()
+    pruned.train(training)
+    return PruneResult(opened.tokenizer, report, out, pruned, device)
+
+
+def _published(run: Run, report: PruneReport, out: Path, given: bool) -> PreTrainedModel:
+    """The model after it was written, reloaded and compared: the caller's own, or the new one."""
+    model, device = run.opened.model, model_device(run.opened.model)
+    with new_folder(out, run.overwrite) as folder:
+        write_model(model, run.opened.tokenizer, folder)
+        write_documents(folder, report.plan, recipe_document(report), model_card(report))
+        expected = take_probe(model)
+        if not given:
+            empty_(model)  # one model in memory at a time
+        reloaded = verify(folder, expected, device)
+        if run.verify:
+            write_hashes(folder, progress=run.progress)
+    return model if given else reloaded

@@ -1,0 +1,241 @@
+"""A pruning job whose input is checked, and the steps that both ways of running it share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..calibration.collect import collect_statistics
+from ..calibration.grams import GramFolder
+from ..calibration.statistics import Statistics, statistics_fingerprint
+from ..calibration.windows import calibration_windows
+from ..costs.footprint import Footprints, check_met, resolve_budget
+from ..costs.latency import LatencyTable
+from ..distributed import ALONE, Ranks
+from ..evaluation.held_out import HeldOut
+from ..evaluation.quality import Perplexity, perplexity
+from ..models.blocks import StoredBlocks
+from ..models.channels import FitRecord
+from ..models.fingerprints import tokens_fingerprint, versions
+from ..models.loading import OpenModel, model_device
+from ..models.pruned_classes import become_pruned_, is_stock
+from ..pruning.live_search import width_search
+from ..pruning.plan import PruningPlan, make_plan, plan_to_dict
+from ..pruning.recipe import Recipe
+from ..pruning.refit import RefitSettings, Refitting
+from .result import PruneReport
+
+
+def collect(
+    opened: OpenModel,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    micro_batch: int,
+    *,
+    grams: GramFolder | None = None,
+    stop: Callable[[], bool] = bool,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> Statistics:
+    """The statistics of one pass over [N, S] calibration tokens, with where they come from."""
+    calibration = dataclasses.asdict(recipe.calibration)
+    return collect_statistics(
+        opened.model,
+        opened.layout,
+        windows,
+        micro_batch=micro_batch,
+        provenance={"model": opened.name, "calibration": calibration},
+        progress=progress,
+        weights=opened.blocks,
+        stop=stop,
+        ranks=ranks,
+        grams=grams,
+    )
+
+
+def plan_model(
+    opened: OpenModel,
+    statistics: Statistics,
+    recipe: Recipe,
+    table: LatencyTable | None = None,
+    *,
+    windows: torch.Tensor | None = None,
+    progress: bool = False,
+) -> PruningPlan:
+    """The plan for an open model, under the budget that the recipe has for this very model.
+
+    Args:
+        opened: the dense model, in memory where its widths are searched for.
+        statistics: its calibration.
+        recipe: the choices.
+        table: its latency table, where the budget is a latency.
+        windows: [N, S] calibration tokens for a search, which measures on the last of them; drawn
+            again where they are not at hand.
+        progress: show bars on stderr where it takes long.
+
+    Raises:
+        CfspError: no widths meet the budget.
+    """
+    model, layout, search = opened.model, opened.layout, None
+    if recipe.searches:
+        if windows is None:
+            windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
+        measured = windows[-recipe.search_windows :]
+
+        def measure() -> float:
+            return perplexity(model, measured, progress=False).perplexity
+
+        search = width_search(model, layout, statistics, recipe, measure, progress=progress)
+    budget = resolve_budget(model, layout, recipe, table)
+    weights = opened.blocks.ffn_weights
+    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
+    check_met(model, layout, plan, table)
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A checked job, the same whether the model is in memory or on disk."""
+
+    opened: OpenModel
+    recipe: Recipe
+    plan: PruningPlan | None
+    statistics: Statistics | None
+    windows: torch.Tensor | None
+    """[N, S] calibration tokens; None where nothing reads them."""
+    calibrates: bool
+    """Whether a pass over these makes the statistics."""
+    held_out: HeldOut
+    table: LatencyTable | None
+    """Latency of the model on the device that the result is for."""
+    micro_batch: int
+    """Windows per forward call of calibration."""
+    overwrite: bool
+    verify: bool
+    stop: Callable[[], bool]
+    progress: bool
+    ranks: Ranks
+
+    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
+        """The statistics given, or those of a pass over the calibration tokens.
+
+        ``grams`` makes the folder for Gram matrices, where they are needed.
+        """
+        if not self.calibrates or self.windows is None:
+            return self.statistics
+        needs_gram = self.recipe.needs_gram(planned=self.plan is not None)
+        return collect(
+            self.opened,
+            self.recipe,
+            self.windows,
+            self.micro_batch,
+            grams=self.ranks.of_first(grams) if needs_gram else None,
+            stop=self.stop,
+            progress=self.progress,
+            ranks=self.ranks,
+        )
+
+    def planned(self, statistics: Statistics | None) -> PruningPlan:
+        """The plan given, or the one that statistics make."""
+        if self.plan is not None:
+            return self.plan
+        if statistics is None:
+            raise ValueError("a run has a plan or statistics")
+        return self.ranks.of_first(
+            lambda: plan_model(
+                self.opened,
+                statistics,
+                self.recipe,
+                self.table,
+                windows=self.windows,
+                progress=self.progress,
+            )
+        )
+
+    def refitting(self) -> Refitting | None:
+        """The calibration windows on their way through the blocks, where these are fitted again."""
+        recipe = self.recipe
+        if not recipe.refits or self.windows is None:
+            return None
+        settings = RefitSettings(
+            recipe.sequential,
+            recipe.damping,
+            recipe.epochs if recipe.blockwise else 0,
+            recipe.learning_rate,
+            recipe.calibration.seed,
+        )
+        return Refitting(self.opened.model, self.opened.layout, self.windows, settings)
+
+    def measured(self) -> Perplexity | None:
+        """Perplexity of the model in memory on the held-out text, where there is any."""
+        if self.held_out.tokens is None:
+            return None
+        return perplexity(
+            self.opened.model,
+            self.held_out.tokens,
+            dataset=self.held_out.dataset,
+            counts=self.held_out.counts,
+            progress=self.progress,
+            ranks=self.ranks,
+        )
+
+    def become_pruned_(self, plan: PruningPlan) -> None:
+        """Give the model, whose FFNs were cut, the config and the class that reload it."""
+        recipe = plan.recipe
+        summary = {
+            "scorer": recipe.scorer,
+            "allocator": recipe.resolved_allocator,
+            "compensation": recipe.resolved_compensation,
+            "sparsity": round(plan.sparsity, 6),
+        }
+        become_pruned_(self.opened.model, self.opened.layout, summary)
+
+    def report(
+        self,
+        plan: PruningPlan,
+        statistics: Statistics | None,
+        sizes: Footprints,
+        fits: Sequence[tuple[FitRecord, ...]],
+        refitting: Refitting | None,
+        before: Perplexity | None,
+        after: Perplexity | None,
+    ) -> PruneReport:
+        """The record of this run, once the model is pruned."""
+        model = self.opened.model
+        return PruneReport(
+            name=self.opened.name,
+            plan=plan,
+            statistics=statistics,
+            fits=tuple(fits),
+            refits=tuple(refitting.refits) if refitting is not None else (),
+            sizes=sizes,
+            table=self.table,
+            perplexity_before=before,
+            perplexity_after=after,
+            stock=is_stock(model),
+            versions=versions(model_device(model)),
+        )
+
+    def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
+        """Everything that the bytes of the result follow from, as plain values."""
+
+        def tokens(windows: torch.Tensor | None) -> str | None:
+            return tokens_fingerprint(windows) if windows is not None else None
+
+        plan, statistics = self.plan, self.statistics
+        recipe = self.recipe.to_dict()
+        del recipe["micro_batch"]  # what it asks for; the one in force counts
+        return {
+            "model": blocks.checkpoint_fingerprint(),
+            "recipe": recipe,
+            "micro-batch": self.micro_batch,
+            "latency table": self.table.fingerprint() if self.table is not None else None,
+            "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
+            "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
+            "calibration text": tokens(self.windows if self.calibrates else None),
+            "refitting text": tokens(self.windows if self.recipe.refits else None),
+            "evaluation text": tokens(self.held_out.tokens),
+            "machine or version": versions(blocks.device),
+        }
