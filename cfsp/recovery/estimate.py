@@ -24,8 +24,8 @@ from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
 from ..models.tensors import kept_tensors
 from .folder import read_pruned
+from .lora_ranks import what_is_trained
 from .settings import Recovery
-from .trained import what_is_trained
 
 ADAM_VALUES = 4
 """fp32 values of a trained parameter: itself, its gradient and two moments."""

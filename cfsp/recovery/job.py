@@ -20,8 +20,8 @@ from ..models.tensors import saved_tensors
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .folder import PrunedFolder, check_opened, read_pruned
+from .lora_ranks import Trained, what_is_trained
 from .settings import Recovery
-from .trained import Trained, what_is_trained
 
 PACKAGES = ("cfsp", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 

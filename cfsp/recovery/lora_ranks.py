@@ -1,12 +1,18 @@
 """LoRA ranks of the blocks: more where a block matters more, as many parameters in all."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..apportion import apportion
 from ..errors import CfspError
+from ..models.layouts import Layout
 from ..pruning.allocation import REFERENCE_TOKENS, importance_shares
+from ..pruning.plan import PruningPlan
+from .settings import Recovery
+from .targets import ffn_parameters, largest_ranks, projections, rank_costs
 
 
 def uniform_ranks(rank: int, largest: Sequence[int]) -> list[int]:
@@ -63,3 +69,35 @@ def importance_ranks(
     for number, own in zip(blocks, found, strict=True):
         uniform[number] = own
     return uniform
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What learns."""
+
+    ranks: tuple[int, ...]
+    """Of the adapters of every block; () without adapters."""
+    parameters: int
+    uniform_parameters: int
+    """What adapters of the uniform rank would have; ``parameters`` without adapters."""
+
+
+def what_is_trained(
+    plan: PruningPlan, model: nn.Module, layout: Layout, settings: Recovery
+) -> Trained:
+    """What settings make of a pruned model, which may be on meta.
+
+    Raises:
+        CfspError: nothing to adapt, or a rank beyond what a projection has.
+    """
+    if settings.method != "lora":
+        count = sum(value.numel() for value in ffn_parameters(model, layout).values())
+        return Trained((), count, count)
+    blocks = projections(model, layout, settings.targets)
+    costs, largest = rank_costs(blocks), largest_ranks(blocks)
+    uniform = ranks = uniform_ranks(settings.rank, largest)
+    if settings.allocation == "importance":
+        importance = torch.tensor([block.importance for block in plan.blocks], dtype=torch.float64)
+        ranks = importance_ranks(importance, settings.rank, costs, largest)
+    counts = [sum(r * c for r, c in zip(found, costs, strict=True)) for found in (ranks, uniform)]
+    return Trained(tuple(ranks), *counts)
