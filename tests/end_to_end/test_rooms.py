@@ -1,6 +1,7 @@
 """The order of the rooms: docs/draw_rooms.py states it, and draws it."""
 
 import importlib.util
+import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -57,3 +58,12 @@ def test_no_public_name_is_that_of_a_module() -> None:
 
 def test_the_picture_is_what_the_imports_say() -> None:
     assert rooms.PICTURE.read_text() == rooms.Drawing().svg(), "python docs/draw_rooms.py"
+
+
+def test_the_page_has_every_room_and_pages_name_files_that_exist() -> None:
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \|", architecture, flags=re.MULTILINE))
+    assert rows == {room for floor in rooms.FLOORS for room, phrase in floor.items() if phrase}
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        named = re.findall(r"\b(?:cfsp|cfsp_kernels|tests|docs)/[\w/]+\.py\b", page.read_text())
+        assert [path for path in named if not (ROOT / path).exists()] == [], page.name
