@@ -40,7 +40,7 @@ from .costs.latency import LatencyTable
 from .distributed import ALONE, Ranks
 from .errors import CfspError, Stopped
 from .evaluation.held_out import HeldOut
-from .evaluation.quality import Perplexity, perplexity, ridden_perplexity
+from .evaluation.quality import Perplexity, perplexity, perplexity_of_logits
 from .io.hashes import write_hashes
 from .models.blocks import StoredBlocks, empty_
 from .models.blockwise import RidingWindows
@@ -520,8 +520,13 @@ def _second_pass(
     before = after = None
     if tokens is not None:
         before, after = (
-            ridden_perplexity(
-                riding, tokens, dataset=held_out.dataset, counts=held_out.counts, ranks=ranks
+            perplexity_of_logits(
+                riding.logits(),
+                tokens,
+                dataset=held_out.dataset,
+                counts=held_out.counts,
+                ranks=ranks,
+                seconds=riding.seconds,
             )
             for riding in pair
         )
