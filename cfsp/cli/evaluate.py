@@ -11,7 +11,7 @@ from ..calibration.windows import Calibration
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..evaluation.quality import evaluation_windows, perplexity
-from ..evaluation.speed import PeakMemory, Workload, measure_speed, random_prompts, time_round
+from ..evaluation.speed import Generation, PeakMemory, measure_speed, random_prompts, time_round
 from ..evaluation.tasks import find_tasks, run_tasks
 from ..models.loading import OpenModel, check_seqlen, open_model, pick_device
 from ..pruning.recipe import DTYPES
@@ -41,7 +41,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="time prefill and decode, the models taking turns; holds all of them in memory",
     )
-    for name, value in vars(Workload()).items():
+    for name, value in vars(Generation()).items():
         option = f"--{name.replace('_', '-')}"
         speed.add_argument(option, type=int, default=value, help="(default: %(default)s)")
     tasks = parser.add_argument_group("tasks of the lm-evaluation-harness, extra `eval`")
@@ -55,7 +55,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure every model, then print all beside each other."""
     ranks: Ranks = arguments.group
-    workload = Workload(**{name: getattr(arguments, name) for name in vars(Workload())})
+    generation = Generation(**{name: getattr(arguments, name) for name in vars(Generation())})
     tasks = [name for name in (arguments.tasks or "").split(",") if name]
     if ranks.size > 1 and (arguments.speed or tasks):
         raise CfspError("--speed and --tasks are for one process; start it without torchrun")
@@ -73,9 +73,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         opened = open_model(name, arguments.dtype, ranks.device(arguments.device))
         values = {"model": name, "parameters": opened.model.num_parameters()}
         if arguments.speed:
-            random_prompts(opened.model, workload)
+            random_prompts(opened.model, generation)
             memory.restart()
-            time_round(opened.model, workload)
+            time_round(opened.model, generation)
             peaks.append(memory.measure())
             kept.append(opened)
         if arguments.windows != 0:
@@ -86,12 +86,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 tasks,
                 index,
                 limit=arguments.limit,
-                batch=workload.batch,
+                batch=generation.batch,
                 progress=progress,
             )
         found.append(values)
         del opened
-    speeds = measure_speed([o.model for o in kept], workload, peak_memory=peaks) if kept else []
+    speeds = measure_speed([o.model for o in kept], generation, peak_memory=peaks) if kept else []
     for values, speed in zip(found, speeds, strict=False):
         values["speed"] = speed.to_dict()
     if ranks.first:

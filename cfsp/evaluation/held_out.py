@@ -5,11 +5,24 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..calibration.mixtures import format_mixture, held_out_mixture, parse_mixture, share_out
+from ..calibration.mixtures import (
+    format_mixture,
+    held_out_mixture,
+    naming,
+    parse_mixture,
+    share_out,
+)
+from ..calibration.text import (
+    EVALUATE,
+    bos_token,
+    check_dataset,
+    consecutive_windows,
+    load_text,
+    tokenize,
+)
 from ..calibration.windows import Calibration
 from ..errors import CfspError
 from ..models.loading import OpenModel, check_seqlen
-from .quality import mixed_evaluation_windows
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,16 @@ def held_out_text(
     mixture = parse_mixture(dataset or calibration.dataset)
     if dataset is None:
         mixture = held_out_mixture(mixture)
-    seqlen = calibration.seqlen
-    check_seqlen(opened.model, seqlen)
+    check_seqlen(opened.model, calibration.seqlen)
     if opened.tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
     counts = share_out(mixture, windows, "eval_windows")
-    tokens = mixed_evaluation_windows(opened.tokenizer, counts, seqlen, calibration.bos)
-    return HeldOut(format_mixture(mixture), tokens, counts)
+    for name in counts:
+        check_dataset(name)
+    bos = bos_token(opened.tokenizer, calibration.bos)
+    drawn = []
+    for name, count in counts.items():
+        tokens = tokenize(opened.tokenizer, load_text(name, EVALUATE))
+        with naming(name):
+            drawn.append(consecutive_windows(tokens, calibration.seqlen, count, bos))
+    return HeldOut(format_mixture(mixture), torch.cat(drawn), counts)

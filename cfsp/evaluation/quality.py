@@ -1,10 +1,9 @@
-"""Perplexity by the usual protocol, and generation with its speed."""
+"""Perplexity by the usual protocol."""
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from statistics import median
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,17 +11,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration.mixtures import naming
-from ..calibration.text import (
-    EVALUATE,
-    bos_token,
-    check_dataset,
-    consecutive_windows,
-    load_text,
-    tokenize,
-)
+from ..calibration.text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
 from ..distributed import ALONE, Ranks
-from ..models.blockwise import RidingWindows
 
 EVALUATION_WINDOWS = 16
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
@@ -70,7 +60,6 @@ def perplexity(
         progress: show a bar on stderr.
         ranks: each reads its share of the windows; the perplexity does not depend on how many.
     """
-    started = time.perf_counter()
     device = next(model.parameters()).device
     own = windows[ranks.share(len(windows))]
     bar = tqdm(
@@ -83,10 +72,7 @@ def perplexity(
             bar.update(len(window))
 
     with bar:
-        measured = perplexity_of_logits(
-            logits(), windows, dataset=dataset, counts=counts, ranks=ranks
-        )
-    return replace(measured, seconds=ranks.most(time.perf_counter() - started))
+        return perplexity_of_logits(logits(), windows, dataset=dataset, counts=counts, ranks=ranks)
 
 
 @torch.no_grad()
@@ -97,16 +83,19 @@ def perplexity_of_logits(
     dataset: str = "",
     counts: Mapping[str, int] | None = None,
     ranks: Ranks = ALONE,
+    seconds: float = 0.0,
 ) -> Perplexity:
     """:func:`perplexity` from what a model says to each window, however it was run.
 
     Args:
         logits: [1, S, V] of every window of this rank's share in order, asked for one at a time.
         windows: [N, S] int64, those of all ranks.
-        dataset: kept with the result.
-        counts: windows of each dataset, one after another, where they are of several.
+        dataset: see :func:`perplexity`.
+        counts: see :func:`perplexity`.
         ranks: those that share the windows.
+        seconds: spent on the windows before the logits.
     """
+    started = time.perf_counter()
     count, seqlen = windows.shape
     own = ranks.share(count)
     found = [_loss(*pair) for pair in zip(logits, windows[own], strict=True)]
@@ -122,10 +111,8 @@ def perplexity_of_logits(
         count * (seqlen - 1),
         seqlen,
         dataset,
-        seconds=0.0,
-        by_dataset={
-            name: _perplexity(part, seqlen) for name, part in zip(several, parts, strict=True)
-        },
+        ranks.most(seconds + time.perf_counter() - started),
+        {name: _perplexity(part, seqlen) for name, part in zip(several, parts, strict=True)},
     )
 
 
@@ -138,35 +125,10 @@ def _perplexity(losses: torch.Tensor, seqlen: int) -> float:
 def _loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """Negative log likelihood of a window [S] after its first token, from [1, S, V]: fp64 []."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    targets_of_window = window[1:].to(logits.device)
-    for rows, targets in zip(
-        logits[0, :-1].split(ROWS_PER_LOSS), targets_of_window.split(ROWS_PER_LOSS), strict=True
-    ):
-        total += functional.cross_entropy(rows.float(), targets, reduction="sum").double()
+    rows, targets = logits[0, :-1], window[1:].to(logits.device)
+    for part in zip(rows.split(ROWS_PER_LOSS), targets.split(ROWS_PER_LOSS), strict=True):
+        total += functional.cross_entropy(part[0].float(), part[1], reduction="sum").double()
     return total
-
-
-def ridden_perplexity(
-    riding: RidingWindows,
-    windows: torch.Tensor,
-    *,
-    dataset: str = "",
-    counts: Mapping[str, int] | None = None,
-    ranks: Ranks = ALONE,
-) -> Perplexity:
-    """:func:`perplexity` of windows [N, S] that have gone through every block.
-
-    Args:
-        riding: this rank's share of them.
-        windows: those of all ranks.
-        dataset: kept with the result.
-        counts: windows of each dataset, one after another, where they are of several.
-        ranks: those that share the windows.
-    """
-    measured = perplexity_of_logits(
-        riding.logits(), windows, dataset=dataset, counts=counts, ranks=ranks
-    )
-    return replace(measured, seconds=ranks.most(riding.seconds))
 
 
 def evaluation_windows(
@@ -177,61 +139,8 @@ def evaluation_windows(
     return consecutive_windows(tokens, seqlen, windows, bos_token(tokenizer, bos))
 
 
-def mixed_evaluation_windows(
-    tokenizer: Any, counts: Mapping[str, int], seqlen: int, bos: str
-) -> torch.Tensor:
-    """:func:`evaluation_windows` [N, S] of several datasets, so many of each, one after another."""
-    for dataset in counts:
-        check_dataset(dataset)
-    drawn = []
-    start = bos_token(tokenizer, bos)
-    for dataset, count in counts.items():
-        tokens = tokenize(tokenizer, load_text(dataset, EVALUATE))
-        with naming(dataset):
-            drawn.append(consecutive_windows(tokens, seqlen, count, start))
-    return torch.cat(drawn)
-
-
 def perplexities_by_dataset(
     before: Perplexity, after: Perplexity
 ) -> list[tuple[str, float, float]]:
     """(dataset, before, after) of each dataset of several that the same windows are of."""
     return [(name, value, after.by_dataset[name]) for name, value in before.by_dataset.items()]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A greedy continuation and how fast it came."""
-
-    text: str
-    tokens: int
-    tokens_per_second: float
-
-
-def generate_side_by_side(
-    models: Sequence[PreTrainedModel], tokenizer: Any, prompt: str, new_tokens: int, rounds: int = 3
-) -> list[Generation]:
-    """Greedy continuations by several models, with speeds that can be compared.
-
-    The models take turns, so that each sees the same machine; a speed is the median of the rounds.
-    """
-    turns = [[generate(m, tokenizer, prompt, new_tokens) for m in models] for _ in range(rounds)]
-    return [
-        replace(of_model[0], tokens_per_second=median(g.tokens_per_second for g in of_model))
-        for of_model in zip(*turns, strict=True)
-    ]
-
-
-@torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> Generation:
-    """Greedy continuation of a prompt; the speed counts prefill and decoding, after a warm-up."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs.input_ids.shape[1]
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(**inputs, max_new_tokens=2, **options)
-    started = time.perf_counter()
-    ids = model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options)[
-        0, length:
-    ]
-    seconds = time.perf_counter() - started
-    return Generation(tokenizer.decode(ids, skip_special_tokens=True), len(ids), len(ids) / seconds)

@@ -17,7 +17,7 @@ from ..models.loading import check_seqlen, model_device
 
 
 @dataclass(frozen=True)
-class Workload:
+class Generation:
     """What is generated: random prompts, continued greedily."""
 
     batch: int = 1
@@ -33,15 +33,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the rounds of a workload."""
+    """Medians over the rounds of a generation."""
 
     prefill_tokens_per_second: float
     """Prompt tokens of the whole batch, logits of the last position only."""
     decode_tokens_per_second: float
     """New tokens of the whole batch, one position after the other with a key-value cache."""
     peak_memory_bytes: int | None
-    """See :class:`PeakMemory`; None where it was not measured."""
-    workload: Workload
+    """What :class:`PeakMemory` measured; None where it was not measured."""
+    workload: Generation
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -49,25 +49,21 @@ class Speed:
 
 
 class PeakMemory:
-    """The most that is held at a time from when this is made on, beyond what was held then.
+    """The most memory held at a time since this was made, beyond what was held then.
 
-    On a GPU of what torch allocates there; on a CPU of the resident memory of the process, in
-    which memory that was freed earlier and not given back is not seen.
+    On a GPU, what torch allocates there. On a CPU, the resident memory of the process: memory that
+    was freed earlier but not returned to the system hides part of the growth.
     """
 
     def __init__(self, device: torch.device) -> None:
         gc.collect()
         self.device = device
-        self.before = self._held()
-
-    def _held(self) -> int | None:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _resident("VmRSS")
+        self.cuda = device.type == "cuda"
+        self.before = torch.cuda.memory_allocated(device) if self.cuda else _resident("VmRSS")
 
     def restart(self) -> None:
         """Forget the peak so far, such as that of loading, but not what was held before it."""
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.before is not None:
             try:
@@ -77,13 +73,12 @@ class PeakMemory:
 
     def measure(self) -> int | None:
         """Bytes; None where the system does not tell."""
-        cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else _resident("VmHWM")
         return None if self.before is None or peak is None else max(0, peak - self.before)
 
 
 def _resident(key: str) -> int | None:
-    """A line of /proc/self/status in bytes; None where there is none."""
+    """A line of /proc/self/status in bytes, None where there is none; psutil lacks the peak."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -92,37 +87,37 @@ def _resident(key: str) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def random_prompts(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
+def random_prompts(model: PreTrainedModel, generation: Generation) -> torch.Tensor:
     """[batch, prompt_tokens] int64 on the model's device, the same for equal vocabularies.
 
     Raises:
         CfspError: more tokens than the model has positions.
     """
-    check_seqlen(model, workload.prompt_tokens + workload.new_tokens)
+    check_seqlen(model, generation.prompt_tokens + generation.new_tokens)
     generator = torch.Generator().manual_seed(0)
-    shape = (workload.batch, workload.prompt_tokens)
+    shape = (generation.batch, generation.prompt_tokens)
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, shape, generator=generator).to(model_device(model))
 
 
 @torch.no_grad()
-def time_round(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
+def time_round(model: PreTrainedModel, generation: Generation) -> tuple[float, float]:
     """(seconds of the prefill, seconds of the decoding)."""
-    prompts = random_prompts(model, workload)
+    prompts = random_prompts(model, generation)
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache = "cache" if "cache" in known else "past_key_values"  # the name before transformers 5.24
     started = _clock(prompts.device)
     output = model(input_ids=prompts, use_cache=True, **last)
     prefilled = _clock(prompts.device)
-    for _ in range(workload.new_tokens):
+    for _ in range(generation.new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, use_cache=True, **{cache: output[cache]})
     return prefilled - started, _clock(prompts.device) - prefilled
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given."""
+    """Seconds, read once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -130,7 +125,7 @@ def _clock(device: torch.device) -> float:
 
 def measure_speed(
     models: Sequence[PreTrainedModel],
-    workload: Workload = Workload(),
+    generation: Generation = Generation(),
     *,
     peak_memory: Sequence[int | None] | None = None,
 ) -> list[Speed]:
@@ -139,20 +134,20 @@ def measure_speed(
 
     Args:
         models: causal LMs in eval mode; run once by the caller, or their first round is slow.
-        workload: what is generated.
+        generation: what each model generates.
         peak_memory: what :class:`PeakMemory` measured of each, kept with the result.
 
     Raises:
         CfspError: more tokens than a model has positions.
     """
-    rounds = [[time_round(model, workload) for model in models] for _ in range(workload.rounds)]
+    rounds = [[time_round(model, generation) for model in models] for _ in range(generation.rounds)]
     memory = peak_memory or [None] * len(models)
     return [
         Speed(
-            workload.batch * workload.prompt_tokens / median(prefill for prefill, _ in turns),
-            workload.batch * workload.new_tokens / median(decode for _, decode in turns),
+            generation.batch * generation.prompt_tokens / median(prefill for prefill, _ in turns),
+            generation.batch * generation.new_tokens / median(decode for _, decode in turns),
             taken,
-            workload,
+            generation,
         )
         for turns, taken in zip(zip(*rounds, strict=True), memory, strict=True)
     ]

@@ -13,28 +13,15 @@ TASK_ERRORS = (OSError, ValueError, LookupError, ImportError, TypeError)
 """What a task file or a dataset that cannot be had raises."""
 
 
-def require_harness() -> Any:
-    """The module ``lm_eval``.
-
-    Raises:
-        CfspError: it is not installed; says how to.
-    """
-    try:
-        import lm_eval
-    except ImportError:
-        raise CfspError("tasks need the lm-evaluation-harness: pip install 'cfsp[eval]'") from None
-    return lm_eval
-
-
 def find_tasks(
     tasks: Sequence[str], folder: str | Path | None = None, *, progress: bool = True
 ) -> Any:
-    """The harness's index of tasks, for :func:`run_tasks`, after all of these were loaded from it
-    with their data. To make one takes the harness some seconds.
+    """The harness's index of tasks, which takes some seconds, once these have been loaded from it
+    with their data.
 
     Args:
         tasks: names of tasks or groups.
-        folder: of task files of one's own.
+        folder: the user's own task files.
         progress: let the harness write to stderr.
 
     Raises:
@@ -43,7 +30,10 @@ def find_tasks(
     """
     if folder is not None and not Path(folder).is_dir():
         raise CfspError(f"no such folder of tasks: {folder}")
-    require_harness()
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise CfspError("tasks need the lm-evaluation-harness: pip install 'cfsp[eval]'") from None
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=str(folder) if folder is not None else None)
@@ -69,24 +59,18 @@ def run_tasks(
     batch: int = 1,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Scores of a model in tasks, by task and metric.
+    """Scores of a model by task and metric, such as ``acc``, ``acc_stderr`` for its standard error,
+    or ``exact_match (strict-match)`` for a metric of a filter.
 
     Args:
-        opened: a causal LM with its tokenizer, where it is.
+        opened: a causal LM with its tokenizer.
         tasks: names of tasks or groups.
-        index: that has them, of :func:`find_tasks`.
+        index: the result of :func:`find_tasks`.
         limit: only the first examples of each task.
         batch: examples at a time.
         progress: let the harness write to stderr.
-
-    Returns:
-        Of every task its metrics, such as ``acc``; a standard error is ``acc_stderr``, a metric of
-        a filter ``exact_match (strict-match)``.
-
-    Raises:
-        CfspError: the harness is not installed.
     """
-    harness = require_harness()
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _stderr(progress):
@@ -96,14 +80,14 @@ def run_tasks(
             backend="causal",
             batch_size=batch,
         )
-        found = harness.simple_evaluate(
+        found = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=index, limit=limit, log_samples=False
         )
     return {task: _metrics(values) for task, values in found["results"].items()}
 
 
 def _stderr(shown: bool) -> AbstractContextManager[object]:
-    """The harness has no option against its bars: where they are not shown, nothing is."""
+    """The harness cannot switch off its bars: where they are not shown, all of stderr is hidden."""
     return nullcontext() if shown else redirect_stderr(io.StringIO())
 
 

@@ -1,158 +1,243 @@
-"""The pictures of a report: what a plan says about every block."""
+"""The figures of a report: a plan's widths, importance and scores, and the errors of its fits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from markupsafe import Markup
+import torch
 
 from ..pruning.plan import BlockPlan, PruningPlan
+from ..pruning.refit import BlockRefit
 from .svg import (
+    PADDING,
     Axis,
+    Plot,
     band,
     block_labels,
+    centre,
     dot,
-    kept_strip,
-    legend,
     line,
     mark,
     number,
-    plot,
     rect,
+    series,
 )
+from .tables import number_at
 
 HEIGHT = 190
-SERIES = 6
-"""Colours of lines; more results than that repeat them."""
+SPREAD = (1, 4, 8, 12, 15)
+"""Ranks, in sixteenths of the channels, that tell how the scores of a block are spread."""
+CUT = "cut"
+REFIT_MARKS = {
+    CUT: ("without", "as cut"),
+    "sequential": ("importance", "after the closed form"),
+    "blockwise": ("with", "after epochs of Adam"),
+}
+"""Class and text of each way to refit a block."""
 
 
-def widths_figure(plan: PruningPlan) -> Markup:
+def widths_figure(plan: PruningPlan) -> Plot:
     """Channels of every block, kept and removed."""
     count, widest = len(plan.blocks), max(block.intermediate_size for block in plan.blocks)
     axis = Axis(0, widest, HEIGHT)
-    marks = []
-    for position, block in enumerate(plan.blocks):
-        x, bottom = band(position, count), axis.y(0)
-        marks.append(
-            mark(
-                f"block {position}: {block.width:,} of {block.intermediate_size:,} channels kept "
-                f"({block.width / block.intermediate_size:.1%})",
-                rect(*x, axis.y(block.intermediate_size), axis.y(block.width), "removed"),
-                rect(*x, axis.y(block.width), bottom, "kept"),
-            )
+    marks = [
+        mark(
+            f"block {position}: {block.width:,} of {block.intermediate_size:,} channels kept "
+            f"({block.width / block.intermediate_size:.1%})",
+            rect(
+                *band(position, count),
+                axis.y(block.intermediate_size),
+                axis.y(block.width),
+                "removed",
+            ),
+            rect(*band(position, count), axis.y(block.width), axis.y(0), "kept"),
         )
+        for position, block in enumerate(plan.blocks)
+    ]
     label = (
         f"FFN channels kept in {count} blocks, from {min(plan.widths):,} to {max(plan.widths):,} "
         f"of {widest:,}"
     )
-    return plot(axis, marks, label, block_labels(count)) + legend(
-        [("kept", "kept"), ("removed", "removed")]
-    )
+    entries = [("kept", "kept"), ("removed", "removed")]
+    return Plot(axis, marks, label, block_labels(count), entries)
 
 
-def importance_figure(plan: PruningPlan) -> Markup:
+def importance_figure(plan: PruningPlan) -> Plot:
     """Coarse importance of every block."""
     values = [block.importance for block in plan.blocks]
     count = len(values)
     axis = Axis(min(0.0, *values, 0.0), max(values) or 1.0, HEIGHT // 2)
-    marks = []
-    for position, value in enumerate(values):
-        left, width = band(position, count, min(0.12, 0.004 * count))
-        stem = rect(left, width, axis.y(value), axis.y(0), "importance-stem")
-        head = dot(left + width / 2, axis.y(value), "importance")
-        marks.append(mark(f"block {position}: importance {value:.5f}", stem, head))
+    stem = min(0.12, 0.004 * count)
+    marks = [
+        mark(
+            f"block {position}: importance {value:.5f}",
+            rect(*band(position, count, stem), axis.y(value), axis.y(0), "importance-stem"),
+            dot(centre(position, count, stem), axis.y(value), "importance"),
+        )
+        for position, value in enumerate(values)
+    ]
     top = max(range(count), key=values.__getitem__)
     label = f"importance of {count} blocks; the highest is block {top} with {values[top]:.4f}"
-    return plot(axis, marks, label, block_labels(count))
+    return Plot(axis, marks, label, block_labels(count))
 
 
-def cut_score(block: BlockPlan) -> float | None:
-    """The score at which a block is cut, between two of its quantiles; None where none is known."""
+def score_spread(plan: PruningPlan) -> list[tuple[float, ...]]:
+    """The scores of every block at the ranks of SPREAD; [] where a block does not know them."""
+    known = [block.score_quantiles for block in plan.blocks]
+    if not all(known):
+        return []
+    last = len(known[0]) - 1
+    return [tuple(quantiles[last * part // 16] for part in SPREAD) for quantiles in known]
+
+
+def score_axis(spread: Sequence[tuple[float, ...]]) -> Axis:
+    """An axis for all scores, logarithmic where they are positive and differ enough."""
+    low, high = min(map(min, spread)), max(map(max, spread))
+    return Axis(low, high, HEIGHT, log=low > 0 and high / low > 8)
+
+
+def cut_score(block: BlockPlan) -> float:
+    """The score at which a block is cut, between two of its quantiles."""
     known = block.score_quantiles
-    if not known:
-        return None
     rank = (1 - block.width / block.intermediate_size) * (len(known) - 1)
     low, share = math.floor(rank), rank - math.floor(rank)
     high = min(low + 1, len(known) - 1)
     return known[low] * (1 - share) + known[high] * share
 
 
-def scores_figure(plan: PruningPlan) -> Markup | None:
+def scores_figure(plan: PruningPlan) -> Plot | None:
     """How the scores of every block are spread; None where a plan does not know."""
-    blocks = plan.blocks
-    if not all(block.score_quantiles for block in blocks):
+    spread = score_spread(plan)
+    if not spread:
         return None
-    last = len(blocks[0].score_quantiles) - 1
-    spread = [
-        [block.score_quantiles[last * part // 16] for part in (1, 4, 8, 12, 15)] for block in blocks
-    ]
-    flat = [value for values in spread for value in values]
-    positive = [value for value in flat if value > 0]
-    log = len(positive) == len(flat) and max(flat) / min(flat) > 8
-    axis = Axis(min(flat), max(flat), HEIGHT, log)
+    count = len(plan.blocks)
+    axis = score_axis(spread)
     marks = []
-    for position, (block, values) in enumerate(zip(blocks, spread, strict=True)):
-        low, quarter, median, three_quarters, high = (axis.y(value) for value in values)
+    for position, (block, scores) in enumerate(zip(plan.blocks, spread, strict=True)):
+        low, quarter, median, three_quarters, high = map(axis.y, scores)
         cut = cut_score(block)
         shapes = [
-            rect(*band(position, len(blocks), 0.28), high, low, "spread"),
-            rect(*band(position, len(blocks), 0.72), three_quarters, quarter, "quartiles"),
-            rect(*band(position, len(blocks), 0.72), median - 1, median + 1, "median"),
+            rect(*band(position, count, 0.28), high, low, "spread"),
+            rect(*band(position, count, 0.72), three_quarters, quarter, "quartiles"),
+            rect(*band(position, count, 0.72), median - 1, median + 1, "median"),
         ]
-        if cut is not None and block.width < block.intermediate_size:
+        if block.width < block.intermediate_size:
             at = axis.y(cut)
-            shapes.append(rect(*band(position, len(blocks), 0.9), at - 1.5, at + 1.5, "cut"))
-        marks.append(
-            mark(
-                f"block {position}: median {values[2]:.4g}, middle half {values[1]:.4g} to "
-                f"{values[3]:.4g}, cut at {number(cut or 0)}",
-                *shapes,
-            )
+            shapes.append(rect(*band(position, count, 0.9), at - 1.5, at + 1.5, "cut"))
+        text = (
+            f"block {position}: median {scores[2]:.4g}, middle half {scores[1]:.4g} to "
+            f"{scores[3]:.4g}, cut at {number(cut)}"
         )
+        marks.append(mark(text, *shapes))
+    medians = [scores[2] for scores in spread]
     label = (
-        f"spread of the {plan.recipe.scorer} scores in {len(blocks)} blocks, "
-        f"medians from {min(v[2] for v in spread):.3g} to {max(v[2] for v in spread):.3g}"
+        f"spread of the {plan.recipe.scorer} scores in {count} blocks, "
+        f"medians from {min(medians):.3g} to {max(medians):.3g}"
     )
-    return plot(axis, marks, label, block_labels(len(blocks))) + legend(
-        [
-            ("spread", "1/16 to 15/16"),
-            ("quartiles", "middle half"),
-            ("median", "median"),
-            ("cut", "cut: channels below are removed"),
-        ]
-    )
-
-
-def strips(plan: PruningPlan) -> list[dict[str, object]]:
-    """Of every block a strip that shows which channels are kept, and what it says."""
-    return [
-        {
-            "block": position,
-            "image": kept_strip(block.kept, block.intermediate_size),
-            "kept": f"{block.width / block.intermediate_size:.0%}",
-            "label": f"block {position}: {block.width:,} of {block.intermediate_size:,} kept",
-        }
-        for position, block in enumerate(plan.blocks)
+    entries = [
+        ("spread", "1/16 to 15/16"),
+        ("quartiles", "middle half"),
+        ("median", "median"),
+        ("cut", "cut: channels below are removed"),
     ]
+    return Plot(axis, marks, label, block_labels(count), entries)
 
 
-def widths_compared(plans: Sequence[tuple[str, PruningPlan]]) -> Markup | None:
+def widths_compared(plans: Sequence[tuple[str, PruningPlan]]) -> Plot | None:
     """Share of channels that every block of several results keeps; None where blocks differ."""
     counts = {len(plan.blocks) for _, plan in plans}
     if len(counts) != 1:
         return None
     (count,) = counts
     axis = Axis(0, 100, HEIGHT)
-    height = axis.height + 2 * 8
     marks = []
     for position, (name, plan) in enumerate(plans):
-        shares = [100 * b.width / b.intermediate_size for b in plan.blocks]
         steps = [
-            (edge / count * 100, axis.y(share))
-            for block, share in enumerate(shares)
-            for edge in (block, block + 1)
+            (edge / count * 100, axis.y(100 * block.width / block.intermediate_size))
+            for place, block in enumerate(plan.blocks)
+            for edge in (place, place + 1)
         ]
-        marks.append(mark(name, line(steps, height, f"series-{position % SERIES}")))
+        marks.append(mark(name, line(steps, HEIGHT + 2 * PADDING, series(position))))
     label = f"percent of channels kept in {count} blocks by {len(plans)} results"
-    return plot(axis, marks, label, block_labels(count)) + legend(
-        [(f"series-{position % SERIES}", name) for position, (name, _) in enumerate(plans)]
-    )
+    entries = [(series(position), name) for position, (name, _) in enumerate(plans)]
+    return Plot(axis, marks, label, block_labels(count), entries)
+
+
+def curves_figure(plan: PruningPlan) -> Plot | None:
+    """Relative error of every FFN's output at each share of its channels, and the width that the
+    plan gives it; None where no curve is known."""
+    axis = Axis(0, 1, HEIGHT)
+    lines, dots = [], []
+    for position, block in enumerate(plan.blocks):
+        curves = zip(block.error_curves, block.kept_by_group, strict=False)
+        for ffn, (curve, kept) in enumerate(curves):
+            dense, channels, width = float(curve.errors[0]), int(curve.widths[-1]), kept.shape[1]
+            if not (dense > 0 and curve.errors.isfinite().all()):
+                continue
+            shares, errors = 100 * curve.widths.double() / channels, curve.errors / dense
+            points = zip(shares.tolist(), map(axis.y, errors.tolist()), strict=True)
+            lines.append(line(points, HEIGHT + PADDING, "curve"))
+            share, error = 100 * width / channels, float(curve.at(torch.tensor([width]))) / dense
+            name = f"block {position}" + (f", FFN {ffn}" if len(block.error_curves) > 1 else "")
+            shown = f"{name}: {share:.0f}% kept, error {error:.3g}"
+            dots.append(mark(shown, dot(share, axis.y(error), "importance", 3.5)))
+    if not lines:
+        return None
+    label = f"relative error of the outputs of {len(lines)} FFNs by the percent of channels kept"
+    ticks = [(float(percent), f"{percent}%") for percent in (0, 25, 50, 75, 100)]
+    entries = [("quartiles", "an FFN at each width"), ("importance", "the width that it has")]
+    return Plot(axis, [*lines, *dots], label, ticks, entries)
+
+
+def fits_figure(fits: Sequence[Mapping[str, Any]], count: int) -> Plot | None:
+    """Held-out error of every block's output without and with least squares; None where no block
+    knows it."""
+    known = []
+    for fit in fits:
+        position = number_at(fit, "block")
+        before, after = number_at(fit, "error_before"), number_at(fit, "error_after")
+        if position is not None and before is not None and after is not None:
+            known.append((int(position), before, after, bool(number_at(fit, "applied"))))
+    if not known:
+        return None
+    axis = Axis(0, max(max(before, after) for _, before, after, _ in known), HEIGHT)
+    marks = [
+        mark(
+            f"block {position}: error {before:.3g} without, {after:.3g} with the fit; "
+            f"{'fitted' if applied else 'left as it was'}",
+            dot(centre(position, count), axis.y(before), "without"),
+            dot(centre(position, count), axis.y(after), "with" if applied else "importance"),
+        )
+        for position, before, after, applied in known
+    ]
+    fitted = sum(applied for *_, applied in known)
+    label = f"held-out error of {len(known)} blocks without and with least squares; {fitted} fitted"
+    entries = [("without", "without"), ("with", "with the fit")]
+    if fitted < len(known):
+        entries.append(("importance", "with a fit that was not better, and was left out"))
+    return Plot(axis, marks, label, block_labels(count), entries)
+
+
+def refits_figure(refits: Sequence[BlockRefit], count: int) -> Plot | None:
+    """Held-out error of every block's output as it was cut, and after each way to refit it with
+    the step that was kept; None where no block knows it."""
+    points: dict[tuple[int, str], float] = {}
+    for refit in refits:
+        if not refit.errors or refit.way not in REFIT_MARKS:
+            continue
+        before, after = refit.errors[0], refit.errors[refit.kept]
+        if math.isfinite(before) and math.isfinite(after):
+            points.setdefault((refit.block, CUT), before)
+            points[refit.block, refit.way] = after
+    if not points:
+        return None
+    axis = Axis(0, max(points.values()), HEIGHT)
+    marks = []
+    for (position, way), error in points.items():
+        kind, text = REFIT_MARKS[way]
+        shown = f"block {position}: error {error:.3g} {text}"
+        marks.append(mark(shown, dot(centre(position, count), axis.y(error), kind)))
+    blocks, ways = ({key[part] for key in points} for part in (0, 1))
+    label = f"held-out error of the outputs of {len(blocks)} blocks fitted again"
+    entries = [entry for way, entry in REFIT_MARKS.items() if way in ways]
+    return Plot(axis, marks, label, block_labels(count), entries)

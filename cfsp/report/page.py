@@ -10,13 +10,20 @@ from jinja2 import Environment, StrictUndefined
 
 from ..checkpoints.documents import Result
 from ..errors import CfspError
+from ..io.memory import format_bytes
 from ..pruning.allocation import NEEDS_CURVES
 from ..pruning.recipe import Recipe
-from ..pruning.refit import BlockRefit
 from . import figures
-from .error_figures import curves_figure, fits_figure, refits_figure
-from .tables import Values, compared, evaluation_table, number_at, perplexities, tiles
-from .usage import usage
+from .svg import kept_strip
+from .tables import (
+    Values,
+    evaluation_table,
+    number_at,
+    perplexities,
+    perplexities_compared,
+    tiles,
+)
+from .usage import loading_commands
 
 
 def write_report(
@@ -51,7 +58,12 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
     folder = files(__package__) / "templates"
     environment.globals["number_at"] = number_at
     template = environment.from_string((folder / "report.html").read_text("utf-8"))
-    labels = _labels(results)
+    names = [result.name for result in results]
+    labels = [
+        name if names.count(name) == 1 else str(result.folder)
+        for name, result in zip(names, results, strict=True)
+    ]
+    plans = [(label, result.plan) for label, result in zip(labels, results, strict=True)]
     return template.render(
         css=(folder / "report.css").read_text("utf-8"),
         title=labels[0] if len(results) == 1 else f"{len(results)} pruned models",
@@ -59,54 +71,37 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
             _result(result, label, evaluations)
             for result, label in zip(results, labels, strict=True)
         ],
-        compared=compared(results, labels) if len(results) > 1 else None,
+        widths_compared=figures.widths_compared(plans),
+        perplexities_compared=perplexities_compared(results, labels),
         evaluation=evaluation_table(evaluations, results) if evaluations else None,
     )
 
 
-def _labels(results: Sequence[Result]) -> list[str]:
-    """A folder's name, or its path where two have one name."""
-    names = [result.name for result in results]
-    return [
-        name if names.count(name) == 1 else str(result.folder)
-        for name, result in zip(names, results, strict=True)
-    ]
-
-
 def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[str, Any]:
-    plan = result.plan
+    plan, count = result.plan, len(result.plan.blocks)
     return {
         "label": label,
         "dense": result.dense_name,
+        "plan": plan,
         "sparsity": f"{plan.sparsity:.1%}",
+        "parameters": number_at(result.measured, "parameters_after"),
+        "bytes": format_bytes(result.nbytes),
         "tiles": tiles(result, evaluations),
         "perplexity": perplexities(result),
         "widths": figures.widths_figure(plan),
         "importance": figures.importance_figure(plan),
-        "importance_metric": plan.recipe.importance,
-        "allocator": plan.recipe.resolved_allocator,
         "scores": figures.scores_figure(plan),
-        "scorer": plan.recipe.scorer,
-        "curves": curves_figure(plan),
-        "compensation": plan.recipe.resolved_compensation,
+        "curves": figures.curves_figure(plan),
         "fits": result.fits,
-        "fits_figure": fits_figure(result.fits, len(plan.blocks)),
-        "refits": [_refit_texts(refit) for refit in result.refits],
-        "refits_figure": refits_figure(result.refits, len(plan.blocks)),
+        "fits_figure": figures.fits_figure(result.fits, count),
+        "refits": result.refits,
+        "refits_figure": figures.refits_figure(result.refits, count),
         "recoveries": [_flat(recovery) for recovery in result.recoveries],
-        "strips": figures.strips(plan),
-        "blocks": plan.blocks,
+        "strips": [kept_strip(block.kept, block.intermediate_size) for block in plan.blocks],
         "recipe": _recipe(result),
         "provenance": _flat(result.provenance),
-        "usage": usage(result, label),
+        "usage": loading_commands(result, label),
     }
-
-
-def _refit_texts(refit: BlockRefit) -> list[str]:
-    """A row of the table of blocks fitted again."""
-    errors = [f"{error:.4g}" for error in refit.errors]
-    before, after = errors[0] if errors else "–", ", ".join(errors[1:]) or "–"
-    return [str(refit.block), refit.way, before, after, str(refit.kept)]
 
 
 def _recipe(result: Result) -> list[tuple[str, str]]:

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 X_LABELS = 18  # pixels under the plot
 PADDING = 8  # pixels over it, so that the highest label fits
+SERIES = 6  # colours of lines; more results than that repeat them
 STRIP_BINS = 512
 STRIP_COLOUR = (59, 125, 196)  # is told from both backgrounds
 
@@ -63,7 +64,7 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number as short as it can be told: 1,536; 0.097; 1.8e+06."""
+    """A number in few characters: 1,536; 0.097; 1.8e+06."""
     if value == int(value) and abs(value) < 1e6:
         return f"{int(value):,}"
     return f"{value:.3g}"
@@ -72,6 +73,17 @@ def number(value: float) -> str:
 def band(position: int, count: int, share: float = 0.8) -> tuple[float, float]:
     """(left, width) in percent of mark ``position`` of ``count``."""
     return (position + (1 - share) / 2) / count * 100, share / count * 100
+
+
+def centre(position: int, count: int, share: float = 0.8) -> float:
+    """The middle of a :func:`band`."""
+    left, width = band(position, count, share)
+    return left + width / 2
+
+
+def series(position: int) -> str:
+    """The class that gives a result its colour."""
+    return f"series-{position % SERIES}"
 
 
 def rect(left: float, width: float, top: float, bottom: float, kind: str) -> Markup:
@@ -99,38 +111,32 @@ def line(points: Iterable[tuple[float, float]], height: float, kind: str) -> Mar
 
 def mark(title: str, *shapes: Markup) -> Markup:
     """Shapes with a tooltip."""
-    return Markup("<g><title>{}</title>{}</g>").format(title, Markup("").join(shapes))
+    return Markup("<g><title>{}</title>{}</g>").format(title, Markup().join(shapes))
 
 
-def plot(
-    axis: Axis, marks: Iterable[Markup], label: str, x_labels: Sequence[tuple[float, str]]
-) -> Markup:
-    """A plot with its axes.
+@dataclass(frozen=True)
+class Plot:
+    """A plot with its axes, which the page's template draws."""
 
-    Args:
-        axis: of y.
-        marks: what is in it, the lowest first.
-        label: what it shows, for those who do not see it.
-        x_labels: (percent, text) under it.
-    """
-    bottom = axis.height + PADDING
-    ticks = [(axis.y(value), number(value)) for value in axis.ticks()]
-    names = Markup("").join(
-        Markup('<text x="100%" dx="-6" y="{:.1f}" dy="0.32em">{}</text>').format(y, text)
-        for y, text in ticks
-    )
-    grid = Markup("").join(
-        Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
-        for y, _ in ticks
-    )
-    under = Markup("").join(
-        Markup('<text x="{:.3f}%" y="{}">{}</text>').format(x, bottom + X_LABELS - 3, text)
-        for x, text in x_labels
-    )
-    return Markup(
-        '<div class="plot"><svg class="y" height="{0}" aria-hidden="true">{1}</svg>'
-        '<svg class="area" height="{0}" role="img" aria-label="{2}">{3}{4}{5}</svg></div>'
-    ).format(bottom + X_LABELS, names, label, grid, Markup("").join(marks), under)
+    axis: Axis
+    marks: Sequence[Markup]
+    """What is in it, the lowest first."""
+    label: str
+    """What it shows, for those who do not see it."""
+    x_labels: Sequence[tuple[float, str]]
+    """(percent, text) under it."""
+    legend: Sequence[tuple[str, str]] = ()
+    """(class, text) of every kind of mark."""
+
+    @property
+    def height(self) -> int:
+        """Pixels with all that is around it."""
+        return PADDING + self.axis.height + X_LABELS
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """(pixels from the top, text) of y."""
+        return [(self.axis.y(value), number(value)) for value in self.axis.ticks()]
 
 
 def block_labels(count: int) -> list[tuple[float, str]]:
@@ -139,15 +145,20 @@ def block_labels(count: int) -> list[tuple[float, str]]:
     return [((n + 0.5) / count * 100, str(n)) for n in range(0, count, step)]
 
 
+def kept_shares(kept: torch.Tensor, size: int, bins: int) -> torch.Tensor:
+    """Share of the channels in each of ``bins`` parts of ``size`` channels that is kept: [bins]."""
+    found = torch.bincount(kept * bins // size, minlength=bins)
+    every = torch.bincount(torch.arange(size) * bins // size, minlength=bins)
+    return found / every.clamp_min(1)
+
+
 def kept_strip(kept: torch.Tensor, size: int) -> str:
     """Which of ``size`` channels are kept, left to right, as the data URI of a PNG one pixel high.
 
     Opaque where all channels under a pixel are kept, transparent where none is.
     """
     bins = min(size, STRIP_BINS)
-    found = torch.bincount(kept * bins // size, minlength=bins)
-    every = torch.bincount(torch.arange(size) * bins // size, minlength=bins)
-    levels = (found / every * 15).round().to(torch.uint8)
+    levels = (kept_shares(kept, size, bins) * 15).round().to(torch.uint8)
     if bins % 2:
         levels = torch.cat([levels, levels.new_zeros(1)])
     pixels = (levels[0::2] << 4 | levels[1::2]).numpy().tobytes()
@@ -164,13 +175,3 @@ def kept_strip(kept: torch.Tensor, size: int) -> str:
         for kind, data in chunks
     )
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def legend(entries: Iterable[tuple[str, str]]) -> Markup:
-    """(class, text) of every kind of mark."""
-    return Markup('<p class="legend">{}</p>').format(
-        Markup(" ").join(
-            Markup('<span><i class="{}"></i>{}</span>').format(kind, escape(text))
-            for kind, text in entries
-        )
-    )

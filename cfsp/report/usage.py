@@ -8,8 +8,8 @@ from ..checkpoints.exports.gguf_model import ARCHITECTURES
 from ..vllm_plugin import NATIVE_FAMILIES
 
 
-def usage(result: Result, path: str) -> list[tuple[str, str]]:
-    """(runtime, commands) for the folder at ``path``."""
+def loading_commands(result: Result, path: str) -> list[tuple[str, str]]:
+    """(runtime, commands) that load the result from the folder at ``path``."""
     text, word = json.dumps(path), shlex.quote(path)
     trust = "" if result.stock else ", trust_remote_code=True"
     python = (

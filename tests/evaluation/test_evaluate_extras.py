@@ -12,13 +12,13 @@ import torch
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
 from cfsp.evaluation import speed
-from cfsp.evaluation.speed import Workload, measure_speed, random_prompts, time_round
+from cfsp.evaluation.speed import Generation, measure_speed, random_prompts, time_round
 from cfsp.evaluation.tasks import find_tasks, run_tasks
 from cfsp.models.loading import adopt
 
 from ..conftest import make_tiny, make_tokenizer
 
-SMALL = Workload(batch=2, prompt_tokens=6, new_tokens=4, rounds=3)
+SMALL = Generation(batch=2, prompt_tokens=6, new_tokens=4, rounds=3)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_models_take_turns_and_a_speed_is_the_median(monkeypatch: pytest.MonkeyP
     turns: list[int] = []
     prefill = {0: iter([1.0, 9.0, 3.0]), 1: iter([2.0, 9.0, 4.0])}
 
-    def seconds(model: object, workload: Workload) -> tuple[float, float]:
+    def seconds(model: object, generation: Generation) -> tuple[float, float]:
         turns.append(models.index(model))
         return next(prefill[turns[-1]]), 0.5 * (turns[-1] + 1)
 
@@ -191,4 +191,4 @@ def test_mistakes_are_told_before_a_model_is_read(
 
 def test_a_workload_that_is_none_is_refused() -> None:
     with pytest.raises(CfspError, match="new_tokens must be 1 or more, got 0"):
-        Workload(new_tokens=0)
+        Generation(new_tokens=0)

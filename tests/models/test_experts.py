@@ -20,7 +20,7 @@ from cfsp.models.channels import ChannelGroup, Routing
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
-from cfsp.report.error_figures import curves_figure
+from cfsp.report.figures import curves_figure
 
 from ..conftest import make_tiny, make_tokenizer
 from .test_families import ALL, make, recipe_for
