@@ -12,11 +12,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration.mixtures import naming
+from ..calibration.mixtures import windows_of_each
 from ..calibration.text import (
     EVALUATE,
     bos_token,
-    check_dataset,
     consecutive_windows,
     load_text,
     tokenize,
@@ -181,15 +180,11 @@ def mixed_evaluation_windows(
     tokenizer: Any, counts: Mapping[str, int], seqlen: int, bos: str
 ) -> torch.Tensor:
     """:func:`evaluation_windows` [N, S] of several datasets, so many of each, one after another."""
-    for dataset in counts:
-        check_dataset(dataset)
-    drawn = []
-    start = bos_token(tokenizer, bos)
-    for dataset, count in counts.items():
-        tokens = tokenize(tokenizer, load_text(dataset, EVALUATE))
-        with naming(dataset):
-            drawn.append(consecutive_windows(tokens, seqlen, count, start))
-    return torch.cat(drawn)
+
+    def cut(tokens: torch.Tensor, count: int, start: int | None) -> torch.Tensor:
+        return consecutive_windows(tokens, seqlen, count, start)
+
+    return torch.cat(windows_of_each(tokenizer, counts, EVALUATE, bos, cut))
 
 
 def perplexities_by_dataset(
