@@ -180,7 +180,6 @@ def collect_statistics(
         model: a causal LM on its device; left as it was found.
         windows: [N, S] int64 calibration tokens.
         micro_batch: windows per forward call; None: see :func:`default_micro_batch`.
-        provenance: kept with the result.
         fused: use the fused SwiGLU statistics where the FFN allows it; the numbers are the same.
         weights: where the blocks' weights are; None: in the model.
         stop: asked before each block.
@@ -217,13 +216,8 @@ def collect_statistics(
     results = []
     try:
         calls = record_block_calls(model, blocks, own_windows, size)
-        bar = tqdm(
-            total=len(blocks) * own_windows.numel(),
-            desc="calibrate",
-            unit="tok",
-            unit_scale=True,
-            disable=not progress,
-        )
+        total = len(blocks) * own_windows.numel()
+        bar = tqdm(total=total, desc="calibrate", unit="tok", unit_scale=True, disable=not progress)
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))

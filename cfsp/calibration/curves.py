@@ -103,13 +103,10 @@ def weighted(
     scale: str,
     exponent: float,
 ) -> tuple[ErrorCurve, ...]:
-    """Curves, one for each FFN, that may be added up over FFNs.
+    """Curves, one for each FFN, that may be added up over FFNs: in a scale of ERROR_SCALES, times
+    the importance [FFNs] of the FFN's block to the power of the exponent.
 
-    Args:
-        importance: [FFNs], coarse importance of each FFN's block.
-        hidden: :func:`hidden_energy` of each FFN's block.
-        scale: one of ERROR_SCALES.
-        exponent: errors count times the importance to this power; 0 leaves it out.
+    ``hidden``: :func:`hidden_energy` of each FFN's block.
     """
     energies = {
         "output": [float(curve.errors[0]) for curve in curves],

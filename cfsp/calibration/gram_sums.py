@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -93,62 +93,54 @@ def products_held(split: Split, ranks: int) -> int:
     return most
 
 
+@dataclass(frozen=True)
 class GramWriter:
-    """Takes what the files of a calibration hold, and has a thread of the last rank write it; on
-    other ranks it takes it for nothing."""
+    """Takes what the files of a calibration hold; a thread of the last rank writes it, the other
+    ranks have no writer."""
 
-    def __init__(
-        self, folder: GramFolder, writer: ShardWriter | None, behind: ThreadPoolExecutor
-    ) -> None:
-        self.folder = folder
-        self._writer = writer
-        self._behind = behind
-        self._pending: deque[Future[None]] = deque()
+    folder: GramFolder
+    writer: ShardWriter | None
+    behind: ThreadPoolExecutor
+    pending: deque[Future[None]] = field(default_factory=deque)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Have a tensor written, on the CPU and left alone from now on.
-
-        Raises:
-            CfspError: this one or one before it found no space, or no permission.
-        """
-        if self._writer is not None:
+        """Have a tensor written, on the CPU and left alone from now on. Raises CfspError where this
+        one or one before it found no space, or no permission."""
+        if self.writer is not None:
             self.wait(PENDING - 1)
-            self._pending.append(self._behind.submit(self._writer.write, name, tensor))
+            self.pending.append(self.behind.submit(self.writer.write, name, tensor))
 
     def wait(self, left: int = 0) -> None:
         """Until at most so many tensors wait to be written. Raises as :meth:`put` does."""
-        while len(self._pending) > left:
+        while len(self.pending) > left:
             try:
-                self._pending.popleft().result()
+                self.pending.popleft().result()
             except OSError as error:
                 raise CfspError(
                     f"cannot write Gram matrices: {self.folder.path}: {error}"
                 ) from None
 
 
+def _problem(folder: GramFolder, need: int, ranks: Ranks) -> str | None:
+    if not folder.path.is_dir():
+        return f"rank {ranks.rank} does not see the folder {folder.path}"
+    free = shutil.disk_usage(folder.path).free
+    if need <= free:
+        return None
+    return (
+        f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+        f"{format_bytes(free)} free: {WITHOUT}"
+    )
+
+
 @contextmanager
 def gram_writer(
     folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ranks: Ranks
 ) -> Iterator[GramWriter]:
-    """What writes the Gram matrices of a calibration; at the end all are on the disk, for every
-    rank. After an error, files that are not whole vanish.
-
-    ``sizes``: channels of every FFN and expert of every block.
-
-    Raises:
-        CfspError: a rank does not see the folder, or its disk has no room.
-    """
-    problem: str | None = f"rank {ranks.rank} does not see the folder {folder.path}"
-    if folder.path.is_dir():
-        need = sum(file_bytes(own, windows) for own in sizes)
-        free = shutil.disk_usage(folder.path).free
-        problem = None
-        if need > free:
-            problem = (
-                f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
-                f"{format_bytes(free)} free: {WITHOUT}"
-            )
-    ranks.check(problem)
+    """What writes the Gram matrices of a calibration, whose blocks have FFNs and experts of these
+    ``sizes``; at the end all are on the disk, for every rank. After an error, files that are not
+    whole vanish. Raises CfspError where a rank does not see the folder, or the disk has no room."""
+    ranks.check(_problem(folder, sum(file_bytes(own, windows) for own in sizes), ranks))
     if not held_out_windows(windows):
         warnings.warn(
             "a single calibration window leaves none to hold out: nothing will tell whether a "
@@ -209,17 +201,17 @@ class _Sum:
             self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
             self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
+        offsets = None
         if self.experts:
             experts = torch.cat(self.experts)
             if not self.ordered:
                 experts, order = experts.sort(stable=True)
                 x = x[order]
             offsets = expert_offsets(experts, count)
-            gram(x, offsets=offsets, out=product)
-            self.tokens += channel_statistics(x, offsets=offsets, totals=total).tokens
         else:
-            gram(x, out=product[0])
-            self.tokens += channel_statistics(x, totals=total[0]).tokens
+            product, total = product[0], total[0]
+        gram(x, offsets=offsets, out=product)
+        self.tokens += channel_statistics(x, offsets=offsets, totals=total).tokens
         self.rows.clear()
         self.experts.clear()
 
@@ -253,10 +245,8 @@ class GramSums:
         ]
 
     def add(self, ffn: int, index: int, x: torch.Tensor, routing: Routing | None) -> None:
-        """Add the activation [T, F] of an FFN, or of all its experts, in a micro-batch.
-
-        ``index`` counts this rank's micro-batches. ``x`` is kept until its chunk ends.
-        """
+        """Add the activation [T, F] of an FFN, or of all its experts, in a micro-batch, which is
+        kept until its chunk ends. ``index`` counts this rank's micro-batches."""
         index += self.first
         x, chunk, (fitted, held) = x.detach(), self.split.chunk(index), self.split.tokens(index)
         for part, start, end in ((FIT, 0, fitted), (HELD_OUT, fitted, fitted + held)):
@@ -271,11 +261,8 @@ class GramSums:
             self.found[ffn][part].add(chunk, x, experts, ordered=not (fitted and held))
 
     def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
-        """Sum over all ranks into the file of the block, which the last rank writes.
-
-        Raises:
-            CfspError: no space, or no permission.
-        """
+        """Sum over all ranks into the file of the block, which the last rank writes. Raises
+        CfspError where it finds no space, or no permission."""
         written: list[StoredGram] = []
         for group, found in zip(self.groups, self.found, strict=True):
             totals = {part: own.totals() for part, own in found.items()}

@@ -80,11 +80,8 @@ def check_replaceable(path: Path) -> None:
 
 def temporary_folder(path: Path | None = None) -> GramFolder:
     """An empty folder, removed once nothing refers to it; None: where temporary files go
-    (``TMPDIR``). Gram matrices that a killed process left in it go at once.
-
-    Raises:
-        CfspError: it cannot be made, or holds something else.
-    """
+    (``TMPDIR``). Gram matrices that a killed process left in it go at once. Raises CfspError where
+    it cannot be made, or holds something else."""
     try:
         if path is None:
             path = Path(tempfile.mkdtemp(prefix="cfsp-grams-"))
@@ -152,11 +149,8 @@ class StoredGram:
     """See :func:`gram_digest`."""
 
     def fit(self, device: torch.device | str = "cpu") -> Gram:
-        """Over the windows that a compensation is fitted on.
-
-        Raises:
-            CfspError: the file is missing, damaged or of another calibration.
-        """
+        """Over the windows that a compensation is fitted on. Raises CfspError where the file is
+        missing, damaged or of another calibration."""
         _read_ahead(self.folder.file(self.block + 1))
         return self._read(FIT, device)
 
@@ -231,11 +225,7 @@ def check_files(blocks: Sequence[Sequence[StoredGram]]) -> None:
 
 
 def link_files(source: GramFolder, target: Path, blocks: int) -> None:
-    """Put the files of a calibration into a new folder too, as links where the disk allows it.
-
-    Raises:
-        OSError: no space, or no permission.
-    """
+    """Put the files of a calibration into a new folder too, as links where the disk allows it."""
     target.mkdir(parents=True)
     for block in range(blocks):
         file = source.file(block)
