@@ -1,8 +1,9 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -19,11 +20,39 @@ from ..models.blockwise import default_micro_batch, record_block_calls, run_bloc
 from ..models.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
-from .gram_sums import GramSums, Split, check_ranks
-from .gram_writing import GramWriter, gram_writer
+from .gram_sums import GramSums, GramWriter, Split, check_ranks, gram_writer
 from .grams import GramFolder, held_out_windows
-from .progress import BlockProgress
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
+
+
+class BlockProgress:
+    """Keeps a bar's postfix at the block that has its turn and the speed of reading so far."""
+
+    def __init__(self, bar: tqdm, blocks: int) -> None:
+        self.bar = bar
+        self.blocks = blocks
+        self.bytes_read = 0
+
+    def turn(self, number: int, stored_bytes: int) -> None:
+        """A block's turn has come, whose reading took ``stored_bytes`` from disk."""
+        self.bytes_read += stored_bytes
+        elapsed = self.bar.format_dict["elapsed"]
+        speed = ""
+        if self.bytes_read and elapsed:
+            speed = f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
+        self.bar.set_postfix_str(f"block {number + 1}/{self.blocks}{speed}")
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the blocks of one pass have in common."""
+
+    split: Split
+    device: torch.device
+    ranks: Ranks
+    grams: bool
+    """Whether Gram matrices are wanted."""
+    bar: tqdm
 
 
 class _BlockCollector:
@@ -33,78 +62,65 @@ class _BlockCollector:
     those of the ranks before them.
     """
 
-    def __init__(
-        self,
-        groups: tuple[ChannelGroup, ...],
-        micro_batches: int,
-        device: torch.device,
-        ranks: Ranks,
-        split: Split | None,
-    ) -> None:
-        """``split``: of the tokens, where Gram matrices are wanted."""
+    def __init__(self, groups: tuple[ChannelGroup, ...], common: _Pass) -> None:
         self.groups = groups
-        self.ranks = ranks
-        self.tokens = 0
+        self.common = common
+        split, ranks, device = common.split, common.ranks, common.device
         ends = accumulate(group.total for group in groups)
         self.ffns = [
             _FFNCollector(self, number, slice(end - group.total, end))
             for number, (group, end) in enumerate(zip(groups, ends, strict=True))
         ]
         self.zeros = torch.zeros(2, sum(sizes_of(groups)), dtype=torch.float64, device=device)
-        self.sums: list[torch.Tensor] = []
-        """Each [2, F] fp64: sum and sum of squares."""
-        self.begun = False
-        """Whether the last of them is of the micro-batch that is running."""
-        self.influences = torch.zeros(
-            micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
-        )
-        mine = ranks.share(micro_batches)
-        self.own_influences = self.influences[mine]
+        self.sums: dict[int, torch.Tensor] = {}
+        """[2, F] fp64 of each micro-batch, on the first rank of all: sum and sum of squares."""
+        shape = (split.micro_batches, len(INFLUENCE_METRICS))
+        self.influences = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.own_influences = self.influences[ranks.share(split.micro_batches)]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(groups, split, mine.start, device, ranks) if split else None
+        self.grams = GramSums(groups, split, device, ranks) if common.grams else None
 
-    def current(self) -> torch.Tensor:
+    def totals(self) -> torch.Tensor:
         """The sums that the running micro-batch adds to."""
-        if not self.sums or not (self.ranks.first or self.begun):
-            self.sums.append(self.zeros.clone())
-        self.begun = True
-        return self.sums[-1]
+        key = 0 if self.common.ranks.first else self.seen
+        if key not in self.sums:
+            self.sums[key] = self.zeros.clone()
+        return self.sums[key]
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        self.tokens += before.shape[:-1].numel()
-        self.begun = False
+        """A micro-batch is through, with these hidden states [b, S, D] around the block."""
         self.seen += 1
         block_influence(before, after, out=self.own_influences[index])
+        self.common.bar.update(before.shape[:-1].numel())
 
-    def result(
-        self, number: int, windows: int, micro_batch: int, writer: GramWriter | None
-    ) -> BlockStatistics:
-        ranks = self.ranks
+    def result(self, number: int, writer: GramWriter | None) -> BlockStatistics:
+        """The statistics of block ``number`` over all ranks."""
+        split, ranks = self.common.split, self.common.ranks
         influences = ranks.fill_(self.influences.cpu())
         broken = (~influences.isfinite().all(1)).nonzero()
         if len(broken):
-            first = int(broken[0]) * micro_batch
-            last = min(first + micro_batch, windows) - 1
+            first = int(broken[0]) * split.micro_batch
+            last = min(first + split.micro_batch, split.windows) - 1
             where = f"window {first}" if first == last else f"windows {first} to {last}"
             raise CfspError(
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
-        sums = ranks.ordered_sum([part.cpu() for part in self.sums], self.zeros)
-        seen = torch.cat([ffn.seen() for ffn in self.ffns])
-        expert_tokens = ranks.ordered_sum([seen], torch.zeros_like(seen))
+        sums = ranks.ordered_sum([part.cpu() for part in self.sums.values()], self.zeros)
+        seen = torch.cat([ffn.tokens.cpu() for ffn in self.ffns])
+        expert_tokens = ranks.ordered_sum([seen], seen)
         if not expert_tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
-            ranks.total(self.tokens),
-            windows,
-            sums[0].clone(),
-            sums[1].clone(),
-            influences.sum(0),
-            self.groups,
-            tuple(int(tokens) for tokens in expert_tokens),
-            self.grams.write(writer, number) if self.grams is not None and writer else (),
+            tokens=split.windows * split.seqlen,
+            windows=split.windows,
+            sum=sums[0].clone(),
+            sum_of_squares=sums[1].clone(),
+            influence=influences.sum(0),
+            groups=self.groups,
+            expert_tokens=tuple(expert_tokens.tolist()),
+            grams=self.grams.write(writer, number) if self.grams and writer else (),
         )
 
 
@@ -115,32 +131,18 @@ class _FFNCollector:
         self.block = block
         self.number = number
         self.channels = channels
-        self.tokens: int | torch.Tensor = 0
+        experts = block.groups[number].experts
+        self.tokens = torch.zeros(experts, dtype=torch.int64, device=block.common.device)
+        """[E], those of every expert so far."""
 
     def totals(self) -> torch.Tensor:
-        return self.block.current()[:, self.channels]
+        return self.block.totals()[:, self.channels]
 
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         rows = x.flatten(0, -2)
         self.tokens += len(rows) if routing is None else routing.offsets.diff()
         if self.block.grams is not None:
             self.block.grams.add(self.number, self.block.seen, rows, routing)
-
-    def seen(self) -> torch.Tensor:
-        """Tokens of every expert so far, [E] fp64 on the CPU."""
-        experts = self.block.groups[self.number].experts
-        return torch.zeros(experts, dtype=torch.float64) + torch.as_tensor(self.tokens).cpu()
-
-
-@contextmanager
-def _observed(
-    block: nn.Module, layout: Layout, collector: _BlockCollector, fused: bool
-) -> Iterator[None]:
-    """Hand the statistics of every FFN of the block to the collector while it runs."""
-    with ExitStack() as stack:
-        for ffn, observer in zip(layout.block_ffns(block), collector.ffns, strict=True):
-            stack.enter_context(ffn.observed(block, observer, fused))
-        yield
 
 
 def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
@@ -176,16 +178,12 @@ def collect_statistics(
 
     Args:
         model: a causal LM on its device; left as it was found.
-        layout: where it keeps its FFNs.
         windows: [N, S] int64 calibration tokens.
         micro_batch: windows per forward call; None: see :func:`default_micro_batch`.
-        provenance: kept with the result.
         fused: use the fused SwiGLU statistics where the FFN allows it; the numbers are the same.
-        progress: show a bar on stderr.
         weights: where the blocks' weights are; None: in the model.
         stop: asked before each block.
-        ranks: each runs its share of the micro-batches; all get the same result, which does not
-            depend on how many they are.
+        ranks: all get the same result, which does not depend on how many they are.
         grams: collect Gram matrices too, in this folder, which all ranks see.
 
     Raises:
@@ -196,12 +194,10 @@ def collect_statistics(
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
-    given = micro_batch
-    micro_batch = ranks.of_first(lambda: given or default_micro_batch(device, seqlen))
-    micro_batches = -(-count // micro_batch)
-    split = Split(count, seqlen, micro_batch) if grams is not None else None
-    mine = ranks.share(micro_batches)
-    own_windows = windows[mine.start * micro_batch : mine.stop * micro_batch]
+    size = ranks.of_first(lambda: micro_batch or default_micro_batch(device, seqlen))
+    split = Split(count, seqlen, size)
+    own = ranks.share(split.micro_batches)
+    own_windows = windows[own.start * size : own.stop * size]
     blocks = layout.find_blocks(model)
     weights = weights or LiveBlocks(model, layout)
     identity = {
@@ -219,38 +215,24 @@ def collect_statistics(
     model.eval()
     results = []
     try:
-        calls = record_block_calls(model, blocks, own_windows, micro_batch)
-        bar = tqdm(
-            total=len(blocks) * own_windows.numel(),
-            desc="calibrate",
-            unit="tok",
-            unit_scale=True,
-            disable=not progress,
-        )
+        calls = record_block_calls(model, blocks, own_windows, size)
+        total = len(blocks) * own_windows.numel()
+        bar = tqdm(total=total, desc="calibrate", unit="tok", unit_scale=True, disable=not progress)
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
         with bar, writing as writer, needed as turns:
+            common = _Pass(split, device, ranks, writer is not None, bar)
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                collector = _BlockCollector(
-                    layout.groups(block), micro_batches, device, ranks, split
-                )
-
-                def observe(
-                    index: int,
-                    before: torch.Tensor,
-                    after: torch.Tensor,
-                    collector: _BlockCollector = collector,
-                ) -> None:
-                    collector.add_states(index, before, after)
-                    bar.update(before.shape[0] * before.shape[1])
-
-                with _observed(block, layout, collector, fused):
-                    run_block(block, number, calls, observe)
-                results.append(collector.result(number, count, micro_batch, writer))
+                collector = _BlockCollector(layout.groups(block), common)
+                with ExitStack() as observed:
+                    for ffn, observer in zip(layout.block_ffns(block), collector.ffns, strict=True):
+                        observed.enter_context(ffn.observed(block, observer, fused))
+                    run_block(block, number, calls, collector.add_states)
+                results.append(collector.result(number, writer))
     finally:
         model.train(training)
     _warn_of_idle_experts(results)
@@ -262,7 +244,7 @@ def collect_statistics(
             "tokens_sha256": identity["calibration text"],
             "windows": count,
             "seqlen": seqlen,
-            "micro_batch": micro_batch,
+            "micro_batch": size,
             **({"held_out_windows": held_out_windows(count)} if grams is not None else {}),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "versions": identity["machine or version"],

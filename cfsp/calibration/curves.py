@@ -29,10 +29,6 @@ class ErrorCurve:
         share = (widths - low).double() / (high - low)
         return torch.lerp(self.errors[right - 1], self.errors[right], share)
 
-    def times(self, factor: float) -> "ErrorCurve":
-        """The same with all errors times a factor."""
-        return replace(self, errors=self.errors * factor)
-
 
 @dataclass(frozen=True)
 class Ranking:
@@ -40,13 +36,13 @@ class Ranking:
 
     scorer: str
     compensation: str
-    """That the curves count on."""
+    """The compensation that the curves count on."""
     damping: float
-    """Of least squares."""
+    """The damping of least squares."""
     scores: tuple[torch.Tensor, ...]
-    """[experts * F] fp64 of every FFN."""
+    """Scores of every FFN, [experts * F] fp64."""
     curves: tuple[ErrorCurve, ...] = ()
-    """Of every FFN; () where they were not asked for."""
+    """The error curve of every FFN; () where they were not asked for."""
 
     @property
     def made_by(self) -> tuple[str, str, float]:
@@ -74,7 +70,7 @@ def ranking_of(made_by: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> R
 
 
 def curve_widths(channels: int) -> torch.Tensor:
-    """Widths of an error curve, int64, ascending from 0 to F: at most 65, at one distance but for
+    """Widths of an error curve, int64, ascending from 0 to F: at most 65, evenly spaced but for
     the last."""
     step = -(-channels // CURVE_POINTS)
     return torch.tensor([*range(0, channels, step), channels])
@@ -107,22 +103,18 @@ def weighted(
     scale: str,
     exponent: float,
 ) -> tuple[ErrorCurve, ...]:
-    """Curves that may be added up over FFNs.
+    """Curves, one for each FFN, that may be added up over FFNs: in a scale of ERROR_SCALES, times
+    the importance [FFNs] of the FFN's block to the power of the exponent.
 
-    Args:
-        curves: one for each FFN.
-        importance: [FFNs], coarse importance of each FFN's block.
-        hidden: :func:`hidden_energy` of each FFN's block.
-        scale: of ERROR_SCALES.
-        exponent: errors count times the importance to this power; 0 leaves it out.
+    ``hidden``: :func:`hidden_energy` of each FFN's block.
     """
     energies = {
         "output": [float(curve.errors[0]) for curve in curves],
         "hidden": hidden,
         "absolute": [1.0] * len(curves),
     }[scale]
-    powers = importance.double().clamp_min(0) ** exponent
+    powers = (importance.double().clamp_min(0) ** exponent).tolist()
     return tuple(
-        curve.times(float(power) / energy if energy > 0 else 0.0)
+        replace(curve, errors=curve.errors * (power / energy if energy > 0 else 0.0))
         for curve, power, energy in zip(curves, powers, energies, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Gram matrices of a block while it runs: summed on its device, then over all ranks.
+"""Gram matrices of a block while it runs: summed on its device, then over all ranks, then written.
 
 The micro-batches form 8 chunks of about the same size, whatever the number of ranks. The
 activations of a chunk are kept until it is whole; then one call sums their products from zero, in
@@ -7,9 +7,13 @@ ranks make the same additions. A sum over n tokens errs by at most n 2^-23 of th
 absolute products.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,22 +21,28 @@ from cfsp_kernels import channel_statistics, gram
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..models.channels import ChannelGroup, Routing
-from .gram_writing import GramWriter
+from ..io.memory import format_bytes
+from ..io.shards import ShardWriter
+from ..models.channels import ChannelGroup, Routing, expert_offsets
 from .grams import (
     FIT,
     HELD_OUT,
     WITHOUT,
+    GramFolder,
     StoredGram,
+    TokensAndSum,
+    file_bytes,
     gram_digest,
     held_out_windows,
-    panel_name,
     panels,
     parts_of,
+    planned_file,
     tensor_name,
 )
 
 CHUNKS = 8
+PENDING = 8
+"""Tensors that wait to be written: panels, most of them."""
 
 
 def check_ranks(ranks: int) -> None:
@@ -43,7 +53,7 @@ def check_ranks(ranks: int) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """Which tokens of a micro-batch are fitted on, and in which chunk they are."""
+    """How the windows of a calibration are split into micro-batches, chunks and parts."""
 
     windows: int
     seqlen: int
@@ -52,13 +62,13 @@ class Split:
 
     @property
     def micro_batches(self) -> int:
-        """How many there are."""
+        """The number of micro-batches."""
         return -(-self.windows // self.micro_batch)
 
     @property
     def chunk_tokens(self) -> int:
-        """Of the longest chunk."""
-        chunks = Counter(self.chunk(index) for index in range(self.micro_batches))
+        """Tokens of the longest chunk."""
+        chunks = Counter(map(self.chunk, range(self.micro_batches)))
         return min(max(chunks.values()) * self.micro_batch, self.windows) * self.seqlen
 
     def tokens(self, index: int) -> tuple[int, int]:
@@ -83,30 +93,100 @@ def products_held(split: Split, ranks: int) -> int:
     return most
 
 
+@dataclass(frozen=True)
+class GramWriter:
+    """Takes what the files of a calibration hold; a thread of the last rank writes it, the other
+    ranks have no writer."""
+
+    folder: GramFolder
+    writer: ShardWriter | None
+    behind: ThreadPoolExecutor
+    pending: deque[Future[None]] = field(default_factory=deque)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Have a tensor written, on the CPU and left alone from now on. Raises CfspError where this
+        one or one before it found no space, or no permission."""
+        if self.writer is not None:
+            self.wait(PENDING - 1)
+            self.pending.append(self.behind.submit(self.writer.write, name, tensor))
+
+    def wait(self, left: int = 0) -> None:
+        """Until at most so many tensors wait to be written. Raises as :meth:`put` does."""
+        while len(self.pending) > left:
+            try:
+                self.pending.popleft().result()
+            except OSError as error:
+                raise CfspError(
+                    f"cannot write Gram matrices: {self.folder.path}: {error}"
+                ) from None
+
+
+def _problem(folder: GramFolder, need: int, ranks: Ranks) -> str | None:
+    if not folder.path.is_dir():
+        return f"rank {ranks.rank} does not see the folder {folder.path}"
+    free = shutil.disk_usage(folder.path).free
+    if need <= free:
+        return None
+    return (
+        f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+        f"{format_bytes(free)} free: {WITHOUT}"
+    )
+
+
+@contextmanager
+def gram_writer(
+    folder: GramFolder, sizes: Sequence[Sequence[int]], windows: int, ranks: Ranks
+) -> Iterator[GramWriter]:
+    """What writes the Gram matrices of a calibration, whose blocks have FFNs and experts of these
+    ``sizes``; at the end all are on the disk, for every rank. After an error, files that are not
+    whole vanish. Raises CfspError where a rank does not see the folder, or the disk has no room."""
+    ranks.check(_problem(folder, sum(file_bytes(own, windows) for own in sizes), ranks))
+    if not held_out_windows(windows):
+        warnings.warn(
+            "a single calibration window leaves none to hold out: nothing will tell whether a "
+            "compensation lowers the error",
+            stacklevel=4,
+        )
+    files = [
+        planned_file(folder.file(block).name, block, own, windows)
+        for block, own in enumerate(sizes)
+    ]
+    with (
+        ShardWriter(folder.path, files if ranks.last else ()) as writer,
+        ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
+    ):
+        found = GramWriter(folder, writer if ranks.last else None, behind)
+        yield found
+        found.wait()
+    ranks.barrier()
+
+
 class _Sum:
     """One rank's share of one part of the Gram matrices of an FFN's E experts: on the first rank
     what was added up, on others each of their chunks."""
 
-    def __init__(self, group: ChannelGroup, device: torch.device, adds: bool) -> None:
-        """``adds``: the first rank."""
+    def __init__(self, group: ChannelGroup, device: torch.device, ranks: Ranks) -> None:
         self.group = group
         self.device = device
-        self.adds = adds
+        self.ranks = ranks
         self.chunk = -1
         self.rows: list[torch.Tensor] = []
         """[T, F] each, of the chunk at work."""
         self.experts: list[torch.Tensor] = []
         """[T] each, the expert of every row, or E where it is of no interest here."""
+        self.ordered = True
+        """Whether the rows of the chunk lie one expert after the other."""
         self.tokens = torch.zeros(group.experts, dtype=torch.int64, device=device)
         self.products: list[torch.Tensor] = []
         """[E, F, F] fp32 each."""
         self.sums: list[torch.Tensor] = []
         """[E, 2, F] fp64 each: sum, and sum of squares, which nobody asks for."""
 
-    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None) -> None:
+    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None, ordered: bool) -> None:
         if chunk != self.chunk:
             self.end_chunk()
             self.chunk = chunk
+        self.ordered = ordered and not self.rows
         self.rows.append(x)
         if experts is not None:
             self.experts.append(experts)
@@ -116,104 +196,88 @@ class _Sum:
         if not self.rows:
             return
         count, size = self.group.experts, self.group.channels
-        if not (self.adds and self.products):
+        if not (self.ranks.first and self.products):
             shape = (count, size, size)
             self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
             self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
+        offsets = None
         if self.experts:
-            experts, order = torch.cat(self.experts).sort(stable=True)
-            x = x[order]
-            bounds = torch.arange(count + 1, device=self.device)
-            offsets = torch.searchsorted(experts, bounds, out_int32=True)
-            gram(x, offsets=offsets, out=product)
-            self.tokens += channel_statistics(x, offsets=offsets, totals=total).tokens
+            experts = torch.cat(self.experts)
+            if not self.ordered:
+                experts, order = experts.sort(stable=True)
+                x = x[order]
+            offsets = expert_offsets(experts, count)
         else:
-            gram(x, out=product[0])
-            self.tokens += channel_statistics(x, totals=total[0]).tokens
+            product, total = product[0], total[0]
+        gram(x, offsets=offsets, out=product)
+        self.tokens += channel_statistics(x, offsets=offsets, totals=total).tokens
         self.rows.clear()
         self.experts.clear()
+
+    def totals(self) -> list[TokensAndSum]:
+        """Those of every expert over all ranks."""
+        self.end_chunk()
+        tokens = self.ranks.ordered_sum([self.tokens.cpu()], self.tokens)
+        like = torch.zeros(self.group.experts, self.group.channels, dtype=torch.float64)
+        sums = self.ranks.ordered_sum([total[:, 0].cpu() for total in self.sums], like)
+        return list(zip(tokens.tolist(), sums, strict=True))
+
+    def panel(self, expert: int, start: int, end: int) -> torch.Tensor:
+        """Rows of the triangle of an expert over all ranks, on the last; see
+        :meth:`cfsp.distributed.Ranks.running_sum`."""
+        own = [product[expert, start:end, :end].cpu() for product in self.products]
+        return self.ranks.running_sum(own, torch.empty(end - start, end))
 
 
 class GramSums:
     """The Gram matrices of one block's FFNs and experts, over this rank's micro-batches."""
 
     def __init__(
-        self,
-        groups: Sequence[ChannelGroup],
-        split: Split,
-        first: int,
-        device: torch.device,
-        ranks: Ranks,
+        self, groups: Sequence[ChannelGroup], split: Split, device: torch.device, ranks: Ranks
     ) -> None:
-        """``first``: number of this rank's first micro-batch."""
         self.groups = groups
         self.split = split
-        self.first = first
-        self.ranks = ranks
+        self.first = ranks.share(split.micro_batches).start
         self.found = [
-            {part: _Sum(group, device, ranks.first) for part in parts_of(split.windows)}
+            {part: _Sum(group, device, ranks) for part in parts_of(held_out_windows(split.windows))}
             for group in groups
         ]
 
     def add(self, ffn: int, index: int, x: torch.Tensor, routing: Routing | None) -> None:
-        """Add the activation of an FFN, or of all its experts, in a micro-batch.
-
-        Args:
-            ffn: counts the FFNs of the block.
-            index: counts this rank's micro-batches.
-            x: [T, F], kept until its chunk ends.
-            routing: whose the rows are, of experts.
-        """
+        """Add the activation [T, F] of an FFN, or of all its experts, in a micro-batch, which is
+        kept until its chunk ends. ``index`` counts this rank's micro-batches."""
         index += self.first
-        fitted, held = self.split.tokens(index)
-        chunk, found = self.split.chunk(index), self.found[ffn]
-        for part, here in ((FIT, slice(0, fitted)), (HELD_OUT, slice(fitted, fitted + held))):
-            if here.start == here.stop:
+        x, chunk, (fitted, held) = x.detach(), self.split.chunk(index), self.split.tokens(index)
+        for part, start, end in ((FIT, 0, fitted), (HELD_OUT, fitted, fitted + held)):
+            if start == end:
                 continue
             if routing is None:
-                found[part].add(chunk, x.detach()[here], None)
+                self.found[ffn][part].add(chunk, x[start:end], None, ordered=True)
                 continue
-            inside = (routing.tokens >= here.start) & (routing.tokens < here.stop)
             of_nobody = self.groups[ffn].experts
+            inside = (routing.tokens >= start) & (routing.tokens < end)
             experts = routing.experts.clamp(max=of_nobody).where(inside, of_nobody)
-            found[part].add(chunk, x.detach(), experts)
+            self.found[ffn][part].add(chunk, x, experts, ordered=not (fitted and held))
 
     def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
-        """Sum over all ranks into the file of the block, which the last rank writes.
-
-        Raises:
-            CfspError: no space, or no permission.
-        """
-        places = [(ffn, e) for ffn, group in enumerate(self.groups) for e in range(group.experts)]
-        written = []
-        for number, (ffn, expert) in enumerate(places):
-            written.append(self._write(writer, block, number, ffn, expert))
-            if expert == self.groups[ffn].experts - 1:
-                self.found[ffn].clear()
+        """Sum over all ranks into the file of the block, which the last rank writes. Raises
+        CfspError where it finds no space, or no permission."""
+        written: list[StoredGram] = []
+        for group, found in zip(self.groups, self.found, strict=True):
+            totals = {part: own.totals() for part, own in found.items()}
+            for expert in range(group.experts):
+                number, size = len(written), group.channels
+                sums = {part: of_part[expert] for part, of_part in totals.items()}
+                for part, (tokens, total) in sums.items():
+                    writer.put(tensor_name(block, number, part, "tokens"), torch.tensor([tokens]))
+                    writer.put(tensor_name(block, number, part, "sum"), total)
+                    for name, start, end in panels(size):
+                        panel = found[part].panel(expert, start, end)
+                        writer.put(tensor_name(block, number, part, name), panel)
+                held = sums[HELD_OUT][0] if HELD_OUT in sums else 0
+                digest = gram_digest({part: sums[part] for part in parts_of(held)})
+                counts = sums[FIT][0], held
+                written.append(StoredGram(writer.folder, block, number, size, counts, digest))
+            found.clear()
         return tuple(written)
-
-    def _write(
-        self, writer: GramWriter, block: int, number: int, ffn: int, expert: int
-    ) -> StoredGram:
-        """``number`` counts the FFNs and experts of the block, ``expert`` those of one FFN."""
-        size, ranks = self.groups[ffn].channels, self.ranks
-        known: dict[str, tuple[int, torch.Tensor]] = {}
-        for part, own in self.found[ffn].items():
-            own.end_chunk()
-            tokens = ranks.total(int(own.tokens[expert]))
-            like = torch.zeros(size, dtype=torch.float64)
-            total = ranks.ordered_sum([x[expert, 0].cpu() for x in own.sums], like)
-            known[part] = tokens, total
-            writer.put(tensor_name(block, number, part, "tokens"), torch.tensor([tokens]))
-            writer.put(tensor_name(block, number, part, "sum"), total)
-            for start, end in panels(size):
-                panel = ranks.running_sum(
-                    [product[expert, start:end, :end].cpu() for product in own.products],
-                    torch.empty(end - start, end),
-                )
-                writer.put(panel_name(block, number, part, start), panel)
-        held = known[HELD_OUT][0] if HELD_OUT in known else 0
-        kept = {part: sums for part, sums in known.items() if part == FIT or held}
-        digest = gram_digest(kept)
-        return StoredGram(writer.folder, block, number, size, (known[FIT][0], held), digest)

@@ -1,4 +1,4 @@
-"""Gram matrices of FFN activations, on disk: one file for each block, read when asked for."""
+"""Gram matrices of FFN activations on disk: one file for each block, read when asked for."""
 
 import hashlib
 import os
@@ -16,9 +16,8 @@ from ..errors import CfspError
 from ..io.shards import Shard, StoredTensor, TensorInfo, read_header, read_tensors
 
 FIT, HELD_OUT = "fit", "held_out"
-PARTS = (FIT, HELD_OUT)
 WITHOUT = "scorer cfsp, the published method, needs none"
-"""What errors say to those who cannot have them."""
+"""What errors say to those who cannot have Gram matrices."""
 PANEL = 1024
 """Rows of a triangle that are one tensor in the file, as wide as the last of them is long."""
 
@@ -26,15 +25,18 @@ HELD_OUT_SHARE = 10
 """One window in so many is held out: a fit hardly misses a tenth of its tokens, and the error of a
 block's output is known to a few percent from some thousands of them."""
 
+TokensAndSum = tuple[int, torch.Tensor]
+"""The number of tokens, and the sum of x over them [F] fp64."""
+
 
 def held_out_windows(windows: int) -> int:
     """How many of the calibration windows, the last, are held out; of a single one none."""
     return max(1, windows // HELD_OUT_SHARE) if windows > 1 else 0
 
 
-def parts_of(windows: int) -> tuple[str, ...]:
-    """The parts of the calibration that there are."""
-    return (FIT, HELD_OUT) if held_out_windows(windows) else (FIT,)
+def parts_of(held_out: int) -> tuple[str, ...]:
+    """The parts of a calibration that holds out so many windows or tokens."""
+    return (FIT, HELD_OUT) if held_out else (FIT,)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Gram:
     """Second moments of the activation x [T, F] of one FFN over one part of the calibration."""
 
     tokens: int
-    """T."""
+    """The number of tokens, T."""
     sum: torch.Tensor
     """[F] fp64, sum of x over tokens."""
     product: torch.Tensor
@@ -59,7 +61,7 @@ class Gram:
 
 @dataclass(frozen=True)
 class GramFolder:
-    """Where the Gram matrices of a calibration are."""
+    """The folder that holds the Gram matrices of a calibration."""
 
     path: Path
 
@@ -77,12 +79,9 @@ def check_replaceable(path: Path) -> None:
 
 
 def temporary_folder(path: Path | None = None) -> GramFolder:
-    """An empty folder that is removed when nothing refers to it any more; None: where temporary
-    files go (``TMPDIR``). Gram matrices that a killed process left in it go at once.
-
-    Raises:
-        CfspError: it cannot be made, or holds something else.
-    """
+    """An empty folder, removed once nothing refers to it; None: where temporary files go
+    (``TMPDIR``). Gram matrices that a killed process left in it go at once. Raises CfspError where
+    it cannot be made, or holds something else."""
     try:
         if path is None:
             path = Path(tempfile.mkdtemp(prefix="cfsp-grams-"))
@@ -97,31 +96,27 @@ def temporary_folder(path: Path | None = None) -> GramFolder:
     return folder
 
 
-def panels(channels: int) -> Iterator[tuple[int, int]]:
-    """(first row, row behind the last) of every panel of a triangle."""
-    return ((start, min(start + PANEL, channels)) for start in range(0, channels, PANEL))
+def panels(channels: int) -> Iterator[tuple[str, int, int]]:
+    """(name, first row, row behind the last) of every panel of a triangle."""
+    for start in range(0, channels, PANEL):
+        yield f"product.{start:06d}", start, min(start + PANEL, channels)
 
 
 def tensor_name(block: int, ffn: int, part: str, what: str) -> str:
-    """Name in a block's file of the ``tokens``, the ``sum`` or a panel of an FFN."""
+    """Name in a block's file of the ``tokens``, the ``sum`` or a panel of an FFN or expert."""
     return f"block.{block:04d}.ffn.{ffn:04d}.{part}.{what}"
 
 
-def panel_name(block: int, ffn: int, part: str, start: int) -> str:
-    """Name in a block's file of the panel that begins with a row."""
-    return tensor_name(block, ffn, part, f"product.{start:06d}")
-
-
 def planned_file(name: str, block: int, sizes: Sequence[int], windows: int) -> Shard:
-    """What the file of a block holds, its FFNs having ``sizes`` channels."""
+    """What the file of a block holds, its FFNs and experts having ``sizes`` channels."""
     sums, triangles = {}, {}
     for ffn, channels in enumerate(sizes):
-        for part in parts_of(windows):
+        for part in parts_of(held_out_windows(windows)):
             sums[tensor_name(block, ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
             sums[tensor_name(block, ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
-            for start, end in panels(channels):
-                shape = (end - start, end)
-                triangles[panel_name(block, ffn, part, start)] = TensorInfo(torch.float32, shape)
+            for panel, start, end in panels(channels):
+                info = TensorInfo(torch.float32, (end - start, end))
+                triangles[tensor_name(block, ffn, part, panel)] = info
     return Shard(name, {**sums, **triangles})
 
 
@@ -131,11 +126,8 @@ def file_bytes(sizes: Sequence[int], windows: int) -> int:
     return len(shard.header()) + shard.nbytes
 
 
-def gram_digest(sums: Mapping[str, tuple[int, torch.Tensor]]) -> str:
-    """Tells the Gram matrices of one calibration from those of another: 16 hexadecimal digits.
-
-    ``sums``: tokens, and the sum of x over them in fp64, of every part.
-    """
+def gram_digest(sums: Mapping[str, TokensAndSum]) -> str:
+    """16 hexadecimal digits over all parts, which tell one calibration from another."""
     digest = hashlib.sha256()
     for part, (tokens, total) in sorted(sums.items()):
         digest.update(f"{part} {tokens}".encode() + total.numpy().tobytes())
@@ -149,76 +141,59 @@ class StoredGram:
     folder: GramFolder = field(repr=False, compare=False)
     block: int
     ffn: int
-    """Counts the FFNs and experts of the block."""
+    """Its number among the FFNs and experts of the block."""
     channels: int
     tokens: tuple[int, int]
-    """Of the fitting and of the held-out part; the second is 0 where nothing was held out."""
+    """Tokens of the fitting and of the held-out part, 0 where nothing was held out."""
     digest: str
     """See :func:`gram_digest`."""
 
     def fit(self, device: torch.device | str = "cpu") -> Gram:
-        """Over the windows that a compensation is fitted on.
-
-        Raises:
-            CfspError: the file is missing, damaged or of another calibration.
-        """
+        """Over the windows that a compensation is fitted on. Raises CfspError where the file is
+        missing, damaged or of another calibration."""
         _read_ahead(self.folder.file(self.block + 1))
-        return self._read(FIT, torch.device(device))
+        return self._read(FIT, device)
 
     def held_out(self, device: torch.device | str = "cpu") -> Gram | None:
-        """Over the windows that a compensation is judged by; None where there are none.
+        """Over the windows that a compensation is judged by; None where there are none. Raises as
+        :meth:`fit` does."""
+        return self._read(HELD_OUT, device) if self.tokens[1] else None
 
-        Raises:
-            CfspError: the file is missing, damaged or of another calibration.
-        """
-        return self._read(HELD_OUT, torch.device(device)) if self.tokens[1] else None
-
-    def _read(self, part: str, device: torch.device) -> Gram:
-        file = self.folder.file(self.block)
-        stored = _header(file)
-        tokens, total = self.checked(file, stored)[part]
+    def _read(self, part: str, device: torch.device | str) -> Gram:
+        stored = _header(self.folder.file(self.block))
+        tokens, total = self.checked(stored)[part]
         product = torch.empty(self.channels, self.channels, device=device)
-        for start, end in panels(self.channels):
-            panel = self._panel(file, stored, part, start, end).to(device)
+        for name, start, end in panels(self.channels):
+            found = stored.get(self._name(part, name))
+            if found is None or found.shape != (end - start, end) or found.dtype != torch.float32:
+                raise self._other()
+            panel = read_tensors({name: found})[name].to(device)
             product[start:end, :end] = panel
             product[:start, start:end] = panel[:, :start].T
             square = product[start:end, start:end]
             square += square.tril(-1).T
         return Gram(tokens, total.to(device), product)
 
-    def checked(
-        self, file: Path, stored: Mapping[str, StoredTensor]
-    ) -> dict[str, tuple[int, torch.Tensor]]:
-        """Tokens and sum of every part. Raises CfspError for the file of another calibration."""
-        try:
-            small = {
-                (part, what): stored[tensor_name(self.block, self.ffn, part, what)]
-                for part, tokens in zip(PARTS, self.tokens, strict=True)
-                for what in ("tokens", "sum")
-                if tokens or part == FIT
-            }
-        except KeyError:
-            raise self._other(file) from None
-        values = read_tensors({f"{part} {what}": x for (part, what), x in small.items()})
+    def checked(self, stored: Mapping[str, StoredTensor]) -> dict[str, TokensAndSum]:
+        """What the block's file says of every part. Raises CfspError for another calibration's."""
+        parts = parts_of(self.tokens[1])
+        names = [self._name(part, what) for part in parts for what in ("tokens", "sum")]
+        if any(name not in stored for name in names):
+            raise self._other()
+        values = read_tensors({name: stored[name] for name in names})
         sums = {
-            part: (int(values[f"{part} tokens"][0]), values[f"{part} sum"])
-            for part, what in small
-            if what == "sum"
+            part: (int(values[self._name(part, "tokens")][0]), values[self._name(part, "sum")])
+            for part in parts
         }
         if gram_digest(sums) != self.digest:
-            raise self._other(file)
+            raise self._other()
         return sums
 
-    def _panel(
-        self, file: Path, stored: Mapping[str, StoredTensor], part: str, start: int, end: int
-    ) -> torch.Tensor:
-        found = stored.get(panel_name(self.block, self.ffn, part, start))
-        if found is None or found.shape != (end - start, end) or found.dtype != torch.float32:
-            raise self._other(file)
-        return read_tensors({"": found})[""]
+    def _name(self, part: str, what: str) -> str:
+        return tensor_name(self.block, self.ffn, part, what)
 
-    @staticmethod
-    def _other(file: Path) -> CfspError:
+    def _other(self) -> CfspError:
+        file = self.folder.file(self.block)
         return CfspError(f"{file} is not of these statistics: calibrate again")
 
 
@@ -241,24 +216,16 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def check_files(blocks: Sequence[Sequence[StoredGram]]) -> None:
-    """Raise CfspError where a file is missing, cut short or of another calibration.
-
-    ``blocks``: the Gram matrices of every block.
-    """
-    for grams in blocks:
-        if grams:
-            file = grams[0].folder.file(grams[0].block)
-            stored = _header(file)
-            for gram in grams:
-                gram.checked(file, stored)
+    """Raise CfspError where the file of a block's Gram matrices is missing, cut short or of
+    another calibration."""
+    for grams in filter(None, blocks):
+        stored = _header(grams[0].folder.file(grams[0].block))
+        for gram in grams:
+            gram.checked(stored)
 
 
 def link_files(source: GramFolder, target: Path, blocks: int) -> None:
-    """Put the files of a calibration into a new folder too, as links where the disk allows it.
-
-    Raises:
-        OSError: no space, or no permission.
-    """
+    """Put the files of a calibration into a new folder too, as links where the disk allows it."""
     target.mkdir(parents=True)
     for block in range(blocks):
         file = source.file(block)

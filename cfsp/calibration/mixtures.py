@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ..apportion import apportion
 from ..errors import CfspError
-from .text import CALIBRATE, DATASETS, bos_token, check_dataset, load_text, random_windows, tokenize
+from .text import DATASETS, bos_token, check_dataset, load_text, tokenize
 
 Mixture = Mapping[str, float]
 """Dataset -> weight, in the order in which they were named."""
@@ -46,29 +45,22 @@ def parse_mixture(text: str) -> dict[str, float]:
 def _entries(parts: list[str]) -> Iterator[tuple[str, float]]:
     unknown: list[str] = []
     while parts:
-        entry, count = _longest(parts)
+        runs = ((count, _known(",".join(parts[:count]))) for count in range(len(parts), 0, -1))
+        count, entry = next(((count, found) for count, found in runs if found), (1, None))
         if entry is None:
             unknown.append(parts[0])
-        elif unknown:
-            yield ",".join(unknown), 1.0
-            unknown = []
-        if entry is not None:
+        else:
+            if unknown:
+                yield ",".join(unknown), 1.0
             yield entry
+            unknown = []
         parts = parts[count:]
     if unknown:
         yield ",".join(unknown), 1.0
 
 
-def _longest(parts: list[str]) -> tuple[tuple[str, float] | None, int]:
-    """The dataset that the most of the first parts are, and of how many; (None, 1) without one."""
-    for count in range(len(parts), 0, -1):
-        entry = _weighted(",".join(parts[:count]))
-        if entry is not None:
-            return entry, count
-    return None, 1
-
-
-def _weighted(text: str) -> tuple[str, float] | None:
+def _known(text: str) -> tuple[str, float] | None:
+    """(dataset, weight) where the text names something that exists, with or without a weight."""
     if _exists(text):
         return text, 1.0
     dataset, _, weight = text.rpartition(":")
@@ -94,13 +86,8 @@ def format_mixture(mixture: Mixture) -> str:
 def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str, int]:
     """Windows of each dataset, by weight: the largest-remainder method, at least one each.
 
-    Args:
-        mixture: weights.
-        windows: of all datasets.
-        what: the setting that says so, for the error.
-
     Raises:
-        CfspError: fewer windows than datasets.
+        CfspError: fewer windows than datasets; ``what`` is the setting to blame.
     """
     if windows < len(mixture):
         raise CfspError(
@@ -120,44 +107,36 @@ def interleaved(counts: Sequence[int]) -> list[int]:
 
     Window i of n of a dataset is at (i + 1/2) / n of the whole, among equals that of the first
     dataset: any stretch has windows of every dataset in about the proportions of all.
-
-    Returns:
-        indices into the windows one dataset after another, in the order in which they are mixed.
     """
     places = [Fraction(2 * window + 1, 2 * count) for count in counts for window in range(count)]
     return sorted(range(len(places)), key=places.__getitem__)
 
 
-@contextmanager
-def naming(dataset: str) -> Iterator[None]:
-    """Errors within say which dataset they are about."""
-    try:
-        yield
-    except CfspError as error:
-        raise CfspError(f"dataset {dataset!r}: {error}") from None
+def windows_of_each(
+    tokenizer: Any,
+    counts: Mapping[str, int],
+    purpose: str,
+    bos: str,
+    cut: Callable[[torch.Tensor, int, int | None], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Windows [count, S] of every dataset, each tokenised on its own.
 
-
-def calibration_tokens(
-    tokenizer: Any, mixture: Mixture, samples: int, seqlen: int, seed: int, bos: str
-) -> torch.Tensor:
-    """Calibration windows [samples, seqlen] of all datasets, mixed evenly.
-
-    Each dataset is tokenised on its own and gives the first of the windows that it gives alone, of
-    :func:`text.random_windows` with the same seed, so that they do not depend on the others.
+    ``cut``: (tokens of a dataset, number of windows, token that they start with) -> windows.
 
     Raises:
         CfspError: unknown or unreadable dataset, or one with too few tokens.
     """
-    counts = share_out(mixture, samples)
-    for dataset in mixture:
+    for dataset in counts:
         check_dataset(dataset)
     start = bos_token(tokenizer, bos)
-    drawn = []
+    found = []
     for dataset, count in counts.items():
-        tokens = tokenize(tokenizer, load_text(dataset, CALIBRATE))
-        with naming(dataset):
-            drawn.append(random_windows(tokens, count, seqlen, seed, start))
-    return torch.cat(drawn)[interleaved(list(counts.values()))]
+        tokens = tokenize(tokenizer, load_text(dataset, purpose))
+        try:
+            found.append(cut(tokens, count, start))
+        except CfspError as error:
+            raise CfspError(f"dataset {dataset!r}: {error}") from None
+    return found
 
 
 def held_out_mixture(mixture: Mixture) -> dict[str, float]:

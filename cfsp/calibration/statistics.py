@@ -18,14 +18,7 @@ from ..models.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .curves import Ranking, ranking_of
-from .grams import (
-    WITHOUT,
-    GramFolder,
-    StoredGram,
-    check_files,
-    check_replaceable,
-    link_files,
-)
+from .grams import WITHOUT, GramFolder, StoredGram, check_files, check_replaceable, link_files
 
 FORMAT = "cfsp-statistics-3"
 READABLE = (FORMAT, "cfsp-statistics-2")
@@ -46,11 +39,15 @@ class BlockStatistics:
     influence: torch.Tensor
     """[4], sums of the metrics of INFLUENCE_METRICS over tokens."""
     groups: tuple[ChannelGroup, ...] = ()
-    """The FFNs whose channels these are, one after the other; () for a single one."""
+    """The FFNs whose channels these are, one after the other; when not given, a single one."""
     expert_tokens: tuple[int, ...] = ()
     """Tokens that each FFN saw, and each expert of those that have some; () where all saw all."""
     grams: tuple[StoredGram, ...] = ()
     """Gram matrices of each FFN, and of each expert of those that have some; () without."""
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", (ChannelGroup(len(self.sum)),))
 
     @property
     def gram(self) -> StoredGram | None:
@@ -62,7 +59,9 @@ class BlockStatistics:
         if len(self.expert_tokens) < 2:
             return (self,)
         sizes = sizes_of(self.groups)
-        grams: list[tuple[StoredGram, ...]] = [(gram,) for gram in self.grams]
+        parts = zip(
+            self.expert_tokens, self.sum.split(sizes), self.sum_of_squares.split(sizes), strict=True
+        )
         return tuple(
             replace(
                 self,
@@ -71,15 +70,9 @@ class BlockStatistics:
                 sum_of_squares=squares,
                 groups=(),
                 expert_tokens=(),
-                grams=gram,
+                grams=self.grams[number : number + 1],
             )
-            for tokens, part, squares, gram in zip(
-                self.expert_tokens,
-                self.sum.split(sizes),
-                self.sum_of_squares.split(sizes),
-                grams or [()] * len(sizes),
-                strict=True,
-            )
+            for number, (tokens, part, squares) in enumerate(parts)
         )
 
     @property
@@ -100,6 +93,10 @@ class BlockStatistics:
     def importance(self, metric: str) -> float:
         """Mean influence per token: angular in half turns, the others in their own units."""
         return float(self.influence[INFLUENCE_METRICS.index(metric)]) / self.tokens
+
+
+SUMS = ("sum", "sum_of_squares", "influence")
+"""The tensors of a block in the statistics file."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,8 @@ def statistics_fingerprint(statistics: Statistics) -> str:
     digest = hashlib.sha256(statistics.model_fingerprint.encode())
     for block in statistics.blocks:
         digest.update(f"{block.tokens} {block.windows} {block.expert_tokens}".encode())
-        for sums in (block.sum, block.sum_of_squares, block.influence):
-            digest.update(sums.numpy().tobytes())
+        for name in SUMS:
+            digest.update(getattr(block, name).numpy().tobytes())
         digest.update("".join(gram.digest for gram in block.grams).encode())
     for ranking in statistics.rankings:
         digest.update(repr(ranking.made_by).encode())
@@ -208,27 +205,20 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
 
     Gram matrices are a folder beside it, ``PATH.grams``, of one file for each block.
     """
-    path = Path(path)
+    path, blocks = Path(path), statistics.blocks
     tensors = {}
-    for number, block in enumerate(statistics.blocks):
-        for name in ("sum", "sum_of_squares", "influence"):
-            tensors[f"block.{number:04d}.{name}"] = getattr(block, name)
+    for number, block in enumerate(blocks):
+        tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
     for number, ranking in enumerate(statistics.rankings):
-        prefix = f"ranking.{number:04d}."
-        tensors.update({prefix + name: value for name, value in ranking.tensors().items()})
+        for name, value in ranking.tensors().items():
+            tensors[f"ranking.{number:04d}.{name}"] = value
     header = {
         "format": FORMAT,
-        "tokens": [block.tokens for block in statistics.blocks],
-        "windows": [block.windows for block in statistics.blocks],
-        "groups": [
-            [[group.channels, group.experts] for group in block.groups]
-            for block in statistics.blocks
-        ],
-        "expert_tokens": [block.expert_tokens for block in statistics.blocks],
-        "grams": [
-            [[gram.channels, gram.tokens, gram.digest] for gram in block.grams]
-            for block in statistics.blocks
-        ],
+        "tokens": [block.tokens for block in blocks],
+        "windows": [block.windows for block in blocks],
+        "groups": [[[g.channels, g.experts] for g in block.groups] for block in blocks],
+        "expert_tokens": [block.expert_tokens for block in blocks],
+        "grams": [[[g.channels, g.tokens, g.digest] for g in block.grams] for block in blocks],
         "rankings": [ranking.made_by for ranking in statistics.rankings],
         "influence_metrics": INFLUENCE_METRICS,
         "model_fingerprint": statistics.model_fingerprint,
@@ -240,42 +230,26 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
-    except CfspError:
+    except (CfspError, OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        if isinstance(error, CfspError):
+            raise
         raise CfspError(f"cannot write statistics {path}: {error}") from None
 
 
 def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -> BlockStatistics:
-    groups, expert_tokens = header["groups"][number], header["expert_tokens"][number]
     grams = header["grams"][number] if "grams" in header else ()
-    sums = {
-        name: file.get_tensor(f"block.{number:04d}.{name}")
-        for name in ("sum", "sum_of_squares", "influence")
-    }
     return BlockStatistics(
         header["tokens"][number],
         header["windows"][number],
-        **sums,
-        groups=tuple(ChannelGroup(*group) for group in groups),
-        expert_tokens=tuple(expert_tokens),
+        **{name: file.get_tensor(f"block.{number:04d}.{name}") for name in SUMS},
+        groups=tuple(ChannelGroup(*group) for group in header["groups"][number]),
+        expert_tokens=tuple(header["expert_tokens"][number]),
         grams=tuple(
-            StoredGram(folder, number, ffn, channels, (fitted, held), digest)
-            for ffn, (channels, (fitted, held), digest) in enumerate(grams)
+            StoredGram(folder, number, ffn, channels, (fitted, held_out), digest)
+            for ffn, (channels, (fitted, held_out), digest) in enumerate(grams)
         ),
     )
-
-
-def _rankings(file: Any, header: dict[str, Any]) -> tuple[Ranking, ...]:
-    found = []
-    for number, made_by in enumerate(header.get("rankings", ())):
-        prefix = f"ranking.{number:04d}."
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        found.append(ranking_of(made_by, tensors))
-    return tuple(found)
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -284,15 +258,20 @@ def load_statistics(path: str | Path) -> Statistics:
     Raises:
         CfspError: no such file, or not a statistics file.
     """
+    folder = GramFolder(gram_path(Path(path)))
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("cfsp", "{}"))
             if header.get("format") not in READABLE:
                 raise CfspError(f"{path} is not a statistics file of this version ({FORMAT})")
-            folder = GramFolder(gram_path(Path(path)))
             count = len(header["tokens"])
             blocks = tuple(_block(file, header, number, folder) for number in range(count))
-            rankings = _rankings(file, header)
+            rankings = []
+            for number, made_by in enumerate(header.get("rankings", ())):
+                prefix = f"ranking.{number:04d}."
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                own = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                rankings.append(ranking_of(made_by, own))
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
-    return Statistics(blocks, header["model_fingerprint"], header["provenance"], rankings)
+    return Statistics(blocks, header["model_fingerprint"], header["provenance"], tuple(rankings))

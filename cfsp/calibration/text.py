@@ -21,11 +21,11 @@ usual perplexity protocol evaluates."""
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hugging Face hub: a calibration split and a held-out one."""
+    """A dataset of the Hugging Face hub: its train split, and the one that is held out."""
 
     path: str
     column: str
-    splits: dict[str, str]
+    held_out: str
     name: str | None = None
     data_files: dict[str, str] | None = None
     revision: str | None = None
@@ -35,7 +35,7 @@ class HubDataset:
     def texts(self, purpose: str) -> list[str]:
         from datasets import load_dataset
 
-        split = self.splits[purpose]
+        split = "train" if purpose == CALIBRATE else self.held_out
         options: dict[str, Any] = {"split": split, "revision": self.revision}
         if self.data_files is not None:
             options["data_files"] = {split: self.data_files[split]}
@@ -59,16 +59,11 @@ def _builtin_texts(purpose: str) -> list[str]:
 
 
 DATASETS: dict[str, Callable[[str], list[str]]] = {
-    "wikitext2": HubDataset(
-        "Salesforce/wikitext",
-        name="wikitext-2-raw-v1",
-        column="text",
-        splits={CALIBRATE: "train", EVALUATE: "test"},
-    ).texts,
+    "wikitext2": HubDataset("Salesforce/wikitext", "text", "test", name="wikitext-2-raw-v1").texts,
     "c4": HubDataset(
         "allenai/c4",
-        column="text",
-        splits={CALIBRATE: "train", EVALUATE: "validation"},
+        "text",
+        "validation",
         data_files={
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
@@ -76,10 +71,7 @@ DATASETS: dict[str, Callable[[str], list[str]]] = {
         documents=10_000,
     ).texts,
     "ptb": HubDataset(
-        "ptb-text-only/ptb_text_only",
-        column="sentence",
-        splits={CALIBRATE: "train", EVALUATE: "test"},
-        revision="refs/convert/parquet",
+        "ptb-text-only/ptb_text_only", "sentence", "test", revision="refs/convert/parquet"
     ).texts,
     "builtin": _builtin_texts,
 }
@@ -98,12 +90,8 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_text(dataset: str, purpose: str) -> str:
-    """One string: a named dataset's split for ``purpose``, or the whole of a local file.
-
-    Args:
-        dataset: a name in :data:`DATASETS`, or the path of a .txt, .parquet, .json, .jsonl or
-            .arrow file, or of a folder that ``datasets`` saved.
-        purpose: "calibrate" or "evaluate"; chooses the split and what joins the texts.
+    """One string: a named dataset's split for ``purpose``, or the whole of a local file (.txt,
+    .parquet, .json, .jsonl or .arrow) or of a folder that ``datasets`` saved.
 
     Raises:
         CfspError: unknown name, unreadable file, or a file with no column of text.
@@ -155,9 +143,8 @@ def bos_token(tokenizer: Any, bos: str) -> int | None:
         return None
     if token is None:
         raise CfspError("--bos always: the tokenizer has no BOS token")
-    if bos == "always":
-        return int(token)
-    return int(token) if tokenizer("a").input_ids[:1] == [token] else None
+    puts_bos = bos == "always" or tokenizer("a").input_ids[:1] == [token]
+    return int(token) if puts_bos else None
 
 
 def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
@@ -176,7 +163,6 @@ def random_windows(
     tokens: torch.Tensor, samples: int, seqlen: int, seed: int, bos: int | None = None
 ) -> torch.Tensor:
     """Calibration windows [samples, seqlen] at random starts, as the released CFSP draws them.
-
     With a BOS, a window is that token and the ``seqlen - 1`` tokens at its start.
 
     Raises:

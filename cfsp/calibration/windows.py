@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError, unknown_name
 from ..models.loading import check_seqlen
-from .mixtures import calibration_tokens, parse_mixture, share_out
-from .text import BOS_CHOICES
+from .mixtures import interleaved, parse_mixture, share_out, windows_of_each
+from .text import BOS_CHOICES, CALIBRATE, random_windows
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,22 @@ def calibration_windows(
     check_seqlen(model, settings.seqlen)
     if tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
-    return calibration_tokens(
-        tokenizer,
-        parse_mixture(settings.dataset),
-        settings.samples,
-        settings.seqlen,
-        settings.seed,
-        settings.bos,
-    )
+    return calibration_tokens(tokenizer, settings)
+
+
+def calibration_tokens(tokenizer: Any, settings: Calibration) -> torch.Tensor:
+    """Calibration windows [samples, seqlen] of all datasets, mixed evenly.
+
+    Each dataset gives the first of the windows that it gives alone, of :func:`text.random_windows`
+    with the same seed, so that they do not depend on the others.
+
+    Raises:
+        CfspError: unknown or unreadable dataset, or one with too few tokens.
+    """
+
+    def cut(tokens: torch.Tensor, count: int, bos: int | None) -> torch.Tensor:
+        return random_windows(tokens, count, settings.seqlen, settings.seed, bos)
+
+    counts = settings.windows_by_dataset
+    drawn = windows_of_each(tokenizer, counts, CALIBRATE, settings.bos, cut)
+    return torch.cat(drawn)[interleaved(list(counts.values()))]

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..calibration.gram_sums import Split, products_held
-from ..calibration.gram_writing import PENDING
+from ..calibration.gram_sums import PENDING, Split, products_held
 from ..calibration.grams import PANEL, file_bytes
 from ..models.channels import ChannelGroup, sizes_of
 from ..pruning.least_squares import ROWS

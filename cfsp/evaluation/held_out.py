@@ -8,18 +8,11 @@ import torch
 from ..calibration.mixtures import (
     format_mixture,
     held_out_mixture,
-    naming,
     parse_mixture,
     share_out,
+    windows_of_each,
 )
-from ..calibration.text import (
-    EVALUATE,
-    bos_token,
-    check_dataset,
-    consecutive_windows,
-    load_text,
-    tokenize,
-)
+from ..calibration.text import EVALUATE, consecutive_windows
 from ..calibration.windows import Calibration
 from ..errors import CfspError
 from ..models.loading import OpenModel, check_seqlen
@@ -50,12 +43,9 @@ def held_out_text(
     if opened.tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
     counts = share_out(mixture, windows, "eval_windows")
-    for name in counts:
-        check_dataset(name)
-    bos = bos_token(opened.tokenizer, calibration.bos)
-    drawn = []
-    for name, count in counts.items():
-        tokens = tokenize(opened.tokenizer, load_text(name, EVALUATE))
-        with naming(name):
-            drawn.append(consecutive_windows(tokens, calibration.seqlen, count, bos))
+
+    def cut(tokens: torch.Tensor, count: int, start: int | None) -> torch.Tensor:
+        return consecutive_windows(tokens, calibration.seqlen, count, start)
+
+    drawn = windows_of_each(opened.tokenizer, counts, EVALUATE, calibration.bos, cut)
     return HeldOut(format_mixture(mixture), torch.cat(drawn), counts)

@@ -24,6 +24,12 @@ class Routing:
     """[T] int64, its position among the tokens of the call."""
 
 
+def expert_offsets(experts: torch.Tensor, count: int) -> torch.Tensor:
+    """[count + 1] int32, where the rows of each expert begin among rows in order of ``experts``."""
+    every = torch.arange(count + 1, device=experts.device)
+    return torch.searchsorted(experts, every, out_int32=True)
+
+
 class Observer(Protocol):
     """What an FFN hands its activation to, in each run of its block."""
 

@@ -19,6 +19,7 @@ from .channels import (
     FFNWeights,
     Observer,
     Routing,
+    expert_offsets,
     parameter,
 )
 from .ffn import FFN
@@ -78,7 +79,6 @@ class ExpertsFFN(FFN):
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
         experts = len(down)
-        every = torch.arange(experts + 1, device=down.device)
         activate = self._activate(block, fused)
 
         def forward(
@@ -86,7 +86,7 @@ class ExpertsFFN(FFN):
         ) -> torch.Tensor:
             chosen, order = top_k_index.flatten().sort(stable=True)
             tokens = order // top_k_index.shape[1]
-            offsets = torch.searchsorted(chosen, every, out_int32=True)
+            offsets = expert_offsets(chosen, experts)
             both = grouped_linear(hidden_states[tokens], gate_up, offsets)
             totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
             product = activate(*both.chunk(2, dim=-1), offsets, totals)

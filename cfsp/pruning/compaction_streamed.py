@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..calibration.progress import BlockProgress
+from ..calibration.collect import BlockProgress
 from ..calibration.statistics import Statistics
 from ..distributed import ALONE, Ranks
 from ..errors import Stopped

@@ -22,7 +22,7 @@ from ..checkpoints.resume import (
 from ..costs.footprint import footprints
 from ..distributed import Ranks
 from ..errors import CfspError, Stopped
-from ..evaluation.quality import Perplexity, ridden_perplexity
+from ..evaluation.quality import Perplexity, perplexity_of_logits
 from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
@@ -156,8 +156,13 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
     before = after = None
     if tokens is not None:
         before, after = (
-            ridden_perplexity(
-                riding, tokens, dataset=held_out.dataset, counts=held_out.counts, ranks=ranks
+            perplexity_of_logits(
+                riding.logits(),
+                tokens,
+                dataset=held_out.dataset,
+                counts=held_out.counts,
+                ranks=ranks,
+                seconds=riding.seconds,
             )
             for riding in pair
         )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import cfsp
 from cfsp.calibration import text
 from cfsp.calibration.grams import held_out_windows
-from cfsp.calibration.mixtures import calibration_tokens, interleaved, parse_mixture, share_out
+from cfsp.calibration.mixtures import interleaved, parse_mixture, share_out
+from cfsp.calibration.windows import Calibration, calibration_tokens
 from cfsp.errors import CfspError
 
 from ..cli.test_cli import run
@@ -125,8 +126,8 @@ def test_the_last_windows_have_the_proportions_of_all(counts: list[int], last: i
 
 def test_each_dataset_gives_what_it_gives_alone_in_even_turns(files: Path) -> None:
     tokenizer = make_tokenizer()
-    mixture = parse_mixture("letters:6,digits:3,marks:1")
-    found = calibration_tokens(tokenizer, mixture, 100, 16, 5, "auto")
+    settings = Calibration("letters:6,digits:3,marks:1", 100, 16, 5)
+    found = calibration_tokens(tokenizer, settings)
     assert found.shape == (100, 16)
     names = [domain_of(window) for window in found]
     assert Counter(names) == {"letters": 60, "digits": 30, "marks": 10}
@@ -135,7 +136,7 @@ def test_each_dataset_gives_what_it_gives_alone_in_even_turns(files: Path) -> No
         own = found[[index for index, of in enumerate(names) if of == name]]
         tokens = text.tokenize(tokenizer, content)
         assert torch.equal(own, text.random_windows(tokens, len(own), 16, 5))
-    again = calibration_tokens(tokenizer, mixture, 100, 16, 5, "auto")
+    again = calibration_tokens(tokenizer, settings)
     assert torch.equal(found, again)
 
 
@@ -143,17 +144,17 @@ def test_one_dataset_is_as_it_ever_was(files: Path) -> None:
     tokenizer = make_tokenizer(puts_bos=True)
     tokens = text.tokenize(tokenizer, text.load_text("digits", text.CALIBRATE))
     for named in ("digits", "digits:3"):
-        found = calibration_tokens(tokenizer, parse_mixture(named), 9, 16, 3, "auto")
+        found = calibration_tokens(tokenizer, Calibration(named, 9, 16, 3))
         assert torch.equal(found, text.random_windows(tokens, 9, 16, 3, bos=256))
 
 
 def test_unknown_and_short_datasets_are_named(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (files / "short").write_text("abc")
     with pytest.raises(CfspError, match="dataset 'short': the calibration text has 3 tokens"):
-        calibration_tokens(make_tokenizer(), parse_mixture("letters,short"), 4, 16, 0, "auto")
+        calibration_tokens(make_tokenizer(), Calibration("letters,short", 4, 16))
     monkeypatch.setitem(text.DATASETS, "c4", lambda purpose: pytest.fail("read before the check"))
     with pytest.raises(CfspError, match="unknown dataset 'gone'"):
-        calibration_tokens(make_tokenizer(), parse_mixture("c4,gone"), 4, 16, 0, "auto")
+        calibration_tokens(make_tokenizer(), Calibration("c4,gone", 4, 16))
 
 
 @pytest.fixture

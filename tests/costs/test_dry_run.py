@@ -9,7 +9,7 @@ import torch
 
 import cfsp
 from cfsp import api as pipeline
-from cfsp.calibration.progress import BlockProgress
+from cfsp.calibration.collect import BlockProgress
 from cfsp.checkpoints.resume import check_resume
 from cfsp.costs import dry_run
 from cfsp.costs.hardware import H100, Hardware, host_memory, measured_flops, resident_bytes

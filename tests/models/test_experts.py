@@ -152,11 +152,7 @@ def test_a_budget_below_one_multiple_of_every_expert_is_refused() -> None:
 def with_curves(statistics: Statistics) -> Statistics:
     """With an error curve for every FFN, whose error without any channel is their number."""
     ranking = rank(statistics, lambda number: pytest.fail("reads weights"), RECIPE)
-    sizes = [
-        group.channels
-        for block in statistics.blocks
-        for group in block.groups or [ChannelGroup(len(block.sum))]
-    ]
+    sizes = [group.channels for block in statistics.blocks for group in block.groups]
     curves = (ErrorCurve(torch.tensor([0, f]), torch.tensor([float(f), 0.0])) for f in sizes)
     ranking = replace(ranking, curves=tuple(curves))
     return replace(statistics, rankings=(ranking,))
