@@ -14,15 +14,14 @@ from transformers import PreTrainedModel
 from .calibration.collect import collect_statistics
 from .calibration.grams import GramFolder, temporary_folder
 from .calibration.statistics import Statistics, statistics_fingerprint
-from .checkpoints.card import model_card
-from .checkpoints.fits import fits_to_dicts
+from .checkpoints.card import fits_to_dicts
+from .checkpoints.documents import drop_times_, write_documents
 from .checkpoints.folder import (
     check_out,
     load,
     new_folder,
     partial_folder,
     verify,
-    write_documents,
     write_model,
     write_settings,
 )
@@ -114,9 +113,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
     """
     statistics = report.statistics
     result = report.to_dict()
-    for measured in (result["perplexity_before"], result["perplexity_after"]):
-        if measured is not None:
-            del measured["seconds"]
+    drop_times_(result)
     return {
         "recipe": report.plan.recipe.to_dict(),
         "provenance": {
@@ -389,7 +386,9 @@ def prune_live(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     if out is not None and run.ranks.first:
         with new_folder(out, run.overwrite) as folder:
             write_model(pruned, opened.tokenizer, folder)
-            write_documents(folder, plan, recipe_document(report), model_card(report))
+            write_documents(
+                folder, plan, recipe_document(report), report.sizes.rows(), report.stock
+            )
             expected = take_probe(pruned)
             if not given:
                 empty_(pruned)  # one model in memory at a time
@@ -455,7 +454,9 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
                 second.after,
             )
             write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(folder, plan, recipe_document(report), model_card(report))
+            write_documents(
+                folder, plan, recipe_document(report), report.sizes.rows(), report.stock
+            )
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, second.probe, blocks.device)
             if run.verify:
