@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,29 @@ PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
 
 
 @dataclass(frozen=True)
+class PrunedFolder:
+    """The documents of a pruned model that is to be recovered."""
+
+    folder: Path
+    plan: PruningPlan
+    record: Mapping[str, Any]
+    """recipe.yaml."""
+    card: str
+    """README.md."""
+
+
+@dataclass(frozen=True)
 class Result:
-    """The documents of one pruned folder."""
+    """The documents of a pruned folder and what they say, for a report."""
 
     folder: Path
     plan: PruningPlan
     record: Mapping[str, Any]
     """recipe.yaml: ``recipe``, ``provenance``, ``result``, and ``recovery`` after one."""
-    card: str = ""
-    """README.md, where it is to be continued."""
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-        return _read_mapping(self.folder / "config.json")
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+    config: Mapping[str, Any]
+    """config.json."""
+    nbytes: int
+    """Bytes of the weight files."""
 
     @property
     def name(self) -> str:
@@ -107,7 +110,7 @@ def _refit(entry: Mapping[str, Any]) -> BlockRefit | None:
 
 
 def read_result(folder: str | Path) -> Result:
-    """Read the documents of a folder that ``cfsp prune`` wrote.
+    """Read the documents of a folder that ``cfsp prune`` wrote, for a report.
 
     Raises:
         CfspError: a document is missing or not what it should be.
@@ -115,12 +118,13 @@ def read_result(folder: str | Path) -> Result:
     folder = Path(folder)
     if not (folder / PLAN).is_file():
         raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
-    record = _read_mapping(folder / RECIPE)
-    return Result(folder, load_plan(folder / PLAN), record)
+    record, config = (_read_mapping(folder / name) for name in (RECIPE, "config.json"))
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Result(folder, load_plan(folder / PLAN), record, config, nbytes)
 
 
-def read_pruned(folder: Path) -> Result:
-    """Read the documents of a pruned folder that is to be recovered, its card too.
+def read_pruned(folder: Path) -> PrunedFolder:
+    """Read the documents of a pruned folder that is to be recovered.
 
     Raises:
         CfspError: not such a folder, or one of its documents is missing or not valid.
@@ -132,7 +136,7 @@ def read_pruned(folder: Path) -> Result:
     record, card = _read_mapping(folder / RECIPE, wrong), _read_text(folder / CARD)
     if not isinstance(record.get("recovery", []), list):
         raise CfspError(f"{folder / RECIPE} {wrong}")
-    return Result(folder, load_plan(folder / PLAN), record, card)
+    return PrunedFolder(folder, load_plan(folder / PLAN), record, card)
 
 
 def _read_mapping(file: Path, wrong: str = "must be a mapping") -> dict[str, Any]:
@@ -170,7 +174,7 @@ def write_documents(
     _write(folder, record, model_card(plan, record, sizes, stock))
 
 
-def add_recovery(pruned: Result, folder: Path, entry: Mapping[str, Any]) -> None:
+def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -> None:
     """The documents again, with one recovery more in recipe.yaml's list and in the card."""
     shutil.copyfile(pruned.folder / PLAN, folder / PLAN)
     record = {**pruned.record, "recovery": [*pruned.record.get("recovery", []), entry]}

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibration.windows import calibration_windows
-from ..checkpoints.documents import PLAN, Result, read_pruned
+from ..checkpoints.documents import PLAN, PrunedFolder, read_pruned
 from ..costs.hardware import resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.held_out import HeldOut, held_out_text
@@ -30,7 +30,7 @@ PACKAGES = ("cfsp", "torch", "transformers", "accelerate", "peft", "safetensors"
 class Job:
     """A checked recovery."""
 
-    pruned: Result
+    pruned: PrunedFolder
     opened: OpenModel
     settings: Recovery
     """Resolved."""
