@@ -1,104 +1,146 @@
-"""The record of a run, and the two documents made of it: recipe.yaml's and the model card."""
+"""The texts about a pruned model: its card, the section of a recovery, the fits in one line."""
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..calibration.windows import Calibration
-from ..evaluation.quality import perplexities_by_dataset
-from .fits import fits_section, refits_section
+import yaml
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {name}
-tags:
-- pruned
-- cfsp
----
+from ..models.channels import FitRecord
+from ..pruning.plan import PruningPlan
+from ..pruning.refit import BlockRefit
 
-# {name}, {sparsity:.1%} of FFN channels removed
-
-Structured pruning with [CFSP](https://arxiv.org/abs/2409.13199): a smaller dense model, with a
-width of its own per block.
-
-| | before | after |
-|---|---:|---:|
-{sizes}
-| FFN channels per block | {size_before} | {size_after} |
-{perplexity}
-
-| choice | value |
-|---|---|
-| scorer | `{recipe.scorer}` |
-| allocator | `{recipe.resolved_allocator}` |
-| compensation | `{recipe.resolved_compensation}` |
-| block importance | `{recipe.importance}` |
-| width multiple | {recipe.width_multiple} |
-| calibration | {calibration.samples} windows of {calibration.seqlen} tokens of \
-{datasets}, seed {calibration.seed} |
-
-`recipe.yaml` holds every setting, version and hash, `plan.json` the kept channels.
-{fits}
-## Use
-
-```python
-{usage}
-```
-"""
-
-TRUSTED = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
-
-REGISTERED = """
-
-# or, with the package cfsp installed, without the trust flag:
-import cfsp
-model = cfsp.load(FOLDER)"""
+Fits = Sequence[Sequence[FitRecord]]
+"""[block][FFN or expert]."""
 
 
-def _range(values: tuple[int, ...]) -> str:
+def model_card(
+    plan: PruningPlan,
+    record: Mapping[str, Any],
+    sizes: Sequence[tuple[str, str, str]],
+    stock: bool,
+) -> str:
+    """README.md of a pruned model, Markdown with the hub's front matter.
+
+    Args:
+        plan: what every block kept.
+        record: what recipe.yaml holds.
+        sizes: (title, before, after) of what the model took and takes.
+        stock: whether it is an architecture of transformers itself.
+    """
+    name, result = record["provenance"]["model"], record["result"]
+    calibration = plan.recipe.calibration
+    counts = calibration.windows_by_dataset
+    several = ", ".join(f"`{dataset}` ({count})" for dataset, count in counts.items())
+    return _render(
+        "card.md",
+        base_model=yaml.safe_dump({"base_model": name}, allow_unicode=True, width=math.inf).rstrip(
+            "\n"
+        ),
+        name=name,
+        plan=plan,
+        sizes=sizes,
+        dense_widths=[block.intermediate_size for block in plan.blocks],
+        perplexities=_perplexities("perplexity", result),
+        recipe=plan.recipe,
+        calibration=calibration,
+        datasets=several if len(counts) > 1 else f"`{calibration.dataset}`",
+        fits=result.get("fits"),
+        refits=result.get("refits"),
+        stock=stock,
+    )
+
+
+def recovery_section(entry: Mapping[str, Any]) -> str:
+    """What a recovery adds to README.md. ``entry``: what it adds to recipe.yaml."""
+    result = entry["result"]
+    perplexities = _perplexities("perplexity before and after", result)
+    values = {**result, "settings": entry["settings"], "perplexities": perplexities}
+    return _render("recovery.md", **values)
+
+
+def _render(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(error=_error, range=_range)
+    return environment.get_template(template).render(values)
+
+
+def _perplexities(title: str, result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(title, before, after) of all windows, then of each of several datasets."""
+    before, after = result["perplexity_before"], result["perplexity_after"]
+    if before is None or after is None:
+        return []
+    windows = f"{before['windows']} windows of {before['seqlen']} tokens"
+    label = f"{title}, `{before['dataset']}`, {windows}"
+    rows = [(label, before["perplexity"], after["perplexity"])]
+    for name, value in before.get("by_dataset", {}).items():
+        rows.append((f"of these, `{name}`", value, after["by_dataset"][name]))
+    return [(label, f"{was:.2f}", f"{now:.2f}") for label, was, now in rows]
+
+
+def _range(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _perplexity_row(report: Any) -> str:
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is None or after is None:
-        return "| perplexity | not measured | not measured |"
-    label = f"perplexity, `{before.dataset}`, {before.windows} windows of {before.seqlen} tokens"
-    rows = [f"| {label} | {before.perplexity:.2f} | {after.perplexity:.2f} |"]
-    for name, was, now in perplexities_by_dataset(before, after):
-        rows.append(f"| of these, `{name}` | {was:.2f} | {now:.2f} |")
-    return "\n".join(rows)
+def _error(value: float | None) -> str:
+    return f"{value:.4g}" if value is not None else "not known"
 
 
-def _datasets(calibration: Calibration) -> str:
-    """`wikitext2`, or `wikitext2` (96) and so on where they are several."""
-    counts = calibration.windows_by_dataset
-    if len(counts) == 1:
-        return f"`{calibration.dataset}`"
-    return ", ".join(f"`{name}` ({count})" for name, count in counts.items())
+def fits_to_dicts(fits: Fits) -> list[dict[str, Any]]:
+    """Plain values of each block, means where it has several FFNs or experts.
+
+    ``applied`` of ``ffns`` have the fit, the others keep the columns that they had.
+    """
+    return [
+        {
+            "block": number,
+            "ffns": len(records),
+            "applied": sum(record.applied for record in records),
+            "error_before": _mean([record.error_before for record in records]),
+            "error_after": _mean([record.error_after for record in records]),
+            "damping": max(record.damping for record in records),
+        }
+        for number, records in enumerate(fits)
+        if records
+    ]
 
 
-def model_card(report: Any) -> str:
-    """README.md of a result, Markdown with the hub's front matter."""
-    plan, recipe = report.plan, report.plan.recipe
-    usage = (
-        TRUSTED.replace(", trust_remote_code=True", "") if report.stock else TRUSTED + REGISTERED
-    )
-    return CARD.format(
-        name=report.name,
-        sparsity=plan.sparsity,
-        sizes="\n".join(f"| {' | '.join(row)} |" for row in report.sizes.rows()),
-        size_before=_range(tuple(block.intermediate_size for block in plan.blocks)),
-        size_after=_range(plan.widths),
-        perplexity=_perplexity_row(report),
-        recipe=recipe,
-        calibration=recipe.calibration,
-        datasets=_datasets(recipe.calibration),
-        fits=fits_section(report.fits) + refits_section(report.refits),
-        usage=usage,
-    )
+def fits_summary(fits: Fits) -> str:
+    """One line for a terminal."""
+    records = [record for block in fits for record in block]
+    judged = [
+        (record.error_before, record.error_after if record.applied else record.error_before)
+        for record in records
+        if record.error_before is not None and record.error_after is not None
+    ]
+    line = f"{sum(record.applied for record in records)} of {len(records)} FFNs fitted"
+    return line + _change("their output", judged)
+
+
+def refits_summary(refits: Sequence[BlockRefit]) -> str:
+    """One line for a terminal."""
+    judged = [(refit.errors[0], min(refit.errors)) for refit in refits if refit.errors]
+    line = f"{sum(refit.kept > 0 for refit in refits)} of {len(refits)} fits kept"
+    return line + _change("the blocks", judged)
+
+
+def _change(of: str, errors: Sequence[tuple[float, float]]) -> str:
+    """The rest of a summary: errors (before, after), on average."""
+    if not errors:
+        return "; nothing was held out to judge by"
+    before, after = (_error(_mean(column)) for column in zip(*errors, strict=True))
+    return f"; held-out error of {of} {before} -> {after} on average"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None

@@ -1,7 +1,8 @@
-"""What a pruned folder says of itself, and what ``cfsp evaluate --json`` measured."""
+"""What a pruned folder says of itself: plan.json, recipe.yaml and README.md, read and written."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,37 @@ import yaml
 
 from ..errors import CfspError
 from ..models.layouts import PRUNED_PREFIX
-from ..pruning.plan import PruningPlan, load_plan
+from ..pruning.plan import PruningPlan, load_plan, save_plan
 from ..pruning.refit import BlockRefit
+from .card import model_card, recovery_section
+
+PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
 
 
 @dataclass(frozen=True)
-class Result:
-    """The documents of one pruned folder."""
+class PrunedFolder:
+    """The documents of a pruned model that is to be recovered."""
 
     folder: Path
     plan: PruningPlan
     record: Mapping[str, Any]
-    """recipe.yaml: ``recipe``, ``provenance``, ``result``."""
+    """recipe.yaml."""
+    card: str
+    """README.md."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The documents of a pruned folder and what they say, for a report."""
+
+    folder: Path
+    plan: PruningPlan
+    record: Mapping[str, Any]
+    """recipe.yaml: ``recipe``, ``provenance``, ``result``, and ``recovery`` after one."""
     config: Mapping[str, Any]
     """config.json."""
     nbytes: int
-    """Of the weight files."""
+    """Bytes of the weight files."""
 
     @property
     def name(self) -> str:
@@ -49,7 +65,7 @@ class Result:
 
     @property
     def fits(self) -> list[Mapping[str, Any]]:
-        """What least squares came to, see :func:`fits.fits_to_dicts`; [] without them."""
+        """What least squares came to, see :func:`card.fits_to_dicts`; [] without them."""
         return _mappings(self.measured.get("fits"))
 
     @property
@@ -79,9 +95,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return (
-        [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
-    )
+    entries = value if isinstance(value, list) else []
+    return [entry for entry in entries if isinstance(entry, Mapping)]
 
 
 def _refit(entry: Mapping[str, Any]) -> BlockRefit | None:
@@ -95,24 +110,87 @@ def _refit(entry: Mapping[str, Any]) -> BlockRefit | None:
 
 
 def read_result(folder: str | Path) -> Result:
-    """Read the documents of a folder that ``cfsp prune`` wrote.
+    """Read the documents of a folder that ``cfsp prune`` wrote, for a report.
 
     Raises:
         CfspError: a document is missing or not what it should be.
     """
     folder = Path(folder)
-    if not (folder / "plan.json").is_file():
-        raise CfspError(f"{folder} has no plan.json; a report is of a folder that cfsp prune wrote")
+    if not (folder / PLAN).is_file():
+        raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
+    record, config = (_read_mapping(folder / name) for name in (RECIPE, "config.json"))
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Result(folder, load_plan(folder / PLAN), record, config, nbytes)
+
+
+def read_pruned(folder: Path) -> PrunedFolder:
+    """Read the documents of a pruned folder that is to be recovered.
+
+    Raises:
+        CfspError: not such a folder, or one of its documents is missing or not valid.
+    """
+    for name in (PLAN, RECIPE, CARD):
+        if not (folder / name).is_file():
+            raise CfspError(f"{folder} is not a folder that cfsp prune wrote: no {name}")
+    wrong = "is not a recipe that cfsp wrote"
+    record, card = _read_mapping(folder / RECIPE, wrong), _read_text(folder / CARD)
+    if not isinstance(record.get("recovery", []), list):
+        raise CfspError(f"{folder / RECIPE} {wrong}")
+    return PrunedFolder(folder, load_plan(folder / PLAN), record, card)
+
+
+def _read_mapping(file: Path, wrong: str = "must be a mapping") -> dict[str, Any]:
+    """A JSON or YAML document; ``wrong``: what to say of one that is no mapping."""
+    text = _read_text(file)
     try:
-        record = yaml.safe_load((folder / "recipe.yaml").read_text())
-        config = json.loads((folder / "config.json").read_text())
-        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CfspError(f"cannot read {folder}: {' '.join(str(error).split())}") from None
-    for name, document in (("recipe.yaml", record), ("config.json", config)):
-        if not isinstance(document, dict):
-            raise CfspError(f"{folder / name} must be a mapping")
-    return Result(folder, load_plan(folder / "plan.json"), record, config, nbytes)
+        document = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise _unreadable(file, error) from None
+    if not isinstance(document, dict):
+        raise CfspError(f"{file} {wrong}")
+    return document
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> CfspError:
+    return CfspError(f"cannot read {file.parent}: {' '.join(str(error).split())}")
+
+
+def write_documents(
+    folder: Path,
+    plan: PruningPlan,
+    record: Mapping[str, Any],
+    sizes: Sequence[tuple[str, str, str]],
+    stock: bool,
+) -> None:
+    """plan.json, recipe.yaml and README.md of a pruned model; see :func:`card.model_card`."""
+    save_plan(plan, folder / PLAN)
+    _write(folder, record, model_card(plan, record, sizes, stock))
+
+
+def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -> None:
+    """The documents again, with one recovery more in recipe.yaml's list and in the card."""
+    shutil.copyfile(pruned.folder / PLAN, folder / PLAN)
+    record = {**pruned.record, "recovery": [*pruned.record.get("recovery", []), entry]}
+    _write(folder, record, pruned.card + recovery_section(entry))
+
+
+def _write(folder: Path, record: Mapping[str, Any], card: str) -> None:
+    (folder / RECIPE).write_text(yaml.safe_dump(record, sort_keys=False))
+    (folder / CARD).write_text(card)
+
+
+def drop_times_(result: dict[str, Any]) -> None:
+    """Take out how long measuring took, so that equal runs give equal documents."""
+    for measured in (result["perplexity_before"], result["perplexity_after"]):
+        if measured is not None:
+            del measured["seconds"]
 
 
 def read_evaluation(path: str | Path) -> list[dict[str, Any]]:

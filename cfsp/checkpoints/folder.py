@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import CfspError, Stopped
@@ -34,7 +33,6 @@ from ..models.tensors import (
     saved_tensors,
     unsaved_buffers,
 )
-from ..pruning.plan import PruningPlan, save_plan
 from .resume import can_resume
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
@@ -198,12 +196,3 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
             )
             return model
     raise differs(got, expected.logits)
-
-
-def write_documents(
-    folder: Path, plan: PruningPlan, recipe_document: dict[str, Any], card: str
-) -> None:
-    """plan.json, recipe.yaml and the model card."""
-    save_plan(plan, folder / "plan.json")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_document, sort_keys=False))
-    (folder / "README.md").write_text(card)

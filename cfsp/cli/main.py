@@ -25,9 +25,9 @@ from ..calibration.statistics import (
 )
 from ..calibration.text import BOS_CHOICES
 from ..calibration.windows import Calibration
+from ..checkpoints.card import fits_summary, refits_summary
 from ..checkpoints.exports import EXPORTERS, export
 from ..checkpoints.exports.gguf_tensors import GGUF_TYPES
-from ..checkpoints.fits import fits_summary, refits_summary
 from ..costs.latency_measurement import table_for
 from ..distributed import joined, own_rank
 from ..errors import CfspError

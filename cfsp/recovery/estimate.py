@@ -10,6 +10,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
+from ..checkpoints.documents import read_pruned
 from ..costs.dry_run import choose_hardware
 from ..costs.estimates import format_count, format_seconds
 from ..costs.flops import FP32, ModelCosts, costs_of
@@ -23,7 +24,6 @@ from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
 from ..models.tensors import kept_tensors
-from .folder import read_pruned
 from .lora_ranks import what_is_trained
 from .settings import Recovery
 

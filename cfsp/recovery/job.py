@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibration.windows import calibration_windows
+from ..checkpoints.documents import PLAN, PrunedFolder, read_pruned
 from ..costs.hardware import resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.held_out import HeldOut, held_out_text
@@ -19,7 +20,6 @@ from ..models.loading import OpenModel, count_parameters, open_model, quiet_load
 from ..models.tensors import saved_tensors
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
-from .folder import PrunedFolder, check_opened, read_pruned
 from .lora_ranks import Trained, what_is_trained
 from .settings import Recovery
 
@@ -100,7 +100,8 @@ def make_job(
     """
     process, pruned = resident_bytes(), read_pruned(folder)
     opened = open_model(folder, device=device)
-    check_opened(pruned, opened)
+    if opened.layout.intermediate_sizes(opened.model) != pruned.plan.widths:
+        raise CfspError(f"{folder / PLAN} is of another model: its widths are not those here")
     model = opened.model
     where = next(model.parameters()).device
     if where.index:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.documents import add_recovery, drop_times_
 from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..errors import CfspError
@@ -21,13 +22,61 @@ from ..io.memory import parse_budget
 from ..models.blocks import empty_
 from ..models.tensors import take_probe
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
-from .folder import write_documents
 from .job import Job, make_job
-from .report import RecoveryReport, card_section, recovery_document
 from .settings import Recovery
 from .targets import ffn_parameters, projections
 
 ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What was trained, how, and what it gained."""
+
+    name: str
+    """The pruned model."""
+    settings: Recovery
+    """Resolved."""
+    ranks: tuple[int, ...]
+    """Of every block, 0 without adapters; () where there are none."""
+    trained_parameters: int
+    uniform_parameters: int
+    """What adapters of the uniform rank would have; the trained ones without adapters."""
+    losses: tuple[float, ...]
+    """Training loss of every step."""
+    perplexity_before: Perplexity | None
+    perplexity_after: Perplexity | None
+    versions: dict[str, str]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on."""
+        text = self.settings.text
+        return text.samples * text.seqlen
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result, as plain values."""
+        before, after = self.perplexity_before, self.perplexity_after
+        return {
+            "ranks": list(self.ranks),
+            "trained_parameters": self.trained_parameters,
+            "uniform_parameters": self.uniform_parameters,
+            "tokens": self.tokens,
+            "losses": list(self.losses),
+            "perplexity_before": before.to_dict() if before is not None else None,
+            "perplexity_after": after.to_dict() if after is not None else None,
+        }
+
+
+def recovery_document(report: RecoveryReport) -> dict[str, Any]:
+    """One entry of ``recovery`` in recipe.yaml: equal runs give equal documents."""
+    result = report.to_dict()
+    drop_times_(result)
+    return {
+        "settings": report.settings.to_dict(),
+        "provenance": {"model": report.name, "versions": report.versions},
+        "result": result,
+    }
 
 
 @dataclass(frozen=True)
@@ -180,7 +229,7 @@ def _write(job: Job, report: RecoveryReport, folder: Path) -> PreTrainedModel:
     """Write the trained model and its documents; returns it reloaded, the same to the last bit."""
     model = job.opened.model
     write_model(model, job.opened.tokenizer, folder)
-    write_documents(job.pruned, folder, recovery_document(report), card_section(report))
+    add_recovery(job.pruned, folder, recovery_document(report))
     expected = take_probe(model)
     empty_(model)  # one model in memory at a time
     return verify(folder, expected, job.device)

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.statistics import Statistics
-from ..checkpoints.card import model_card
-from ..checkpoints.folder import new_folder, partial_folder, write_documents, write_settings
+from ..checkpoints.folder import new_folder, partial_folder, write_settings
 from ..checkpoints.resume import (
     begin,
     check_resume,
@@ -60,7 +59,9 @@ def prune_from_disk_to_disk(
             known = statistics.without_grams() if statistics is not None else None
             report = run.report(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
             write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(folder, plan, recipe_document(report), model_card(report))
+            write_documents(
+            folder, plan, recipe_document(report), report.sizes.rows(), report.stock
+        )
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, cut.probe, blocks.device)
             if run.verify:

@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..calibration.grams import temporary_folder
-from ..checkpoints.card import model_card
-from ..checkpoints.folder import check_out, new_folder, verify, write_documents, write_model
+from ..checkpoints.folder import check_out, new_folder, verify, write_model
 from ..costs.footprint import footprints
 from ..errors import Stopped
 from ..io.hashes import write_hashes
@@ -51,7 +50,9 @@ def _published(run: Run, report: PruneReport, out: Path, given: bool) -> PreTrai
     model, device = run.opened.model, model_device(run.opened.model)
     with new_folder(out, run.overwrite) as folder:
         write_model(model, run.opened.tokenizer, folder)
-        write_documents(folder, report.plan, recipe_document(report), model_card(report))
+        write_documents(
+            folder, report.plan, recipe_document(report), report.sizes.rows(), report.stock
+        )
         expected = take_probe(model)
         if not given:
             empty_(model)  # one model in memory at a time

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
-from ..checkpoints.fits import fits_to_dicts
+from ..checkpoints.card import fits_to_dicts
+from ..checkpoints.documents import drop_times_
 from ..checkpoints.folder import load
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
@@ -74,9 +75,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
     Times are left out, so that equal runs give equal documents.
     """
     statistics, result = report.statistics, report.to_dict()
-    for measured in (result["perplexity_before"], result["perplexity_after"]):
-        if measured is not None:
-            del measured["seconds"]
+    drop_times_(result)
     return {
         "recipe": report.plan.recipe.to_dict(),
         "provenance": {
