@@ -18,7 +18,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"__main__": ""},
     {"cli": "the commands"},
     {"__init__": ""},
-    {"api": "calibrate, plan, prune"},
+    {"api": "calibrate, plan, prune", "auto_classes": ""},
     {"recovery": "training after pruning", "run": "one checked job", "report": "HTML and figures"},
     {"costs": "sizes, time, memory", "checkpoints": "pruned folders, exports"},
     {"pruning": "score, allocate, cut", "evaluation": "perplexity, speed, tasks"},
