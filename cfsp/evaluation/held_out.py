@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration.mixtures import (
     format_mixture,
@@ -14,8 +15,11 @@ from ..calibration.mixtures import (
 )
 from ..calibration.text import EVALUATE, consecutive_windows
 from ..calibration.windows import Calibration
+from ..distributed import ALONE, Ranks
 from ..errors import CfspError
+from ..models.blockwise import RidingWindows
 from ..models.loading import OpenModel, check_seqlen
+from .quality import Perplexity, perplexity, perplexity_of_logits
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,34 @@ class HeldOut:
     """[N, S] int64; None where nothing is measured."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Windows of each dataset, one dataset after another."""
+
+    def measure(
+        self, model: PreTrainedModel, *, progress: bool, ranks: Ranks = ALONE
+    ) -> Perplexity | None:
+        """The perplexity of a model in memory; None where nothing is measured."""
+        if self.tokens is None:
+            return None
+        return perplexity(
+            model,
+            self.tokens,
+            dataset=self.dataset,
+            counts=self.counts,
+            progress=progress,
+            ranks=ranks,
+        )
+
+    def measure_ridden(self, riding: RidingWindows, ranks: Ranks) -> Perplexity | None:
+        """That of the blocks that this rank's share of the windows went through."""
+        if self.tokens is None:
+            return None
+        return perplexity_of_logits(
+            riding.logits(),
+            self.tokens,
+            dataset=self.dataset,
+            counts=self.counts,
+            ranks=ranks,
+            seconds=riding.seconds,
+        )
 
 
 def held_out_text(

@@ -17,7 +17,7 @@ from ..checkpoints.documents import add_recovery, drop_times_
 from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..errors import CfspError
-from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexity
+from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
 from ..io.memory import parse_budget
 from ..models.blocks import empty_
 from ..models.tensors import take_probe
@@ -145,7 +145,7 @@ def recover(
         check_resume(partial_folder(goal), identity)
     with new_folder(goal, overwrite, resume) as partial:
         begin(partial, identity)
-        before = _measured(job, progress)
+        before = job.held_out.measure(job.opened.model, progress=progress)
         with _random_state_kept(), _config_kept(job.opened.model):
             losses = _train(job, partial, keep_adapter, stop, progress)
         report = RecoveryReport(
@@ -156,25 +156,12 @@ def recover(
             uniform_parameters=job.trained.uniform_parameters,
             losses=losses,
             perplexity_before=before,
-            perplexity_after=_measured(job, progress),
+            perplexity_after=job.held_out.measure(job.opened.model, progress=progress),
             versions=job.versions,
         )
         model = _write(job, report, partial)
         end(partial)
     return RecoveryResult(model, job.opened.tokenizer, report, goal)
-
-
-def _measured(job: Job, progress: bool) -> Perplexity | None:
-    held = job.held_out
-    if held.tokens is None:
-        return None
-    return perplexity(
-        job.opened.model,
-        held.tokens,
-        dataset=held.dataset,
-        counts=held.counts,
-        progress=progress,
-    )
 
 
 def _train(

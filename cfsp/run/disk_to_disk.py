@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.statistics import Statistics
+from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import new_folder, partial_folder, write_settings
 from ..checkpoints.resume import (
     begin,
@@ -21,7 +22,7 @@ from ..checkpoints.resume import (
 from ..costs.footprint import footprints
 from ..distributed import Ranks
 from ..errors import CfspError, Stopped
-from ..evaluation.quality import Perplexity, perplexity_of_logits
+from ..evaluation.quality import Perplexity
 from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
@@ -60,8 +61,8 @@ def prune_from_disk_to_disk(
             report = run.report(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
             write_settings(opened.model, opened.tokenizer, folder)
             write_documents(
-            folder, plan, recipe_document(report), report.sizes.rows(), report.stock
-        )
+                folder, plan, recipe_document(report), report.sizes.rows(), report.stock
+            )
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, cut.probe, blocks.device)
             if run.verify:
@@ -130,10 +131,9 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
-    pair, tokens = [], held_out.tokens
-    if tokens is not None:
-        own = tokens[ranks.share(len(tokens))]
-        pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
+    tokens = held_out.tokens if held_out.tokens is not None else own_probe[:0]
+    own = tokens[ranks.share(len(tokens))]
+    pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
     refitting = run.refitting()
     stopped = False
     fits: dict[int, tuple[FitRecord, ...]] = {}
@@ -154,18 +154,6 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
         stopped = True
     if ranks.any(stopped):
         raise Stopped
-    before = after = None
-    if tokens is not None:
-        before, after = (
-            perplexity_of_logits(
-                riding.logits(),
-                tokens,
-                dataset=held_out.dataset,
-                counts=held_out.counts,
-                ranks=ranks,
-                seconds=riding.seconds,
-            )
-            for riding in pair
-        )
+    before, after = (held_out.measure_ridden(riding, ranks) for riding in pair)
     logits = next(probe.logits(), torch.empty(0)).cpu()
     return _Cut(tuple(fits.values()), refitting, before, after, logits)

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..calibration.grams import temporary_folder
+from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import check_out, new_folder, verify, write_model
 from ..costs.footprint import footprints
 from ..errors import Stopped

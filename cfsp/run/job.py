@@ -170,16 +170,8 @@ class Run:
 
     def measured(self) -> Perplexity | None:
         """Perplexity of the model in memory on the held-out text, where there is any."""
-        if self.held_out.tokens is None:
-            return None
-        return perplexity(
-            self.opened.model,
-            self.held_out.tokens,
-            dataset=self.held_out.dataset,
-            counts=self.held_out.counts,
-            progress=self.progress,
-            ranks=self.ranks,
-        )
+        model = self.opened.model
+        return self.held_out.measure(model, progress=self.progress, ranks=self.ranks)
 
     def become_pruned_(self, plan: PruningPlan) -> None:
         """Give the model, whose FFNs were cut, the config and the class that reload it."""
