@@ -95,7 +95,7 @@ def products_held(split: Split, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class GramWriter:
-    """Takes what the files of a calibration hold; a thread of the last rank writes it, the other
+    """Takes what the files of a calibration hold; a thread of the last rank writes it. The other
     ranks have no writer."""
 
     folder: GramFolder
@@ -201,7 +201,6 @@ class _Sum:
             self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
             self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
-        offsets = None
         if self.experts:
             experts = torch.cat(self.experts)
             if not self.ordered:
@@ -209,7 +208,7 @@ class _Sum:
                 x = x[order]
             offsets = expert_offsets(experts, count)
         else:
-            product, total = product[0], total[0]
+            offsets, product, total = None, product[0], total[0]
         gram(x, offsets=offsets, out=product)
         self.tokens += channel_statistics(x, offsets=offsets, totals=total).tokens
         self.rows.clear()

@@ -1,7 +1,6 @@
 """Several datasets in one: ``wikitext2:3,c4:1`` read, windows shared out and mixed evenly."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from ..apportion import apportion
 from ..errors import CfspError
-from .text import DATASETS, bos_token, check_dataset, load_text, tokenize
+from .text import DATASETS, bos_token, check_dataset, exists, load_text, tokenize
 
 Mixture = Mapping[str, float]
 """Dataset -> weight, in the order in which they were named."""
@@ -61,17 +60,13 @@ def _entries(parts: list[str]) -> Iterator[tuple[str, float]]:
 
 def _known(text: str) -> tuple[str, float] | None:
     """(dataset, weight) where the text names something that exists, with or without a weight."""
-    if _exists(text):
+    if exists(text):
         return text, 1.0
     dataset, _, weight = text.rpartition(":")
     try:
-        return (dataset, float(weight)) if _exists(dataset) else None
+        return (dataset, float(weight)) if exists(dataset) else None
     except ValueError:
         return None
-
-
-def _exists(dataset: str) -> bool:
-    return dataset in DATASETS or os.path.exists(dataset)
 
 
 def format_mixture(mixture: Mixture) -> str:
@@ -142,6 +137,5 @@ def windows_of_each(
 def held_out_mixture(mixture: Mixture) -> dict[str, float]:
     """The datasets of a mixture that have a held-out part of their own, as local files have not;
     the text that ships with Python where none has."""
-    return {name: weight for name, weight in mixture.items() if name in DATASETS} or {
-        "builtin": 1.0
-    }
+    named = {name: weight for name, weight in mixture.items() if name in DATASETS}
+    return named or {"builtin": 1.0}

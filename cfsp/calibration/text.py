@@ -80,9 +80,14 @@ DATASETS: dict[str, Callable[[str], list[str]]] = {
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
+def exists(dataset: str) -> bool:
+    """Whether a dataset is a name or the path of something."""
+    return dataset in DATASETS or os.path.exists(dataset)
+
+
 def check_dataset(dataset: str) -> None:
     """Raise CfspError where a dataset is neither a name nor the path of something."""
-    if dataset not in DATASETS and not os.path.exists(dataset):
+    if not exists(dataset):
         raise CfspError(
             f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}, or the path of a text, "
             f"parquet, json or arrow file"

@@ -60,11 +60,8 @@ def calibration_windows(
 def calibration_tokens(tokenizer: Any, settings: Calibration) -> torch.Tensor:
     """Calibration windows [samples, seqlen] of all datasets, mixed evenly.
 
-    Each dataset gives the first of the windows that it gives alone, of :func:`text.random_windows`
-    with the same seed, so that they do not depend on the others.
-
-    Raises:
-        CfspError: unknown or unreadable dataset, or one with too few tokens.
+    Each dataset gives the first of the windows that it gives alone with the same seed, so that they
+    do not depend on the others. Raises as :func:`windows_of_each` does.
     """
 
     def cut(tokens: torch.Tensor, count: int, bos: int | None) -> torch.Tensor:
