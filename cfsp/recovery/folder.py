@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..errors import CfspError
-from ..models.loading import OpenModel
+from ..models.opening import OpenModel
 from ..pruning.plan import PruningPlan, load_plan
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
