@@ -27,8 +27,8 @@ from .io.hashes import check_hashes, known_hashes
 from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
-from .models.loading import OpenModel, adopt, model_device, open_model
-from .models.opening import open_lean, weight_files
+from .models.loading import model_device
+from .models.opening import OpenModel, adopt, open_any, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import NEEDS_STATISTICS
@@ -38,16 +38,6 @@ from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
 from .run import PruneResult, Run, collect, prune_live, prune_stored
-
-
-def _open(
-    model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str, *, streamed: bool = True
-) -> OpenModel:
-    """A live model as it is; one given by name block by block where that can be."""
-    if isinstance(model, nn.Module):
-        return adopt(model, tokenizer)
-    opened = (open_lean if streamed else open_model)(model, dtype, device)
-    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
 
 
 def _count(windows: torch.Tensor | None) -> int:
@@ -101,7 +91,7 @@ def calibrate(
     budget = parse_budget(max_memory)
     progress = progress and ranks.first
     gram = recipe.needs_gram() is not None if gram is None else gram
-    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
+    opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
@@ -137,7 +127,7 @@ def latency_table(
     """
     if min(batch, length) < 1:
         raise CfspError(f"batch and length must be 1 or more, got {batch} x {length}")
-    opened = _open(model, None, dtype, device)
+    opened = open_any(model, None, dtype, device)
     return table_of(opened, batch, length, again=again, progress=progress)
 
 
@@ -301,8 +291,8 @@ def prune(
     searches = recipe.searches and plan is None
     if searches and ranks.size > 1:
         raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
-    streamed = out is not None and not searches
-    opened = _open(model, tokenizer, recipe.dtype, where, streamed=streamed)
+    whole = out is None or searches
+    opened = open_any(model, tokenizer, recipe.dtype, where, whole=whole)
     layout = opened.layout
     fingerprint = opened.blocks.fingerprint()
     wanted = recipe.model_budget if plan is None else None

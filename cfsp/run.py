@@ -34,6 +34,7 @@ from .checkpoints.resume import (
     kept_grams,
     kept_statistics,
 )
+from .checkpoints.verification import probe_tokens, take_probe, verify_streamed
 from .costs.footprint import Footprints, footprints, plan_within
 from .costs.latency import LatencyTable
 from .distributed import ALONE, Ranks
@@ -41,16 +42,16 @@ from .errors import CfspError, Stopped
 from .evaluation.held_out import HeldOut
 from .evaluation.quality import Perplexity, perplexity, ridden_perplexity
 from .io.hashes import write_hashes
-from .models.blocks import StoredBlocks, empty_
+from .models.blocks import StoredBlocks
 from .models.blockwise import RidingWindows
-from .models.channels import FitRecord
 from .models.fingerprints import tokens_fingerprint, versions
-from .models.loading import OpenModel, quiet_loading
-from .models.opening import verify_streamed
+from .models.loading import quiet_loading
+from .models.opening import OpenModel
 from .models.pruned_classes import become_pruned_, is_stock
-from .models.tensors import probe_tokens, take_probe
+from .models.surgery import empty_
 from .pruning.compaction import prune_model_
 from .pruning.compaction_streamed import prune_to_shards_
+from .pruning.compensation import FitRecord
 from .pruning.live_search import width_search
 from .pruning.plan import PruningPlan, plan_to_dict
 from .pruning.ranking import stored_ranking, with_ranking

@@ -11,8 +11,8 @@ import torch
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..io.memory import format_bytes
-from ..io.shards import ShardWriter
+from ..io.files import format_bytes
+from ..io.shard_writer import ShardWriter
 from .grams import WITHOUT, GramFolder, file_bytes, held_out_windows, planned_file
 
 PENDING = 8

@@ -8,7 +8,8 @@ import torch
 from ..calibration.mixtures import format_mixture, held_out_mixture, parse_mixture, share_out
 from ..calibration.windows import Calibration
 from ..errors import CfspError
-from ..models.loading import OpenModel, check_seqlen
+from ..models.loading import check_seqlen
+from ..models.opening import OpenModel
 from .quality import mixed_evaluation_windows
 
 
