@@ -37,9 +37,10 @@ from cfsp.calibration.text import (
     tokenize,
 )
 from cfsp.calibration.windows import calibration_windows
+from cfsp.io.files import write_json
 from cfsp.models.fingerprints import tokens_fingerprint
-from cfsp.models.loading import OpenModel, check_seqlen, quiet_loading
-from cfsp.pruning.plan import write_json
+from cfsp.models.loading import check_seqlen, quiet_loading
+from cfsp.models.opening import OpenModel
 from cfsp.pruning.recipe import DTYPES, recipe_from_dict
 
 from . import ablation_report, environment

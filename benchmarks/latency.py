@@ -22,7 +22,7 @@ import cfsp
 from benchmarks.environment import describe
 from cfsp.costs.feasibility import even_plan
 from cfsp.costs.latency import LatencyTable
-from cfsp.models.loading import adopt
+from cfsp.models.opening import adopt
 from cfsp.pruning.compaction import prune_block_
 
 SHAPE = {

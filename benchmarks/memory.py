@@ -61,7 +61,7 @@ def limited(code: str, *arguments: str, limit: int) -> tuple[int, str]:
 
 def shapes(checkpoint: Path) -> dict[str, int]:
     """Bytes of the weights and of the largest block, blocks, hidden size, bytes per value."""
-    from cfsp.io.shards import read_index
+    from cfsp.io.safetensors import read_index
 
     sizes: dict[str, int] = {}
     tensors = read_index(checkpoint)

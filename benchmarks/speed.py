@@ -15,7 +15,8 @@ from typing import Any
 
 import cfsp
 from cfsp.evaluation.speed import Generation, PeakMemory, measure_speed, time_round
-from cfsp.models.loading import open_model, pick_device
+from cfsp.models.loading import pick_device
+from cfsp.models.opening import open_model
 
 from . import environment
 from .timing import DEVICE

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.io.shards import ShardWriter, TensorInfo, pack_shards, write_index
+from cfsp.io.safetensors import TensorInfo
+from cfsp.io.shard_writer import ShardWriter, pack_shards, write_index
 
 POOL_VALUES = 16_777_259  # a prime: rows of any width start at another place in it
 DEVIATION = 0.02  # what transformers initialises a Llama with

@@ -14,7 +14,7 @@ from .costs.estimates import Estimate
 from .costs.latency import LatencyTable
 from .errors import CfspError
 from .evaluation.quality import Perplexity, perplexity
-from .models.loading import open_model
+from .models.opening import open_model
 from .models.registration import register
 from .pruning.plan import PruningPlan, load_plan, save_plan
 from .pruning.ranking import with_ranking

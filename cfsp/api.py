@@ -25,8 +25,8 @@ from .io.hashes import check_hashes, known_hashes
 from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
-from .models.loading import OpenModel, adopt, model_device, open_model
-from .models.opening import open_lean, weight_files
+from .models.loading import model_device
+from .models.opening import OpenModel, adopt, open_any, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import NEEDS_STATISTICS
@@ -72,7 +72,7 @@ def calibrate(
     budget = parse_budget(max_memory)
     progress = progress and ranks.first
     gram = recipe.needs_gram() is not None if gram is None else gram
-    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
+    opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
     micro_batch = _announced(opened, job, budget, progress, ranks)
@@ -110,7 +110,7 @@ def latency_table(
     """
     if min(batch, length) < 1:
         raise CfspError(f"batch and length must be 1 or more, got {batch} x {length}")
-    opened = _open(model, None, dtype, device)
+    opened = open_any(model, None, dtype, device)
     return table_of(opened, batch, length, again=again, progress=progress)
 
 
@@ -219,8 +219,8 @@ def prune(
     if searches and ranks.size > 1:
         raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
 
-    streamed = out is not None and not searches
-    opened = _open(model, tokenizer, recipe.dtype, ranks.device(device), streamed=streamed)
+    whole = out is None or searches
+    opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device), whole=whole)
     wanted = recipe.model_budget if plan is None else None
     table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
     _check(opened, recipe, plan, statistics, table, ranks)
@@ -265,16 +265,6 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     known = statistics.provenance.get("calibration")
     calibration = Calibration(**known) if known else recipe.calibration
     return dataclasses.replace(recipe, calibration=calibration)
-
-
-def _open(
-    model: nn.Module | str | Path, tokenizer: Any, dtype: str, device: str, *, streamed: bool = True
-) -> OpenModel:
-    """A live model as it is; one given by name block by block where that can be."""
-    if isinstance(model, nn.Module):
-        return adopt(model, tokenizer)
-    opened = (open_lean if streamed else open_model)(model, dtype, device)
-    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
 
 
 def _check_files(model: Any, progress: bool, ranks: Ranks) -> None:

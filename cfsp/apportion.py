@@ -1,4 +1,8 @@
-"""Whole widths under one budget: the largest-remainder method."""
+"""Whole widths under one budget: the largest-remainder method.
+
+Widths and sizes are those of one expert where an FFN has several. ``costs`` are what one channel
+of width costs in every FFN: its experts, where channels are the budget; None: 1.
+"""
 
 from collections.abc import Sequence
 from operator import mul
@@ -15,13 +19,6 @@ def check_budget(
     costs: Sequence[int] | None = None,
 ) -> int:
     """The cost to keep in all over the multiple, where some widths meet the budget.
-
-    Args:
-        intermediate_sizes: channels of every FFN, of one expert where it has several.
-        budget: cost to keep in all FFNs and experts.
-        multiple: 1 for exact widths.
-        costs: of one channel of width in every FFN: its experts, where channels are the budget;
-            None: 1.
 
     Raises:
         CfspError: none do; says which sparsities can be reached.
@@ -42,7 +39,8 @@ def check_budget(
 def reachable(
     intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
 ) -> tuple[int, int]:
-    """What all FFNs cost at least and at most, over the multiple; see :func:`check_budget`."""
+    """What all FFNs cost at least and at most, over the multiple. Raises CfspError where an FFN
+    has fewer channels than that."""
     room = [size // multiple for size in intermediate_sizes]
     if min(room) < 1:
         raise CfspError(
@@ -64,20 +62,12 @@ def apportion(
     importance: torch.Tensor,
     costs: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """Round ideal widths to multiples, so that their sum is the budget to half a multiple.
+    """Round ideal widths [L] to multiples, so that their sum is the budget to half a multiple.
 
     Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
-    most by it, among equals to the more important one (the largest-remainder method). An FFN
-    keeps at least one multiple and at most what it has. A multiple of an FFN with experts is one
-    of each of them; the budget is met to half of the smallest step that can be made.
-
-    Args:
-        ideal: [L] widths, real; of one expert, as the result.
-        intermediate_sizes: channels of every FFN, of one expert.
-        budget: cost to keep in all FFNs and experts.
-        multiple: 1 for exact widths.
-        importance: [L]; breaks ties, then the index does.
-        costs: see :func:`check_budget`.
+    most by it, among equals to the one of more ``importance`` [L], then to the first. An FFN keeps
+    at least one multiple and at most what it has. A multiple of an FFN with experts is one of each
+    of them; the budget is met to half of the smallest step that can be made.
 
     Raises:
         CfspError: no widths meet the budget; says what could be.

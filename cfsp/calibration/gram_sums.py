@@ -21,8 +21,8 @@ from cfsp_kernels import channel_statistics, gram
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..io.memory import format_bytes
-from ..io.shards import ShardWriter
+from ..io.files import format_bytes
+from ..io.shard_writer import ShardWriter
 from ..models.channels import ChannelGroup, Routing, expert_offsets
 from .grams import (
     FIT,

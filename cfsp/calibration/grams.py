@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import CfspError
-from ..io.shards import Shard, StoredTensor, TensorInfo, read_header, read_tensors
+from ..io.safetensors import StoredTensor, TensorInfo, read_header, read_tensors
+from ..io.shard_writer import Shard
 
 FIT, HELD_OUT = "fit", "held_out"
 WITHOUT = "scorer cfsp, the published method, needs none"

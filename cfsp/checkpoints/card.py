@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..models.channels import FitRecord
+from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import BlockRefit
 

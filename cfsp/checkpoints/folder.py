@@ -13,27 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import CfspError, Stopped
-from ..io.shards import (
-    MAX_SHARD_BYTES,
-    ShardWriter,
-    TensorInfo,
-    pack_shards,
-    sync_folder,
-    write_index,
-)
+from ..io.files import sync_folder
+from ..io.safetensors import TensorInfo
+from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
 from ..models.loading import load_config, pick_device, quiet_loading
 from ..models.pruned_classes import is_stock
-from ..models.tensors import (
-    Probe,
-    _set_buffers,
-    converted,
-    differs,
-    probe_logits,
-    saved_tensors,
-    unsaved_buffers,
-)
+from ..models.surgery import set_buffers_
+from ..models.tensors import converted, saved_tensors
 from .resume import can_resume
+from .verification import Probe, differs, probe_logits, unsaved_buffers
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
 
@@ -185,9 +174,9 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
         return model
     own = unsaved_buffers(model)
     if own.keys() == expected.buffers.keys():
-        _set_buffers(model, expected.buffers)
+        set_buffers_(model, expected.buffers)
         equal = torch.equal(probe_logits(model), expected.logits)
-        _set_buffers(model, own)
+        set_buffers_(model, own)
         if equal:
             warnings.warn(
                 "the live model's rotary or other unsaved buffers are not those that a fresh load "

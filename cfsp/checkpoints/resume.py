@@ -10,7 +10,7 @@ from ..calibration.grams import GramFolder
 from ..calibration.statistics import Statistics, gram_path, load_statistics, save_statistics
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..pruning.plan import write_json
+from ..io.files import write_json
 
 FORMAT = "cfsp-run-1"
 STATE_FOLDER = ".cfsp-run"

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from ..calibration.statistics import check_statistics, load_statistics, save_statistics
-from ..models.opening import open_lean
+from ..models.opening import open_any
 from ..pruning.compensation import COMPENSATIONS
 from ..pruning.ranking import stored_ranking, with_ranking
 from ..pruning.recipe import Recipe
@@ -51,7 +51,7 @@ def curves(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
     )
     statistics = load_statistics(arguments.statistics)
-    opened = open_lean(arguments.model, recipe.dtype, arguments.device)
+    opened = open_any(arguments.model, dtype=recipe.dtype, device=arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
     known = stored_ranking(statistics, recipe) is not None
     if not known:

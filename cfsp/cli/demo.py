@@ -17,7 +17,8 @@ from ..api import PruneResult, prune
 from ..calibration.windows import Calibration
 from ..checkpoints.folder import check_out, new_folder, write_model
 from ..errors import CfspError
-from ..models.loading import open_model, quiet_loading
+from ..models.loading import quiet_loading
+from ..models.opening import open_model
 from ..pruning.recipe import Recipe
 from ..report.pictures import plot_widths
 

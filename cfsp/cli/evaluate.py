@@ -13,7 +13,8 @@ from ..errors import CfspError
 from ..evaluation.quality import evaluation_windows, perplexity
 from ..evaluation.speed import Generation, PeakMemory, measure_speed, random_prompts, time_round
 from ..evaluation.tasks import find_tasks, run_tasks
-from ..models.loading import OpenModel, check_seqlen, open_model, pick_device
+from ..models.loading import check_seqlen, pick_device
+from ..models.opening import OpenModel, open_model
 from ..pruning.recipe import DTYPES
 from ..report.tables import evaluation_table
 from .options import print_json

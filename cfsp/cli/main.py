@@ -31,8 +31,7 @@ from ..checkpoints.exports.gguf_tensors import GGUF_TYPES
 from ..costs.latency_measurement import table_for
 from ..distributed import joined, own_rank
 from ..errors import CfspError
-from ..models.loading import open_model
-from ..models.opening import open_lean
+from ..models.opening import open_any
 from ..pruning.allocation import ALLOCATORS
 from ..pruning.budget import FORM
 from ..pruning.compensation import COMPENSATIONS
@@ -236,8 +235,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = _recipe(arguments)
     statistics = load_statistics(arguments.statistics)
-    opener = open_model if recipe.searches else open_lean
-    opened = opener(arguments.model, recipe.dtype, arguments.device)
+    opened = open_any(
+        arguments.model, dtype=recipe.dtype, device=arguments.device, whole=recipe.searches
+    )
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)

@@ -11,12 +11,14 @@ from ..calibration.gram_sums import check_ranks
 from ..errors import CfspError, unknown_name
 from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.memory import MemoryBudget, parse_budget
-from ..io.shards import MAX_SHARD_BYTES, TensorInfo, Tensors, pack_shards
+from ..io.safetensors import TensorInfo, Tensors
+from ..io.shard_writer import MAX_SHARD_BYTES, pack_shards
 from ..models.blockwise import default_micro_batch
 from ..models.descriptions import Description, describe, describe_opened
 from ..models.layouts import unsupported
-from ..models.loading import OpenModel, check_seqlen, model_device, pick_device
-from ..models.tensors import kept_tensors, tensor_infos
+from ..models.loading import check_seqlen, model_device, pick_device
+from ..models.opening import OpenModel
+from ..models.tensors import saved_parameters, saved_tensors, tensor_infos
 from ..pruning.allocation import NEEDS_CURVES, SEARCH
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import NEEDS_GRAM
@@ -136,9 +138,8 @@ def _search_costs(job: Job) -> SearchCosts | None:
 
 def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
     model, recipe = described.model, job.recipe
-    tensors = kept_tensors(model.state_dict(), model)
-    parameters = {name for name, _ in model.named_parameters()}
-    counted = {name: info for name, info in tensor_infos(tensors).items() if name in parameters}
+    tensors = saved_tensors(model)
+    counted = tensor_infos(saved_parameters(model))
     itemsize = model.dtype.itemsize
 
     def costs(of: Tensors, size: int = itemsize) -> ModelCosts:

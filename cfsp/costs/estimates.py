@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.table import Table
 
 from ..errors import CfspError
-from ..io.memory import MemoryBudget, format_bytes
+from ..io.files import format_bytes
+from ..io.memory import MemoryBudget
 from .footprint import Footprints
 from .hardware import Hardware
 from .workload import Stage

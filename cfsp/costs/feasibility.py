@@ -10,7 +10,8 @@ from ..apportion import apportion, check_budget
 from ..errors import CfspError
 from ..models.channels import check_expert_width
 from ..models.layouts import Layout
-from ..models.pruned_classes import parameter_shapes, stock_model
+from ..models.pruned_classes import stock_model
+from ..models.tensors import parameter_shapes
 from ..pruning.allocation import equal_widths
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CfspError
-from ..io.shards import TensorInfo, Tensors
+from ..io.safetensors import TensorInfo, Tensors
 
 ATTENTION = ("attn", "attention")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")

@@ -3,15 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..io.shards import Tensors
+from ..io.safetensors import Tensors
 from ..models.channels import ChannelGroup
 from ..models.layouts import Layout
 from ..models.loading import check_seqlen
-from ..models.tensors import kept_tensors, tensor_infos
+from ..models.tensors import saved_parameters, tensor_infos
 from ..pruning.budget import BATCH, LENGTH, ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
@@ -70,11 +69,6 @@ def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, 
 def groups_of(model: PreTrainedModel, layout: Layout) -> list[ChannelGroup]:
     """The channels of every FFN of every block, in order."""
     return [group for block in layout.find_blocks(model) for group in layout.groups(block)]
-
-
-def dense_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The parameters of a model, perhaps on meta; tied ones once."""
-    return kept_tensors(dict(model.named_parameters(remove_duplicate=False)), model)
 
 
 def _costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
@@ -153,7 +147,7 @@ def resolve_budget(
             )
         limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
         return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
-    costs = _costs(model, layout, tensor_infos(dense_tensors(model)))
+    costs = _costs(model, layout, tensor_infos(saved_parameters(model)))
     per_channel = channel_costs(model, layout, costs)[budget.kind]
     if budget.kind == "params":
         added = _added_parameters(model, layout, recipe)
@@ -177,7 +171,7 @@ def footprints(
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
     shaped = table or budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
-    tensors = dense_tensors(model)
+    tensors = saved_parameters(model)
     left = planned_tensors(tensors, model, layout, plan)
     channels = sum(block.intermediate_size for block in plan.blocks), sum(plan.widths)
     seconds: tuple[float | None, float | None] = (None, None)

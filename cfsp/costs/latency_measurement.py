@@ -18,15 +18,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.blocks import set_parameters_
-from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
+from ..io.files import write_json
+from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup
 from ..models.fingerprints import versions
 from ..models.layouts import Layout, as_block_output
-from ..models.loading import OpenModel, check_seqlen, model_device
-from ..models.surgery import forward_instead
+from ..models.loading import check_seqlen, model_device
+from ..models.opening import OpenModel
+from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import none
-from ..pruning.plan import write_json
 from .hardware import device_name
 from .latency import LatencyTable, WidthCurve, load_table
 
@@ -290,8 +290,10 @@ def _curves(
         ffn = layout.block_ffns(block)[position]
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
 
-        def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
-            return none(down, kept[expert].to(down.device), None, 0.0, out)
+        def cut_down(
+            expert: int, down: torch.Tensor, out: torch.Tensor | None
+        ) -> tuple[torch.Tensor, None]:
+            return none(down, kept[expert].to(down.device), None, 0.0, out).weight, None
 
         ffn.cut_(block, kept, cut_down, None)
         return block

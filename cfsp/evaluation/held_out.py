@@ -18,7 +18,8 @@ from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.blockwise import RidingWindows
-from ..models.loading import OpenModel, check_seqlen
+from ..models.loading import check_seqlen
+from ..models.opening import OpenModel
 from .quality import Perplexity, perplexity, perplexity_of_logits
 
 

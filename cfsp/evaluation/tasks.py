@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CfspError
-from ..models.loading import OpenModel
+from ..models.opening import OpenModel
 
 TASK_ERRORS = (OSError, ValueError, LookupError, ImportError, TypeError)
 """What a task file or a dataset that cannot be had raises."""

@@ -1,1 +1,1 @@
-"""io."""
+"""Files: safetensors read and written by the block, hashes, JSON."""

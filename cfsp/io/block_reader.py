@@ -5,6 +5,7 @@ pinned and a stream of their own carries them over, in one copy a block; what wa
 to the GPU by events, so that neither the reading thread nor the main one waits for the other.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -12,10 +13,43 @@ from typing import Any
 
 import torch
 
-from .arena import Arena, aligned
-from .shards import StoredTensor, read_tensors
+from .safetensors import StoredTensor, mapped_bytes, read_tensors
 
 BUFFERS = 2
+ALIGNMENT = 64  # bytes, as torch's own allocator on a CPU
+
+
+def aligned(nbytes: int) -> int:
+    """The room that a tensor takes in an arena."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """Memory that is taken once and that tensors are carved from, one behind the other.
+
+    New memory costs several times what reading a file into old memory does: the system hands it
+    out page by page and clears each page first.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, *, pinned: bool = False) -> None:
+        """``nbytes``: the sum of :func:`aligned` over the tensors. ``pinned``: for a GPU."""
+        if device.type == "cpu" and not pinned:
+            self.memory = mapped_bytes(nbytes)
+        else:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.taken = 0
+
+    def clear(self) -> None:
+        """Begin again; what was carved before is overwritten by what comes."""
+        self.taken = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with whatever values lie there."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        start, self.taken = self.taken, self.taken + aligned(nbytes)
+        if self.taken > len(self.memory):
+            raise RuntimeError(f"an arena of {len(self.memory)} bytes has no {nbytes} left")
+        return self.memory[start : start + nbytes].view(dtype).view(shape)
 
 
 class _Buffer:

@@ -16,41 +16,39 @@ READ_BYTES = 16 << 20
 HASHERS = min(8, os.cpu_count() or 1)
 
 
-def _sha256(file: Path, bar: tqdm, from_disk: bool) -> str:
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            if from_disk and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while part := stream.read(READ_BYTES):
-                digest.update(part)
-                bar.update(len(part))
-    except OSError as error:
-        raise CfspError(f"cannot read {file}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
 def sha256_of(
     files: Sequence[Path], *, from_disk: bool = False, progress: bool = True
 ) -> list[str]:
     """Hexadecimal SHA-256 of files, read side by side.
 
-    Args:
-        files: what to read.
-        from_disk: drop them from the page cache first, where the system takes that advice.
-        progress: show a bar on stderr.
+    ``from_disk``: drop them from the page cache first, where the system takes that advice.
 
     Raises:
         CfspError: one cannot be read.
     """
     total = sum(file.stat().st_size for file in files if file.exists())
     bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress)
+
+    def sha256(file: Path) -> str:
+        digest = hashlib.sha256()
+        try:
+            with file.open("rb") as stream:
+                if from_disk and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while part := stream.read(READ_BYTES):
+                    digest.update(part)
+                    bar.update(len(part))
+        except OSError as error:
+            raise CfspError(f"cannot read {file}: {error.strerror}") from None
+        return digest.hexdigest()
+
     with bar, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:
-        return list(pool.map(lambda file: _sha256(file, bar, from_disk), files))
+        return list(pool.map(sha256, files))
 
 
-def _listed(sums: Path) -> dict[str, str]:
-    """File name -> hash of a list of sums; an absent one is empty."""
+def _listed(folder: Path) -> dict[str, str]:
+    """File name -> hash, by the list in a folder; an absent one is empty."""
+    sums = folder / SUMS_FILE
     try:
         lines = sums.read_text().splitlines() if sums.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +65,7 @@ def known_hashes(files: Iterable[Path]) -> dict[Path, str]:
         CfspError: nothing is known of one of them, or the list cannot be read.
     """
     files = list(files)
-    lists = {folder: _listed(folder / SUMS_FILE) for folder in {file.parent for file in files}}
+    lists = {folder: _listed(folder) for folder in {file.parent for file in files}}
     known: dict[Path, str] = {}
     for file in files:
         blob, listed = file.resolve().name, lists[file.parent]
@@ -84,11 +82,7 @@ def known_hashes(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def check_hashes(known: Mapping[Path, str], *, progress: bool = True) -> None:
-    """Read files whole and compare their hashes.
-
-    Raises:
-        CfspError: names the file that has another hash, or cannot be read.
-    """
+    """Read files whole and raise CfspError for one with another hash, or that cannot be read."""
     for file, found in zip(known, sha256_of(list(known), progress=progress), strict=True):
         if found != known[file]:
             raise CfspError(

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..io.block_reader import BlockReader
-from ..io.shards import StoredTensor, first_values, read_tensors
+from ..io.safetensors import StoredTensor, read_tensors
 from .channels import FFNWeights
-from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
+from .fingerprints import checkpoint_fingerprint, model_fingerprint, stored_fingerprint
 from .layouts import Layout
+from .surgery import empty_, set_parameters_
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StoredBlocks:
 
     def _stored(self, number: int) -> dict[str, StoredTensor]:
         """A block's tensors by their names in the block."""
-        prefix = f"{self.layout.blocks}.{number}."
+        prefix = self.layout.prefix(number)
         return {
             name.removeprefix(prefix): stored
             for name, stored in self.tensors.items()
@@ -84,40 +85,33 @@ class StoredBlocks:
             finally:
                 turns.close()
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype).to(self.device)
-
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
-        prefix = f"{self.layout.blocks}.{number}."
-        return sum(x.nbytes for name, x in self.tensors.items() if name.startswith(prefix))
+        return sum(stored.nbytes for stored in self._stored(number).values())
 
     def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
         """The matrices of every FFN of a block, read from disk."""
-        block = self.layout.find_blocks(self.model)[number]
-        prefix = f"{self.layout.blocks}.{number}."
-        stored = {n: self.tensors[prefix + n] for n in self.layout.weight_names(block)}
-        values = {name: self._placed(tensor) for name, tensor in read_tensors(stored).items()}
-        return self.layout.ffn_weights(block, values)
+        block, stored = self.layout.find_blocks(self.model)[number], self._stored(number)
+        values = read_tensors({name: stored[name] for name in self.layout.weight_names(block)})
+        placed = {name: value.to(self.dtype).to(self.device) for name, value in values.items()}
+        return self.layout.ffn_weights(block, placed)
 
     def fingerprint(self) -> str:
         """That of the model in memory, from a few values of each matrix."""
-
-        def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-            for number, block in enumerate(self.layout.find_blocks(self.model)):
-                for name in self.layout.weight_names(block):
-                    stored = self.tensors[f"{self.layout.blocks}.{number}.{name}"]
-                    values = first_values(stored, SAMPLED_VALUES).to(self.dtype)
-                    yield f"{number}.{name}", stored.shape, values
-
-        return samples_fingerprint(samples())
+        return stored_fingerprint(self.model, self.layout, self.tensors, self.dtype)
 
     def checkpoint_fingerprint(self) -> str:
         """Identifies the stored blocks by every tensor's name, shape and first values."""
-        return samples_fingerprint(
-            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
-            for name, stored in sorted(self.tensors.items())
-        )
+        return checkpoint_fingerprint(self.tensors)
+
+
+Blocks = LiveBlocks | StoredBlocks
+
+
+def _wanted(
+    blocks: Sequence[nn.Module], wanted: Container[int] | None
+) -> list[tuple[int, nn.Module]]:
+    return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
 
 
 def _turns(
@@ -130,27 +124,3 @@ def _turns(
         finally:
             empty_(block)
             reader.release(position)
-
-
-Blocks = LiveBlocks | StoredBlocks
-
-
-def _wanted(
-    blocks: Sequence[nn.Module], wanted: Container[int] | None
-) -> list[tuple[int, nn.Module]]:
-    return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
-
-
-def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a module these parameters, as they are, without a copy."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def empty_(module: nn.Module) -> None:
-    """Drop the values of a module's parameters; their shapes stay, on meta."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, device="meta")
-            setattr(part, name, nn.Parameter(empty, requires_grad=False))

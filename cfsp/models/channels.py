@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from cfsp_kernels import gather_columns, gather_rows
 
@@ -52,40 +51,11 @@ class FFNWeights:
     """[D, F]."""
 
 
-@dataclass(frozen=True)
-class FitRecord:
-    """What came of fitting the down projection of one FFN, or of one expert."""
-
-    applied: bool
-    """Whether the fit was put in; otherwise the columns are those of the dense model."""
-    error_before: float | None
-    """|| change of the output ||^2 / || output ||^2 on held-out tokens, with the columns as they
-    were; None where nothing was held out."""
-    error_after: float | None
-    """The same with the fit, whether it was put in or not."""
-    damping: float
-    """Relative to the mean square of a channel: what was asked for, or the tenfolds of it that a
-    factorisation took."""
-    tokens: int
-    """That it was fitted on."""
-    channels: int
-    """Of the dense FFN."""
-
-
-@dataclass(frozen=True)
-class CutDown:
-    """The down projection of a pruned FFN."""
-
-    weight: torch.Tensor
-    """[D, width]."""
-    bias: torch.Tensor | None
-    """[D], to be added to the bias that the projection may have."""
-    record: FitRecord | None = None
-    """Of compensations that fit."""
-
-
-Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]
-"""Takes (number of the expert, its down [D, F], where [D, width] of it may go)."""
+Compensate = Callable[
+    [int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""(number of the expert, its down [D, F], memory for the result or None) -> the new weight
+[D, width], and a bias [D] to add to the one that the projection may have."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +110,3 @@ class ChannelAxis:
         if tensor.dim() == 1:
             return tensor[index]
         return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index, out=out)
-
-
-def parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """A parameter that is trained where the other is."""
-    return nn.Parameter(data, requires_grad=like.requires_grad)

@@ -11,7 +11,7 @@ from torch.nn.functional import grouped_mm, linear
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from ..io.shards import Room
+from ..io.safetensors import Room
 from .channels import (
     ChannelAxis,
     ChannelGroup,
@@ -20,11 +20,10 @@ from .channels import (
     Observer,
     Routing,
     expert_offsets,
-    parameter,
 )
 from .ffn import FFN
 from .modeling_cfsp import set_parameter, set_width
-from .surgery import forward_instead
+from .surgery import forward_instead, parameter
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,10 @@ class ExpertsFFN(FFN):
 
     @property
     def is_gated(self) -> bool:
-        """True."""
         return True
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:
-        """See :attr:`cfsp.models.ffn.FFN.channels`."""
         return {self.up: ChannelAxis(1, copies=2), self.down: ChannelAxis(2)}
 
     @property
@@ -57,12 +54,10 @@ class ExpertsFFN(FFN):
         return
 
     def group(self, block: nn.Module) -> ChannelGroup:
-        """See :meth:`cfsp.models.ffn.FFN.group`."""
         experts, _, channels = block.get_parameter(self.down).shape
         return ChannelGroup(channels, experts)
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        """See :meth:`cfsp.models.ffn.FFN.weights`."""
         gates, ups = parameters[self.up].chunk(2, dim=1)
         experts = zip(gates, ups, parameters[self.down], strict=True)
         return tuple(FFNWeights(gate, up, down) for gate, up, down in experts)
@@ -70,7 +65,7 @@ class ExpertsFFN(FFN):
     def observed(
         self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
-        """See :meth:`cfsp.models.ffn.FFN.observed`: each expert's statistics are of its own tokens.
+        """See :meth:`FFN.observed`: each expert's statistics are of its own tokens.
 
         All experts of a micro-batch take a few launches, as in transformers' own forward with
         grouped matrix products, whose output this gives; none of them waits for the device,
@@ -118,7 +113,7 @@ class ExpertsFFN(FFN):
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
     ) -> None:
-        """See :meth:`cfsp.models.ffn.FFN.cut_`. One expert at a time: the tensors are large."""
+        """See :meth:`FFN.cut_`. One expert at a time: the tensors are large."""
         gate_up, down = (block.get_parameter(name) for name in (self.up, self.down))
         experts, width = kept.shape
         place = room or (lambda shape, dtype: down.new_empty(shape, dtype=dtype))
@@ -127,7 +122,8 @@ class ExpertsFFN(FFN):
         rows = ChannelAxis(0, copies=2)
         for expert in range(experts):
             rows.cut(gate_up.data[expert], kept[expert], new_gate_up[expert])
-            if compensate(expert, down.data[expert], new_down[expert]).bias is not None:
+            _, added_bias = compensate(expert, down.data[expert], new_down[expert])
+            if added_bias is not None:
                 raise ValueError("experts have no bias to put a mean into")
         set_parameter(block, self.up, parameter(new_gate_up, gate_up))
         set_parameter(block, self.down, parameter(new_down, down))
@@ -135,15 +131,10 @@ class ExpertsFFN(FFN):
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The rows of each expert times its weight.
+    """x [T, in], one expert's rows after the other's, times the weights [E, out, in] of each.
 
-    Args:
-        x: [T, in], one expert after the other.
-        weight: [E, out, in].
-        offsets: [E + 1] int32, where the rows of each begin.
-
-    Returns:
-        [T, out]; rows after the last expert's hold anything.
+    ``offsets``: [E + 1] int32, where the rows of each begin; those after the last expert's are
+    anything in the result [T, out].
     """
     whole = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
     if whole and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,18 +11,10 @@ from transformers.activations import ACT2FN
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
 from ..errors import CfspError
-from ..io.shards import Room
-from .channels import (
-    ChannelAxis,
-    ChannelGroup,
-    Compensate,
-    CutDown,
-    FFNWeights,
-    Observer,
-    parameter,
-)
+from ..io.safetensors import Room
+from .channels import ChannelAxis, ChannelGroup, Compensate, FFNWeights, Observer
 from .modeling_cfsp import set_parameter, set_width
-from .surgery import forward_instead
+from .surgery import forward_instead, parameter
 
 FUSED_ACTIVATIONS = {
     "silu": "silu",
@@ -57,12 +49,9 @@ class FFN:
     @property
     def channels(self) -> dict[str, ChannelAxis]:
         """Every parameter of a block with channels in it; biases that may be absent included."""
-        out, into = ChannelAxis(0), ChannelAxis(1)
-        found = {}
-        for path in (self.gate, self.up):
-            if path is not None:
-                found.update({f"{path}.weight": out, f"{path}.bias": out})
-        return {**found, f"{self.down}.weight": into}
+        paths = [path for path in (self.gate, self.up) if path is not None]
+        out = {f"{path}.{kind}": ChannelAxis(0) for path in paths for kind in ("weight", "bias")}
+        return {**out, f"{self.down}.weight": ChannelAxis(1)}
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -168,22 +157,19 @@ class FFN:
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
     ) -> None:
-        """Cut the FFN in place.
+        """Cut the FFN of a block in place to ``kept`` channels [experts, width] int64, ascending.
 
-        Args:
-            block: the block it is in.
-            kept: [experts, width] int64, ascending.
-            compensate: gives the new down projections.
-            room: gives the memory of the new matrices; None: it is new.
+        ``compensate`` gives the new down projections, ``room`` the memory of the new matrices;
+        None: it is new.
         """
         parameters = dict(block.named_parameters())
         down, width = f"{self.down}.weight", kept.shape[1]
-        cut = self._cut_down(parameters, width, compensate, room)
+        weight, added_bias = self._cut_down(parameters, width, compensate, room)
         for name, axis in self.channels.items():
             old = parameters.get(name)
             if old is None:
                 continue
-            new = cut.weight
+            new = weight
             if name != down:
                 shape = list(old.shape)
                 shape[axis.dimension] = axis.copies * width
@@ -191,9 +177,9 @@ class FFN:
                 new = axis.cut(old.data, kept[0], out)
             set_parameter(block, name, parameter(new, old))
         set_width(block, down, width)
-        if cut.bias is not None:
+        if added_bias is not None:
             bias = parameters.get(f"{self.down}.bias")
-            total = cut.bias if bias is None else bias.data + cut.bias
+            total = added_bias if bias is None else bias.data + added_bias
             set_parameter(block, f"{self.down}.bias", parameter(total, parameters[down]))
 
     def _cut_down(
@@ -202,8 +188,8 @@ class FFN:
         width: int,
         compensate: Compensate,
         room: Room | None,
-    ) -> CutDown:
-        """The new down projection as its module keeps it."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and added bias of the new down projection, as its module keeps them."""
         (weights,) = self.weights(parameters)
         shape = (weights.down.shape[0], width)
         out = room(shape, weights.down.dtype) if room is not None else None
@@ -220,25 +206,20 @@ class FusedFFN(FFN):
 
     @property
     def is_gated(self) -> bool:
-        """True."""
         return True
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:
-        """See :attr:`FFN.channels`."""
         both = ChannelAxis(0, copies=2)
-        plain = super().channels
-        return {**plain, f"{self.up}.weight": both, f"{self.up}.bias": both}
+        return {**super().channels, f"{self.up}.weight": both, f"{self.up}.bias": both}
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        """See :meth:`FFN.weights`."""
         gate, up = parameters[f"{self.up}.weight"].chunk(2)
         return (FFNWeights(gate, up, parameters[f"{self.down}.weight"]),)
 
     def gate_and_up(
         self, block: nn.Module
     ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """See :meth:`FFN.gate_and_up`."""
         both = self.projection(block, self.up)
         return lambda x: both(x).chunk(2, dim=-1)
 
@@ -254,7 +235,6 @@ class Conv1DFFN(FFN):
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:
-        """See :attr:`FFN.channels`."""
         return {
             f"{self.up}.weight": ChannelAxis(1),
             f"{self.up}.bias": ChannelAxis(0),
@@ -262,7 +242,7 @@ class Conv1DFFN(FFN):
         }
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        """See :meth:`FFN.weights`; copies, for they are transposed."""
+        """Copies, since they are transposed."""
         up, down = (parameters[f"{path}.weight"].T.contiguous() for path in (self.up, self.down))
         return (FFNWeights(None, up, down),)
 
@@ -272,9 +252,9 @@ class Conv1DFFN(FFN):
         width: int,
         compensate: Compensate,
         room: Room | None,
-    ) -> CutDown:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (weights,) = self.weights(parameters)
-        cut = compensate(0, weights.down, None)
+        weight, bias = compensate(0, weights.down, None)
         shape = (width, weights.down.shape[0])
-        place = room(shape, cut.weight.dtype) if room is not None else cut.weight.new_empty(shape)
-        return replace(cut, weight=place.copy_(cut.weight.T))
+        place = room(shape, weight.dtype) if room is not None else weight.new_empty(shape)
+        return place.copy_(weight.T), bias

@@ -2,13 +2,15 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
 
+from ..io.safetensors import StoredTensor, first_values
 from .layouts import Layout
 
 PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets")
@@ -32,10 +34,8 @@ def versions(
 def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -61,13 +61,29 @@ def tokens_fingerprint(windows: torch.Tensor) -> str:
 
 def model_fingerprint(model: nn.Module, layout: Layout) -> str:
     """Identifies a model by the shapes and a sample of the values of its FFN matrices."""
+    return samples_fingerprint(
+        (f"{number}.{name}", tuple(tensor.shape), tensor[0].flatten()[:SAMPLED_VALUES])
+        for number, block in enumerate(layout.find_blocks(model))
+        for name in layout.weight_names(block)
+        for tensor in [block.get_parameter(name).detach()]
+    )
 
-    def samples() -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-        for number, block in enumerate(layout.find_blocks(model)):
-            parameters = dict(block.named_parameters())
-            for name in layout.weight_names(block):
-                tensor = parameters[name].detach()
-                values = tensor[0].flatten()[:SAMPLED_VALUES]
-                yield f"{number}.{name}", tuple(tensor.shape), values
 
-    return samples_fingerprint(samples())
+def stored_fingerprint(
+    model: nn.Module, layout: Layout, tensors: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> str:
+    """:func:`model_fingerprint` of a skeleton whose values, on disk, are read as ``dtype``."""
+    return samples_fingerprint(
+        (f"{number}.{name}", stored.shape, first_values(stored, SAMPLED_VALUES).to(dtype))
+        for number, block in enumerate(layout.find_blocks(model))
+        for name in layout.weight_names(block)
+        for stored in [tensors[layout.prefix(number) + name]]
+    )
+
+
+def checkpoint_fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
+    """Identifies tensors on disk by every one's name, shape and first values."""
+    return samples_fingerprint(
+        (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
+        for name, stored in sorted(tensors.items())
+    )

@@ -1,20 +1,16 @@
-"""Open a model by hub id, folder or GGUF file, and check that it can be pruned."""
+"""What transformers loads of a model: config, tokenizer, weights, or a skeleton without values."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -22,24 +18,10 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CfspError
-from ..io.shards import read_header
-from .blocks import Blocks, LiveBlocks
+from ..io.safetensors import Tensors, read_header
 from .detection import detect_layout
 from .layouts import Layout, known_layout, unsupported
 from .registration import register_pruned
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """A model with its tokenizer, in memory whole or one block at a time."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    layout: Layout
-    name: str
-    """What the user called it: hub id, folder or file name; for a live module, its config's."""
-    blocks: Blocks
-    """Where the weights of its blocks are."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -58,6 +40,19 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def pick_dtype(dtype: str, config: Any, stored: Tensors, *, gguf: bool = False) -> torch.dtype:
+    """The dtype that transformers loads with: as asked; fp32 from GGUF; as the config says; as
+    stored, or fp32 where nothing is."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if gguf:
+        return torch.float32
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    floats = (info.dtype for info in stored.values() if info.dtype.is_floating_point)
+    return next(floats, torch.float32)
+
+
 def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
     """Raise CfspError where a window is longer than the model has positions."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -68,62 +63,6 @@ def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
 def model_device(model: PreTrainedModel) -> torch.device:
     """Where a model computes; of a skeleton too."""
     return model.get_input_embeddings().weight.device
-
-
-def model_layout(model: nn.Module) -> Layout:
-    """The layout of a live model.
-
-    Raises:
-        CfspError: not a transformers model, or an unsupported architecture.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
-    return known_layout(model.config.model_type) or detect_layout(model)
-
-
-def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
-    """A live module as an OpenModel."""
-    layout = model_layout(model)
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return OpenModel(model, tokenizer, layout, _short(name), LiveBlocks(model, layout))
-
-
-def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
-    """Load a model with its tokenizer onto a device, in eval mode.
-
-    Args:
-        model: hub id, local folder, or path of a .gguf file.
-        dtype: "auto" (as stored; fp32 for GGUF), "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda", "cuda:1".
-
-    Raises:
-        CfspError: not found, no weights, corrupt weights, unsupported architecture.
-    """
-    where = pick_device(device)
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return _open_gguf(path, dtype, where)
-    if path.exists():
-        check_folder(path)
-    elif path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
-        raise CfspError(f"no such model folder: {model}")
-    name = str(model)
-    config = load_config(name)
-    layout = find_layout(config)
-    loaded = _load_weights(name, dtype=_dtype(dtype))
-    tokenizer = load_part(name, AutoTokenizer)
-    loaded = loaded.to(where).eval()
-    short = path.name if path.exists() else name
-    return OpenModel(loaded, tokenizer, layout, short, LiveBlocks(loaded, layout))
-
-
-def _short(name: str) -> str:
-    """The last part of a local folder, which says nothing elsewhere; a hub id as it is."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _dtype(dtype: str) -> Any:
-    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def load_part(name: str, kind: Any, **options: Any) -> Any:
@@ -137,8 +76,24 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
         raise CfspError(f"cannot load {name}: {reason}") from error
 
 
-def load_config(name: str) -> Any:
-    """The config of a hub id or folder; a pruned family that is not registered yet becomes so."""
+def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for a hub id, folder, config file or GGUF file."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(model), {}
+
+
+def load_config(model: str | Path) -> Any:
+    """The config of a hub id, folder, config file or GGUF file; a pruned family that is not
+    registered yet becomes so."""
+    name, options = pretrained(model)
+    if options:
+        require_gguf()
+        return load_part(name, AutoConfig, **options)
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CfspError(f"{path} is not a model folder: no config.json")
     values = load_part(name, _ConfigValues)
     register_pruned(values.get("model_type"))
     return load_part(name, AutoConfig)
@@ -150,6 +105,14 @@ class _ConfigValues:
     @staticmethod
     def from_pretrained(name: str) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(name)[0]
+
+
+def require_gguf() -> None:
+    """Raise CfspError where the package that reads GGUF files is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
 
 
 def find_layout(config: Any) -> Layout:
@@ -170,7 +133,7 @@ def find_layout(config: Any) -> Layout:
     return detect_layout(skeleton)
 
 
-def _load_weights(name: str, **options: Any) -> PreTrainedModel:
+def load_weights(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM with every tensor read: transformers would make up those that are missing."""
     model, info = load_part(name, AutoModelForCausalLM, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
@@ -190,49 +153,13 @@ def check_folder(folder: Path) -> None:
         raise CfspError(f"{folder} is not a model folder: no config.json")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        pickled = sorted(folder.glob("*.bin"))
         hint = ""
-        if pickled:
+        if pickled := sorted(folder.glob("*.bin")):
             how = "load it with transformers, then save_pretrained"
             hint = f", only {pickled[0].name}: convert it to safetensors first ({how})"
         raise CfspError(f"{folder} has no safetensors weights{hint}")
     for shard in shards:
         read_header(shard)
-
-
-def require_gguf() -> None:
-    """Raise CfspError where the package that reads GGUF files is not installed."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
-
-
-def _open_gguf(path: Path, dtype: str, device: torch.device) -> OpenModel:
-    """A GGUF file, dequantised and rebuilt as an ordinary model that can be saved."""
-    if not path.is_file():
-        raise CfspError(f"no such file: {path}")
-    require_gguf()
-    folder, name = str(path.parent), path.name
-    config = load_part(folder, AutoConfig, gguf_file=name)
-    layout = find_layout(config)
-    precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    loaded = _load_weights(folder, gguf_file=name, dtype=precision)
-    tokenizer = load_part(folder, AutoTokenizer, gguf_file=name)
-    rebuilt = _as_ordinary_model(loaded).to(device).eval()
-    return OpenModel(rebuilt, tokenizer, layout, path.stem, LiveBlocks(rebuilt, layout))
-
-
-def _as_ordinary_model(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = make_skeleton(config, loaded.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    return model
 
 
 def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -258,8 +185,3 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

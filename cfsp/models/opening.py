@@ -1,5 +1,8 @@
-"""Open a model folder as a skeleton, whose blocks are read when their turn comes."""
+"""Open a model: live, loaded whole, or a skeleton whose blocks are read when their turn comes."""
 
+import copy
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,36 +11,192 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError
-from ..io.shards import StoredTensor, read_index, read_tensors
-from .blocks import StoredBlocks, set_parameters_
-from .blockwise import RidingWindows
-from .layouts import Layout
+from ..io.safetensors import StoredTensor, read_index, read_tensors
+from .blocks import Blocks, LiveBlocks, StoredBlocks
+from .detection import detect_layout
+from .layouts import Layout, known_layout
 from .loading import (
-    OpenModel,
     check_folder,
     find_layout,
     load_config,
     load_part,
+    load_weights,
     make_skeleton,
-    open_model,
     pick_device,
-    quiet_loading,
+    pick_dtype,
+    pretrained,
 )
-from .tensors import differs, probe_tokens
+from .surgery import set_buffers_, set_parameters_
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def _dtype(
-    dtype: str, config: Any, tensors: dict[str, StoredTensor], names: list[str]
-) -> torch.dtype:
-    """The dtype that transformers loads with: as asked, as the config says, as stored."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    return tensors[names[0]].dtype
+@dataclass(frozen=True)
+class OpenModel:
+    """A model with its tokenizer, in memory whole or one block at a time."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    layout: Layout
+    name: str
+    """What the user called it: hub id, folder or file name; for a live module, its config's."""
+    blocks: Blocks
+    """Where the weights of its blocks are."""
+
+
+def open_any(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    whole: bool = False,
+) -> OpenModel:
+    """A live model as it is; one given by name block by block where that can be.
+
+    Args:
+        model: what :func:`open_model` takes, or a live causal LM of transformers.
+        tokenizer: instead of the model's own; a live model has none.
+        dtype: for a model given by name, see :func:`open_model`.
+        device: the same.
+        whole: load all of it in any case.
+
+    Raises:
+        CfspError: as :func:`adopt` and :func:`open_model` do.
+    """
+    if isinstance(model, nn.Module):
+        return adopt(model, tokenizer)
+    streamed = None if whole else open_streamed(model, dtype, device)
+    opened = streamed or open_model(model, dtype, device)
+    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
+
+
+def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
+    """A live module as an OpenModel.
+
+    Raises:
+        CfspError: not a transformers model, or an unsupported architecture.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
+    layout = known_layout(model.config.model_type) or detect_layout(model)
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if Path(name).exists():  # a local path says nothing elsewhere
+        name = Path(name).resolve().name
+    return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout))
+
+
+def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
+    """Load a model with its tokenizer onto a device, in eval mode.
+
+    Args:
+        model: hub id, local folder, or path of a .gguf file.
+        dtype: "auto" (as stored; fp32 for GGUF), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda", "cuda:1".
+
+    Raises:
+        CfspError: not found, no weights, corrupt weights, unsupported architecture.
+    """
+    where, path = pick_device(device), Path(model)
+    is_gguf = path.suffix == ".gguf"
+    if is_gguf and not path.is_file():
+        raise CfspError(f"no such file: {path}")
+    if not is_gguf and path.exists():
+        check_folder(path)
+    elif not is_gguf and _is_path(model):
+        raise CfspError(f"no such model folder: {model}")
+    layout = find_layout(load_config(model))
+    name, options = pretrained(model)
+    precision = "float32" if is_gguf and dtype == "auto" else dtype
+    loaded = load_weights(name, dtype=precision, **options)
+    tokenizer = load_part(name, AutoTokenizer, **options)
+    if is_gguf:
+        loaded = _without_gguf(loaded)
+    loaded = loaded.to(where).eval()
+    short = path.stem if is_gguf else path.name if path.exists() else name
+    return OpenModel(loaded, tokenizer, layout, short, LiveBlocks(loaded, layout))
+
+
+def _is_path(model: str | Path) -> bool:
+    """Whether a name that does not exist here cannot be a hub id either."""
+    name = str(model)
+    return Path(model).is_absolute() or name.startswith(".") or name.count("/") > 1
+
+
+def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = make_skeleton(config, loaded.dtype)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel | None:
+    """Open a model folder or hub id of which only one block at a time will be in memory.
+
+    Returns:
+        The skeleton with everything but its blocks in memory; or None where the checkpoint does
+        not hold the model's parameters one for one under their own names, as floats: quantised,
+        with an adapter, of an older naming, in GGUF or pickled. Such a model is loaded whole.
+
+    Raises:
+        CfspError: not found, corrupt, incomplete, unsupported architecture.
+    """
+    where = pick_device(device)
+    folder = local_folder(model)
+    if folder is None or (folder / "adapter_config.json").exists():
+        return None
+    config = load_config(folder)
+    layout = find_layout(config)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    tensors = read_index(folder)
+    floats = {name: stored for name, stored in tensors.items() if stored.dtype in FLOATS}
+    if not floats:
+        return None
+    precision = pick_dtype(dtype, config, floats)
+    skeleton = make_skeleton(config, precision)
+    found = _matched(folder, skeleton, tensors)
+    if found is None:
+        return None
+    in_blocks = {
+        name: stored for name, stored in found.items() if layout.place_of(name) is not None
+    }
+    outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
+    set_parameters_(skeleton, {k: value.to(precision).to(where) for k, value in outer.items()})
+    skeleton.tie_weights()
+    buffers = skeleton.named_buffers(remove_duplicate=False)
+    set_buffers_(skeleton, {name: buffer.to(where) for name, buffer in buffers})
+    skeleton.generation_config = _generation_config(str(folder))
+    tokenizer = load_part(str(folder), AutoTokenizer)
+    name = folder.name if Path(model).exists() else str(model)
+    blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
+    return OpenModel(skeleton, tokenizer, layout, name, blocks)
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder of a model: itself, or the local snapshot of a hub id. None where there is none
+    with safetensors."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return None
+    if path.exists():
+        check_folder(path)
+        return path
+    if _is_path(model):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+    except (OSError, ValueError):  # told in full by the loader that is tried next
+        return None
+    return folder if any(folder.glob("model*.safetensors")) else None
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
@@ -49,7 +208,7 @@ def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
 
 
 def _matched(
-    folder: Path, model: PreTrainedModel, layout: Layout, tensors: dict[str, StoredTensor]
+    folder: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor] | None:
     """The stored tensor of every parameter; None where transformers would convert or rename.
 
@@ -82,119 +241,13 @@ def _matched(
     return found
 
 
-def local_folder(model: str | Path) -> Path | None:
-    """The folder of a model: itself, or the local snapshot of a hub id. None where there is none
-    with safetensors."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return None
-    if path.exists():
-        check_folder(path)
-        return path
-    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
-    except (OSError, ValueError):  # told in full by the loader that is tried next
-        return None
-    return folder if any(folder.glob("model*.safetensors")) else None
-
-
-def open_lean(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
-    """Open a model with as little of it in memory as can be: :func:`open_streamed`, and where that
-    cannot be :func:`cfsp.models.loading.open_model`. Arguments and errors are theirs."""
-    return open_streamed(model, dtype, device) or open_model(model, dtype, device)
-
-
-def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel | None:
-    """Open a model folder or hub id of which only one block at a time will be in memory.
-
-    Args:
-        model: local folder or hub id.
-        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda", "cuda:1".
-
-    Returns:
-        The skeleton with everything but its blocks in memory; or None where the checkpoint does
-        not hold the model's parameters one for one under their own names, as floats: quantised,
-        with an adapter, of an older naming, in GGUF or pickled. Such a model is loaded whole.
-
-    Raises:
-        CfspError: not found, corrupt, incomplete, unsupported architecture.
-    """
-    where = pick_device(device)
-    folder = local_folder(model)
-    if folder is None or (folder / "adapter_config.json").exists():
-        return None
-    config = load_config(str(folder))
-    layout = find_layout(config)
-    if getattr(config, "quantization_config", None) is not None:
-        return None
-    tensors = read_index(folder)
-    floats = [name for name, stored in tensors.items() if stored.dtype in FLOATS]
-    if not floats:
-        return None
-    precision = _dtype(dtype, config, tensors, floats)
-    skeleton = make_skeleton(config, precision)
-    found = _matched(folder, skeleton, layout, tensors)
-    if found is None:
-        return None
-    in_blocks = {k: stored for k, stored in found.items() if k.startswith(f"{layout.blocks}.")}
-    outer = {name: stored for name, stored in found.items() if name not in in_blocks}
-    set_parameters_(
-        skeleton,
-        {name: tensor.to(precision).to(where) for name, tensor in read_tensors(outer).items()},
-    )
-    skeleton.tie_weights()
-    _move_buffers_(skeleton, where)
-    skeleton.generation_config = _generation_config(folder)
-    tokenizer = load_part(str(folder), AutoTokenizer)
-    name = folder.name if Path(model).exists() else str(model)
-    blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
-    return OpenModel(skeleton, tokenizer, layout, name, blocks)
-
-
-def _move_buffers_(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
+def _generation_config(folder: str) -> GenerationConfig:
     """As ``from_pretrained`` finds it: its own file, or what the model's config says."""
-    if (folder / "generation_config.json").is_file():
-        return load_part(str(folder), GenerationConfig)
+    if (Path(folder) / "generation_config.json").is_file():
+        return load_part(folder, GenerationConfig)
     return load_part(
-        str(folder), GenerationConfig, config_file_name="config.json", _from_model_config=True
+        folder, GenerationConfig, config_file_name="config.json", _from_model_config=True
     )
-
-
-def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) -> None:
-    """Open a written model anew, block by block, and compare its logits of the probe tokens, bit
-    for bit, with those [1, 16, V] that the pruned blocks gave before they were written.
-
-    Raises:
-        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
-    """
-    with quiet_loading():
-        opened = open_streamed(folder, device=str(device))
-    if opened is None:
-        raise RuntimeError(f"{folder} does not hold its parameters under their own names")
-    found = ridden_probe(opened)
-    if not torch.equal(found, expected):
-        raise differs(found, expected)
-
-
-def ridden_probe(opened: OpenModel) -> torch.Tensor:
-    """Logits [1, 16, V] of the probe tokens, with one block in memory at a time."""
-    blocks = opened.layout.find_blocks(opened.model)
-    probe = RidingWindows(opened.model, blocks, probe_tokens(opened.model))
-    with opened.blocks.turns() as turns:
-        for number, _ in turns:
-            probe.ride(number)
-    return next(probe.logits()).cpu()
 
 
 def weight_files(model: str | Path) -> list[Path]:

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from .layouts import PRUNED_PREFIX, Layout
 from .loading import make_skeleton
 from .registration import pruned_class, register_family
+from .tensors import parameter_shapes
 
 
 def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
@@ -75,14 +76,6 @@ def _values(model: PreTrainedModel, widths: list[dict[str, int]]) -> dict[str, A
         values.pop(key, None)
     names = {name for block in widths for name in block}
     return {**values, **{name: max(block.get(name, 0) for block in widths) for name in names}}
-
-
-def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters, tied ones under each of their names."""
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def _block_widths(model: nn.Module, layout: Layout) -> list[dict[str, int]]:

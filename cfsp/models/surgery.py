@@ -1,8 +1,9 @@
-"""Another ``forward`` for a module, for a while."""
+"""Changes to a module in place: its parameters, and for a while its ``forward``."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -20,3 +21,30 @@ def forward_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable]) 
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = own
+
+
+def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these parameters, as they are, without a copy."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def set_buffers_(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these buffers, as they are, without a copy."""
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, buffer)
+
+
+def empty_(module: nn.Module) -> None:
+    """Drop the values of a module's parameters; their shapes stay, on meta."""
+    for part in module.modules():
+        for name, value in part.named_parameters(recurse=False):
+            empty = torch.empty_like(value, device="meta")
+            setattr(part, name, nn.Parameter(empty, requires_grad=False))
+
+
+def parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter that is trained where the other is."""
+    return nn.Parameter(data, requires_grad=like.requires_grad)

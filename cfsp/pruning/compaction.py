@@ -10,11 +10,11 @@ from tqdm import tqdm
 from ..calibration.grams import StoredGram
 from ..calibration.statistics import BlockStatistics, Statistics, check_grams
 from ..errors import CfspError
-from ..io.shards import Room, TensorInfo
-from ..models.channels import CutDown, FitRecord, check_expert_width
+from ..io.safetensors import Room, TensorInfo
+from ..models.channels import check_expert_width
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
-from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_GRAM, NEEDS_STATISTICS
+from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_GRAM, NEEDS_STATISTICS, FitRecord
 from .plan import BlockPlan, PruningPlan
 from .recipe import Recipe
 from .refit import Refitting
@@ -96,11 +96,11 @@ def prune_block_(
             out: torch.Tensor | None,
             kept: torch.Tensor = kept,
             own: Sequence[BlockStatistics | None] = own,
-        ) -> CutDown:
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
             found = cut(down, kept[expert].to(down.device), own[expert], recipe.damping, out)
             if found.record is not None:
                 records.append(found.record)
-            return found
+            return found.weight, found.bias
 
         ffn.cut_(block, kept, compensate, room)
         first += len(kept)

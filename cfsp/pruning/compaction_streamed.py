@@ -16,22 +16,21 @@ from ..calibration.collect import BlockProgress
 from ..calibration.statistics import Statistics
 from ..distributed import ALONE, Ranks
 from ..errors import Stopped
-from ..io.arena import Arena, aligned
-from ..io.shards import (
+from ..io.block_reader import Arena, aligned
+from ..io.safetensors import Room, TensorInfo
+from ..io.shard_writer import (
     MAX_SHARD_BYTES,
-    Room,
     Shard,
     ShardWriter,
-    TensorInfo,
     finished_shards,
     pack_shards,
     write_index,
 )
 from ..models.blockwise import RidingWindows
-from ..models.channels import FitRecord
-from ..models.loading import OpenModel
+from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
 from .compaction import check_compensation, check_plan, planned_tensors, prune_block_
+from .compensation import FitRecord
 from .plan import PruningPlan
 from .refit import Refitting
 

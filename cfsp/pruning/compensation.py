@@ -1,6 +1,7 @@
 """What makes up for removed channels: a new down projection for the kept ones, and a bias."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,12 +10,43 @@ from cfsp_kernels import gather_columns
 
 from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics
-from ..models.channels import CutDown, FitRecord
 from .least_squares import fit_down, output_errors
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
 JUDGING_TOKENS = 16
 """Held-out tokens of an expert without which nothing is known of its error."""
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """What came of fitting the down projection of one FFN, or of one expert."""
+
+    applied: bool
+    """Whether the fit was put in; otherwise the columns are those of the dense model."""
+    error_before: float | None
+    """|| change of the output ||^2 / || output ||^2 on held-out tokens, with the columns as they
+    were; None where nothing was held out."""
+    error_after: float | None
+    """The same with the fit, whether it was put in or not."""
+    damping: float
+    """Relative to the mean square of a channel: what was asked for, or the tenfolds of it that a
+    factorisation took."""
+    tokens: int
+    """Tokens that it was fitted on."""
+    channels: int
+    """Channels of the dense FFN."""
+
+
+@dataclass(frozen=True)
+class CutDown:
+    """The down projection of a pruned FFN."""
+
+    weight: torch.Tensor
+    """[D, width]."""
+    bias: torch.Tensor | None
+    """[D], to be added to the bias that the projection may have."""
+    record: FitRecord | None = None
+    """None for compensations that fit nothing."""
 
 
 def none(

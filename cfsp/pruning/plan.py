@@ -1,7 +1,6 @@
 """The pruning plan: which channels of which block stay. Small, printable, editable."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from rich.table import Table
 from ..calibration.curves import ErrorCurve, Ranking
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
+from ..io.files import write_json
 from ..models.channels import ChannelGroup
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budget import ChannelBudget
@@ -231,13 +231,6 @@ def _groups_to_dict(groups: Sequence[ChannelGroup]) -> dict[str, Any]:
 
 def _curves_to_dict(curves: Sequence[ErrorCurve]) -> dict[str, Any]:
     return {"error_curves": [to_pairs(curve) for curve in curves]} if curves else {}
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def save_plan(plan: PruningPlan, path: str | Path) -> None:

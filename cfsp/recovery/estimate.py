@@ -18,12 +18,13 @@ from ..costs.hardware import Hardware, resident_bytes
 from ..costs.workload import SLACK, TEXT_BYTES, WORKSPACE_BYTES
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS
-from ..io.memory import MemoryBudget, format_bytes, parse_budget
-from ..io.shards import TensorInfo
+from ..io.files import format_bytes
+from ..io.memory import MemoryBudget, parse_budget
+from ..io.safetensors import TensorInfo
 from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
-from ..models.tensors import kept_tensors
+from ..models.tensors import saved_parameters
 from .lora_ranks import what_is_trained
 from .settings import Recovery
 
@@ -140,11 +141,9 @@ class RecoveryEstimate:
 def _costs(described: Description, dtype: torch.dtype) -> ModelCosts:
     """Of a model whose parameters are of one dtype."""
     model = described.model
-    names = {name for name, _ in model.named_parameters()}
     tensors = {
         name: TensorInfo(dtype, tuple(value.shape))
-        for name, value in kept_tensors(model.state_dict(), model).items()
-        if name in names
+        for name, value in saved_parameters(model).items()
     }
     return costs_of(model.config, tensors, described.blocks, dtype.itemsize)
 

@@ -16,8 +16,9 @@ from ..evaluation.held_out import HeldOut, held_out_text
 from ..io.memory import MemoryBudget
 from ..models.descriptions import describe_opened
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
-from ..models.loading import OpenModel, count_parameters, open_model, quiet_loading
-from ..models.tensors import saved_tensors
+from ..models.loading import quiet_loading
+from ..models.opening import OpenModel, open_model
+from ..models.tensors import count_parameters, saved_tensors
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .lora_ranks import Trained, what_is_trained

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from ..checkpoints.documents import add_recovery, drop_times_
 from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
+from ..checkpoints.verification import take_probe
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
 from ..io.memory import parse_budget
-from ..models.blocks import empty_
-from ..models.tensors import take_probe
+from ..models.surgery import empty_
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
 from .job import Job, make_job
 from .settings import Recovery

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..checkpoints.documents import Result
 from ..errors import CfspError
-from ..io.memory import format_bytes
+from ..io.files import format_bytes
 from ..pruning.allocation import NEEDS_CURVES
 from ..pruning.recipe import Recipe
 from . import figures

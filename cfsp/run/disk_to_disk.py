@@ -19,6 +19,7 @@ from ..checkpoints.resume import (
     kept_grams,
     kept_statistics,
 )
+from ..checkpoints.verification import probe_tokens, verify_streamed
 from ..costs.footprint import footprints
 from ..distributed import Ranks
 from ..errors import CfspError, Stopped
@@ -26,10 +27,8 @@ from ..evaluation.quality import Perplexity
 from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
-from ..models.channels import FitRecord
-from ..models.opening import verify_streamed
-from ..models.tensors import probe_tokens
 from ..pruning.compaction_streamed import prune_to_shards_
+from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.ranking import stored_ranking, with_ranking
 from ..pruning.refit import Refitting

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 from ..calibration.grams import temporary_folder
 from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import check_out, new_folder, verify, write_model
+from ..checkpoints.verification import take_probe
 from ..costs.footprint import footprints
 from ..errors import Stopped
 from ..io.hashes import write_hashes
 from ..models.blocks import empty_
 from ..models.loading import model_device
-from ..models.tensors import take_probe
 from ..pruning.compaction import prune_model_
 from .job import Run
 from .result import PruneReport, PruneResult, recipe_document

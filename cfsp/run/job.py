@@ -17,10 +17,11 @@ from ..distributed import ALONE, Ranks
 from ..evaluation.held_out import HeldOut
 from ..evaluation.quality import Perplexity, perplexity
 from ..models.blocks import StoredBlocks
-from ..models.channels import FitRecord
 from ..models.fingerprints import tokens_fingerprint, versions
-from ..models.loading import OpenModel, model_device
+from ..models.loading import model_device
+from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
+from ..pruning.compensation import FitRecord
 from ..pruning.live_search import width_search
 from ..pruning.plan import PruningPlan, make_plan, plan_to_dict
 from ..pruning.recipe import Recipe

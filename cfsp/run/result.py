@@ -15,8 +15,8 @@ from ..checkpoints.folder import load
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
 from ..evaluation.quality import Perplexity
-from ..models.channels import FitRecord
 from ..models.loading import quiet_loading
+from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import BlockRefit
 

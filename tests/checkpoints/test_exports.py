@@ -16,7 +16,7 @@ from cfsp.checkpoints.exports import gguf_model, padded
 from cfsp.checkpoints.exports.gguf_tokenizer import merge_scores, pre_tokenizer_name, vocabulary
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
-from cfsp.io.shards import ShardWriter
+from cfsp.io.shard_writer import ShardWriter
 from cfsp.models import opening as streaming
 
 from ..conftest import FAMILIES, TEXT, make_tiny

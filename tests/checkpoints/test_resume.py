@@ -15,7 +15,7 @@ import cfsp
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import CfspError, Stopped
-from cfsp.io import shards
+from cfsp.io import shard_writer
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.run import job
 
@@ -153,7 +153,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, "posix_fallocate", fill)
+        patch.setattr(shard_writer.os, "posix_fallocate", fill)
         with pytest.raises(CfspError, match=r"No space left .*; --resume continues this run"):
             prune(folder, tmp_path / "out")
     assert len(finished(tmp_path / "out.partial")) == 3

@@ -16,7 +16,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.costs.feasibility import check_recipe
 from cfsp.costs.footprint import Footprints, footprints
 from cfsp.errors import CfspError
-from cfsp.models.loading import adopt
+from cfsp.models.opening import adopt
 from cfsp.pruning.budget import parse_budget
 from cfsp.pruning.compaction import prune_model_
 from cfsp.pruning.plan import PruningPlan

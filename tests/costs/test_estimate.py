@@ -19,8 +19,9 @@ import cfsp
 from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.costs.hardware import H100
 from cfsp.errors import CfspError
-from cfsp.io.memory import MemoryBudget, format_bytes, parse_budget, parse_bytes
-from cfsp.io.shards import TensorInfo
+from cfsp.io.files import format_bytes
+from cfsp.io.memory import MemoryBudget, parse_budget, parse_bytes
+from cfsp.io.safetensors import TensorInfo
 from cfsp.models.blockwise import record_block_calls, run_block
 from cfsp.models.descriptions import block_path
 from cfsp.pruning.live_search import CutBlocks

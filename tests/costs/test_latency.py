@@ -14,7 +14,7 @@ from cfsp.costs import latency_measurement as latency_measure
 from cfsp.costs.latency import LatencyLimit, LatencyTable, WidthCurve, load_table
 from cfsp.costs.latency_measurement import cached_table, known_table, table_identity
 from cfsp.errors import CfspError
-from cfsp.models.loading import adopt
+from cfsp.models.opening import adopt
 
 from ..cli.test_cli import EXACT, SMALL, run
 from ..conftest import make_tiny, make_tokenizer

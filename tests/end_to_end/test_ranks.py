@@ -20,9 +20,9 @@ from cfsp.cli.main import main
 from cfsp.distributed import ALONE, Ranks, joined
 from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.io import block_reader as reading
-from cfsp.io.shards import Shard, StoredTensor, read_index, read_tensors
-from cfsp.models.loading import open_model
-from cfsp.models.opening import open_streamed
+from cfsp.io.safetensors import StoredTensor, read_index, read_tensors
+from cfsp.io.shard_writer import Shard
+from cfsp.models.opening import open_model, open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
 
 from ..models.test_streaming import assert_same_files, prune, rewrite, saved

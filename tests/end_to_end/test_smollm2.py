@@ -13,7 +13,7 @@ import cfsp
 from cfsp.calibration.statistics import Statistics
 from cfsp.cli.demo import print_demo, run_demo
 from cfsp.evaluation.quality import Perplexity, evaluation_windows, perplexity
-from cfsp.models.loading import OpenModel, open_model
+from cfsp.models.opening import OpenModel, open_model
 from cfsp.pruning.allocation import cfsp_keep_fractions
 from cfsp.pruning.selection import select_channels
 

@@ -14,7 +14,7 @@ from cfsp.errors import CfspError
 from cfsp.evaluation import speed
 from cfsp.evaluation.speed import Generation, measure_speed, random_prompts, time_round
 from cfsp.evaluation.tasks import find_tasks, run_tasks
-from cfsp.models.loading import adopt
+from cfsp.models.opening import adopt
 
 from ..conftest import make_tiny, make_tokenizer
 

@@ -12,18 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cfsp.errors import CfspError
-from cfsp.io import shards
-from cfsp.io.shards import (
-    Shard,
-    ShardWriter,
-    TensorInfo,
-    first_values,
-    pack_shards,
-    read_header,
-    read_index,
-    read_tensors,
-    write_index,
-)
+from cfsp.io import shard_writer
+from cfsp.io.safetensors import TensorInfo, first_values, read_header, read_index, read_tensors
+from cfsp.io.shard_writer import Shard, ShardWriter, pack_shards, write_index
 
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.float32).to(torch.bfloat16),
@@ -94,7 +85,7 @@ def test_shards_are_filled_in_order_and_read_through_the_index(
 
 
 def test_large_tensors_take_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_CALL_BYTES", 5)
+    monkeypatch.setattr(shard_writer, "MAX_CALL_BYTES", 5)
     write(tmp_path / "m", TENSORS)
     assert equal(read_tensors(read_index(tmp_path / "m")), TENSORS)
 

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 import cfsp
 from cfsp.errors import CfspError
 from cfsp.models.layouts import LAYOUTS
-from cfsp.models.loading import open_model
-from cfsp.models.opening import open_streamed
+from cfsp.models.opening import open_model, open_streamed
 
 from ..conftest import make_tiny, make_tokenizer
 

@@ -18,11 +18,10 @@ from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.errors import CfspError
-from cfsp.io.shards import read_header
+from cfsp.io.safetensors import read_header
 from cfsp.models.blocks import StoredBlocks
 from cfsp.models.fingerprints import model_fingerprint
-from cfsp.models.loading import OpenModel, open_model
-from cfsp.models.opening import open_streamed
+from cfsp.models.opening import OpenModel, open_model, open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.run import disk_to_disk
 

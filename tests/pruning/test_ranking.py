@@ -18,7 +18,7 @@ from cfsp.errors import CfspError
 from cfsp.evaluation.quality import perplexity
 from cfsp.models.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
-from cfsp.models.loading import adopt
+from cfsp.models.opening import adopt
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
 from cfsp.pruning.live_search import CutBlocks, width_search

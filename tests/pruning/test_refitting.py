@@ -13,7 +13,7 @@ from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.costs.refit_costs import RefitCosts
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
-from cfsp.io.shards import TensorInfo
+from cfsp.io.safetensors import TensorInfo
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.plan import BlockPlan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CfspError, unknown_name
-from ...io.shards import sync_folder
+from ...io.files import sync_folder
 from ...models.loading import quiet_loading
 from ..folder import check_out, new_folder, partial_folder
 from . import gguf_model, nemotron_nas, padded

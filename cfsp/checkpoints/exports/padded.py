@@ -15,9 +15,10 @@ from ...errors import CfspError
 from ...models.channels import ChannelAxis
 from ...models.layouts import Layout
 from ...models.modeling_cfsp import set_parameter, set_width
-from ...models.opening import open_lean, ridden_probe
+from ...models.opening import open_any
 from ...models.pruned_classes import become_pruned_, is_stock
 from ..folder import write_settings
+from ..verification import ridden_probe
 from .source import (
     ExportOptions,
     ExportSource,
@@ -129,8 +130,8 @@ def probe_difference(source: str | Path, folder: Path) -> float:
     Raises:
         RuntimeError: more than :data:`TOLERANCE` of the largest logit. A defect.
     """
-    expected = ridden_probe(open_lean(source, "float32", "cpu"))
-    found = ridden_probe(open_lean(folder, "float32", "cpu"))
+    expected = ridden_probe(open_any(source, dtype="float32", device="cpu"))
+    found = ridden_probe(open_any(folder, dtype="float32", device="cpu"))
     worst = float((found - expected).abs().max())
     if not worst <= TOLERANCE * float(expected.abs().max()):
         raise RuntimeError(f"the padded model differs from the pruned one by {worst}")

@@ -10,19 +10,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ...errors import CfspError
-from ...io.shards import (
-    MAX_SHARD_BYTES,
-    ShardWriter,
-    TensorInfo,
-    pack_shards,
-    read_index,
-    read_tensors,
-    write_index,
-)
+from ...io.safetensors import TensorInfo, read_index, read_tensors
+from ...io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
-from ...models.loading import OpenModel
-from ...models.opening import open_lean
+from ...models.opening import OpenModel, open_any
 from ...models.tensors import converted, saved_tensors
 
 
@@ -103,7 +95,7 @@ def open_source(model: str | Path) -> ExportSource:
     Raises:
         CfspError: not found, corrupt, unsupported architecture.
     """
-    opened = open_lean(model, device="cpu")
+    opened = open_any(model, device="cpu")
     return ExportSource(model, opened, opened.layout.intermediate_sizes(opened.model))
 
 
