@@ -13,10 +13,9 @@ from .calibration.grams import temporary_folder
 from .calibration.statistics import Statistics, check_grams, check_statistics, load_statistics
 from .calibration.windows import Calibration, calibration_windows
 from .checkpoints.folder import check_out
-from .costs.dry_run import Job, estimate_opened
-from .costs.feasibility import check_biases, check_recipe
-from .costs.footprint import plan_within
-from .costs.hardware import device_capped
+from .costs.budgets import check_biases, check_recipe, plan_within
+from .costs.dry_run import Request, estimate_opened
+from .costs.hardware import MemoryBudget, device_capped, parse_memory
 from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
@@ -24,7 +23,6 @@ from .errors import CfspError
 from .evaluation.held_out import held_out_text
 from .evaluation.quality import EVALUATION_WINDOWS, perplexity
 from .io.hashes import check_hashes, known_hashes
-from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
 from .models.loading import OpenModel, adopt, model_device, open_model
@@ -55,11 +53,11 @@ def _count(windows: torch.Tensor | None) -> int:
 
 
 def _announced(
-    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
+    opened: OpenModel, request: Request, budget: MemoryBudget, progress: bool, ranks: Ranks
 ) -> int:
     """Windows per forward call, the same on every rank, after the estimate was printed and found to
     fit the budget."""
-    estimate = estimate_opened(opened, job, budget, measure=progress)
+    estimate = estimate_opened(opened, request, budget, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)
     estimate.check(budget)
@@ -98,13 +96,13 @@ def calibrate(
     Raises:
         CfspError: bad input, in one line.
     """
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     progress = progress and ranks.first
     gram = recipe.needs_gram() is not None if gram is None else gram
     opened = _open(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
-    micro_batch = _announced(opened, job, budget, progress, ranks)
+    request = Request(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
+    micro_batch = _announced(opened, request, budget, progress, ranks)
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
     with device_capped(model_device(opened.model), budget.device):
@@ -280,7 +278,7 @@ def prune(
             are untouched.
         Stopped: ``stop`` said so.
     """
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     if plan is not None:
         recipe = plan.recipe
     if out is not None:
@@ -332,9 +330,9 @@ def prune(
             else calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
         )
     progress = progress and ranks.first
-    job = Job(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
-    job = dataclasses.replace(job, table=table)
-    micro_batch = _announced(opened, job, budget, progress, ranks)
+    request = Request(recipe, _count(windows), _count(held_out.tokens), plan=plan, ranks=ranks.size)
+    request = dataclasses.replace(request, table=table)
+    micro_batch = _announced(opened, request, budget, progress, ranks)
     run = Run(
         opened,
         recipe,

@@ -35,7 +35,8 @@ from .checkpoints.resume import (
     kept_grams,
     kept_statistics,
 )
-from .costs.footprint import Footprints, footprints, plan_within
+from .costs.budgets import plan_within
+from .costs.footprint import Footprints, footprints
 from .costs.latency import LatencyTable
 from .distributed import ALONE, Ranks
 from .errors import CfspError, Stopped

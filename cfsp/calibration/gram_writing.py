@@ -11,7 +11,7 @@ import torch
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..io.memory import format_bytes
+from ..io.files import format_bytes
 from ..io.shards import ShardWriter
 from .grams import WITHOUT, GramFolder, file_bytes, held_out_windows, planned_file
 

@@ -40,6 +40,12 @@ class Attention:
     eager: bool
     """Whether scores [heads, S, S] lie in memory, by transformers' own attention."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Values of the queries, keys and values of a token."""
+        keys = self.key_heads * self.key_size
+        return self.heads * self.key_size, keys, self.key_heads * self.value_size
+
     def flops(self, seqlen: int) -> float:
         """Of scores and weighted values, per token, over the whole S x S: kernels that skip what
         is masked do half."""
@@ -50,14 +56,7 @@ class Attention:
 
         PyTorch's fused attention on a CPU wants keys and values of one size.
         """
-        q, k, v = (
-            heads * size
-            for heads, size in (
-                (self.heads, self.key_size),
-                (self.key_heads, self.key_size),
-                (self.key_heads, self.value_size),
-            )
-        )
+        q, k, v = self.sizes
         rotated = max(4 * q + k + v, 2 * q + 4 * k + v) * itemsize
         if self.eager:
             copies = itemsize + FP32 + (FP32 if itemsize < FP32 else 0)

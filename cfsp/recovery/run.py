@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
+from ..costs.hardware import parse_memory
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexity
-from ..io.memory import parse_budget
 from ..models.blocks import empty_
 from ..models.tensors import take_probe
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
@@ -85,7 +85,7 @@ def recover(
     if settings.method == "lora":
         require_peft()
     check_out(goal, overwrite, folder, resume=resume)
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     job = make_job(
         Path(folder), settings, eval_dataset, eval_windows, device, budget, measure=progress
     )

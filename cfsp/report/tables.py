@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.documents import Result
-from ..io.memory import format_bytes
+from ..io.files import format_bytes
 from . import figures
 
 Values = Mapping[str, Any]
