@@ -35,11 +35,10 @@ def _channel_costs(
     found = []
     for number, _, ffn in layout.ffns_of(model):
         block, cost = costs.blocks[number], 0.0
-        products = block.matrix_flops()
         for name, axis in ffn.channels.items():
             if name in block.tensors:
                 info = block.tensors[name]
-                whole = info.numel if kind == "params" else products.get(name, 0.0)
+                whole = info.numel if kind == "params" else block.matrix_flops.get(name, 0.0)
                 cost += whole / (info.shape[axis.dimension] // axis.copies)
         found.append(round(cost))
     return tuple(found)

@@ -72,7 +72,7 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     inner = {
         f"{blocks}.{number}.{name}": 1 if info.shape[-1] != costs.hidden_size else 2
         for number, block in enumerate(costs.blocks)
-        for name, info in block.ffn().items()
+        for name, info in block.ffn.items()
     }
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():

@@ -201,7 +201,7 @@ class RefitCosts:
         """
         ffn = backwards = 0.0
         for block in self.pruned.blocks:
-            own = [flops for name, flops in block.matrix_flops().items() if name in block.ffn()]
+            own = [block.matrix_flops[name] for name in block.ffn]
             ffn += sum(own)
             backwards += sum(own) + min(own)
         judged = held_out_windows(self.windows)
@@ -219,7 +219,7 @@ class RefitCosts:
         """Of one token, in closed form: z^T z, half of it, and R^T z."""
         total = 0.0
         for block in self.pruned.blocks:
-            width = min(x.numel for x in block.ffn().values()) // self.dense.hidden_size
+            width = min(x.numel for x in block.ffn.values()) // self.dense.hidden_size
             total += width * (width + 2.0 * self.dense.hidden_size)
         return total
 
@@ -233,6 +233,6 @@ class RefitCosts:
         computes with them; what a window leaves for the way back."""
         if not self.epochs:
             return 0
-        values = max(sum(x.numel for x in block.ffn().values()) for block in self.pruned.blocks)
+        values = max(sum(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
         left = 3 * self.pruned.working_bytes(1, self.seqlen, "cpu")
         return values * (4 * FP32 + self.dense.itemsize) + left

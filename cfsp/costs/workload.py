@@ -185,7 +185,8 @@ def stages_of(loads: Sequence[Load], hardware: Hardware, nodes: int) -> tuple[St
             continue
         read, written = sum(load.read for load in own), sum(load.written for load in own)
         flops = sum(load.flops for load in own)
-        share = sum(load.busiest for load in own) / max(1.0, flops)
+        # Summed from the fits to the passes: the order decides on the last digit.
+        share = sum(load.busiest for load in reversed(own)) / max(1.0, flops)
         copied = sum(load.copied for load in own) if hardware.device != "cpu" else 0
         seconds = {
             "compute": flops * share / hardware.flops,

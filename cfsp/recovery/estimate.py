@@ -128,7 +128,7 @@ def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: boo
     outside = (2 * costs.hidden_size + 2 * q + k + v + scores) * size
     norms = 2 * costs.hidden_size * FP32
     blocks = [
-        tokens * (math.ceil(4 / 3 * block.ffn_working_values()) * size + outside + norms)
+        tokens * (math.ceil(4 / 3 * block.ffn_working_values) * size + outside + norms)
         for block in costs.blocks
     ]
     if not checkpointing:
@@ -176,7 +176,7 @@ class _Training:
         blocks, head = costs.block_flops(seqlen), costs.head_flops()
         learning = 6.0 * self.trained  # of adapters: forward, inputs, weights
         if self.settings.method == "ffn":
-            linear = sum(block.linear_flops() for block in costs.blocks)
+            linear = sum(block.linear_flops for block in costs.blocks)
             learning = linear * self.trained * costs.itemsize / costs.block_bytes
         per_token = 2 * (blocks + head) + learning + checkpointing * blocks
         if self.teacher is not None:
