@@ -194,6 +194,12 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for all that a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of linear layers so large that a few of them take a while."""
@@ -202,13 +208,11 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         size *= 2
         x = torch.ones(size, size, dtype=dtype, device=device)
         functional.linear(x, x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         for _ in range(PROBE_PRODUCTS):
             functional.linear(x, x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - started
     return 2 * size**3 * PROBE_PRODUCTS / seconds
 

@@ -26,9 +26,8 @@ from ..models.loading import OpenModel, check_seqlen, model_device
 from ..models.surgery import forward_instead
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import none
-from ..pruning.plan import write_json
-from .hardware import device_name
-from .latency import LatencyTable, WidthCurve, load_table
+from .hardware import device_name, synchronize
+from .latency import LatencyTable, WidthCurve, load_table, save_table
 
 MEASURING = 2
 """Version of the way of measuring: tables of an earlier one are not taken from the cache."""
@@ -48,9 +47,15 @@ CALLS_PER_SYNC = {"cpu": 1}
 """Calls of a block in a row; on other devices 10, so that the launch of a call is hidden."""
 
 
-def _settings(block: nn.Module) -> dict[str, Any]:
-    """Plain values of a block's modules, such as its attention's window."""
-    return {
+def _digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()
+
+
+def _kind(block: nn.Module) -> str:
+    """Tells blocks that take different times apart: by shapes, and by plain values of modules such
+    as the attention's window."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    settings = {
         f"{path}.{name}": value
         for path, module in block.named_modules()
         for name, value in vars(module).items()
@@ -58,16 +63,7 @@ def _settings(block: nn.Module) -> dict[str, Any]:
         and name[:1] != "_"
         and name not in ("training", "layer_idx", "layer_id")
     }
-
-
-def _digest(value: str) -> str:
-    return hashlib.sha256(value.encode()).hexdigest()
-
-
-def _kind(block: nn.Module) -> str:
-    """Tells blocks that take different times apart."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    values = (type(block).__name__, sorted(shapes.items()), sorted(_settings(block).items()))
+    values = (type(block).__name__, sorted(shapes.items()), sorted(settings.items()))
     return _digest(repr(values))
 
 
@@ -134,15 +130,6 @@ def known_table(
     if table.identity.get("model") != identity["model"]:
         raise CfspError("the latency table is of another model: `cfsp latency` measures this one")
     return table
-
-
-def save_table(table: LatencyTable, path: Path) -> None:
-    """Write a table, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, table.to_dict())
-    except OSError as error:
-        raise CfspError(f"cannot write latency table {path}: {error.strerror}") from None
 
 
 def table_of(
@@ -214,17 +201,6 @@ def measure_table(
     )
 
 
-def _with_random_weights(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block, perhaps on meta, with small random weights in memory."""
-    dense = copy.deepcopy(block)
-    values = {
-        name: torch.empty(old.shape, dtype=dtype, device=device).normal_(0, 0.02)
-        for name, old in dense.named_parameters()
-    }
-    set_parameters_(dense, values)
-    return dense
-
-
 def _grid(group: ChannelGroup) -> list[int]:
     """Widths of an FFN, ascending up to the dense one."""
     least = EXPERT_WIDTH_MULTIPLE if group.experts > 1 else 1
@@ -240,7 +216,12 @@ def _curves(
     without blocks."""
     model, layout = opened.model, opened.layout
     blocks = layout.find_blocks(model)
-    dense = _with_random_weights(blocks[places[0]], tokens.device, model.dtype)
+    dense = copy.deepcopy(blocks[places[0]])
+    values = {
+        name: torch.empty(old.shape, dtype=model.dtype, device=tokens.device).normal_(0, 0.02)
+        for name, old in dense.named_parameters()
+    }
+    set_parameters_(dense, values)
     size = sum(parameter.nbytes for parameter in dense.parameters())
     copies = min(len(places), max(1, math.ceil(UNCACHED_BYTES / size)))
 
@@ -303,19 +284,14 @@ def _timed(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[lis
     for turn in range(ROUNDS + 1):
         seconds = [0.0] * len(cases)
         for number in range(len(cases)) if turn % 2 else reversed(range(len(cases))):
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             for _ in range(calls):
                 cases[number]()
-            _wait(device)
+            synchronize(device)
             seconds[number] = (time.perf_counter() - started) / calls
         if turn:
             found.append(seconds)
         if len(found) >= LEAST_ROUNDS and time.perf_counter() - begun > LONG_SECONDS:
             break
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
