@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from benchmarks.environment import describe
-from cfsp.costs.feasibility import even_plan
+from cfsp.costs.budgets import even_plan
 from cfsp.costs.latency import LatencyTable
 from cfsp.models.opening import adopt
 from cfsp.pruning.compaction import prune_block_

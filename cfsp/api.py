@@ -12,9 +12,9 @@ from .calibration.grams import temporary_folder
 from .calibration.statistics import Statistics, check_grams, check_statistics, load_statistics
 from .calibration.windows import Calibration, calibration_windows
 from .checkpoints.folder import check_out
-from .costs.dry_run import Job, estimate_opened
-from .costs.feasibility import check_biases, check_recipe
-from .costs.hardware import device_capped
+from .costs.budgets import check_biases, check_recipe
+from .costs.dry_run import Request, estimate_opened
+from .costs.hardware import MemoryBudget, device_capped, parse_memory
 from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
@@ -22,7 +22,6 @@ from .errors import CfspError
 from .evaluation.held_out import held_out_text
 from .evaluation.quality import EVALUATION_WINDOWS
 from .io.hashes import check_hashes, known_hashes
-from .io.memory import MemoryBudget, parse_budget
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
 from .models.loading import model_device
@@ -69,13 +68,13 @@ def calibrate(
     Raises:
         CfspError: bad input, in one line.
     """
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     progress = progress and ranks.first
     gram = recipe.needs_gram() is not None if gram is None else gram
     opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
-    micro_batch = _announced(opened, job, budget, progress, ranks)
+    request = Request(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
+    micro_batch = _announced(opened, request, budget, progress, ranks)
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
     with device_capped(model_device(opened.model), budget.device):
@@ -198,7 +197,7 @@ def prune(
             are untouched.
         Stopped: ``stop`` said so.
     """
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     live = isinstance(model, nn.Module)
     if plan is not None:
         recipe = plan.recipe
@@ -230,7 +229,7 @@ def prune(
     windows = None
     if calibrates or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    job = Job(
+    request = Request(
         recipe,
         len(windows) if calibrates and windows is not None else 0,
         len(held_out.tokens) if held_out.tokens is not None else 0,
@@ -247,7 +246,7 @@ def prune(
         calibrates=calibrates,
         held_out=held_out,
         table=table,
-        micro_batch=_announced(opened, job, budget, progress and ranks.first, ranks),
+        micro_batch=_announced(opened, request, budget, progress and ranks.first, ranks),
         overwrite=overwrite,
         verify=verify,
         stop=stop,
@@ -303,11 +302,11 @@ def _check(
 
 
 def _announced(
-    opened: OpenModel, job: Job, budget: MemoryBudget, progress: bool, ranks: Ranks
+    opened: OpenModel, request: Request, budget: MemoryBudget, progress: bool, ranks: Ranks
 ) -> int:
     """Windows per forward call, the same on every rank, after the estimate was printed and found to
     fit the budget."""
-    estimate = estimate_opened(opened, job, budget, measure=progress)
+    estimate = estimate_opened(opened, request, budget, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)
     estimate.check(budget)

@@ -5,7 +5,7 @@ import argparse
 from rich.console import Console
 
 from ..costs.dry_run import estimate
-from ..io.memory import parse_budget
+from ..costs.hardware import parse_memory
 from ..models.layouts import unsupported
 from ..pruning.recipe import Recipe
 from .options import add_machine, given, print_json
@@ -50,4 +50,4 @@ def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
         Console().print(found.table())
     if not found.supported:
         raise unsupported(found.architecture)
-    found.check(parse_budget(arguments.max_memory))
+    found.check(parse_memory(arguments.max_memory))

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..api import latency_table
-from ..costs.latency import LatencyTable
-from ..costs.latency_measurement import save_table
+from ..costs.latency import LatencyTable, save_table
 from ..errors import CfspError
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import DTYPES

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from ..calibration.text import BOS_CHOICES
+from ..costs.hardware import parse_memory
 from ..errors import CfspError
-from ..io.memory import parse_budget
 from ..recovery import Distillation, Recovery, RecoveryResult, recover
 from ..recovery.estimate import estimate_recovery
 from ..recovery.settings import ALLOCATIONS, GRADIENT_CHECKPOINTING, METHODS, TARGETS
@@ -159,7 +159,7 @@ def _dry_run(arguments: argparse.Namespace, settings: Recovery) -> None:
     )
     if not print_json(arguments, found.to_dict()):
         Console().print(found.table())
-    found.check(parse_budget(arguments.max_memory))
+    found.check(parse_memory(arguments.max_memory))
 
 
 def _print_result(result: RecoveryResult) -> None:

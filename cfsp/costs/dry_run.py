@@ -1,16 +1,15 @@
 """Estimates of runs: from a config alone, or of a model that has been opened for one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..calibration.gram_sums import check_ranks
-from ..errors import CfspError, unknown_name
+from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS
-from ..io.memory import MemoryBudget, parse_budget
 from ..io.safetensors import TensorInfo, Tensors
 from ..io.shard_writer import MAX_SHARD_BYTES, pack_shards
 from ..models.blockwise import default_micro_batch
@@ -25,20 +24,35 @@ from ..pruning.compensation import NEEDS_GRAM
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.scoring import SCORERS
+from .budgets import even_plan
 from .estimates import Estimate
-from .feasibility import even_plan
-from .fit_costs import GramCosts
+from .fit_costs import GramCosts, RefitCosts, SearchCosts
 from .flops import ModelCosts, costs_of
 from .footprint import Footprints, footprints
-from .hardware import HARDWARE, Hardware, resident_bytes, this_machine
+from .hardware import (
+    Hardware,
+    MemoryBudget,
+    choose_hardware,
+    parse_memory,
+    resident_bytes,
+    this_machine,
+)
 from .latency import LatencyTable
 from .latency_measurement import known_table
-from .refit_costs import RefitCosts
-from .workload import TEXT_BYTES, SearchCosts, Workload
+from .workload import (
+    TEXT_BYTES,
+    Feature,
+    Load,
+    Workload,
+    device_peak,
+    host_parts,
+    passes,
+    stages_of,
+)
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """What is asked of a model."""
 
     recipe: Recipe
@@ -60,7 +74,7 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     inner = {
         f"{blocks}.{number}.{name}": 1 if info.shape[-1] != costs.hidden_size else 2
         for number, block in enumerate(costs.blocks)
-        for name, info in block.ffn().items()
+        for name, info in block.ffn.items()
     }
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
@@ -71,30 +85,21 @@ def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> T
     return found
 
 
-def _plan(described: Description, job: Job) -> PruningPlan | None:
-    """The job's, or one whose result is as large; None where the layout is not known.
+def _pruned(
+    described: Description, request: Request, dense: ModelCosts
+) -> tuple[Tensors, Footprints | None]:
+    """What the pruned model's checkpoint will hold, and the sizes where the layout is known.
 
-    Raises:
-        CfspError: a budget, where the layout is not known.
+    Without a plan all widths are about equal: the result of any other plan is as large.
     """
-    if described.layout is not None:
-        return job.plan or even_plan(described.model, described.layout, job.recipe, job.table)
-    if job.recipe.budget is not None:
-        raise unsupported(described.model.config.model_type)
-    return None
-
-
-def _after(
-    described: Description,
-    costs: ModelCosts,
-    tensors: Mapping[str, torch.Tensor],
-    job: Job,
-    plan: PruningPlan | None,
-) -> Tensors:
-    """What the pruned model's checkpoint will hold."""
-    if plan is None or described.layout is None:
-        return _cut(costs, tensor_infos(tensors), described.blocks, job.recipe.sparsity)
-    return planned_tensors(tensors, described.model, described.layout, plan)
+    model, layout = described.model, described.layout
+    tensors = saved_tensors(model)
+    if layout is None:
+        sparsity = request.recipe.sparsity
+        return _cut(dense, tensor_infos(tensors), described.blocks, sparsity), None
+    plan = request.plan or even_plan(model, layout, request.recipe, request.table)
+    sizes = footprints(model, layout, plan, request.table)
+    return planned_tensors(tensors, model, layout, plan), sizes
 
 
 def _file_bytes(tensors: Tensors) -> int:
@@ -103,145 +108,129 @@ def _file_bytes(tensors: Tensors) -> int:
     return sum(len(shard.header()) + shard.nbytes for shard in shards)
 
 
-def _gram_costs(described: Description, job: Job, costs: ModelCosts) -> GramCosts | None:
-    """Of a job that collects or reads Gram matrices; None for any other."""
-    recipe, layout = job.recipe, described.layout
-    fits = job.prunes and recipe.resolved_compensation in NEEDS_GRAM
-    read = job.prunes and recipe.needs_gram(planned=job.plan is not None) is not None
-    if layout is None or not (job.gram or read):
+def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> GramCosts | None:
+    """Of a request that collects or reads Gram matrices; None for any other."""
+    recipe, layout, planned = request.recipe, described.layout, request.plan is not None
+    read = request.prunes and recipe.needs_gram(planned=planned) is not None
+    if layout is None or not (request.gram or read):
         return None
-    blocks = [layout.groups(block) for block in layout.find_blocks(described.model)]
-    active = costs.blocks[-1].active_experts
-    ranks = job.prunes and recipe.ranks_by_gram and job.plan is None
     curves = recipe.resolved_allocator in (*NEEDS_CURVES, SEARCH)
-    residuals = recipe.scorer == "cfsp-residual" and not curves
-    return GramCosts(blocks, costs.hidden_size, active, recipe.sparsity, fits, ranks, residuals)
-
-
-def _refit_costs(job: Job, dense: ModelCosts, pruned: ModelCosts | None) -> RefitCosts | None:
-    """Of a job that fits blocks again after the cut; None for any other."""
-    recipe = job.recipe
-    if pruned is None or not recipe.refits:
-        return None
-    epochs = recipe.epochs if recipe.blockwise else 0
-    windows = recipe.calibration
-    return RefitCosts(dense, pruned, windows.samples, windows.seqlen, epochs, recipe.sequential)
-
-
-def _search_costs(job: Job) -> SearchCosts | None:
-    """Of a job whose widths are searched for; None for any other."""
-    recipe = job.recipe
-    if not job.prunes or job.plan is not None or not recipe.searches:
-        return None
-    return SearchCosts(recipe.search_candidates, recipe.search_windows)
-
-
-def _workload(described: Description, job: Job, device: str, plan: PruningPlan | None) -> Workload:
-    model, recipe = described.model, job.recipe
-    tensors = saved_tensors(model)
-    counted = tensor_infos(saved_parameters(model))
-    itemsize = model.dtype.itemsize
-
-    def costs(of: Tensors, size: int = itemsize) -> ModelCosts:
-        return costs_of(model.config, of, described.blocks, size)
-
-    dense = costs(counted)
-    pruned, output_bytes = None, 0
-    if job.prunes:
-        left = _after(described, dense, tensors, job, plan)
-        pruned, output_bytes = costs(left), _file_bytes(left)
-    widths = [info.dtype.itemsize for info in described.stored.values()]
-    micro_batch = recipe.micro_batch
-    return Workload(
-        dense,
-        costs(described.stored, max(widths, key=widths.count)),
-        pruned,
-        output_bytes,
-        job.windows,
-        job.evaluation_windows,
-        recipe.calibration.seqlen,
-        micro_batch or default_micro_batch(torch.device(device), recipe.calibration.seqlen),
-        (SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram) and job.plan is None,
-        described.streamed,
-        job.ranks,
-        job.nodes,
-        device,
-        _gram_costs(described, job, dense),
-        _refit_costs(job, dense, pruned),
-        _search_costs(job),
+    return GramCosts(
+        blocks=[layout.groups(block) for block in layout.find_blocks(described.model)],
+        hidden_size=dense.hidden_size,
+        active_experts=dense.blocks[-1].active_experts,
+        sparsity=recipe.sparsity,
+        fits=request.prunes and recipe.resolved_compensation in NEEDS_GRAM,
+        scores=request.prunes and recipe.ranks_by_gram and not planned,
+        residuals=recipe.scorer == "cfsp-residual" and not curves,
     )
 
 
-def _fitted(workload: Workload, room: int | None) -> Workload:
+def _features(request: Request, run: Workload, gram: GramCosts | None) -> list[Feature]:
+    """All that a request does."""
+    recipe = request.recipe
+    found: list[Feature] = [passes]
+    if gram is not None:
+        found.append(gram.loads)
+    if run.pruned is not None and recipe.refits:
+        windows, epochs = recipe.calibration, recipe.epochs if recipe.blockwise else 0
+        shape = windows.samples, windows.seqlen, epochs, recipe.sequential
+        found.append(RefitCosts(run.dense, run.pruned, *shape).loads)
+    if request.prunes and request.plan is None and recipe.searches:
+        fits = gram if gram is not None and gram.fits else None
+        search = SearchCosts(recipe.search_candidates, recipe.search_windows, fits)
+        found.append(search.loads)
+    return found
+
+
+def _fitted(
+    run: Workload, features: Sequence[Feature], room: int | None
+) -> tuple[Workload, list[Load]]:
     """With as many windows per call, up to what the workload has, as a device has room for."""
-    if room is None:
-        return workload
-    for micro_batch in range(workload.micro_batch, 1, -1):
-        fewer = dataclasses.replace(workload, micro_batch=micro_batch)
-        if sum(fewer.device_parts()[1].values()) <= room:
-            return fewer
-    return dataclasses.replace(workload, micro_batch=1)
+    while True:
+        loads = [load for feature in features for load in feature(run)]
+        held = sum(device_peak(loads, run.device)[1].values())
+        if room is None or held <= room or run.micro_batch == 1:
+            return run, loads
+        run = dataclasses.replace(run, micro_batch=run.micro_batch - 1)
 
 
 def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
     """Bytes for what a run holds on the device; None: no limit but what the user asks for."""
-    if hardware.device != "cpu":
-        return min(hardware.device_memory, budget.device or hardware.device_memory)
-    stated = [size for size in (budget.device, budget.host) if size is not None]
-    return min(stated) - resident_bytes() - TEXT_BYTES if stated else None
-
-
-def _sizes(described: Description, plan: PruningPlan | None, job: Job) -> Footprints | None:
-    if plan is None or described.layout is None:
-        return None
-    return footprints(described.model, described.layout, plan, job.table)
+    device, host = budget.limits(hardware)
+    return device if host is None or device is not None else host - resident_bytes() - TEXT_BYTES
 
 
 def _estimate(
-    described: Description, job: Job, hardware: Hardware, budget: MemoryBudget
+    described: Description, request: Request, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
-    plan = _plan(described, job) if job.prunes else None
-    workload = _workload(described, job, hardware.device, plan)
-    if workload.gram is not None and job.windows:
-        check_ranks(job.ranks)
-    if job.recipe.micro_batch is None:
-        workload = _fitted(workload, _room(hardware, budget))
-    stage, parts = workload.device_parts()
-    costs, pruned = workload.costs, workload.pruned
+    model, recipe = described.model, request.recipe
+    if request.prunes and described.layout is None and recipe.budget is not None:
+        raise unsupported(model.config.model_type)
+
+    def costs(of: Tensors, itemsize: int = model.dtype.itemsize) -> ModelCosts:
+        return costs_of(model.config, of, described.blocks, itemsize)
+
+    dense = costs(tensor_infos(saved_parameters(model)))
+    left, sizes = _pruned(described, request, dense) if request.prunes else (None, None)
+    gram = _gram_costs(described, request, dense)
+    if gram is not None and request.windows:
+        check_ranks(request.ranks)
+    stored = [info.dtype.itemsize for info in described.stored.values()]
+    seqlen = recipe.calibration.seqlen
+    run = Workload(
+        dense=dense,
+        stored=costs(described.stored, max(stored, key=stored.count)),
+        pruned=costs(left) if left is not None else None,
+        output_bytes=_file_bytes(left) if left is not None else 0,
+        windows=request.windows,
+        evaluation_windows=request.evaluation_windows,
+        seqlen=seqlen,
+        micro_batch=recipe.micro_batch
+        or default_micro_batch(torch.device(hardware.device), seqlen),
+        streamed=described.streamed,
+        reads_weights=(SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram)
+        and request.plan is None,
+        ranks=request.ranks,
+        device=hardware.device,
+    )
+    room = _room(hardware, budget) if recipe.micro_batch is None else None
+    run, loads = _fitted(run, _features(request, run, gram), room)
+    stage, parts = device_peak(loads, hardware.device)
     return Estimate(
         model=described.name,
-        architecture=described.model.config.model_type,
+        architecture=model.config.model_type,
         supported=described.layout is not None,
-        streamed=workload.streamed,
-        parameters=costs.parameters,
-        parameters_after=(pruned or costs).parameters,
-        sizes=_sizes(described, plan, job),
-        blocks=len(costs.blocks),
-        largest_block_bytes=costs.largest_block,
-        largest_stored_block_bytes=workload.stored.largest_block,
-        dtype=str(described.model.dtype).removeprefix("torch."),
-        ranks=job.ranks,
-        windows=job.windows,
-        evaluation_windows=job.evaluation_windows,
-        seqlen=workload.seqlen,
-        micro_batch=workload.micro_batch,
-        stages=workload.stages(hardware),
+        streamed=described.streamed,
+        parameters=dense.parameters,
+        parameters_after=(run.pruned or dense).parameters,
+        sizes=sizes,
+        blocks=len(dense.blocks),
+        largest_block_bytes=dense.largest_block,
+        largest_stored_block_bytes=run.stored.largest_block,
+        dtype=str(model.dtype).removeprefix("torch."),
+        ranks=request.ranks,
+        windows=request.windows,
+        evaluation_windows=request.evaluation_windows,
+        seqlen=seqlen,
+        micro_batch=run.micro_batch,
+        stages=stages_of(loads, hardware, request.nodes),
         device_stage=stage,
         device_parts=parts,
-        host_parts=workload.host_parts(resident_bytes()),
+        host_parts=host_parts(run, loads, resident_bytes()),
         hardware=hardware,
-        gram_bytes=workload.gram.disk_bytes(job.windows) if workload.gram and job.windows else 0,
+        gram_bytes=gram.disk_bytes(request.windows) if gram and request.windows else 0,
     )
 
 
 def estimate_opened(
-    opened: OpenModel, job: Job, budget: MemoryBudget, *, measure: bool = True
+    opened: OpenModel, request: Request, budget: MemoryBudget, *, measure: bool = True
 ) -> Estimate:
-    """The estimate of a job on a model that was opened for it, on this machine.
+    """The estimate of a request for a model that was opened for it, on this machine.
 
     Args:
         opened: the model; no more of its weights is read.
-        job: what to do.
+        request: what to do.
         measure: find out how fast the device is; otherwise compute takes no time.
         budget: the micro-batch, where the recipe has none, is the largest up to the default that
             fits into it and into a GPU's free memory.
@@ -251,28 +240,7 @@ def estimate_opened(
     """
     described, model = describe_opened(opened), opened.model
     hardware = this_machine(model_device(model), model.dtype, measure=measure)
-    return _estimate(described, job, hardware, budget)
-
-
-def choose_hardware(
-    hardware: Hardware | str | None,
-    device: str,
-    dtype: torch.dtype,
-    tflops: float | None = None,
-    disk_gbps: float | None = None,
-) -> Hardware:
-    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
-
-    Raises:
-        CfspError: no such name or device, or a stated speed that is not above 0.
-    """
-    if isinstance(hardware, str):
-        if hardware not in HARDWARE:
-            raise unknown_name("hardware", hardware, HARDWARE)
-        hardware = HARDWARE[hardware]
-    if hardware is None:
-        hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
-    return hardware.stated(tflops, disk_gbps)
+    return _estimate(described, request, hardware, budget)
 
 
 def estimate(
@@ -312,7 +280,7 @@ def estimate(
         raise CfspError(f"ranks must be at least nodes, and nodes 1, got {ranks} and {nodes}")
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     described = describe(model, recipe.dtype, whole=recipe.searches)
     calibration = recipe.calibration
     check_seqlen(described.model, calibration.seqlen)
@@ -323,5 +291,7 @@ def estimate(
         table = known_table(
             described.model, described.layout, where, recipe.model_budget, latency_table
         )
-    job = Job(recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes, table=table)
-    return _estimate(described, job, machine, budget)
+    request = Request(
+        recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes, table=table
+    )
+    return _estimate(described, request, machine, budget)

@@ -1,6 +1,7 @@
 """What a run will take, before it starts: memory, bytes, FLOPs, seconds. Arithmetic on shapes."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,8 @@ from rich.table import Table
 
 from ..errors import CfspError
 from ..io.files import format_bytes
-from ..io.memory import MemoryBudget
 from .footprint import Footprints
-from .hardware import Hardware
+from .hardware import Hardware, MemoryBudget
 from .workload import Stage
 
 LOWERED_BY = {
@@ -20,10 +20,87 @@ LOWERED_BY = {
     "logits": ("--seqlen", "--seqlen"),
 }
 """Parts of memory that options lower: after the calibration, and in it."""
+NUMBERS = ("read", "written", "FLOP", "time", "bytes", "before", "after")
+"""Columns of tables that are aligned to the right."""
+
+
+class RunEstimate:
+    """What the estimates of all commands share: stages one after another, memory at its peak."""
+
+    stages: tuple[Stage, ...]
+    device_parts: dict[str, int]
+    host_parts: dict[str, int]
+    hardware: Hardware
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of each device's memory; on a CPU that of the process."""
+        parts = self.host_parts if self.hardware.device == "cpu" else self.device_parts
+        return sum(parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of each process's memory."""
+        return sum(self.host_parts.values())
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all stages and ranks."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, one after another."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def check(self, budget: MemoryBudget) -> None:
+        """Raise CfspError where the run needs more than it may take, or than a GPU has free; says
+        what to lower."""
+        device, host = budget.limits(self.hardware)
+        for kind, parts, given in (
+            ("device", self.device_parts, device),
+            ("host", self.host_parts, host),
+        ):
+            need = sum(parts.values())
+            if given is not None and need > given:
+                raise CfspError(
+                    f"{self._memory_of(kind)}: about {format_bytes(need)} needed, "
+                    f"{format_bytes(given)} to be had; {self._advice(parts, need - given)}"
+                )
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        return "\n".join(f"estimate: {line}" for line in self._lines())
+
+    def _lines(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def _memory_of(self, kind: str) -> str:
+        return f"{kind} memory"
+
+    def _advice(self, parts: Mapping[str, int], over: int) -> str:
+        """What can be lowered to save ``over`` bytes of these."""
+        raise NotImplementedError
+
+    def _memory(self) -> str:
+        hardware = self.hardware
+        shown = []
+        if hardware.device != "cpu":
+            shown.append(("device", self.device_bytes, hardware.device_memory))
+        if self.host_parts:
+            shown.append(("host", self.host_bytes, hardware.host_memory))
+        return ", ".join(
+            f"{kind} memory {format_bytes(need)} of {format_bytes(room)}"
+            for kind, need, room in shown
+        )
+
+    def _hardware(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(dataclasses.replace(self.hardware, sources={}))
+        return {**plain, "sources": dict(self.hardware.sources)}
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(RunEstimate):
     """What a run will take. Nothing here was measured but the figures of ``hardware`` that say so.
 
     FLOPs count a multiplication and an addition as two. Bytes are of weights and Gram matrices.
@@ -62,22 +139,6 @@ class Estimate:
     gram_bytes: int = 0
     """Of Gram matrices on the disk."""
 
-    @property
-    def device_bytes(self) -> int:
-        """Peak of each device's memory; on a CPU that of the process."""
-        parts = self.host_parts if self.hardware.device == "cpu" else self.device_parts
-        return sum(parts.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """Peak of each process's memory."""
-        return sum(self.host_parts.values())
-
-    @property
-    def seconds(self) -> float:
-        """Of all stages, one after another."""
-        return sum(stage.seconds for stage in self.stages)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         values = {
@@ -85,7 +146,6 @@ class Estimate:
             for field in dataclasses.fields(self)
             if field.name not in ("hardware", "stages", "sizes")
         }
-        hardware = dataclasses.asdict(dataclasses.replace(self.hardware, sources={}))
         return {
             **values,
             "sizes": self.sizes.to_dict() if self.sizes is not None else None,
@@ -93,23 +153,18 @@ class Estimate:
             "host_bytes": self.host_bytes,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "seconds": self.seconds,
-            "hardware": {**hardware, "sources": dict(self.hardware.sources)},
+            "hardware": self._hardware(),
         }
 
-    def summary(self) -> str:
-        """A few lines for a terminal."""
+    def _lines(self) -> Sequence[str]:
         stages = ", ".join(
             f"{stage.name} {format_seconds(stage.seconds)} ({stage.bound})" for stage in self.stages
         )
         assumed = "; ".join(f"{k} {v}" for k, v in self.hardware.assumptions().items())
-        return (
-            f"estimate: {self._shape()}\n"
-            f"estimate: {self._memory()}\n"
-            f"estimate: {format_seconds(self.seconds)}: {stages}\n"
-            f"estimate: by {assumed}"
-        )
+        seconds = format_seconds(self.seconds)
+        return self._title(), self._memory(), f"{seconds}: {stages}", f"by {assumed}"
 
-    def _shape(self) -> str:
+    def _title(self) -> str:
         counts = [format_count(count) for count in (self.parameters, self.parameters_after)]
         return (
             f"{self.model}: {' -> '.join(counts)} parameters, {self.blocks} blocks of up to "
@@ -118,26 +173,13 @@ class Estimate:
             + (f", {format_bytes(self.gram_bytes)} of Gram matrices" if self.gram_bytes else "")
         )
 
-    def _memory(self) -> str:
-        hardware = self.hardware
-        host = (
-            f"host memory {format_bytes(self.host_bytes)} of {format_bytes(hardware.host_memory)}"
-        )
-        if hardware.device == "cpu":
-            return host
-        device = (
-            f"device memory {format_bytes(self.device_bytes)} "
-            f"of {format_bytes(hardware.device_memory)}"
-        )
-        return f"{device}, {host}"
-
     def table(self) -> Group:
         """Stages, memory and assumptions as tables for a terminal."""
-        stages = Table(title=self._shape())
-        for title in ("stage", "read", "written", "FLOP", "time", "bound by"):
-            stages.add_column(title, justify="left" if title in ("stage", "bound by") else "right")
-        for stage in self.stages:
-            stages.add_row(
+        read = sum(stage.bytes_read for stage in self.stages)
+        written = sum(stage.bytes_written for stage in self.stages)
+        total = Stage("total", read, written, self.flops, self.seconds, "")
+        stages = (
+            (
                 stage.name,
                 format_bytes(stage.bytes_read),
                 format_bytes(stage.bytes_written),
@@ -145,56 +187,28 @@ class Estimate:
                 format_seconds(stage.seconds),
                 stage.bound,
             )
-        stages.add_row(
-            "total",
-            format_bytes(sum(stage.bytes_read for stage in self.stages)),
-            format_bytes(sum(stage.bytes_written for stage in self.stages)),
-            f"{sum(stage.flops for stage in self.stages):.2e}",
-            format_seconds(self.seconds),
+            for stage in (*self.stages, total)
         )
-        memory = Table(title=self._memory())
-        for title in ("memory at its peak", "part", "bytes"):
-            memory.add_column(title, justify="right" if title == "bytes" else "left")
         held = {"host": self.host_parts}
         if self.hardware.device != "cpu":
             held = {f"device, {self.device_stage}": self.device_parts, **held}
-        for where, parts in held.items():
-            for part, count in parts.items():
-                memory.add_row(where, part, format_bytes(count))
-        sizes = Table(title="the model")
-        for title in ("", "before", "after"):
-            sizes.add_column(title, justify="left" if title == "" else "right")
-        for row in self.sizes.rows() if self.sizes is not None else ():
-            sizes.add_row(*row)
-        figures = Table(title="what the seconds rest on")
-        for title in ("figure", "value"):
-            figures.add_column(title)
-        for figure, value in self.hardware.assumptions().items():
-            figures.add_row(figure, value)
-        return Group(*([sizes] if self.sizes is not None else []), stages, memory, figures)
+        parts = ((at, part, format_bytes(n)) for at, own in held.items() for part, n in own.items())
+        titles = ("stage", "read", "written", "FLOP", "time", "bound by")
+        tables = [
+            make_table(self._title(), titles, stages),
+            make_table(self._memory(), ("memory at its peak", "part", "bytes"), parts),
+            make_table(
+                "what the seconds rest on",
+                ("figure", "value"),
+                self.hardware.assumptions().items(),
+            ),
+        ]
+        if self.sizes is not None:
+            sizes = make_table("the model", ("", "before", "after"), self.sizes.rows())
+            tables.insert(0, sizes)
+        return Group(*tables)
 
-    def check(self, budget: MemoryBudget) -> None:
-        """Raise CfspError where the run needs more than it may take, or than a GPU has free; says
-        what to lower."""
-        device, host = budget.device, budget.host
-        if self.hardware.device == "cpu":
-            host = min((x for x in (device, host) if x is not None), default=None)
-            device = None
-        else:
-            device = min(device or self.hardware.device_memory, self.hardware.device_memory)
-        for kind, parts, given in (
-            ("device", self.device_parts, device),
-            ("host", self.host_parts, host),
-        ):
-            need = sum(parts.values())
-            if given is not None and need > given:
-                raise CfspError(
-                    f"{kind} memory: about {format_bytes(need)} needed, {format_bytes(given)} "
-                    f"to be had; {self._advice(parts, need - given)}"
-                )
-
-    def _advice(self, parts: dict[str, int], over: int) -> str:
-        """What can be lowered to save ``over`` bytes of these."""
+    def _advice(self, parts: Mapping[str, int], over: int) -> str:
         if any(stage.name == "search" for stage in self.stages):
             return "allocator 'search' needs the whole model in memory, others do not"
         if not self.streamed:
@@ -206,6 +220,16 @@ class Estimate:
             return f"no option lowers {held}"
         most = max(lowered, key=lambda part: lowered[part])
         return f"lower {LOWERED_BY[most][self.device_stage == 'calibrate']}"
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a terminal."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right" if column in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def format_count(count: int) -> str:

@@ -7,10 +7,12 @@ architectures that cannot be pruned are counted too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors
+from ..models.layouts import Layout
 
 ATTENTION = ("attn", "attention")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
@@ -19,7 +21,7 @@ COMPOSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 FP32 = 4
 
 
-def is_expert(name: str) -> bool:
+def _is_expert(name: str) -> bool:
     """Whether a parameter is one of routed experts, of which a token sees a few."""
     return "experts" in name.split(".")
 
@@ -40,6 +42,12 @@ class Attention:
     eager: bool
     """Whether scores [heads, S, S] lie in memory, by transformers' own attention."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Values of the queries, keys and values of a token."""
+        keys = self.key_heads * self.key_size
+        return self.heads * self.key_size, keys, self.key_heads * self.value_size
+
     def flops(self, seqlen: int) -> float:
         """Of scores and weighted values, per token, over the whole S x S: kernels that skip what
         is masked do half."""
@@ -50,14 +58,7 @@ class Attention:
 
         PyTorch's fused attention on a CPU wants keys and values of one size.
         """
-        q, k, v = (
-            heads * size
-            for heads, size in (
-                (self.heads, self.key_size),
-                (self.key_heads, self.key_size),
-                (self.key_heads, self.value_size),
-            )
-        )
+        q, k, v = self.sizes
         rotated = max(4 * q + k + v, 2 * q + 4 * k + v) * itemsize
         if self.eager:
             copies = itemsize + FP32 + (FP32 if itemsize < FP32 else 0)
@@ -70,7 +71,7 @@ class Attention:
 
 
 def attention_of(config: Any) -> Attention:
-    """The attention that a (text) config describes."""
+    """The attention that the text part of a config describes."""
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -93,75 +94,74 @@ class BlockCosts:
     composed: bool
     """Whether the activation is one of :data:`COMPOSED`."""
 
+    @cached_property
     def _experts(self) -> int:
         """Routed experts of the block."""
-        names = [name.split(".") for name in self.tensors if is_expert(name)]
+        names = [name.split(".") for name in self.tensors if _is_expert(name)]
         listed = {part[part.index("experts") + 1] for part in names}
-        numbers = {int(number) for number in listed if number.isdigit()}
-        if numbers:
-            return len(numbers)
-        stacked = (x.shape[0] for n, x in self.tensors.items() if is_expert(n) and x.shape)
-        return next(stacked, 0)
+        numbers = sum(number.isdigit() for number in listed)
+        stacked = (x.shape[0] for n, x in self.tensors.items() if _is_expert(n) and x.shape)
+        return numbers or next(stacked, 0)
 
-    def _share(self, name: str) -> float:
-        """The share of a parameter that a token is multiplied with."""
-        return min(1.0, self.active_experts / self._experts()) if is_expert(name) else 1.0
-
+    @cached_property
     def _matrices(self) -> dict[str, TensorInfo]:
-        return {n: x for n, x in self.tensors.items() if len(x.shape) == 2 or self._stacked(n, x)}
+        return {
+            name: info
+            for name, info in self.tensors.items()
+            if len(info.shape) == 2 or (len(info.shape) == 3 and _is_expert(name))
+        }
 
-    @staticmethod
-    def _stacked(name: str, info: TensorInfo) -> bool:
-        return is_expert(name) and len(info.shape) == 3
-
-    def _is_router(self, name: str, info: TensorInfo) -> bool:
-        return not is_expert(name) and info.shape[0] == self._experts()
-
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all parameters."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @cached_property
     def ffn(self) -> dict[str, TensorInfo]:
         """The matrices that pruning shrinks: those of no attention and no router."""
         return {
             name: info
-            for name, info in self._matrices().items()
-            if not is_attention(name) and not self._is_router(name, info)
+            for name, info in self._matrices.items()
+            if not is_attention(name) and (_is_expert(name) or info.shape[0] != self._experts)
         }
 
+    @cached_property
     def matrix_flops(self) -> dict[str, float]:
-        """Of the matrix product with each parameter that is in one, per token."""
+        """FLOPs per token of the product with each matrix; of an expert the active share."""
+        share = min(1.0, self.active_experts / self._experts) if self._experts else 1.0
         return {
-            name: 2.0 * info.numel * self._share(name) for name, info in self._matrices().items()
+            name: 2.0 * info.numel * (share if _is_expert(name) else 1.0)
+            for name, info in self._matrices.items()
         }
 
+    @cached_property
     def linear_flops(self) -> float:
-        """Of the matrix products with parameters, per token."""
-        return sum(self.matrix_flops().values())
+        """FLOPs per token of the products with all matrices."""
+        return sum(self.matrix_flops.values())
 
+    @cached_property
     def has_attention(self) -> bool:
         """Whether tokens see each other by scores; linear attention has none."""
         return any(is_attention(name) and "linear_attn" not in name for name in self.tensors)
 
+    @cached_property
     def ffn_working_values(self) -> int:
         """Values per token at the peak: what enters a matrix or leaves one."""
         dense = routed = widest = 0
-        for name, info in self.ffn().items():
+        for name, info in self.ffn.items():
             *_, out, into = info.shape
             inner = out if into == self.hidden_size else into
-            if is_expert(name):
-                copies = 1 if into == self.hidden_size else 2  # its input, and act(gate)
-                routed += copies * inner * self.active_experts * self._stacked(name, info)
-            else:
+            if not _is_expert(name):
                 dense += inner
                 widest = max(widest, inner)
+            elif len(info.shape) == 3:
+                copies = 1 if into == self.hidden_size else 2  # its input, and act(gate)
+                routed += copies * inner * self.active_experts
         if self.composed:
             dense += 2 * widest
         if routed:  # tokens sorted by expert, before and after
-            routed = self.active_experts * self.hidden_size + max(
-                routed, 3 * self.active_experts * self.hidden_size
-            )
+            sorted_tokens = self.active_experts * self.hidden_size
+            routed = sorted_tokens + max(routed, 3 * sorted_tokens)
         return max(dense, routed)
 
 
@@ -198,20 +198,20 @@ class ModelCosts:
     @property
     def ffn_bytes(self) -> int:
         """Bytes of all FFN matrices."""
-        return sum(x.nbytes for block in self.blocks for x in block.ffn().values())
+        return sum(x.nbytes for block in self.blocks for x in block.ffn.values())
 
     def block_flops(self, seqlen: int) -> float:
-        """Of one token through all blocks."""
-        attending = sum(block.has_attention() for block in self.blocks)
-        linear = sum(block.linear_flops() for block in self.blocks)
+        """FLOPs of one token through all blocks."""
+        attending = sum(block.has_attention for block in self.blocks)
+        linear = sum(block.linear_flops for block in self.blocks)
         return linear + attending * self.attention.flops(seqlen)
 
     def head_flops(self) -> float:
-        """Of one token through the head."""
+        """FLOPs of one token through the head."""
         return 2.0 * self.hidden_size * self.vocab_size
 
     def flops(self, seqlen: int) -> float:
-        """Of one token through the whole model."""
+        """FLOPs of one token through the whole model."""
         return self.block_flops(seqlen) + self.head_flops()
 
     def working_bytes(self, windows: int, seqlen: int, device: str) -> int:
@@ -223,7 +223,7 @@ class ModelCosts:
         """
         state = self.hidden_size * self.itemsize
         attention = 2 * state + self.attention.working_bytes(seqlen, self.itemsize, device)
-        values = max(block.ffn_working_values() for block in self.blocks)
+        values = max(block.ffn_working_values for block in self.blocks)
         norm = 2 * state + 2 * self.hidden_size * FP32
         return windows * seqlen * max(attention, 3 * state + values * self.itemsize, norm)
 
@@ -247,12 +247,13 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
     text = config.get_text_config()
     activation = getattr(text, "hidden_act", getattr(text, "activation_function", None))
     active = next((int(n) for k in TOP_K if (n := getattr(text, k, None))), 1)
+    layout = Layout(blocks)
     grouped: dict[int, dict[str, TensorInfo]] = {}
     outer: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        if name.startswith(f"{blocks}."):
-            number, _, within = name.removeprefix(f"{blocks}.").partition(".")
-            grouped.setdefault(int(number), {})[within] = info
+        if place := layout.place_of(name):
+            number, within = place
+            grouped.setdefault(number, {})[within] = info
         else:
             outer[name] = info
     try:
@@ -261,14 +262,14 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
     except AttributeError as error:
         raise CfspError(f"{config.model_type}: cannot estimate: {error}") from None
     return ModelCosts(
-        sum(info.numel for info in tensors.values()),
-        outer,
-        tuple(
+        parameters=sum(info.numel for info in tensors.values()),
+        outer=outer,
+        blocks=[
             BlockCosts(part, hidden_size, active, activation in COMPOSED)
             for _, part in sorted(grouped.items())
-        ),
-        attention,
-        hidden_size,
-        vocab_size,
-        itemsize,
+        ],
+        attention=attention,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        itemsize=itemsize,
     )

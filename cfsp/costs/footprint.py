@@ -5,19 +5,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import CfspError
 from ..io.safetensors import Tensors
-from ..models.channels import ChannelGroup
 from ..models.layouts import Layout
-from ..models.loading import check_seqlen
 from ..models.tensors import saved_parameters, tensor_infos
-from ..pruning.budget import BATCH, LENGTH, ChannelBudget, channel_budget
+from ..pruning.budget import BATCH, LENGTH
 from ..pruning.compaction import planned_tensors
-from ..pruning.compensation import ADD_BIAS
 from ..pruning.plan import PruningPlan
-from ..pruning.recipe import Recipe
 from .flops import ModelCosts, costs_of
-from .latency import LatencyLimit, LatencyTable
+from .latency import LatencyTable
 
 
 @dataclass(frozen=True)
@@ -66,138 +61,35 @@ def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, 
     return title, form.format(before), f"{form.format(after)} ({after / before:.1%})"
 
 
-def groups_of(model: PreTrainedModel, layout: Layout) -> list[ChannelGroup]:
-    """The channels of every FFN of every block, in order."""
-    return [group for block in layout.find_blocks(model) for group in layout.groups(block)]
-
-
-def _costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
+def model_costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
+    """The costs of a model that holds these tensors."""
     return costs_of(model.config, tensors, layout.blocks, model.dtype.itemsize)
-
-
-def channel_costs(
-    model: PreTrainedModel, layout: Layout, costs: ModelCosts
-) -> dict[str, tuple[int, ...]]:
-    """What one channel of width costs in every FFN, in all its experts.
-
-    Args:
-        model: dense, perhaps on meta.
-        layout: its layout.
-        costs: its costs.
-
-    Returns:
-        Under "params" parameters, biases included; under "flops" FLOPs of one token, which goes
-        through a few of the experts.
-    """
-    params, flops = [], []
-    for block, block_costs in zip(layout.find_blocks(model), costs.blocks, strict=True):
-        products = block_costs.matrix_flops()
-        for ffn in layout.block_ffns(block):
-            found = [0.0, 0.0]
-            for name, axis in ffn.channels.items():
-                if name in block_costs.tensors:
-                    info = block_costs.tensors[name]
-                    width = info.shape[axis.dimension] // axis.copies
-                    found[0] += info.numel / width
-                    found[1] += products.get(name, 0.0) / width
-            params.append(round(found[0]))
-            flops.append(round(found[1]))
-    return {"params": tuple(params), "flops": tuple(flops)}
-
-
-def _added_parameters(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> int:
-    """Biases that the compensation gives to FFNs without one."""
-    if recipe.resolved_compensation not in ADD_BIAS:
-        return 0
-    added = 0
-    for block in layout.find_blocks(model):
-        present = dict(block.named_parameters())
-        for ffn in layout.block_ffns(block):
-            if ffn.down_bias is not None and ffn.down_bias not in present:
-                weight = present[f"{ffn.down}.weight"]
-                channels = ffn.channels[f"{ffn.down}.weight"].dimension
-                added += weight.shape[1 - channels]
-    return added
-
-
-def resolve_budget(
-    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
-) -> ChannelBudget:
-    """What a recipe's sparsity or budget comes to in the FFN channels of a model.
-
-    Args:
-        model: dense, perhaps on meta.
-        layout: its layout.
-        recipe: its sparsity or budget, compensation and width multiple are read.
-        table: of the model, where the budget is a latency.
-
-    Raises:
-        CfspError: no widths meet the budget; says what they could. No table, where it needs one.
-    """
-    groups = groups_of(model, layout)
-    experts = tuple(group.experts for group in groups)
-    budget = recipe.model_budget
-    if budget is None:
-        return ChannelBudget(recipe.sparsity, experts)
-    sizes, multiple = [group.channels for group in groups], recipe.width_multiple
-    if budget.kind == "latency":
-        if table is None:
-            raise CfspError(
-                f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
-            )
-        limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
-        return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
-    costs = _costs(model, layout, tensor_infos(saved_parameters(model)))
-    per_channel = channel_costs(model, layout, costs)[budget.kind]
-    if budget.kind == "params":
-        added = _added_parameters(model, layout, recipe)
-        return channel_budget(budget, costs.parameters, sizes, per_channel, multiple, added)
-    check_seqlen(model, budget.length)
-    return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
 
 
 def footprints(
     model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
 ) -> Footprints:
-    """What a plan makes of a model, at the batch and length of the table or its recipe's budget.
-
-    Args:
-        model: dense, perhaps on meta.
-        layout: its layout.
-        plan: what every block keeps.
-        table: of the model, where one was measured.
-    """
-    budget = plan.recipe.model_budget
+    """What a plan makes of a model, perhaps on meta, at the batch and length of the table or of
+    the recipe's budget."""
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    shaped = table or budget
+    shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
     tensors = saved_parameters(model)
-    left = planned_tensors(tensors, model, layout, plan)
-    channels = sum(block.intermediate_size for block in plan.blocks), sum(plan.widths)
-    seconds: tuple[float | None, float | None] = (None, None)
-    if table is not None:
-        widths = [kept.shape[1] for block in plan.blocks for kept in block.kept_by_group]
-        seconds = table.dense_seconds, table.predicted(widths)
-    before, after = (
-        Footprint(kept, costs.parameters, costs.flops(length) * batch * length, time)
-        for kept, costs, time in zip(
-            channels,
-            (_costs(model, layout, part) for part in (tensor_infos(tensors), left)),
-            seconds,
-            strict=True,
-        )
+
+    def footprint(channels: int, held: Tensors, seconds: float | None) -> Footprint:
+        costs = model_costs(model, layout, held)
+        flops = costs.flops(length) * batch * length
+        return Footprint(channels, costs.parameters, flops, seconds)
+
+    widths = [kept.shape[1] for block in plan.blocks for kept in block.kept_by_group]
+    before = footprint(
+        sum(block.intermediate_size for block in plan.blocks),
+        tensor_infos(tensors),
+        table.dense_seconds if table is not None else None,
+    )
+    after = footprint(
+        sum(plan.widths),
+        planned_tensors(tensors, model, layout, plan),
+        table.predicted(widths) if table is not None else None,
     )
     return Footprints(before, after, batch, length)
-
-
-def check_met(
-    model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
-) -> None:
-    """Raise CfspError where a plan is not what its recipe's budget asks for."""
-    budget = plan.recipe.model_budget
-    if budget is None:
-        return
-    found = footprints(model, layout, plan, table)
-    unit = {"params": "parameters", "flops": "flops", "latency": "seconds"}[budget.kind]
-    kept, total = (getattr(side, unit) for side in (found.after, found.before))
-    budget.check(kept, total, plan.recipe.width_multiple)

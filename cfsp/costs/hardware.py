@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
-import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import psutil
 import torch
 from torch.nn import functional
 
-from ..errors import CfspError
+from ..errors import CfspError, unknown_name
+from ..models.loading import pick_device
 
 EFFICIENCY = 0.6
 """Share of the speed of one large matrix product that a whole forward pass is taken to reach."""
@@ -22,6 +25,11 @@ PROBE_SECONDS = 0.02
 MAX_PROBE_SIZE = 8192
 DISK_BYTES_PER_SECOND = 2e9
 COPY_BYTES_PER_SECOND = 25e9
+UNITS = {
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
 FIGURES = {
     "flops": "compute, FLOP/s",
     "disk_read": "disk read, B/s",
@@ -70,16 +78,11 @@ class Hardware:
         for name, value in (("tflops", tflops), ("disk-gbps", disk_gbps)):
             if value is not None and not value > 0:
                 raise CfspError(f"{name} must be above 0, got {value}")
-        flops, read, write = self.flops, self.disk_read, self.disk_write
-        sources = dict(self.sources)
-        if tflops is not None:
-            flops, sources["flops"] = tflops * 1e12, "stated"
+        speeds: dict[str, Any] = {} if tflops is None else {"flops": tflops * 1e12}
         if disk_gbps is not None:
-            read = write = disk_gbps * 1e9
-            sources["disk_read"] = sources["disk_write"] = "stated"
-        return dataclasses.replace(
-            self, flops=flops, disk_read=read, disk_write=write, sources=MappingProxyType(sources)
-        )
+            speeds |= {"disk_read": disk_gbps * 1e9, "disk_write": disk_gbps * 1e9}
+        sources = {**self.sources, **dict.fromkeys(speeds, "stated")}
+        return dataclasses.replace(self, **speeds, sources=MappingProxyType(sources))
 
 
 H100 = Hardware(
@@ -104,13 +107,65 @@ HARDWARE = {"h100": H100}
 """Stated hardware by name, to plan for a machine that is not this one."""
 
 
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a run may take, in bytes; None where nothing was said.
+
+    On a CPU the two are one memory, that of the process: the smaller counts.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+    def limits(self, hardware: Hardware) -> tuple[int | None, int | None]:
+        """Bytes of the device, at most what a GPU has, and of the host; None: no limit."""
+        if hardware.device == "cpu":
+            given = [size for size in (self.device, self.host) if size is not None]
+            return None, min(given, default=None)
+        return min(hardware.device_memory, self.device or hardware.device_memory), self.host
+
+
+def parse_bytes(text: str) -> int:
+    """ "20GiB" -> 21474836480. Units: B, and K, M, G, T with B (1000) or iB (1024), in any case.
+
+    Raises:
+        CfspError: no number, no unit or an unknown one, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None:
+        raise CfspError(f"not a size: {text.strip()!r}; write it as 20GiB, 800MiB or 20GB")
+    size = int(float(found[1]) * unit)
+    if size < 1:
+        raise CfspError(f"not a size: {text.strip()!r} is no memory at all")
+    return size
+
+
+def parse_memory(text: str | None) -> MemoryBudget:
+    """ "20GiB" (of the device) or "device=20GiB,host=8GiB"; None says nothing.
+
+    Raises:
+        CfspError: anything else; says what is expected.
+    """
+    if text is None:
+        return MemoryBudget()
+    if "=" not in text and "," not in text:
+        return MemoryBudget(device=parse_bytes(text))
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        kind, _, size = part.partition("=")
+        kind = kind.strip()
+        if kind not in ("device", "host") or kind in sizes:
+            raise CfspError(
+                f"max memory {text!r}: expected a size such as 20GiB, or device=20GiB,host=8GiB"
+            )
+        sizes[kind] = parse_bytes(size)
+    return MemoryBudget(**sizes)
+
+
 def resident_bytes() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process holds."""
+    return psutil.Process().memory_info().rss
 
 
 def _cgroup_room() -> int | None:
@@ -128,13 +183,7 @@ def _cgroup_room() -> int | None:
 
 def host_memory() -> int:
     """Bytes that this process can hold without swapping, those it has included."""
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        room = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    limit = _cgroup_room()
+    room, limit = psutil.virtual_memory().available, _cgroup_room()
     return resident_bytes() + (room if limit is None else min(room, limit))
 
 
@@ -145,6 +194,12 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for all that a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of linear layers so large that a few of them take a while."""
@@ -153,13 +208,11 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         size *= 2
         x = torch.ones(size, size, dtype=dtype, device=device)
         functional.linear(x, x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         for _ in range(PROBE_PRODUCTS):
             functional.linear(x, x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - started
     return 2 * size**3 * PROBE_PRODUCTS / seconds
 
@@ -193,6 +246,27 @@ def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = Tr
         flops,
         sources=MappingProxyType({"flops": source}),
     )
+
+
+def choose_hardware(
+    hardware: Hardware | str | None,
+    device: str,
+    dtype: torch.dtype,
+    tflops: float | None = None,
+    disk_gbps: float | None = None,
+) -> Hardware:
+    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
+
+    Raises:
+        CfspError: no such name or device, or a stated speed that is not above 0.
+    """
+    if isinstance(hardware, str):
+        if hardware not in HARDWARE:
+            raise unknown_name("hardware", hardware, HARDWARE)
+        hardware = HARDWARE[hardware]
+    if hardware is None:
+        hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
+    return hardware.stated(tflops, disk_gbps)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from ..apportion import reachable
 from ..errors import CfspError
 from ..pruning.budget import Widths
+from ..pruning.plan import write_json
 
 FORMAT = "cfsp-latency-1"
 HALVINGS = 14
@@ -118,6 +119,15 @@ def load_table(path: str | Path) -> LatencyTable:
         raise CfspError(f"{path} is not a latency table of `cfsp latency`") from None
 
 
+def save_table(table: LatencyTable, path: Path) -> None:
+    """Write a table, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, table.to_dict())
+    except OSError as error:
+        raise CfspError(f"cannot write latency table {path}: {error.strerror}") from None
+
+
 @dataclass(frozen=True)
 class LatencyLimit:
     """Seconds that a pruned model may take, by a table."""
@@ -148,13 +158,9 @@ class LatencyLimit:
         """The widest widths that the limit allows.
 
         A width gives way to a larger one that is no slower. What an allocator's widths leave of
-        the seconds is then filled up, first where it would add channels next.
-
-        Args:
-            widths_at: an allocator: fraction to remove of what all channels cost -> widths.
-            sizes: channels of every FFN, of one expert.
-            multiple: of widths.
-            equal: leave widths as the allocator gives them.
+        the seconds is then filled up, first where it would add channels next; with ``equal``
+        widths stay as the allocator gives them. ``widths_at`` is the allocator: fraction to remove
+        of what all channels cost -> widths.
 
         Raises:
             CfspError: no widths are fast enough; says what they reach.
@@ -194,22 +200,25 @@ class _Steps:
     ) -> None:
         self.multiple = multiple
         self.dense = table.dense_seconds
-        self.saved: list[np.ndarray] = []
+
+        @cache
+        def steps(curve: WidthCurve, room: int) -> tuple[np.ndarray, np.ndarray]:
+            saved = curve.at(np.arange(1, room + 1) * multiple)
+            return saved, _no_slower(saved) if snap else np.arange(room)
+
+        found = [
+            steps(curve, size // multiple) for curve, size in zip(table.curves, sizes, strict=True)
+        ]
+        self.saved = [saved for saved, _ in found]
         """Of every FFN, by the number of multiples less one: seconds against the dense one."""
-        self.next: list[np.ndarray] = []
+        self.next = [no_slower for _, no_slower in found]
         """The widest number of multiples, less one, that is no slower."""
-        known: dict[tuple[WidthCurve, int], tuple[np.ndarray, np.ndarray]] = {}
-        for curve, size in zip(table.curves, sizes, strict=True):
-            room = size // multiple
-            if (curve, room) not in known:
-                saved = curve.at(np.arange(1, room + 1) * multiple)
-                known[curve, room] = saved, _no_slower(saved) if snap else np.arange(room)
-            saved, no_slower = known[curve, room]
-            self.saved.append(saved)
-            self.next.append(no_slower)
 
     def _positions(self, widths: Sequence[int]) -> list[int]:
         return [width // self.multiple - 1 for width in widths]
+
+    def _widths(self, positions: Sequence[int]) -> Widths:
+        return tuple((int(position) + 1) * self.multiple for position in positions)
 
     def seconds(self, widths: Sequence[int]) -> float:
         positions = self._positions(widths)
@@ -219,10 +228,7 @@ class _Steps:
 
     def snapped(self, widths: Sequence[int]) -> Widths:
         positions = self._positions(widths)
-        return tuple(
-            (int(wider[at]) + 1) * self.multiple
-            for wider, at in zip(self.next, positions, strict=True)
-        )
+        return self._widths([wider[at] for wider, at in zip(self.next, positions, strict=True)])
 
     def filled(self, widths: Widths, wider: Widths, limit: float) -> Widths:
         """``widths`` widened as far as the limit goes, first where ``wider`` is."""
@@ -238,7 +244,7 @@ class _Steps:
                     more = float(saved[then] - saved[at[ffn]])
                     if spent + more <= limit:
                         at[ffn], spent, changed = then, spent + more, True
-        return tuple((position + 1) * self.multiple for position in at)
+        return self._widths(at)
 
 
 def _no_slower(seconds: np.ndarray) -> np.ndarray:

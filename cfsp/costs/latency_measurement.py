@@ -18,7 +18,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..io.files import write_json
 from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup
 from ..models.fingerprints import versions
 from ..models.layouts import Layout, as_block_output
@@ -27,8 +26,8 @@ from ..models.opening import OpenModel
 from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import none
-from .hardware import device_name
-from .latency import LatencyTable, WidthCurve, load_table
+from .hardware import device_name, synchronize
+from .latency import LatencyTable, WidthCurve, load_table, save_table
 
 MEASURING = 2
 """Version of the way of measuring: tables of an earlier one are not taken from the cache."""
@@ -48,14 +47,15 @@ CALLS_PER_SYNC = {"cpu": 1}
 """Calls of a block in a row; on other devices 10, so that the launch of a call is hidden."""
 
 
-def cache_folder() -> Path:
-    """Where tables are kept: $CFSP_CACHE, or ~/.cache/cfsp."""
-    return Path(os.environ.get("CFSP_CACHE") or Path.home() / ".cache" / "cfsp") / "latency"
+def _digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()
 
 
-def _settings(block: nn.Module) -> dict[str, Any]:
-    """Plain values of a block's modules, such as its attention's window."""
-    return {
+def _kind(block: nn.Module) -> str:
+    """Tells blocks that take different times apart: by shapes, and by plain values of modules such
+    as the attention's window."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    settings = {
         f"{path}.{name}": value
         for path, module in block.named_modules()
         for name, value in vars(module).items()
@@ -63,35 +63,21 @@ def _settings(block: nn.Module) -> dict[str, Any]:
         and name[:1] != "_"
         and name not in ("training", "layer_idx", "layer_id")
     }
-
-
-def _kind(block: nn.Module) -> str:
-    """Tells blocks that take different times apart."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    values = (type(block).__name__, sorted(shapes.items()), sorted(_settings(block).items()))
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    values = (type(block).__name__, sorted(shapes.items()), sorted(settings.items()))
+    return _digest(repr(values))
 
 
 def table_identity(
     model: PreTrainedModel, layout: Layout, device: torch.device, batch: int, length: int
 ) -> dict[str, Any]:
-    """Everything that a table depends on: what is measured, on what, and by which versions.
-
-    Args:
-        model: dense, perhaps on meta.
-        layout: its layout.
-        device: to measure on.
-        batch: windows of a forward call.
-        length: tokens of each.
-    """
+    """Everything that a table depends on: what is measured, on what, and by which versions."""
     kinds = [_kind(block) for block in layout.find_blocks(model)]
     outer = tuple(model.get_input_embeddings().weight.shape)
     attention = getattr(model.config, "_attn_implementation", None)
     experts = getattr(model.config, "_experts_implementation", None)
-    shape = (kinds, outer, attention, experts)
     known = versions(device)
     return {
-        "model": hashlib.sha256(repr(shape).encode()).hexdigest(),
+        "model": _digest(repr((kinds, outer, attention, experts))),
         "device": device_name(device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": batch,
@@ -102,8 +88,9 @@ def table_identity(
 
 
 def _cache_file(identity: dict[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / f"{key[:16]}.json"
+    """Where a table is kept: in $CFSP_CACHE, or ~/.cache/cfsp."""
+    root = Path(os.environ.get("CFSP_CACHE") or Path.home() / ".cache" / "cfsp")
+    return root / "latency" / f"{_digest(json.dumps(identity, sort_keys=True))[:16]}.json"
 
 
 def cached_table(identity: dict[str, Any]) -> LatencyTable | None:
@@ -122,14 +109,8 @@ def known_table(
     budget: ModelBudget | None,
     given: str | Path | LatencyTable | None,
 ) -> LatencyTable | None:
-    """The table that is given, or the one that a latency budget wants, where it is kept.
-
-    Args:
-        model: dense, perhaps on meta.
-        layout: its layout.
-        device: that a table is kept of; a given one may be of any.
-        budget: of the recipe.
-        given: a table of the same model, and of the batch and length of the budget.
+    """The given table, of any device, or the one of this device that a latency budget wants, where
+    it is kept.
 
     Raises:
         CfspError: no table, or one of another model, batch or length.
@@ -151,26 +132,10 @@ def known_table(
     return table
 
 
-def save_table(table: LatencyTable, path: Path) -> None:
-    """Write a table, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, table.to_dict())
-    except OSError as error:
-        raise CfspError(f"cannot write latency table {path}: {error.strerror}") from None
-
-
 def table_of(
     opened: OpenModel, batch: int, length: int, *, again: bool = False, progress: bool = True
 ) -> LatencyTable:
-    """The table of a model on its device: the one that is kept, or measured now and kept.
-
-    Args:
-        opened: dense; no weights of its blocks are read.
-        batch: windows of a forward call.
-        length: tokens of each.
-        again: measure even where a table is kept.
-        progress: show a bar on stderr.
+    """The table of a dense model on its device: the one that is kept, or measured now and kept.
 
     Raises:
         CfspError: more tokens than the model has positions, no memory for it, or no place to
@@ -211,30 +176,20 @@ def measure_table(
     are random. All widths are in memory at once and take turns, there and back, so that drift
     cancels out.
 
-    Args:
-        opened: dense; no weights of its blocks are read.
-        identity: of :func:`table_identity`.
-        progress: show a bar on stderr.
-
     Raises:
         CfspError: no memory for all widths.
     """
-    model, layout = opened.model, opened.layout
-    blocks, device = layout.find_blocks(model), model_device(model)
-    names = [_kind(block) for block in blocks]
+    model, shape = opened.model, (identity["batch"], identity["length"])
+    names = [_kind(block) for block in opened.layout.find_blocks(model)]
     kinds = sorted(set(names), key=names.index)
-    generator = torch.Generator().manual_seed(0)
-    shape = identity["batch"], identity["length"]
     words = model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(0, words, shape, generator=generator).to(device)
+    tokens = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
     measured: list[tuple[WidthCurve, ...]] = []
     outer: list[float] = []
-    bar = tqdm(kinds, desc="latency", unit="kind of block", disable=not progress)
     try:
-        for name in bar:
+        for name in tqdm(kinds, desc="latency", unit="kind of block", disable=not progress):
             places = [place for place, own in enumerate(names) if own == name][:CHAIN]
-            dense = _with_random_weights(blocks[places[0]], device, model.dtype)
-            curves, seconds = _curves(model, layout, dense, places, tokens)
+            curves, seconds = _curves(opened, places, tokens.to(model_device(model)))
             measured.append(curves)
             outer.append(seconds)
     except torch.OutOfMemoryError:
@@ -246,17 +201,6 @@ def measure_table(
     )
 
 
-def _with_random_weights(block: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a block, perhaps on meta, with small random weights in memory."""
-    dense = copy.deepcopy(block)
-    values = {
-        name: torch.empty(old.shape, dtype=dtype, device=device).normal_(0, 0.02)
-        for name, old in dense.named_parameters()
-    }
-    set_parameters_(dense, values)
-    return dense
-
-
 def _grid(group: ChannelGroup) -> list[int]:
     """Widths of an FFN, ascending up to the dense one."""
     least = EXPERT_WIDTH_MULTIPLE if group.experts > 1 else 1
@@ -266,22 +210,18 @@ def _grid(group: ChannelGroup) -> list[int]:
 
 
 def _curves(
-    model: PreTrainedModel,
-    layout: Layout,
-    dense: nn.Module,
-    places: Sequence[int],
-    tokens: torch.Tensor,
+    opened: OpenModel, places: Sequence[int], tokens: torch.Tensor
 ) -> tuple[tuple[WidthCurve, ...], float]:
-    """A curve for every FFN of a block, and the seconds of the model without blocks.
-
-    Args:
-        model: whose embeddings, norm and head run too.
-        layout: its layout.
-        dense: a block with weights.
-        places: numbers of the blocks that it stands in for.
-        tokens: [batch, length] int64.
-    """
+    """A curve for every FFN of the kind of block in these places, and the seconds of the model
+    without blocks."""
+    model, layout = opened.model, opened.layout
     blocks = layout.find_blocks(model)
+    dense = copy.deepcopy(blocks[places[0]])
+    values = {
+        name: torch.empty(old.shape, dtype=model.dtype, device=tokens.device).normal_(0, 0.02)
+        for name, old in dense.named_parameters()
+    }
+    set_parameters_(dense, values)
     size = sum(parameter.nbytes for parameter in dense.parameters())
     copies = min(len(places), max(1, math.ceil(UNCACHED_BYTES / size)))
 
@@ -328,9 +268,7 @@ def _forward(
     def hand_on(block: nn.Module) -> Callable[..., Any]:
         return lambda states, *_, **__: as_block_output(block, states)
 
-    forwards: list[Callable[..., Any]] = [hand_on(block) for block in blocks]
-    for place, block in placed.items():
-        forwards[place] = partial(block)
+    forwards = [partial(placed[at]) if at in placed else hand_on(b) for at, b in enumerate(blocks)]
 
     def run() -> Any:
         with forward_instead(blocks, forwards):
@@ -348,19 +286,14 @@ def _timed(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[lis
     for turn in range(ROUNDS + 1):
         seconds = [0.0] * len(cases)
         for number in range(len(cases)) if turn % 2 else reversed(range(len(cases))):
-            _wait(device)
+            synchronize(device)
             started = time.perf_counter()
             for _ in range(calls):
                 cases[number]()
-            _wait(device)
+            synchronize(device)
             seconds[number] = (time.perf_counter() - started) / calls
         if turn:
             found.append(seconds)
         if len(found) >= LEAST_ROUNDS and time.perf_counter() - begun > LONG_SECONDS:
             break
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -59,7 +59,7 @@ class ModelBudget:
             )
 
 
-def parse_budget(text: str) -> ModelBudget:
+def parse_model_budget(text: str) -> ModelBudget:
     """Read "params=0.25", "params=6B", "flops=0.25@8x2048" or "latency=0.25@1x1024".
 
     A number below 1 is a fraction to remove, any other the parameters to keep; K, M, B and T are

@@ -123,7 +123,7 @@ def make_plan(
             only for scorers that read weights, and for error curves.
         recipe: the choices.
         budget: what the recipe's comes to in this model, see
-            :func:`cfsp.costs.footprint.resolve_budget`; None: the recipe has a sparsity.
+            :mod:`cfsp.costs.budgets`; None: the recipe has a sparsity.
         search: for allocator ``search``, see :func:`cfsp.pruning.live_search.width_search`.
         progress: show a bar on stderr where scoring takes long.
 

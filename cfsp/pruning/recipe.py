@@ -12,7 +12,7 @@ from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
 from .allocation import ALLOCATORS, NEEDS_CURVES, SEARCH
-from .budget import ModelBudget, parse_budget
+from .budget import ModelBudget, parse_model_budget
 from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
 from .least_squares import DAMPING
 from .refit import EPOCHS, LEARNING_RATE
@@ -28,7 +28,8 @@ class Recipe:
     sparsity: float = 0.3
     """Fraction of all FFN channels to remove, in [0, 1)."""
     budget: str | None = None
-    """Of the whole model, instead of a sparsity: see :func:`cfsp.pruning.budget.parse_budget`."""
+    """Of the whole model, instead of a sparsity:
+    see :func:`cfsp.pruning.budget.parse_model_budget`."""
     scorer: str = "cfsp-residual"
     """``cfsp`` is the published method."""
     allocator: str | None = None
@@ -74,7 +75,7 @@ class Recipe:
         if not 0 <= self.sparsity < 1:
             raise CfspError(f"sparsity must be in [0, 1), got {self.sparsity}")
         if self.budget is not None:
-            parse_budget(self.budget)
+            parse_model_budget(self.budget)
             if self.sparsity != type(self).sparsity:
                 raise CfspError(
                     f"budget {self.budget} and sparsity {self.sparsity} exclude each other"
@@ -121,7 +122,7 @@ class Recipe:
     @property
     def model_budget(self) -> ModelBudget | None:
         """The budget, read."""
-        return parse_budget(self.budget) if self.budget is not None else None
+        return parse_model_budget(self.budget) if self.budget is not None else None
 
     @property
     def resolved_allocator(self) -> str:

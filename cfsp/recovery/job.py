@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from ..calibration.windows import calibration_windows
 from ..checkpoints.documents import PLAN, PrunedFolder, read_pruned
-from ..costs.hardware import resident_bytes, this_machine
+from ..costs.hardware import MemoryBudget, resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.held_out import HeldOut, held_out_text
-from ..io.memory import MemoryBudget
 from ..models.descriptions import describe_opened
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import quiet_loading

@@ -17,9 +17,9 @@ from ..checkpoints.documents import add_recovery, drop_times_
 from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..checkpoints.verification import take_probe
+from ..costs.hardware import parse_memory
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
-from ..io.memory import parse_budget
 from ..models.surgery import empty_
 from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
 from .job import Job, make_job
@@ -134,7 +134,7 @@ def recover(
     if settings.method == "lora":
         require_peft()
     check_out(goal, overwrite, folder, resume=resume)
-    budget = parse_budget(max_memory)
+    budget = parse_memory(max_memory)
     job = make_job(
         Path(folder), settings, eval_dataset, eval_windows, device, budget, measure=progress
     )

@@ -11,7 +11,8 @@ from ..calibration.collect import collect_statistics
 from ..calibration.grams import GramFolder
 from ..calibration.statistics import Statistics, statistics_fingerprint
 from ..calibration.windows import calibration_windows
-from ..costs.footprint import Footprints, check_met, resolve_budget
+from ..costs.budgets import plan_within
+from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
 from ..distributed import ALONE, Ranks
 from ..evaluation.held_out import HeldOut
@@ -23,7 +24,7 @@ from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
 from ..pruning.compensation import FitRecord
 from ..pruning.live_search import width_search
-from ..pruning.plan import PruningPlan, make_plan, plan_to_dict
+from ..pruning.plan import PruningPlan, plan_to_dict
 from ..pruning.recipe import Recipe
 from ..pruning.refit import RefitSettings, Refitting
 from .result import PruneReport
@@ -89,11 +90,10 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    budget = resolve_budget(model, layout, recipe, table)
     weights = opened.blocks.ffn_weights
-    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
-    check_met(model, layout, plan, table)
-    return plan
+    return plan_within(
+        statistics, weights, recipe, model, layout, table, search=search, progress=progress
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ import cfsp
 from cfsp.api import plan as planned
 from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.statistics import Statistics
-from cfsp.costs.feasibility import check_recipe
+from cfsp.costs.budgets import check_recipe
 from cfsp.costs.footprint import Footprints, footprints
 from cfsp.errors import CfspError
 from cfsp.models.opening import adopt
-from cfsp.pruning.budget import parse_budget
+from cfsp.pruning.budget import parse_model_budget
 from cfsp.pruning.compaction import prune_model_
 from cfsp.pruning.plan import PruningPlan
 
@@ -208,12 +208,12 @@ def test_what_is_no_budget_is_refused(text: str, message: str) -> None:
 
 
 def test_budgets_are_read() -> None:
-    assert parse_budget("params=6B").parameters == 6 * 10**9
-    assert parse_budget("params=98.5m").parameters == 98_500_000
-    assert parse_budget("params=.25").kept(100) == 75
-    shaped = parse_budget("flops=0.25@8x2048")
+    assert parse_model_budget("params=6B").parameters == 6 * 10**9
+    assert parse_model_budget("params=98.5m").parameters == 98_500_000
+    assert parse_model_budget("params=.25").kept(100) == 75
+    shaped = parse_model_budget("flops=0.25@8x2048")
     assert (shaped.fraction, shaped.batch, shaped.length) == (0.25, 8, 2048)
-    plain = parse_budget("latency=0.3")
+    plain = parse_model_budget("latency=0.3")
     assert (plain.batch, plain.length) == (1, 1024)
     with pytest.raises(CfspError, match=r"budget params=0.2 and sparsity 0.5 exclude each other"):
         cfsp.Recipe(budget="params=0.2", sparsity=0.5)

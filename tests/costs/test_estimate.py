@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.costs.flops import ModelCosts, costs_of
-from cfsp.costs.hardware import H100
+from cfsp.costs.hardware import H100, MemoryBudget, parse_bytes, parse_memory
 from cfsp.errors import CfspError
 from cfsp.io.files import format_bytes
-from cfsp.io.memory import MemoryBudget, parse_budget, parse_bytes
 from cfsp.io.safetensors import TensorInfo
 from cfsp.models.blockwise import record_block_calls, run_block
 from cfsp.models.descriptions import block_path
@@ -291,20 +290,20 @@ def test_reference_models_have_their_published_sizes(
 def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
     found = reference("Llama-3-70B")
     assert found.micro_batch == 8
-    found.check(parse_budget("24GB"))
+    found.check(parse_memory("24GB"))
     smaller = reference("Llama-3-70B", max_memory="11.1GiB")
     assert 1 < smaller.micro_batch < 8
-    smaller.check(parse_budget("11.1GiB"))
+    smaller.check(parse_memory("11.1GiB"))
     more = reference("Llama-3-70B", recipe=replace(PUBLISHED, micro_batch=smaller.micro_batch + 1))
     with pytest.raises(CfspError, match=r"device memory: about .* lower --samples or --seqlen"):
-        more.check(parse_budget("11.1GiB"))
+        more.check(parse_memory("11.1GiB"))
     long = replace(PUBLISHED, calibration=cfsp.Calibration(samples=2048, seqlen=2048))
     with pytest.raises(CfspError, match=r"74\.5 GiB to be had; lower --samples or"):
         reference("Llama-3-70B", recipe=long).check(MemoryBudget())
     with pytest.raises(CfspError, match=r"6\.0 GiB to be had; no option lowers embeddings, norm"):
-        reference("Llama-3-70B").check(parse_budget("6GiB"))
+        reference("Llama-3-70B").check(parse_memory("6GiB"))
     with pytest.raises(CfspError, match=r"host memory: about .*, 2\.0 GiB to be had; no option"):
-        reference("Llama-3-70B").check(parse_budget("host=2GiB"))
+        reference("Llama-3-70B").check(parse_memory("host=2GiB"))
 
 
 def test_ranks_share_windows_and_nodes_share_writing() -> None:
@@ -328,8 +327,8 @@ def test_ranks_share_windows_and_nodes_share_writing() -> None:
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
-    assert parse_budget(text) == MemoryBudget(device=size)
-    assert parse_budget(f"host=1GiB, device={text}") == MemoryBudget(size, 1 << 30)
+    assert parse_memory(text) == MemoryBudget(device=size)
+    assert parse_memory(f"host=1GiB, device={text}") == MemoryBudget(size, 1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +346,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 )
 def test_what_is_no_size_is_refused(text: str, message: str) -> None:
     with pytest.raises(CfspError, match=message):
-        parse_budget(text)
+        parse_memory(text)
 
 
 def test_sizes_are_written() -> None:

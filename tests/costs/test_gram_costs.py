@@ -13,8 +13,8 @@ from cfsp.calibration.gram_sums import GramSums, Split, products_held
 from cfsp.calibration.grams import temporary_folder
 from cfsp.costs import fit_costs as gram_costs
 from cfsp.costs.fit_costs import GramCosts
+from cfsp.costs.hardware import parse_memory
 from cfsp.errors import CfspError
-from cfsp.io.memory import parse_budget
 from cfsp.models.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning import least_squares
@@ -95,7 +95,7 @@ def test_memory_of_a_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
         removal_order(down, gram.product / gram.tokens)
     assert live.peak <= costs.rank_bytes() * 1.1
     assert live.peak >= costs.rank_bytes() * 0.6
-    assert replace(costs, ranks=False).rank_flops() == 0 < costs.rank_flops()
+    assert replace(costs, scores=False).rank_flops() == 0 < costs.rank_flops()
     alone = replace(costs, residuals=True)
     moments = gram.product / gram.tokens
     with Live([moments]) as live:
@@ -117,8 +117,8 @@ def test_a_70b_model_says_what_they_take() -> None:
     assert b["calibrate"].bound == "write"
     assert fitted.device_bytes > plain.device_bytes
     with pytest.raises(CfspError, match=r"device memory: .* 15\.0 GiB to be had"):
-        fitted.check(parse_budget("15GiB"))
-    fitted.check(parse_budget("24GB"))
+        fitted.check(parse_memory("15GiB"))
+    fitted.check(parse_memory("24GB"))
     with pytest.raises(CfspError, match="take 1, 2, 4 or 8 ranks, not 6"):
         reference("Llama-3-70B", recipe=LEAST_SQUARES, ranks=6)
     experts = reference("Qwen3-235B-A22B", recipe=LEAST_SQUARES)

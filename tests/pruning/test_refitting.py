@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
+from cfsp.costs.fit_costs import RefitCosts
 from cfsp.costs.flops import ModelCosts, costs_of
-from cfsp.costs.refit_costs import RefitCosts
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo

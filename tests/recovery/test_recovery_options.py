@@ -137,19 +137,21 @@ def test_the_estimate_follows_the_settings(pruned: Path) -> None:
     whole = estimate(cfsp.Recovery(method="ffn", batch_size=8))
     assert lora.flops < whole.flops < 2 * lora.flops
     trained = whole.trained_parameters
-    assert whole.parts["trained parameters, gradients, moments"] == 12 * trained
-    assert lora.parts["trained parameters, gradients, moments"] == 16 * lora.trained_parameters
+    assert whole.device_parts["trained parameters, gradients, moments"] == 12 * trained
+    assert (
+        lora.device_parts["trained parameters, gradients, moments"] == 16 * lora.trained_parameters
+    )
     teacher = cfsp.Distillation(str(pruned.with_name("llama-dense")))
     taught = estimate(cfsp.Recovery(rank=2, batch_size=8, distillation=teacher))
-    assert taught.parts["teacher"] > taught.parts["model"]
+    assert taught.device_parts["teacher"] > taught.device_parts["model"]
     assert taught.flops > 1.3 * lora.flops
     tight = f"{lora.device_bytes - 1}B"
     saving = estimate(cfsp.Recovery(rank=2, batch_size=8), max_memory=tight)
     assert saving.gradient_checkpointing
-    assert saving.parts["activations"] < lora.parts["activations"]
+    assert saving.device_parts["activations"] < lora.device_parts["activations"]
     assert saving.flops > lora.flops
     with pytest.raises(CfspError, match=r"memory: about .* needed, 1\.0 KiB to be had"):
-        estimate(cfsp.Recovery(), max_memory="1KiB").check(estimates.parse_budget("1KiB"))
+        estimate(cfsp.Recovery(), max_memory="1KiB").check(estimates.parse_memory("1KiB"))
 
 
 def test_a_dry_run_reads_no_weights(
