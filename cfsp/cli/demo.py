@@ -77,14 +77,12 @@ def dense_folder(folder: Path) -> Path:
 def generate(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> Continuation:
     """Continue a prompt; the speed counts prefill and decoding, after a warm-up."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs.input_ids.shape[1]
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(**inputs, max_new_tokens=2, **options)
+    options = {**inputs, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    model.generate(**options, max_new_tokens=2)
     started = time.perf_counter()
-    tokens = model.generate(
-        **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options
-    )[0, length:]
+    ids = model.generate(**options, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
     seconds = time.perf_counter() - started
+    tokens = ids[0, inputs.input_ids.shape[1] :]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Continuation(text, len(tokens), len(tokens) / seconds)
 

@@ -90,9 +90,7 @@ def perplexity_of_logits(
     Args:
         logits: [1, S, V] of every window of this rank's share in order, asked for one at a time.
         windows: [N, S] int64, those of all ranks.
-        dataset: see :func:`perplexity`.
-        counts: see :func:`perplexity`.
-        ranks: those that share the windows.
+        dataset, counts, ranks: see :func:`perplexity`.
         seconds: spent on the windows before the logits.
     """
     started = time.perf_counter()

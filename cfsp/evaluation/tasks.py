@@ -16,13 +16,8 @@ TASK_ERRORS = (OSError, ValueError, LookupError, ImportError, TypeError)
 def find_tasks(
     tasks: Sequence[str], folder: str | Path | None = None, *, progress: bool = True
 ) -> Any:
-    """The harness's index of tasks, which takes some seconds, once these have been loaded from it
-    with their data.
-
-    Args:
-        tasks: names of tasks or groups.
-        folder: the user's own task files.
-        progress: let the harness write to stderr.
+    """The harness's index of tasks, which takes some seconds, once these tasks or groups have been
+    loaded from it with their data; ``folder`` has the user's own task files.
 
     Raises:
         CfspError: a task that neither the harness nor ``folder`` has, or that cannot be loaded;
@@ -62,13 +57,8 @@ def run_tasks(
     """Scores of a model by task and metric, such as ``acc``, ``acc_stderr`` for its standard error,
     or ``exact_match (strict-match)`` for a metric of a filter.
 
-    Args:
-        opened: a causal LM with its tokenizer.
-        tasks: names of tasks or groups.
-        index: the result of :func:`find_tasks`.
-        limit: only the first examples of each task.
-        batch: examples at a time.
-        progress: let the harness write to stderr.
+    ``index`` is the result of :func:`find_tasks`, ``limit`` reads only the first examples of each
+    task, ``batch`` reads so many at a time, and ``progress`` lets the harness write to stderr.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

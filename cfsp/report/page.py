@@ -12,7 +12,6 @@ from ..checkpoints.documents import Result
 from ..errors import CfspError
 from ..io.files import format_bytes
 from ..pruning.allocation import NEEDS_CURVES
-from ..pruning.recipe import Recipe
 from . import figures
 from .svg import kept_strip
 from .tables import (
@@ -59,19 +58,13 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
     environment.globals["number_at"] = number_at
     template = environment.from_string((folder / "report.html").read_text("utf-8"))
     names = [result.name for result in results]
-    labels = [
-        name if names.count(name) == 1 else str(result.folder)
-        for name, result in zip(names, results, strict=True)
-    ]
-    plans = [(label, result.plan) for label, result in zip(labels, results, strict=True)]
+    labels = [r.name if names.count(r.name) == 1 else str(r.folder) for r in results]
+    pairs = list(zip(labels, results, strict=True))
     return template.render(
         css=(folder / "report.css").read_text("utf-8"),
         title=labels[0] if len(results) == 1 else f"{len(results)} pruned models",
-        results=[
-            _result(result, label, evaluations)
-            for result, label in zip(results, labels, strict=True)
-        ],
-        widths_compared=figures.widths_compared(plans),
+        results=[_result(result, label, evaluations) for label, result in pairs],
+        widths_compared=figures.widths_compared([(label, r.plan) for label, r in pairs]),
         perplexities_compared=perplexities_compared(results, labels),
         evaluation=evaluation_table(evaluations, results) if evaluations else None,
     )
@@ -113,24 +106,19 @@ def _recipe(result: Result) -> list[tuple[str, str]]:
         "calibration": f"{calibration.samples} windows of {calibration.seqlen} tokens of "
         f"{calibration.dataset}, seed {calibration.seed}, BOS {calibration.bos}",
     }
-    words = {True: "yes", False: "no"}
-    return [
-        (name.replace("_", " "), words[value] if isinstance(value, bool) else str(value))
-        for name, value in choices.items()
-        if value is not None and name not in _without_effect(recipe)
-    ]
-
-
-def _without_effect(recipe: Recipe) -> set[str]:
-    """Settings of what this recipe does not do."""
     unread: set[str] = set()
     if not recipe.blockwise:
         unread |= {"epochs", "learning_rate"}
     if not recipe.searches:
-        unread |= {name for name in recipe.to_dict() if name.startswith("search_")}
+        unread |= {name for name in choices if name.startswith("search_")}
         if recipe.resolved_allocator not in NEEDS_CURVES:
             unread |= {"error_scale", "importance_exponent"}
-    return unread
+    words = {True: "yes", False: "no"}
+    return [
+        (name.replace("_", " "), words[value] if isinstance(value, bool) else str(value))
+        for name, value in choices.items()
+        if value is not None and name not in unread
+    ]
 
 
 def _flat(values: Values, prefix: str = "") -> list[tuple[str, str]]:

@@ -44,10 +44,8 @@ class Axis:
             return round_ticks(self.low, self.high)
         decades = math.log10(self.high / self.low)
         steps = (1, 2, 5) if decades < 2.5 else (1,)
-        every = math.ceil(decades / 6)
-        powers = range(
-            math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1, every
-        )
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        powers = range(first, last + 1, math.ceil(decades / 6))
         values = [step * 10.0**power for power in powers for step in steps]
         return [value for value in values if self.low <= value <= self.high]
 
@@ -93,11 +91,10 @@ def rect(left: float, width: float, top: float, bottom: float, kind: str) -> Mar
     ).format(kind, left, width, top, max(bottom - top, 0.0))
 
 
-def dot(centre: float, y: float, kind: str, radius: float = 3) -> Markup:
+def dot(x: float, y: float, kind: str, radius: float = 3) -> Markup:
     """A disc: x in percent, y in pixels."""
-    return Markup('<circle class="{}" cx="{:.3f}%" cy="{:.1f}" r="{}"/>').format(
-        kind, centre, y, radius
-    )
+    disc = Markup('<circle class="{}" cx="{:.3f}%" cy="{:.1f}" r="{}"/>')
+    return disc.format(kind, x, y, radius)
 
 
 def line(points: Iterable[tuple[float, float]], height: float, kind: str) -> Markup:
@@ -162,11 +159,10 @@ def kept_strip(kept: torch.Tensor, size: int) -> str:
     if bins % 2:
         levels = torch.cat([levels, levels.new_zeros(1)])
     pixels = (levels[0::2] << 4 | levels[1::2]).numpy().tobytes()
-    alpha = bytes(level * 17 for level in range(16))
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", bins, 1, 4, 3, 0, 0, 0)),
         (b"PLTE", bytes(STRIP_COLOUR) * 16),
-        (b"tRNS", alpha),
+        (b"tRNS", bytes(range(0, 256, 17))),
         (b"IDAT", zlib.compress(b"\0" + pixels, 9)),
         (b"IEND", b""),
     )

@@ -9,6 +9,8 @@ from ..io.files import format_bytes
 from .svg import series
 
 Values = Mapping[str, Any]
+Bar = tuple[str, float, str, str]
+"""(label, value, text, class): a bar from zero."""
 
 SPEEDS = {
     "prefill, tokens/s": ("speed", "prefill_tokens_per_second"),
@@ -29,15 +31,6 @@ def number_at(values: Any, *path: str) -> float | None:
     return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def bars(rows: Sequence[tuple[str, float, str, str]]) -> list[dict[str, str]]:
-    """Bars from zero, of (label, value, text, class), in percent of the longest."""
-    longest = max(value for _, value, _, _ in rows) or 1
-    return [
-        {"label": label, "text": text, "kind": kind, "percent": f"{100 * value / longest:.2f}"}
-        for label, value, text, kind in rows
-    ]
-
-
 def perplexities(result: Result) -> dict[str, Any] | None:
     """Of the dense model, the pruned one, and after each recovery that was measured on the same
     text: the first, the last, the text, and bars of all. None where pruning was not measured."""
@@ -54,11 +47,11 @@ def perplexities(result: Result) -> dict[str, Any] | None:
     ]
     if [label for label, _ in known[:2]] != ["dense", "pruned"]:
         return None
-    rows = [
+    bars: list[Bar] = [
         (label, value, f"{value:,.2f}", "other" if label == "dense" else "kept")
         for label, value in known
     ]
-    return {"before": known[0][1], "after": known[-1][1], "on": text, "bars": bars(rows)}
+    return {"before": known[0][1], "after": known[-1][1], "on": text, "bars": bars}
 
 
 def _text_of(measured: Any) -> str:
@@ -104,17 +97,19 @@ def perplexities_compared(
 ) -> dict[str, Any] | None:
     """The text, and bars of the results that were measured, after the dense model's where all are
     of the same; None for fewer than two, or where texts differ."""
-    measured = [
-        (pair, result.dense_name, (label, pair["after"], f"{pair['after']:,.2f}", series(position)))
-        for position, (result, label) in enumerate(zip(results, labels, strict=True))
-        if (pair := perplexities(result)) is not None
-    ]
-    if len(measured) < 2 or len({pair["on"] for pair, _, _ in measured}) > 1:
+    measured: list[tuple[str, dict[str, Any], Bar]] = []
+    for position, (result, label) in enumerate(zip(results, labels, strict=True)):
+        pair = perplexities(result)
+        if pair is not None:
+            bar = (label, pair["after"], f"{pair['after']:,.2f}", series(position))
+            measured.append((result.dense_name, pair, bar))
+    if len(measured) < 2 or len({pair["on"] for _, pair, _ in measured}) > 1:
         return None
-    first = measured[0][0]
-    dense = {(name, f"{pair['before']:,.2f}") for pair, name, _ in measured}
-    rows = [("dense", first["before"], text, "other") for _, text in dense if len(dense) == 1]
-    return {"on": first["on"], "bars": bars([*rows, *(bar for _, _, bar in measured)])}
+    bars = [bar for *_, bar in measured]
+    before = measured[0][1]["before"]
+    if len({(dense, f"{pair['before']:,.2f}") for dense, pair, _ in measured}) == 1:
+        bars.insert(0, ("dense", before, f"{before:,.2f}", "other"))
+    return {"on": measured[0][1]["on"], "bars": bars}
 
 
 def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -> dict[str, Any]:
@@ -135,10 +130,9 @@ def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -
         if path in SPEEDS.values() and first:
             for place, value in enumerate(values[1:], start=1):
                 texts[place] += f" ({value / first:.2f}x)" if value else ""
-        known = [value for value in values if value is not None]
-        whole = len(known) == len(labels) > 1
-        rows = list(zip(labels, known, texts, kinds, strict=True)) if whole else []
-        measures.append({"title": title, "texts": texts, "bars": bars(rows) if rows else None})
+        whole = None not in values and len(values) > 1
+        bars = list(zip(labels, values, texts, kinds, strict=True)) if whole else []
+        measures.append({"title": title, "texts": texts, "bars": bars})
     return {"labels": labels, "measures": measures}
 
 
