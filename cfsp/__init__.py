@@ -1,27 +1,59 @@
 """Structured FFN pruning of large language models after one calibration pass.
 
 Importing this registers the pruned architectures with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
+``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag. Neither torch
+nor transformers is imported until something needs it.
 """
 
-from .api import PruneResult, calibrate, latency_table, plan, prune
-from .calibration.statistics import Statistics, load_statistics, save_statistics
-from .calibration.windows import Calibration
-from .checkpoints.exports import ExportResult, export
-from .checkpoints.folder import load
-from .costs.dry_run import estimate
-from .costs.estimates import Estimate
-from .costs.latency import LatencyTable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .auto_classes import know_pruned_models
 from .errors import CfspError
-from .evaluation.quality import Perplexity, perplexity
-from .models.loading import open_model
-from .models.registration import register
-from .pruning.plan import PruningPlan, load_plan, save_plan
-from .pruning.ranking import with_ranking
-from .pruning.recipe import Recipe, load_recipe
-from .recovery import Distillation, Recovery, RecoveryResult, recover
+
+if TYPE_CHECKING:
+    from .api import PruneResult, calibrate, latency_table, plan, prune
+    from .calibration.statistics import Statistics, load_statistics, save_statistics
+    from .calibration.windows import Calibration
+    from .checkpoints.documents import read_result
+    from .checkpoints.exports import ExportResult, export
+    from .checkpoints.folder import load
+    from .costs.dry_run import estimate
+    from .costs.estimates import Estimate
+    from .costs.latency import LatencyTable
+    from .evaluation.quality import Perplexity, perplexity
+    from .evaluation.side_by_side import evaluate
+    from .models.loading import open_model
+    from .models.registration import register
+    from .pruning.plan import PruningPlan, load_plan, save_plan
+    from .pruning.ranking import with_ranking
+    from .pruning.recipe import Recipe, load_recipe
+    from .recovery import Distillation, Recovery, RecoveryResult, recover
+    from .report.page import write_report
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "api": ("PruneResult", "calibrate", "latency_table", "plan", "prune"),
+    "calibration.statistics": ("Statistics", "load_statistics", "save_statistics"),
+    "calibration.windows": ("Calibration",),
+    "checkpoints.documents": ("read_result",),
+    "checkpoints.exports": ("ExportResult", "export"),
+    "checkpoints.folder": ("load",),
+    "costs.dry_run": ("estimate",),
+    "costs.estimates": ("Estimate",),
+    "costs.latency": ("LatencyTable",),
+    "evaluation.quality": ("Perplexity", "perplexity"),
+    "evaluation.side_by_side": ("evaluate",),
+    "models.loading": ("open_model",),
+    "models.registration": ("register",),
+    "pruning.plan": ("PruningPlan", "load_plan", "save_plan"),
+    "pruning.ranking": ("with_ranking",),
+    "pruning.recipe": ("Recipe", "load_recipe"),
+    "recovery": ("Distillation", "Recovery", "RecoveryResult", "recover"),
+    "report.page": ("write_report",),
+}
+"""Where the names of :data:`__all__` lie, which are imported when they are first used."""
 
 __all__ = [
     "Calibration",
@@ -39,6 +71,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "estimate",
+    "evaluate",
     "export",
     "latency_table",
     "load",
@@ -49,11 +82,26 @@ __all__ = [
     "perplexity",
     "plan",
     "prune",
+    "read_result",
     "recover",
     "register",
     "save_plan",
     "save_statistics",
     "with_ranking",
+    "write_report",
 ]
 
-register()
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+know_pruned_models()

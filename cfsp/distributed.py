@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
-
 from .errors import CfspError, RankLost
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup, Store
 
 PATIENCE = timedelta(
@@ -79,7 +78,11 @@ class Ranks:
         Raises:
             CfspError: more ranks than GPUs on this machine.
         """
-        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        if self.size == 1 or name not in ("auto", "cuda"):
+            return name
+        import torch
+
+        if not torch.cuda.is_available():
             return name
         if self.local_rank >= torch.cuda.device_count():
             raise CfspError(
@@ -89,7 +92,7 @@ class Ranks:
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
-    def ordered_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """Zeros plus every part of rank 0, plus every part of rank 1, and so on, one by one.
 
         Each rank adds its own to what the one before it hands on: the additions of one process in
@@ -107,11 +110,12 @@ class Ranks:
                 dist.broadcast(total, self.size - 1, group=self.group)
         return total
 
-    def running_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
 
         Ranks work on several sums at a time: one has handed on the first when it turns to the next.
         """
+        import torch
         import torch.distributed as dist
 
         total = torch.zeros_like(like, device="cpu")
@@ -124,7 +128,7 @@ class Ranks:
                 dist.send(total, self.rank + 1, group=self.group)
         return total
 
-    def fill_(self, rows: torch.Tensor) -> torch.Tensor:
+    def fill_(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Give every rank all rows, in place, where each has those of its :meth:`share`."""
         if self.size > 1:
             import torch.distributed as dist

