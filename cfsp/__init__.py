@@ -53,43 +53,9 @@ _MODULES = {
     "recovery": ("Distillation", "Recovery", "RecoveryResult", "recover"),
     "report.page": ("write_report",),
 }
-"""Where the names of :data:`__all__` lie, which are imported when they are first used."""
+"""Where public names lie; a module is imported when one of its names is first used."""
 
-__all__ = [
-    "Calibration",
-    "CfspError",
-    "Distillation",
-    "Estimate",
-    "ExportResult",
-    "LatencyTable",
-    "Perplexity",
-    "PruneResult",
-    "PruningPlan",
-    "Recipe",
-    "Recovery",
-    "RecoveryResult",
-    "Statistics",
-    "calibrate",
-    "estimate",
-    "evaluate",
-    "export",
-    "latency_table",
-    "load",
-    "load_plan",
-    "load_recipe",
-    "load_statistics",
-    "open_model",
-    "perplexity",
-    "plan",
-    "prune",
-    "read_result",
-    "recover",
-    "register",
-    "save_plan",
-    "save_statistics",
-    "with_ranking",
-    "write_report",
-]
+__all__ = sorted(["CfspError", *(name for names in _MODULES.values() for name in names)])
 
 
 def __getattr__(name: str) -> Any:

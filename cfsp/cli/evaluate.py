@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("speed", "Of generation, the models taking turns.")
     group.add_argument(
-        "--speed",
-        action="store_true",
-        help="Time prefill and decode; holds all models in memory",
+        "--speed", action="store_true", help="Time prefill and decode; holds all models in memory"
     )
     for name, value in vars(Workload()).items():
         group.add_argument(

@@ -11,9 +11,11 @@ from typing import Any, get_args
 from ..costs.hardware import HARDWARE
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexities_by_dataset
-from ..settings import setting_of
+from ..settings import Setting, setting_of
 
 MODEL = "Hub id, local folder or .gguf file"
+ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
+"""What the value of an option is called, by its type."""
 
 
 def flag(name: str) -> str:
@@ -22,39 +24,32 @@ def flag(name: str) -> str:
 
 
 def add_fields(
-    group: Any, kind: type, names: Sequence[str], unset: Mapping[str, str] | None = None
+    group: Any, kind: type, names: Sequence[str], defaults: Mapping[str, str] | None = None
 ) -> None:
     """An option for each of these fields of a dataclass, from its setting.
 
-    An option that is not given is None. ``unset`` says, by field, what holds then, where that is
-    not the default of the field.
+    An option that is not given is None. ``defaults`` says what holds then, where that is not the
+    default of the field.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in names:
-        field = fields[name]
-        about = setting_of(field)
-        if about is None:
-            raise ValueError(f"{kind.__name__}.{name} is no setting")
-        text = about.help.removesuffix(".").replace("%", "%%")
+    for field in dataclasses.fields(kind):
+        if field.name not in names:
+            continue
+        setting = setting_of(field) or Setting("")
+        text = setting.help.removesuffix(".").replace("%", "%%")
         value_type = next(t for t in get_args(field.type) or (field.type,) if t is not NoneType)
         if value_type is bool:
-            group.add_argument(flag(name), action="store_const", const=True, help=text)
+            group.add_argument(flag(field.name), action="store_const", const=True, help=text)
             continue
-        metavar = about.metavar
-        if isinstance(about.choices, Mapping):
-            text += "".join(f"\n  {choice}: {told}" for choice, told in about.choices.items())
-            text, metavar = text + "\n", "NAME"
-        elif about.choices:
-            metavar = "|".join(about.choices)
-        default = (unset or {}).get(name) or about.unset or field.default
-        text += f" (default: {default})".removeprefix(" " if text.endswith("\n") else "")
-        group.add_argument(
-            flag(name), type=value_type, metavar=metavar or ARGUMENTS[value_type], help=text
-        )
-
-
-ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
-"""What the value of an option is called, by its type."""
+        metavar = setting.metavar or ARGUMENTS[value_type]
+        default = (defaults or {}).get(field.name) or setting.unset or field.default
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        if isinstance(setting.choices, Mapping):
+            metavar = "NAME"
+            told = (f"\n  {choice}: {said}" for choice, said in setting.choices.items())
+            text, shown = "".join((text, *told)), f"\n{shown.lstrip()}"
+        elif setting.choices:
+            metavar = "|".join(setting.choices)
+        group.add_argument(flag(field.name), type=value_type, metavar=metavar, help=text + shown)
 
 
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -109,9 +109,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     elif "sparsity" in choices:
         choices["budget"] = None
     return dataclasses.replace(
-        recipe,
-        **choices,
-        calibration=dataclasses.replace(recipe.calibration, **calibration),
+        recipe, **choices, calibration=dataclasses.replace(recipe.calibration, **calibration)
     )
 
 

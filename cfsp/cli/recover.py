@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(group, Recovery, training)
     add_fields(parser.add_argument_group("text", "What it is trained on."), Recovery, TEXT)
     group = parser.add_argument_group("distillation", "Learning from another model too.")
-    add_fields(group, Distillation, ("teacher", *WEIGHTS), {"teacher": "none"})
+    add_fields(group, Distillation, ("teacher", *WEIGHTS))
     group = parser.add_argument_group("memory", "What keeps training in a device's memory.")
     add_fields(group, Recovery, MEMORY)
     group.add_argument("--max-memory", metavar="20GiB", help="(default: a GPU's free memory)")

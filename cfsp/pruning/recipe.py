@@ -33,7 +33,6 @@ class Recipe:
         None,
         f"Budget of the whole model, instead of a sparsity: {FORM}.",
         metavar="KIND=AMOUNT",
-        unset="none",
     )
     scorer: str = setting(
         "cfsp-residual",

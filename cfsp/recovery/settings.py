@@ -57,9 +57,7 @@ class Distillation:
         ).metadata()
     )
     temperature: float = setting(
-        2.0,
-        "Temperature of both distributions.",
-        must_be=Bound("above 0", lambda value: value > 0),
+        2.0, "Temperature of both distributions.", must_be=Bound("above 0", lambda value: value > 0)
     )
     text_weight: float = setting(1.0, "Weight of the cross entropy with the text.")
     logits_weight: float = setting(
