@@ -19,8 +19,8 @@ class Calibration:
 
     dataset: str = setting(
         "wikitext2",
-        f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several, such as "
-        "wikitext2:3,c4:1, are shared out by weight.",
+        f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several, such "
+        "as wikitext2:3,c4:1, are shared out by weight.",
         metavar="NAME|PATH[:WEIGHT],...",
     )
     samples: int = setting(128, "Number of windows, of all datasets.", must_be=at_least(1))

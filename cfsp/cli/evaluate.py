@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_fields(parser, Recipe, ("dtype",))
     group = parser.add_argument_group("perplexity", "On held-out text, over whole windows.")
-    add_fields(group, Calibration, ("dataset", "seqlen", "bos"))
+    group.add_argument(
+        "--dataset",
+        metavar="NAME|PATH",
+        default=Calibration.dataset,
+        help="One dataset, its held-out part, or a file (default: %(default)s)",
+    )
+    add_fields(group, Calibration, ("seqlen", "bos"))
     group.add_argument(
         "--windows", type=int, metavar="N", help="Only the first N; 0: none (default: all)"
     )
