@@ -1,60 +1,72 @@
 """Structured FFN pruning of large language models after one calibration pass.
 
 Importing this registers the pruned architectures with transformers, so that
-``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag.
+``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag. Neither torch
+nor transformers is imported until something needs it.
 """
 
-from .api import calibrate, latency_table, plan, prune
-from .calibration.statistics import Statistics, load_statistics, save_statistics
-from .calibration.windows import Calibration
-from .checkpoints.exports import ExportResult, export
-from .checkpoints.folder import load
-from .costs.dry_run import estimate
-from .costs.estimates import Estimate
-from .costs.latency import LatencyTable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .auto_classes import know_pruned_models
 from .errors import CfspError
-from .evaluation.quality import Perplexity, perplexity
-from .models.opening import open_model
-from .models.registration import register
-from .pruning.plan import PruningPlan, load_plan, save_plan
-from .pruning.ranking import with_ranking
-from .pruning.recipe import Recipe, load_recipe
-from .recovery import Distillation, Recovery, RecoveryResult, recover
-from .run import PruneResult
+
+if TYPE_CHECKING:
+    from .api import PruneResult, calibrate, latency_table, plan, prune
+    from .calibration.statistics import Statistics, load_statistics, save_statistics
+    from .calibration.windows import Calibration
+    from .checkpoints.documents import read_result
+    from .checkpoints.exports import ExportResult, export
+    from .checkpoints.folder import load
+    from .costs.dry_run import estimate
+    from .costs.estimates import Estimate
+    from .costs.latency import LatencyTable
+    from .evaluation.quality import Perplexity, perplexity
+    from .evaluation.side_by_side import evaluate
+    from .models.registration import register
+    from .pruning.plan import PruningPlan, load_plan, save_plan
+    from .pruning.ranking import with_ranking
+    from .pruning.recipe import Recipe, load_recipe
+    from .recovery import Distillation, Recovery, RecoveryResult, recover
+    from .report.page import write_report
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Calibration",
-    "CfspError",
-    "Distillation",
-    "Estimate",
-    "ExportResult",
-    "LatencyTable",
-    "Perplexity",
-    "PruneResult",
-    "PruningPlan",
-    "Recipe",
-    "Recovery",
-    "RecoveryResult",
-    "Statistics",
-    "calibrate",
-    "estimate",
-    "export",
-    "latency_table",
-    "load",
-    "load_plan",
-    "load_recipe",
-    "load_statistics",
-    "open_model",
-    "perplexity",
-    "plan",
-    "prune",
-    "recover",
-    "register",
-    "save_plan",
-    "save_statistics",
-    "with_ranking",
-]
+_MODULES = {
+    "api": ("PruneResult", "calibrate", "latency_table", "plan", "prune"),
+    "calibration.statistics": ("Statistics", "load_statistics", "save_statistics"),
+    "calibration.windows": ("Calibration",),
+    "checkpoints.documents": ("read_result",),
+    "checkpoints.exports": ("ExportResult", "export"),
+    "checkpoints.folder": ("load",),
+    "costs.dry_run": ("estimate",),
+    "costs.estimates": ("Estimate",),
+    "costs.latency": ("LatencyTable",),
+    "evaluation.quality": ("Perplexity", "perplexity"),
+    "evaluation.side_by_side": ("evaluate",),
+    "models.loading": ("open_model",),
+    "models.registration": ("register",),
+    "pruning.plan": ("PruningPlan", "load_plan", "save_plan"),
+    "pruning.ranking": ("with_ranking",),
+    "pruning.recipe": ("Recipe", "load_recipe"),
+    "recovery": ("Distillation", "Recovery", "RecoveryResult", "recover"),
+    "report.page": ("write_report",),
+}
+"""Where public names lie; a module is imported when one of its names is first used."""
 
-register()
+__all__ = sorted(["CfspError", *(name for names in _MODULES.values() for name in names)])
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+know_pruned_models()

@@ -1,7 +1,7 @@
 """The processes of one job, as ``torchrun`` starts them: what is whose, and what they exchange.
 
 Work is split into contiguous parts in order of ranks, and sums are added in the order of one
-process, so that the result of a job does not depend on how many there are. Everything exchanged is
+process, so that what a job gives does not depend on how many there are. Everything exchanged is
 small and on the CPU, over gloo.
 """
 
@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CfspError, RankLost
 
-# A dead rank closes its connections; one that does not answer waits for a disk.
-PATIENCE = timedelta(days=7)
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup, Store
+
+PATIENCE = timedelta(
+    days=7
+)  # a dead rank closes its connections; one that waits for a disk is slow
 Value = TypeVar("Value")
 
 
@@ -36,9 +38,9 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     """Among the ranks of this machine."""
-    group: "dist.ProcessGroup | None" = None
+    group: "ProcessGroup | None" = None
     """None: torch.distributed's default."""
-    store: "dist.Store | None" = None
+    store: "Store | None" = None
     """Outlives any rank; see :meth:`speaks`."""
 
     @property
@@ -48,7 +50,7 @@ class Ranks:
 
     @property
     def last(self) -> bool:
-        """Whether this is the rank at which sums in order of ranks end."""
+        """Whether this is the rank that sums in order of ranks end at."""
         return self.rank == self.size - 1
 
     def share(self, count: int) -> slice:
@@ -76,7 +78,11 @@ class Ranks:
         Raises:
             CfspError: more ranks than GPUs on this machine.
         """
-        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        if self.size == 1 or name not in ("auto", "cuda"):
+            return name
+        import torch
+
+        if not torch.cuda.is_available():
             return name
         if self.local_rank >= torch.cuda.device_count():
             raise CfspError(
@@ -86,23 +92,32 @@ class Ranks:
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
-    def ordered_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """Zeros plus every part of rank 0, plus every part of rank 1, and so on, one by one.
 
-        Each rank adds its ``parts``, on the CPU, to what the one before it hands on: the additions
-        of one process in its order, hence its bits. Only one tensor travels from rank to rank.
+        Each rank adds its own to what the one before it hands on: the additions of one process in
+        its order, hence its bits. Only one tensor travels from rank to rank.
+
+        Args:
+            parts: this rank's, of the shape and dtype of ``like``, on the CPU.
+            like: shape and dtype of the sum.
         """
         total = self.running_sum(parts, like)
         if self.size > 1:
+            import torch.distributed as dist
+
             with _exchange():
                 dist.broadcast(total, self.size - 1, group=self.group)
         return total
 
-    def running_sum(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
 
         Ranks work on several sums at a time: one has handed on the first when it turns to the next.
         """
+        import torch
+        import torch.distributed as dist
+
         total = torch.zeros_like(like, device="cpu")
         with _exchange():
             if self.rank > 0:
@@ -113,9 +128,11 @@ class Ranks:
                 dist.send(total, self.rank + 1, group=self.group)
         return total
 
-    def fill_(self, rows: torch.Tensor) -> torch.Tensor:
+    def fill_(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Give every rank all rows, in place, where each has those of its :meth:`share`."""
         if self.size > 1:
+            import torch.distributed as dist
+
             with _exchange():
                 for rank in range(self.size):
                     part = rows[self._share(rank, len(rows))]
@@ -137,16 +154,21 @@ class Ranks:
 
     def _everyones(self, value: Value) -> list[Value]:
         """The value of every rank, in order."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
         found: list[Value] = [value] * self.size
-        if self.size > 1:
-            with _exchange():
-                dist.all_gather_object(found, value, group=self.group)
+        with _exchange():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def of_first(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, a plain value; the others wait for it."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         values = [make()] if self.first else [None]
         with _exchange():
             dist.broadcast_object_list(values, 0, group=self.group)
@@ -155,6 +177,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
+            import torch.distributed as dist
+
             with _exchange():
                 dist.barrier(self.group)
 
@@ -168,8 +192,11 @@ class Ranks:
         """Raise CfspError on every rank where one does not have rank 0's values; names which."""
         reference = self.of_first(lambda: dict(identity))
         differing = sorted(key for key in reference if reference[key] != identity[key])
-        problem = f"rank {self.rank} has another {', '.join(differing)} than rank 0"
-        self.check(problem if differing else None)
+        self.check(
+            f"rank {self.rank} has another {', '.join(differing)} than rank 0"
+            if differing
+            else None
+        )
 
     def speaks(self) -> bool:
         """Whether this rank is the one that tells the user why the job ends: the first that asks.
@@ -220,6 +247,8 @@ def joined() -> Iterator[Ranks]:
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
+    import torch.distributed as dist
+
     local_rank = int(os.environ["LOCAL_RANK"])
     if dist.is_initialized():
         group = dist.new_group(timeout=PATIENCE, backend="gloo")

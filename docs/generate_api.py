@@ -11,9 +11,12 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from cfsp.settings import Setting, setting_of
 
 PAGE = Path(__file__).with_name("api.md")
 PACKAGES = ("cfsp", "cfsp_kernels")
@@ -74,17 +77,38 @@ def signature_of(name: str, function: Any) -> str:
     return f"{name}({inside}\n){ends}" if lines else f"{name}(){ends}"
 
 
+def setting_text(field: Any, setting: Setting) -> tuple[str, str]:
+    """A field with its type and default, and its help with the choices and what None stands for."""
+    shown = f"{field.name}: {inspect.formatannotation(field.type)}"
+    if field.default is not dataclasses.MISSING:
+        shown += f" = {field.default!r}".replace("'", '"')
+    text = setting.help
+    if isinstance(setting.choices, Mapping):
+        text += " " + "; ".join(f"{name}: {told}" for name, told in setting.choices.items()) + "."
+    elif setting.choices:
+        text += f" One of {', '.join(setting.choices)}."
+    if field.default is None and setting.unset:
+        text += f" None: {setting.unset}."
+    return shown, text
+
+
 def members_of(kind: type) -> list[str]:
-    """Fields of a dataclass with what stands under them, public methods and properties."""
+    """Fields of a dataclass with the help of their settings, or with what stands under them; public
+    methods and properties."""
     lines = []
     if dataclasses.is_dataclass(kind):
+        settings = {field.name: (field, setting_of(field)) for field in dataclasses.fields(kind)}
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
         for field, after in zip_longest(body, body[1:]):
             if not isinstance(field, ast.AnnAssign):
                 continue
-            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            text = " ".join(str(after.value.value).split()) if told else ""
-            shown = ast.unparse(field).replace("'", '"')
+            described, setting = settings[field.target.id]
+            if setting is not None:
+                shown, text = setting_text(described, setting)
+            else:
+                told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                text = " ".join(str(after.value.value).split()) if told else ""
+                shown = ast.unparse(field).replace("'", '"')
             lines.append(f"* `{shown}`{': ' * bool(text)}{as_markdown(text)}")
     for name, member in vars(kind).items():
         function = member.fget if isinstance(member, property) else member

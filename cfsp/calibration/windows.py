@@ -6,35 +6,34 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import CfspError, unknown_name
+from ..errors import CfspError
 from ..models.loading import check_seqlen
+from ..settings import at_least, check, setting
 from .mixtures import interleaved, parse_mixture, share_out, windows_of_each
-from .text import BOS_CHOICES, CALIBRATE, random_windows
+from .text import BOS_CHOICES, CALIBRATE, DATASETS, random_windows
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The tokens that a model is calibrated on."""
 
-    dataset: str = "wikitext2"
-    """wikitext2, c4, ptb, builtin or the path of a local file; or several of these with weights,
-    as ``wikitext2:3,c4:1``, see :func:`cfsp.calibration.mixtures.parse_mixture`."""
-    samples: int = 128
-    """Number of windows, of all datasets."""
-    seqlen: int = 1024
-    """Tokens per window."""
-    seed: int = 0
-    """Of the random start of each window."""
-    bos: str = "auto"
-    """auto: each window starts with a BOS where the tokenizer itself puts one; always; never."""
+    dataset: str = setting(
+        "wikitext2",
+        f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several, such "
+        "as wikitext2:3,c4:1, are shared out by weight.",
+        metavar="NAME|PATH[:WEIGHT],...",
+    )
+    samples: int = setting(128, "Number of windows, of all datasets.", must_be=at_least(1))
+    seqlen: int = setting(1024, "Tokens per window.", must_be=at_least(2))
+    seed: int = setting(0, "Seed of the random start of each window.")
+    bos: str = setting(
+        "auto",
+        "Whether windows start with a BOS token; auto: where the tokenizer itself puts one.",
+        choices=BOS_CHOICES,
+    )
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise CfspError(f"samples must be 1 or more, got {self.samples}")
-        if self.seqlen < 2:
-            raise CfspError(f"seqlen must be 2 or more, got {self.seqlen}")
-        if self.bos not in BOS_CHOICES:
-            raise unknown_name("bos", self.bos, BOS_CHOICES)
+        check(self)
         share_out(parse_mixture(self.dataset), self.samples)
 
     @property

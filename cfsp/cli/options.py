@@ -1,24 +1,80 @@
 """What several commands of the command line have in common."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
 
-from ..calibration.text import DATASETS
 from ..costs.hardware import HARDWARE
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexities_by_dataset
+from ..settings import Setting, setting_of
+
+MODEL = "Hub id, local folder or .gguf file"
+ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
+"""What the value of an option is called, by its type."""
 
 
-def add_dataset(group: Any, default: str) -> None:
-    """``--dataset``, which may name several."""
+def flag(name: str) -> str:
+    """The option of a parameter."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_fields(
+    group: Any, kind: type, names: Sequence[str], defaults: Mapping[str, str] | None = None
+) -> None:
+    """An option for each of these fields of a dataclass, from its setting.
+
+    An option that is not given is None. ``defaults`` says what holds then, where that is not the
+    default of the field.
+    """
+    for field in dataclasses.fields(kind):
+        if field.name not in names:
+            continue
+        setting = setting_of(field) or Setting("")
+        text = setting.help.removesuffix(".").replace("%", "%%")
+        value_type = next(t for t in get_args(field.type) or (field.type,) if t is not NoneType)
+        if value_type is bool:
+            group.add_argument(flag(field.name), action="store_const", const=True, help=text)
+            continue
+        metavar = setting.metavar or ARGUMENTS[value_type]
+        default = (defaults or {}).get(field.name) or setting.unset or field.default
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        if isinstance(setting.choices, Mapping):
+            metavar = "NAME"
+            told = (f"\n  {choice}: {said}" for choice, said in setting.choices.items())
+            text, shown = "".join((text, *told)), f"\n{shown.lstrip()}"
+        elif setting.choices:
+            metavar = "|".join(setting.choices)
+        group.add_argument(flag(field.name), type=value_type, metavar=metavar, help=text + shown)
+
+
+def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options, of these, that the command line has."""
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+
+
+def add_output(
+    parser: argparse.ArgumentParser, *, quiet: bool = True, overwrite: bool = True
+) -> None:
+    """``--json``, with ``--quiet`` and ``--overwrite``."""
+    group = parser.add_argument_group("output", "What is printed, and what may be replaced.")
+    if quiet:
+        group.add_argument("--quiet", action="store_true", help="No estimate, no progress bars")
     group.add_argument(
-        "--dataset",
-        metavar="NAME|PATH[:WEIGHT],...",
-        help=f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several "
-        f"are shared out by weight (default: {default})",
+        "--json", action="store_true", help="One JSON object as the last line of stdout"
     )
+    if overwrite:
+        group.add_argument("--overwrite", action="store_true", help="Replace what --out names")
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
@@ -26,37 +82,47 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue a run of this command that was interrupted; --overwrite begins anew",
+        help="Continue a run of this command that was interrupted; --overwrite begins anew",
     )
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """``--eval-dataset`` and ``--eval-windows``."""
-    group = parser.add_argument_group("evaluation, before and after")
+    group = parser.add_argument_group(
+        "evaluation", "Perplexity on held-out text, before and after."
+    )
     group.add_argument(
         "--eval-dataset",
         metavar="NAME|PATH[:WEIGHT],...",
-        help="(default: the held-out parts of --dataset; builtin where these are all files)",
+        help="Text to measure on (default: the held-out parts of --dataset; builtin where these "
+        "are all files)",
     )
     group.add_argument(
         "--eval-windows",
         type=int,
+        metavar="N",
         default=EVALUATION_WINDOWS,
         help="0 skips it (default: %(default)s)",
     )
 
 
-def add_machine(group: Any, printed: str) -> None:
-    """``--dry-run``, which prints ``printed``, with ``--hardware`` and ``--tflops``."""
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help=f"print {printed} from the config alone; weights are not read",
+def add_dry_run(parser: argparse.ArgumentParser) -> Any:
+    """``--dry-run`` with ``--hardware`` and ``--tflops``; returns their group."""
+    group = parser.add_argument_group(
+        "dry run", "What a run would take, from the config alone; weights are not read."
     )
     group.add_argument(
-        "--hardware", metavar="|".join(HARDWARE), help="for this machine (default: the one here)"
+        "--dry-run", action="store_true", help="Print memory, bytes, FLOPs and seconds; run nothing"
     )
-    group.add_argument("--tflops", type=float, help="1e12 FLOP/s that a device sustains")
+    group.add_argument(
+        "--hardware",
+        metavar="|".join(HARDWARE),
+        help="Estimate for this hardware (default: this machine)",
+    )
+    group.add_argument(
+        "--tflops", type=float, metavar="X", help="1e12 FLOP/s that a device sustains"
+    )
+    return group
 
 
 def check_no_dry_run(arguments: argparse.Namespace, command: str, options: Sequence[str]) -> None:
@@ -64,13 +130,19 @@ def check_no_dry_run(arguments: argparse.Namespace, command: str, options: Seque
     if not arguments.out:
         raise CfspError(f"cfsp {command} needs --out DIR, or --dry-run")
     for name in given(arguments, options):
-        raise CfspError(f"--{name.replace('_', '-')} is for --dry-run")
+        raise CfspError(f"{flag(name)} is for --dry-run")
 
 
-def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The options, of these, that the command line has."""
-    values = {name: getattr(arguments, name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+def check_new(out: str | Path, overwrite: bool) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        CfspError: it exists and is not to be replaced.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    return out
 
 
 def print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:

@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
 
-from huggingface_hub.utils import disable_progress_bars
-
 from ..distributed import Ranks, launched
 from ..errors import CfspError, RankLost, Stopped
-from ..models.loading import quiet_loading
 
 
 @contextmanager
@@ -45,6 +42,10 @@ def quiet(ranks: Ranks, asked: bool) -> Iterator[None]:
     if ranks.first and not asked:
         yield
         return
+    from huggingface_hub.utils import disable_progress_bars
+
+    from ..models.loading import quiet_loading
+
     with quiet_loading(), warnings.catch_warnings():
         if not ranks.first:
             warnings.simplefilter("ignore")

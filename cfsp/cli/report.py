@@ -1,40 +1,43 @@
-"""The command line of ``cfsp report``."""
+"""Write one HTML page about pruned folders, which asks for nothing from any network."""
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.documents import read_evaluation, read_result
 from ..errors import CfspError
 from ..report.page import write_report
 from ..report.pictures import write_pictures
-from .options import print_json
+from .options import add_output, check_new, print_json
+
+EXAMPLES = """\
+cfsp report pruned --out report.html
+cfsp report pruned half --evaluation evaluation.json --png pictures
+"""
 
 
-def add_report(commands: Any) -> argparse.ArgumentParser:
-    """``cfsp report``; returns its parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "report", help="one HTML page about pruned folders"
-    )
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="what cfsp prune wrote")
-    parser.add_argument("--out", default="report.html", help="(default: %(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp report``."""
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="What cfsp prune wrote")
+    parser.add_argument("--out", default="report.html", help="The page (default: %(default)s)")
     parser.add_argument(
         "--evaluation",
         metavar="FILE",
         action="append",
         default=[],
-        help="what `cfsp evaluate --json` printed, of these and of other models; may be repeated",
+        help="What `cfsp evaluate --json` printed, of these and of other models; may be repeated",
     )
-    parser.add_argument("--png", metavar="DIR", help="write pictures for model cards there too")
-    parser.set_defaults(run=report, quiet=True)
-    return parser
+    parser.add_argument(
+        "--png",
+        metavar="DIR",
+        help="Write pictures for model cards there too; needs the extra `report`",
+    )
+    add_output(parser, quiet=False)
+    parser.set_defaults(quiet=True)
 
 
-def report(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Write the page, and the pictures where they are asked for."""
-    out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise CfspError(f"output {out} exists; --overwrite replaces it")
+    out = check_new(arguments.out, arguments.overwrite)
     results = [read_result(folder) for folder in arguments.folders]
     evaluations = [model for file in arguments.evaluation for model in read_evaluation(file)]
     pictures: list[Path] = []

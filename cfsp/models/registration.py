@@ -16,7 +16,10 @@ from .layouts import LAYOUTS, PRUNED_PREFIX
 
 
 def register() -> None:
-    """Teach transformers' Auto classes the pruned architectures; needs no trust flag then."""
+    """Teach transformers' Auto classes the pruned architectures, all of them at once.
+
+    Importing cfsp is enough for ``from_pretrained``, which then needs no trust flag.
+    """
     for model_type in LAYOUTS:
         if model_type in CONFIG_MAPPING:
             register_family(model_type)

@@ -178,6 +178,14 @@ ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
     "search": search_start,
 }
 """Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
+ALLOCATOR_SUMMARIES = {
+    "cfsp": "wider where a block turns its hidden states further, as CFSP was published",
+    "cfsp-filled": "the same shares of the budget, without the published contraction",
+    "uniform": "the same fraction of every block",
+    "global": "one threshold on the standardised scores of all blocks",
+    "knapsack": "the least sum of reconstruction errors, from error curves",
+    "search": "evolutionary exchanges of width, measured on the pruned model",
+}
 NEEDS_CURVES = frozenset({"knapsack"})
 SEARCH = "search"
 """Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.live_search`."""

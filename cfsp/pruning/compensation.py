@@ -129,6 +129,13 @@ COMPENSATIONS: dict[str, Compensation] = {
     "least-squares-bias": partial(least_squares, bias=True),
     "blockwise": least_squares,
 }
+COMPENSATION_SUMMARIES = {
+    "none": "the kept columns stay as they are",
+    "bias": "a bias puts back the mean of what was removed (FLAP)",
+    "least-squares": "the kept columns are refitted to the dense output of the FFN",
+    "least-squares-bias": "the same, with a bias",
+    "blockwise": "least squares, then all weights of the FFN are trained on the block's output",
+}
 BLOCKWISE = frozenset({"blockwise"})
 """Compensations after which all weights of the FFN are fitted again, see :mod:`pruning.refit`."""
 NEEDS_GRAM = frozenset({"least-squares", "least-squares-bias"}) | BLOCKWISE

@@ -11,9 +11,10 @@ from ..calibration.curves import ERROR_SCALES
 from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
-from .allocation import ALLOCATORS, NEEDS_CURVES, SEARCH
-from .budget import ModelBudget, parse_model_budget
-from .compensation import BLOCKWISE, COMPENSATIONS, NEEDS_GRAM
+from ..settings import FRACTION, NOT_NEGATIVE, Bound, at_least, check, positive, setting
+from .allocation import ALLOCATOR_SUMMARIES, NEEDS_CURVES, SEARCH
+from .budget import FORM, ModelBudget, parse_model_budget
+from .compensation import BLOCKWISE, COMPENSATION_SUMMARIES, NEEDS_GRAM
 from .least_squares import DAMPING
 from .refit import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
@@ -25,82 +26,109 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Recipe:
     """How to prune. Two runs of one recipe on the same model and machine give the same bits."""
 
-    sparsity: float = 0.3
-    """Fraction of all FFN channels to remove, in [0, 1)."""
-    budget: str | None = None
-    """Of the whole model, instead of a sparsity:
-    see :func:`cfsp.pruning.budget.parse_model_budget`."""
-    scorer: str = "cfsp-residual"
-    """``cfsp`` is the published method."""
-    allocator: str | None = None
-    """None: the scorer's own, as its authors use it."""
-    compensation: str | None = None
-    """None: the scorer's own."""
-    damping: float = DAMPING
-    """Of least squares: how strongly the kept columns are pulled towards what they were, relative
-    to the mean square of each channel."""
-    sequential: bool = False
-    """Fit each block once more to its dense output, on what the pruned blocks before it give."""
-    epochs: int = EPOCHS
-    """Of Adam over the calibration windows, for each block, where the compensation is blockwise."""
-    learning_rate: float = LEARNING_RATE
-    """Of Adam: its step, relative to the root mean square of each matrix."""
-    importance: str = "angular"
-    """Metric of the coarse block importance."""
-    error_scale: str = "output"
-    """Of the error curves that a knapsack adds up: in units of the energy of the FFN's own output,
-    of that of the block's hidden state, or absolute."""
-    importance_exponent: float = 0.0
-    """In the sum of error curves a block counts times its importance to this power; 0: as any."""
-    search_generations: int = 20
-    """Rounds of a search."""
-    search_offspring: int = 4
-    """Candidates of a round."""
-    search_windows: int = 8
-    """The calibration's last windows, on which a search measures; least squares hold some of these
-    out."""
-    search_seed: int = 0
-    """Of a search's exchanges."""
-    uniform: bool = False
-    """The same width for all blocks: the result is of a class of transformers itself."""
-    width_multiple: int = 128
-    """Widths are multiples of this; 1 for exact widths."""
-    dtype: str = "auto"
-    """auto: as the checkpoint stores it."""
-    micro_batch: int | None = None
-    """Windows per forward call; None: about 8192 tokens on a GPU, one window on a CPU."""
+    sparsity: float = setting(
+        0.3, "Fraction of all FFN channels to remove, in [0, 1).", must_be=FRACTION
+    )
+    budget: str | None = setting(
+        None,
+        f"Budget of the whole model, instead of a sparsity: {FORM}.",
+        metavar="KIND=AMOUNT",
+    )
+    scorer: str = setting(
+        "cfsp-residual",
+        "How channels are scored; cfsp is the published method.",
+        choices={name: scorer.summary for name, scorer in SCORERS.items()},
+    )
+    allocator: str | None = setting(
+        None,
+        "How the budget is divided among blocks.",
+        choices=ALLOCATOR_SUMMARIES,
+        unset="the scorer's, as its authors use it",
+    )
+    compensation: str | None = setting(
+        None,
+        "What makes up for the removed channels.",
+        choices=COMPENSATION_SUMMARIES,
+        unset="the scorer's",
+    )
+    damping: float = setting(
+        DAMPING,
+        "How strongly least squares pull the kept columns towards what they were, relative to the "
+        "mean square of each channel.",
+        must_be=NOT_NEGATIVE,
+    )
+    sequential: bool = setting(
+        False,
+        "Refit each block once more to its dense output, on what the pruned blocks before it give.",
+    )
+    epochs: int = setting(
+        EPOCHS,
+        "Passes of Adam over the calibration windows, for each block, where the compensation is "
+        "blockwise.",
+        must_be=at_least(1),
+    )
+    learning_rate: float = setting(
+        LEARNING_RATE,
+        "Step of that Adam, relative to the root mean square of each matrix.",
+        must_be=positive("more than 0"),
+    )
+    importance: str = setting(
+        "angular",
+        "Metric of the coarse block importance.",
+        choices=INFLUENCE_METRICS,
+        called="importance metric",
+    )
+    error_scale: str = setting(
+        "output",
+        "Unit of the error curves that a knapsack adds up: the energy of the FFN's own output, "
+        "that of the block's hidden state, or none.",
+        choices=ERROR_SCALES,
+        called="error scale",
+    )
+    importance_exponent: float = setting(
+        0.0,
+        "In the sum of error curves a block counts times its importance to this power; 0: all "
+        "blocks count the same.",
+        must_be=Bound("in [-100, 100]", lambda value: abs(value) <= 100),
+    )
+    search_generations: int = setting(20, "Rounds of a search.", must_be=at_least(1))
+    search_offspring: int = setting(4, "Candidates in each round of a search.", must_be=at_least(1))
+    search_windows: int = setting(
+        8,
+        "How many of the calibration's last windows a search measures on; least squares hold some "
+        "of these out.",
+        must_be=at_least(1),
+    )
+    search_seed: int = setting(0, "Seed of the exchanges of width in a search.")
+    uniform: bool = setting(
+        False,
+        "Keep the same width in all blocks: the result is of a class of transformers itself and "
+        "needs no modeling file.",
+    )
+    width_multiple: int = setting(
+        128, "Widths are multiples of this; 1 for exact widths.", must_be=at_least(1)
+    )
+    dtype: str = setting(
+        "auto", "Type of the weights; auto: as the checkpoint stores them.", choices=DTYPES
+    )
+    micro_batch: int | None = setting(
+        None,
+        "Windows per forward call.",
+        must_be=at_least(1),
+        unset="about 8192 tokens on a GPU, one window on a CPU",
+    )
     calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise CfspError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        check(self)
         if self.budget is not None:
             parse_model_budget(self.budget)
             if self.sparsity != type(self).sparsity:
                 raise CfspError(
                     f"budget {self.budget} and sparsity {self.sparsity} exclude each other"
                 )
-        if self.scorer not in SCORERS:
-            raise unknown_name("scorer", self.scorer, SCORERS)
-        if self.allocator is not None and self.allocator not in ALLOCATORS:
-            raise unknown_name("allocator", self.allocator, ALLOCATORS)
         if self.uniform and self.allocator not in (None, "uniform"):
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
-        if self.compensation is not None and self.compensation not in COMPENSATIONS:
-            raise unknown_name("compensation", self.compensation, COMPENSATIONS)
-        if not 0 <= self.damping < float("inf"):
-            raise CfspError(f"damping must be 0 or more, got {self.damping}")
-        if self.epochs < 1:
-            raise CfspError(f"epochs must be 1 or more, got {self.epochs}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise CfspError(f"learning_rate must be more than 0, got {self.learning_rate}")
-        if self.importance not in INFLUENCE_METRICS:
-            raise unknown_name("importance metric", self.importance, INFLUENCE_METRICS)
-        if self.error_scale not in ERROR_SCALES:
-            raise unknown_name("error scale", self.error_scale, ERROR_SCALES)
-        for name in ("search_generations", "search_offspring", "search_windows"):
-            if getattr(self, name) < 1:
-                raise CfspError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.searches and self.budget is not None and self.budget.startswith("latency"):
             raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
         if self.searches and self.search_windows > self.calibration.samples:
@@ -108,16 +136,6 @@ class Recipe:
                 f"search_windows {self.search_windows} is more than the calibration's "
                 f"{self.calibration.samples} windows"
             )
-        if not abs(self.importance_exponent) <= 100:
-            raise CfspError(
-                f"importance_exponent must be in [-100, 100], got {self.importance_exponent}"
-            )
-        if self.width_multiple < 1:
-            raise CfspError(f"width_multiple must be 1 or more, got {self.width_multiple}")
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise CfspError(f"micro_batch must be 1 or more, got {self.micro_batch}")
 
     @property
     def model_budget(self) -> ModelBudget | None:

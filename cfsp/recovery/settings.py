@@ -10,13 +10,11 @@ import torch
 from ..calibration.mixtures import parse_mixture
 from ..calibration.text import BOS_CHOICES
 from ..calibration.windows import Calibration
-from ..errors import CfspError, unknown_name
+from ..errors import CfspError
 from ..models.blockwise import default_micro_batch
+from ..settings import Bound, Setting, at_least, check, positive, setting
 
-METHODS = ("lora", "ffn")
-ALLOCATIONS = ("importance", "uniform")
-TARGETS = ("ffn", "attention", "all")
-GRADIENT_CHECKPOINTING = ("auto", "on", "off")
+AS_PRUNED = "as the model was pruned"
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ DEFAULTS_BY_SIZE = (
 """The first row that a model is small enough for."""
 
 CPU_TOKENS = 1024
-"""Of a micro-batch that is not given, on a CPU. Shorter passes are slower per token, longer ones
-take more memory and are no faster."""
+"""Tokens of a micro-batch that is not given, on a CPU. Shorter passes are slower per token, longer
+ones take more memory and are no faster."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,26 @@ class Distillation:
     block, over the squared length of the teacher's.
     """
 
-    teacher: str
-    """Hub id or folder of a model with the same vocabulary; usually the dense one."""
-    temperature: float = 2.0
-    text_weight: float = 1.0
-    logits_weight: float = 1.0
-    hidden_weight: float = 1.0
+    teacher: str = dataclasses.field(
+        metadata=Setting(
+            "Hub id or folder of a model with the same vocabulary to learn from too, usually the "
+            "dense one.",
+            metavar="MODEL",
+        ).metadata()
+    )
+    temperature: float = setting(
+        2.0, "Temperature of both distributions.", must_be=Bound("above 0", lambda value: value > 0)
+    )
+    text_weight: float = setting(1.0, "Weight of the cross entropy with the text.")
+    logits_weight: float = setting(
+        1.0, "Weight of the KL divergence from the teacher's distributions."
+    )
+    hidden_weight: float = setting(
+        1.0, "Weight of the squared distance from the teacher's hidden states."
+    )
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise CfspError(f"temperature must be above 0, got {self.temperature}")
+        check(self)
         weights = (self.text_weight, self.logits_weight, self.hidden_weight)
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise CfspError(f"loss weights must be 0 or more and not all 0, got {weights}")
@@ -70,55 +78,75 @@ class Distillation:
 class Recovery:
     """How to train. Two runs of the same settings on the same model and CPU give the same bits."""
 
-    method: str = "lora"
-    """lora: low-rank adapters, merged at the end; ffn: the FFNs' own parameters, all of them."""
-    allocation: str = "importance"
-    """Ranks of the blocks: by their coarse importance, or uniform with as many parameters."""
-    targets: str = "ffn"
-    """What gets adapters: the projections of ffn, attention or all. Models with routed experts can
-    have them in the attention alone."""
-    rank: int = 8
-    """The uniform rank; with importance, the one whose number of parameters is met."""
-    scaling: float = 2.0
-    """LoRA's alpha over the rank, of every adapter."""
-    dataset: str | None = None
-    """As in :class:`cfsp.Calibration`. None, here and in the next two: as the model was pruned."""
-    seqlen: int | None = None
-    bos: str | None = None
-    seed: int = 0
-    """Of windows, adapters and dropout."""
-    steps: int = 200
-    batch_size: int | None = None
-    """Windows per step. None: by :data:`DEFAULTS_BY_SIZE`; so too ``learning_rate``."""
-    learning_rate: float | None = None
-    """Peak of a cosine schedule that begins with a warm-up of a twentieth of the steps."""
-    micro_batch: int | None = None
-    """Windows per forward pass, a divisor of ``batch_size``. None: as many as make about 8192
-    tokens on a GPU, 1024 on a CPU, one at least."""
-    gradient_checkpointing: str = "auto"
-    """Recompute activations instead of keeping them. auto: where memory is too small otherwise."""
+    method: str = setting(
+        "lora",
+        "What is trained.",
+        choices={
+            "lora": "low-rank adapters, merged at the end",
+            "ffn": "all parameters of the FFNs",
+        },
+    )
+    allocation: str = setting(
+        "importance",
+        "Ranks of the blocks.",
+        choices={
+            "importance": "by the coarse importance of the block",
+            "uniform": "the same in all, with as many parameters",
+        },
+    )
+    targets: str = setting(
+        "ffn",
+        "Which projections get adapters. Models with routed experts can have them in the "
+        "attention alone.",
+        choices=("ffn", "attention", "all"),
+    )
+    rank: int = setting(
+        8,
+        "Rank of uniform adapters; with importance, the one whose number of parameters is met.",
+        must_be=at_least(1),
+    )
+    scaling: float = setting(
+        2.0, "LoRA's alpha over the rank, of every adapter.", must_be=positive()
+    )
+    dataset: str | None = setting(
+        None,
+        "Text to train on, as for calibration.",
+        metavar="NAME|PATH[:WEIGHT],...",
+        unset=AS_PRUNED,
+    )
+    seqlen: int | None = setting(None, "Tokens per window.", unset=AS_PRUNED)
+    bos: str | None = setting(
+        None, "Whether windows start with a BOS token.", choices=BOS_CHOICES, unset=AS_PRUNED
+    )
+    seed: int = setting(0, "Seed of windows, adapters and dropout.")
+    steps: int = setting(200, "Steps of the optimiser.", must_be=at_least(1))
+    batch_size: int | None = setting(
+        None, "Windows per step.", must_be=at_least(1), unset="by size, 8 to 32"
+    )
+    learning_rate: float | None = setting(
+        None,
+        "Peak of a cosine schedule that begins with a warm-up of a twentieth of the steps.",
+        must_be=positive(),
+        unset="by size, 3e-4 or 1e-4; ffn: a tenth",
+    )
+    micro_batch: int | None = setting(
+        None,
+        "Windows per forward pass, a divisor of the batch size.",
+        must_be=at_least(1),
+        unset=f"about 8192 tokens on a GPU, {CPU_TOKENS} on a CPU",
+    )
+    gradient_checkpointing: str = setting(
+        "auto",
+        "Recompute activations instead of keeping them; auto: where memory is too small otherwise.",
+        choices=("auto", "on", "off"),
+    )
     distillation: Distillation | None = None
+    """Learning from a teacher too."""
 
     def __post_init__(self) -> None:
-        for name, value, valid in (
-            ("method", self.method, METHODS),
-            ("allocation", self.allocation, ALLOCATIONS),
-            ("targets", self.targets, TARGETS),
-            ("gradient_checkpointing", self.gradient_checkpointing, GRADIENT_CHECKPOINTING),
-            ("bos", self.bos or "auto", BOS_CHOICES),
-        ):
-            if value not in valid:
-                raise unknown_name(name, value, valid)
+        check(self)
         if self.dataset is not None:
             parse_mixture(self.dataset)
-        for name in ("rank", "steps", "batch_size", "micro_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CfspError(f"{name} must be 1 or more, got {value}")
-        for name in ("scaling", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise CfspError(f"{name} must be above 0, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

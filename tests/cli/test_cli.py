@@ -300,12 +300,15 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == f"cfsp: error: no such model folder: {tmp_path / 'absent'}"
     version = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "cfsp", "--version"],
+        [sys.executable, "-m", "cfsp", "--version"], capture_output=True, text=True
+    )
+    assert version.stdout.strip() == f"cfsp {cfsp.__version__}"
+    command = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cfsp", "prune", "--help"],
         capture_output=True,
         text=True,
     )
-    assert version.stdout.strip() == f"cfsp {cfsp.__version__}"
-    imported = {line.rpartition("|")[2].strip() for line in version.stderr.splitlines()}
+    imported = {line.rpartition("|")[2].strip() for line in command.stderr.splitlines()}
     assert {"torch", "transformers", "cfsp.api"} <= imported
     heavy = {"datasets", "pyarrow", "pandas", "matplotlib", "gguf", "peft", "lm_eval"}
     assert not imported & heavy

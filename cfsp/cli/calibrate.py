@@ -1,0 +1,56 @@
+"""Collect the statistics of a dense model in one forward pass, once, in a file."""
+
+import argparse
+
+from ..api import calibrate
+from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
+from .options import MODEL, add_device, add_output, check_new, print_json
+from .prune import add_calibration, recipe_of
+
+EXAMPLES = """\
+cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors
+cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --dataset wikitext2:3,c4:1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp calibrate``."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--out", required=True, metavar="STATS.safetensors", help="The new file")
+    add_device(parser)
+    parser.add_argument(
+        "--gram",
+        action=argparse.BooleanOptionalAction,
+        help="Whether with Gram matrices, a folder STATS.safetensors.grams beside it: everything "
+        "but the published methods reads them (default: with)",
+    )
+    add_calibration(parser)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Calibrate, save, print a summary."""
+    out = check_new(arguments.out, arguments.overwrite)
+    statistics = calibrate(
+        arguments.model,
+        recipe=recipe_of(arguments),
+        gram=arguments.gram,
+        gram_folder=out.with_name(f"{out.name}.grams.new"),
+        device=arguments.device,
+        max_memory=arguments.max_memory,
+        progress=not arguments.quiet,
+        ranks=arguments.group,
+    )
+    if not arguments.group.first:
+        return
+    save_statistics(statistics, out)
+    summary = {
+        "statistics": str(out),
+        "blocks": len(statistics.blocks),
+        "tokens": statistics.blocks[0].tokens,
+        "importance": {
+            metric: statistics.importance(metric).tolist() for metric in INFLUENCE_METRICS
+        },
+    }
+    if not print_json(arguments, summary):
+        print(f"{out}: {summary['blocks']} blocks, {summary['tokens']:,} tokens")

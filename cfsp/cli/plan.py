@@ -1,0 +1,46 @@
+"""Choose widths and kept channels from statistics, to look at or edit."""
+
+import argparse
+
+from rich.console import Console
+
+from ..api import as_calibrated
+from ..calibration.statistics import check_statistics, load_statistics
+from ..costs.latency_measurement import table_for
+from ..errors import CfspError
+from ..models.opening import open_any
+from ..pruning.plan import save_plan
+from ..run.job import plan_model
+from .options import MODEL, add_device, add_output, print_json
+from .prune import add_recipe, recipe_of
+
+EXAMPLES = """\
+cfsp plan HuggingFaceTB/SmolLM2-135M --statistics stats.safetensors --sparsity 0.5
+cfsp plan HuggingFaceTB/SmolLM2-135M --statistics stats.safetensors --out plan.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``cfsp plan``."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--out", metavar="PLAN.json", help="Save the plan")
+    add_device(parser)
+    add_recipe(parser)
+    add_output(parser, overwrite=False)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plan, save, print."""
+    if not arguments.statistics:
+        raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
+    recipe = recipe_of(arguments)
+    statistics = load_statistics(arguments.statistics)
+    opened = open_any(arguments.model, None, recipe.dtype, arguments.device, whole=recipe.searches)
+    check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
+    recipe = as_calibrated(recipe, statistics)
+    plan = plan_model(opened, statistics, recipe, table, progress=not arguments.quiet)
+    if arguments.out:
+        save_plan(plan, arguments.out)
+    if not print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
+        Console().print(plan.table())
