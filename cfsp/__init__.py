@@ -16,7 +16,8 @@ from .errors import CfspError
 from .evaluation.quality import Perplexity, perplexity
 from .models.loading import open_model
 from .models.registration import register
-from .pruning.plan import PruningPlan, load_plan, save_plan
+from .pruning.plan import PruningPlan
+from .pruning.plan_file import load_plan, save_plan
 from .pruning.ranking import with_ranking
 from .pruning.recipe import Recipe, load_recipe
 from .recovery import Distillation, Recovery, RecoveryResult, recover

@@ -32,11 +32,11 @@ from .models.opening import open_lean, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import NEEDS_STATISTICS
-from .pruning.live_search import width_search
 from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
+from .pruning.search import width_search
 from .run import PruneResult, Run, collect, prune_live, prune_stored
 
 

@@ -44,7 +44,6 @@ from .evaluation.quality import Perplexity, perplexity, ridden_perplexity
 from .io.hashes import write_hashes
 from .models.blocks import StoredBlocks, empty_
 from .models.blockwise import RidingWindows
-from .models.channels import FitRecord
 from .models.fingerprints import tokens_fingerprint, versions
 from .models.loading import OpenModel, quiet_loading
 from .models.opening import verify_streamed
@@ -52,11 +51,13 @@ from .models.pruned_classes import become_pruned_, is_stock
 from .models.tensors import probe_tokens, take_probe
 from .pruning.compaction import prune_model_
 from .pruning.compaction_streamed import prune_to_shards_
-from .pruning.live_search import width_search
-from .pruning.plan import PruningPlan, plan_to_dict
+from .pruning.compensation import FitRecord
+from .pruning.plan import PruningPlan
+from .pruning.plan_file import plan_to_dict
 from .pruning.ranking import stored_ranking, with_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import BlockRefit, RefitSettings, Refitting
+from .pruning.search import width_search
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..models.channels import FitRecord
+from ..pruning.compensation import FitRecord
 from ..pruning.refit import BlockRefit
 
 Fits = Sequence[Sequence[FitRecord]]

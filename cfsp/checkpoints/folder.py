@@ -34,7 +34,8 @@ from ..models.tensors import (
     saved_tensors,
     unsaved_buffers,
 )
-from ..pruning.plan import PruningPlan, save_plan
+from ..pruning.plan import PruningPlan
+from ..pruning.plan_file import save_plan
 from .resume import can_resume
 
 MODELING_FILE = Path(modeling_cfsp.__file__)

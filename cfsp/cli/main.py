@@ -37,7 +37,7 @@ from ..models.opening import open_lean
 from ..pruning.allocation import ALLOCATORS
 from ..pruning.budget import FORM
 from ..pruning.compensation import COMPENSATIONS
-from ..pruning.plan import load_plan, save_plan
+from ..pruning.plan_file import load_plan, save_plan
 from ..pruning.recipe import DTYPES, Recipe, load_recipe
 from ..pruning.scoring import SCORERS
 from .curves import add_curves

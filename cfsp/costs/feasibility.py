@@ -14,7 +14,7 @@ from ..models.pruned_classes import parameter_shapes, stock_model
 from ..pruning.allocation import equal_widths
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
-from ..pruning.plan import BlockPlan, PruningPlan, flat_channels
+from ..pruning.plan import BlockPlan, PruningPlan
 from ..pruning.recipe import Recipe
 from .footprint import check_met, groups_of, resolve_budget
 from .latency import LatencyTable
@@ -68,9 +68,8 @@ def even_plan(
     widths = budget.widths(widths_at, sizes, multiple, equal=recipe.uniform)
     plans, next_width = [], iter(widths)
     for block in blocks:
-        kept = [torch.arange(next(next_width)).expand(group.experts, -1) for group in block]
-        total = sum(group.total for group in block)
-        plans.append(BlockPlan(total, flat_channels(kept, block), 0.0, block))
+        kept = tuple(torch.arange(next(next_width)).expand(g.experts, -1) for g in block)
+        plans.append(BlockPlan(kept, 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
     check_met(model, layout, plan, table)
     return plan
@@ -81,7 +80,7 @@ def _check_stock(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> N
     dense = model.state_dict()
     planned = planned_tensors(dense, model, layout, plan)
     widths = [
-        {ffn.width: kept.shape[1] for ffn, kept in zip(ffns, part.kept_by_group, strict=True)}
+        {ffn.width: width for ffn, width in zip(ffns, part.ffn_widths, strict=True)}
         for ffns, part in zip(
             map(layout.block_ffns, layout.find_blocks(model)), plan.blocks, strict=True
         )

@@ -184,7 +184,7 @@ def footprints(
     channels = sum(block.intermediate_size for block in plan.blocks), sum(plan.widths)
     seconds: tuple[float | None, float | None] = (None, None)
     if table is not None:
-        widths = [kept.shape[1] for block in plan.blocks for kept in block.kept_by_group]
+        widths = [width for block in plan.blocks for width in block.ffn_widths]
         seconds = table.dense_seconds, table.predicted(widths)
     before, after = (
         Footprint(kept, costs.parameters, costs.flops(length) * batch * length, time)

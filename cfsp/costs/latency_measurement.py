@@ -25,7 +25,7 @@ from ..models.layouts import Layout, as_block_output
 from ..models.loading import OpenModel, check_seqlen, model_device
 from ..models.surgery import forward_instead
 from ..pruning.budget import ModelBudget
-from ..pruning.compensation import none
+from ..pruning.compensation import DownProjection, none
 from ..pruning.plan import write_json
 from .hardware import device_name
 from .latency import LatencyTable, WidthCurve, load_table
@@ -291,7 +291,7 @@ def _curves(
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
 
         def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
-            return none(down, kept[expert].to(down.device), None, 0.0, out)
+            return none(DownProjection(down, kept[expert].to(down.device), out=out))[0]
 
         ffn.cut_(block, kept, cut_down, None)
         return block

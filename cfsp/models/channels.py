@@ -47,26 +47,6 @@ class FFNWeights:
 
 
 @dataclass(frozen=True)
-class FitRecord:
-    """What came of fitting the down projection of one FFN, or of one expert."""
-
-    applied: bool
-    """Whether the fit was put in; otherwise the columns are those of the dense model."""
-    error_before: float | None
-    """|| change of the output ||^2 / || output ||^2 on held-out tokens, with the columns as they
-    were; None where nothing was held out."""
-    error_after: float | None
-    """The same with the fit, whether it was put in or not."""
-    damping: float
-    """Relative to the mean square of a channel: what was asked for, or the tenfolds of it that a
-    factorisation took."""
-    tokens: int
-    """That it was fitted on."""
-    channels: int
-    """Of the dense FFN."""
-
-
-@dataclass(frozen=True)
 class CutDown:
     """The down projection of a pruned FFN."""
 
@@ -74,8 +54,6 @@ class CutDown:
     """[D, width]."""
     bias: torch.Tensor | None
     """[D], to be added to the bias that the projection may have."""
-    record: FitRecord | None = None
-    """Of compensations that fit."""
 
 
 Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]

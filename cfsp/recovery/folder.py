@@ -9,7 +9,8 @@ import yaml
 
 from ..errors import CfspError
 from ..models.loading import OpenModel
-from ..pruning.plan import PruningPlan, load_plan
+from ..pruning.plan import PruningPlan
+from ..pruning.plan_file import load_plan
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
 

@@ -29,8 +29,8 @@ def curves_figure(plan: PruningPlan) -> Markup | None:
     axis = Axis(0, 1, HEIGHT)
     lines, dots = [], []
     for number, block in enumerate(plan.blocks):
-        for ffn, (curve, kept) in enumerate(
-            zip(block.error_curves, block.kept_by_group, strict=False)
+        for ffn, (curve, width) in enumerate(
+            zip(block.error_curves, block.ffn_widths, strict=False)
         ):
             dense, channels = float(curve.errors[0]), int(curve.widths[-1])
             if not (dense > 0 and curve.errors.isfinite().all()):
@@ -38,7 +38,6 @@ def curves_figure(plan: PruningPlan) -> Markup | None:
             shares, errors = 100 * curve.widths.double() / channels, curve.errors / dense
             points = zip(shares.tolist(), errors.tolist(), strict=True)
             lines.append(line([(x, axis.y(y)) for x, y in points], HEIGHT + PADDING, "curve"))
-            width = kept.shape[1]
             share, error = 100 * width / channels, float(curve.at(torch.tensor([width]))) / dense
             name = (
                 f"block {number}, FFN {ffn}" if len(block.error_curves) > 1 else f"block {number}"

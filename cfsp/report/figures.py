@@ -127,7 +127,7 @@ def strips(plan: PruningPlan) -> list[dict[str, object]]:
     return [
         {
             "block": position,
-            "image": kept_strip(block.kept, block.intermediate_size),
+            "image": kept_strip(block.flat_kept, block.intermediate_size),
             "kept": f"{block.width / block.intermediate_size:.0%}",
             "label": f"block {position}: {block.width:,} of {block.intermediate_size:,} kept",
         }

@@ -55,7 +55,7 @@ def plot_kept(plan: PruningPlan, path: str | Path, title: str) -> None:
     for block in plan.blocks:
         size = block.intermediate_size
         bins = torch.arange(size) * columns // size
-        kept = torch.bincount(bins[block.kept], minlength=columns)
+        kept = torch.bincount(bins[block.flat_kept], minlength=columns)
         rows.append(kept / torch.bincount(bins, minlength=columns).clamp_min(1))
     figure, axes = pyplot.subplots(figsize=(9, 4), dpi=150, layout="constrained")
     colours = LinearSegmentedColormap.from_list("kept", [REMOVED, KEPT])
