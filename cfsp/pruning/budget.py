@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..apportion import reachable
 from ..errors import CfspError
@@ -26,9 +25,9 @@ class ModelBudget:
     kind: str
     """params, flops or latency."""
     fraction: float | None
-    """Of all parameters, FLOPs or seconds, to remove; None where ``parameters`` says."""
+    """Fraction of all parameters, FLOPs or seconds to remove; None where ``parameters`` says."""
     parameters: int | None
-    """To keep in all."""
+    """Parameters to keep in all."""
     batch: int
     length: int
     """FLOPs and latency are those of a forward call over [batch, length] tokens."""
@@ -87,17 +86,8 @@ def parse_budget(text: str) -> ModelBudget:
 Widths = tuple[int, ...]
 
 
-class WidthFit(Protocol):
-    """The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
-
-    def __call__(
-        self,
-        widths_at: Callable[[float], Widths],
-        sizes: Sequence[int],
-        multiple: int,
-        *,
-        equal: bool = False,
-    ) -> Widths: ...
+WidthFit = Callable[[Callable[[float], Widths], Sequence[int], int, bool], Widths]
+"""The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class ChannelBudget:
 
     sparsity: float
     costs: tuple[int, ...]
-    """Of one channel of width in every FFN, in all its experts."""
+    """Cost of one channel of width in every FFN, in all its experts."""
     fit: WidthFit | None = None
     """Of a latency: ``sparsity`` is then what it would be if channels were all that counted."""
 
@@ -115,13 +105,12 @@ class ChannelBudget:
         widths_at: Callable[[float], Widths],
         sizes: Sequence[int],
         multiple: int,
-        *,
         equal: bool = False,
     ) -> Widths:
-        """Widths under the budget; see :class:`WidthFit` for arguments."""
+        """Widths under the budget, from what an allocator gives for a sparsity."""
         if self.fit is None:
             return widths_at(self.sparsity)
-        return self.fit(widths_at, sizes, multiple, equal=equal)
+        return self.fit(widths_at, sizes, multiple, equal)
 
 
 def channel_budget(

@@ -32,10 +32,8 @@ TOKENS_PER_CHANNEL = 4
 def check_plan(
     plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the plan is for another model.
-
-    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
-    """
+    """Raise CfspError where the plan is for another model, whose ``fingerprint`` is given where its
+    weights are not in memory to make it from."""
     sizes = layout.intermediate_sizes(model)
     planned = tuple(block.intermediate_size for block in plan.blocks)
     if planned != sizes:
@@ -81,11 +79,8 @@ def prune_block_(
     room: Room | None = None,
 ) -> tuple[FitRecord, ...]:
     """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
-    or what ``room`` gives.
-
-    Returns:
-        For compensations that fit, what came of it in each FFN and expert.
-    """
+    or what ``room`` gives. Gives, for compensations that fit, what came of it in each FFN and
+    expert."""
     known = iter(statistics.ffns() if statistics is not None else repeat(None))
     records: list[FitRecord] = []
     for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):

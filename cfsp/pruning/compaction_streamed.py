@@ -37,9 +37,11 @@ from .compensation import FitRecord
 from .plan import PruningPlan
 from .refit import Refitting
 
+Tensors = dict[str, torch.Tensor]
+
 
 def _write_all(
-    writer: ShardWriter, tensors: Mapping[str, torch.Tensor], ready: Callable[[], None]
+    writer: ShardWriter, tensors: Tensors, ready: Callable[[], None] = lambda: None
 ) -> None:
     ready()
     for name, tensor in tensors.items():
@@ -59,9 +61,7 @@ class _Aside:
         self.arena.clear()
         return None if self.on_gpu else self.arena.take
 
-    def put(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+    def put(self, tensors: Tensors) -> tuple[Tensors, Callable[[], None]]:
         """The tensors here, and what to call before they are read."""
         memory = self.arena.memory
         inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
@@ -86,13 +86,6 @@ def _largest_block(planned: Mapping[str, TensorInfo], layout: Layout) -> int:
         if place is not None:
             sizes[place[0]] += aligned(info.nbytes)
     return max(sizes.values())
-
-
-def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard]:
-    """This rank's part of the shards that are not in the folder yet."""
-    finished = ranks.of_first(lambda: finished_shards(folder, shards))
-    left = [shard for shard in shards if shard.name not in finished]
-    return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
 
 
 def blocks_of(shards: Sequence[Shard], layout: Layout) -> set[int]:
@@ -147,7 +140,9 @@ def prune_to_shards_(
     dense = saved_tensors(model)
     planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
-    mine = _to_write(shards, folder, ranks)
+    finished = ranks.of_first(lambda: finished_shards(folder, shards))
+    left = [shard for shard in shards if shard.name not in finished]
+    mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
     riding = refitting or any(len(windows.windows) for windows in (*before, *after))
     wanted = None if riding else blocks_of(mine, layout)
@@ -167,7 +162,7 @@ def prune_to_shards_(
         outside = {name: t for name, t in dense.items() if layout.place_of(name) is None}
         head = dict(takewhile(lambda item: item[0] in outside, dense.items()))
         tail = {name: tensor for name, tensor in outside.items() if name not in head}
-        writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
+        writing: Future[None] = behind.submit(_write_all, writer, head)
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
         records: dict[int, tuple[FitRecord, ...]] = {}
@@ -198,7 +193,7 @@ def prune_to_shards_(
                 writing.result()
                 raise Stopped
         writing.result()
-        _write_all(writer, tail, lambda: None)
+        _write_all(writer, tail)
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
     if ranks.first:
         write_index(folder, shards)

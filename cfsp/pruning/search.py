@@ -67,9 +67,9 @@ def search_widths(
     Args:
         evaluate: widths -> loss; NaN counts as infinite. Called at most
             ``1 + generations * offspring`` times.
-        start: width of every FFN, a multiple each.
+        start: width of every FFN, a multiple of ``multiple`` each.
         sizes: channels of every FFN.
-        multiple: of all widths.
+        multiple: what all widths are multiples of.
         costs: of one channel of width in every FFN; None: 1. What ``start`` costs is kept exactly.
         generations: rounds.
         offspring: candidates of a round.
@@ -140,19 +140,17 @@ def width_search(
 ) -> WidthSearch:
     """A search that measures every candidate as it would be saved, compensation and all.
 
-    Time: a measurement for each of ``1 + search_generations * search_offspring``
-    candidates, and a cut for each new width of a block. Memory: see :class:`CutBlocks`.
+    Time: a measurement for each of ``1 + search_generations * search_offspring`` candidates, and a
+    cut for each new width of a block. Memory: see :class:`CutBlocks`. When it is run it raises
+    CfspError where the compensation lacks what it needs.
 
     Args:
         model: the dense model; left as it was found.
         layout: where its FFNs are.
-        statistics: that the cuts are compensated by.
+        statistics: those that the cuts are compensated by.
         recipe: its compensation, damping and settings of the search are read.
-        measure: the loss of the model as it stands, such as its perplexity.
+        measure: gives the loss of the model as it stands, such as its perplexity.
         progress: show a bar on stderr.
-
-    Raises, when it is run:
-        CfspError: the compensation lacks what it needs.
     """
     compensation = recipe.resolved_compensation
 
@@ -167,7 +165,7 @@ def width_search(
         bar = tqdm(
             total=recipe.search_candidates, desc="search", unit="model", disable=not progress
         )
-        with bar, _evaluating(model), CutBlocks(model, layout, cut).in_place() as put:
+        with bar, CutBlocks(model, layout, cut).in_place() as put:
 
             def evaluate(widths: Widths) -> float:
                 put(plan_of(widths))
@@ -190,16 +188,6 @@ def width_search(
     return search
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 class CutBlocks:
     """Puts cut copies of blocks into a model in memory, each cut once for each width.
 
@@ -209,6 +197,7 @@ class CutBlocks:
     """
 
     def __init__(self, model: nn.Module, layout: Layout, cut: Cut) -> None:
+        self.model = model
         self.blocks: nn.ModuleList = layout.find_blocks(model)  # type: ignore[assignment]
         self.dense = list(self.blocks)
         self.cut = cut
@@ -222,8 +211,10 @@ class CutBlocks:
 
     @contextmanager
     def in_place(self) -> Iterator[Callable[[PruningPlan], None]]:
-        """While it lasts, the function it gives makes the model that of a plan; afterwards the
-        model is the dense one."""
+        """While it lasts, the model is in evaluation mode, and the function it gives makes it that
+        of a plan; afterwards the model is the dense one."""
+        training = self.model.training
+        self.model.eval()
         try:
             yield self._apply
         finally:
@@ -231,6 +222,7 @@ class CutBlocks:
                 self.blocks[number] = block
             self.kept.clear()
             self.bytes = 0
+            self.model.train(training)
 
     def _apply(self, plan: PruningPlan) -> None:
         for number, block_plan in enumerate(plan.blocks):
