@@ -28,11 +28,14 @@ Weights = Callable[[int], Sequence[FFNWeights]]
 """Block number -> the matrices of its FFNs, of every expert."""
 
 
-def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
-    """The ranking for a recipe that the statistics have already; None where they have none."""
+def stored_ranking(
+    statistics: Statistics, recipe: Recipe, *, curves: bool = False
+) -> Ranking | None:
+    """The ranking for a recipe that the statistics have already, with error curves where asked for
+    and where its allocator reads them; None where they have none."""
     wanted = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
-    asks = _asks_for_curves(statistics, recipe)
-    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not asks))
+    curves = curves or _asks_for_curves(statistics, recipe)
+    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not curves))
     return next(fitting, None)
 
 
@@ -56,10 +59,10 @@ def rank(
     for these whatever the allocator. A bar is shown only where Gram matrices are read; CfspError
     where these are needed and not there.
     """
-    found = stored_ranking(statistics, recipe)
-    curves = curves or _asks_for_curves(statistics, recipe)
-    if found is not None and (found.curves or not curves):
+    found = stored_ranking(statistics, recipe, curves=curves)
+    if found is not None:
         return found
+    curves = curves or _asks_for_curves(statistics, recipe)
     scorer_reads = SCORERS[recipe.scorer].needs_gram
     if scorer_reads or curves:
         by_allocator = f"allocator {recipe.resolved_allocator!r}"

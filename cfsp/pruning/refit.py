@@ -83,11 +83,8 @@ class Refitting:
     computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
     gradient and the two moments of Adam), or in closed form z^T z of one FFN.
 
-    Args:
-        model: the causal LM, with its embeddings in memory.
-        layout: where its blocks and FFNs are.
-        windows: [N, S] int64 calibration tokens; the last are held out.
-        settings: how to fit.
+    The model needs its embeddings in memory; ``windows`` are [N, S] int64 calibration tokens, of
+    which the last are held out.
     """
 
     def __init__(
@@ -169,8 +166,7 @@ class Refitting:
         errors = [self._error(number, parameters)] if judged else []
         old = {}
         for ffn in self.layout.block_ffns(self.blocks[number]):
-            change = self._regressed(number, ffn)
-            down = parameters[f"{ffn.down}.weight"]
+            down, change = parameters[f"{ffn.down}.weight"], self._regressed(number, ffn)
             old[down] = down.data.clone()
             if change is not None:
                 transposed = ffn.channels[f"{ffn.down}.weight"].dimension == 0
@@ -257,11 +253,10 @@ def check_refits(model: nn.Module, layout: Layout, ranks: Ranks) -> None:
     """Raise CfspError where blocks cannot be fitted again: by several ranks, or with experts."""
     if ranks.size > 1:
         raise CfspError("sequential and blockwise fitting run in one process: drop torchrun")
-    for block in layout.find_blocks(model):
-        if any(group.experts > 1 for group in layout.groups(block)):
-            raise CfspError(
-                "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
-            )
+    if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
+        raise CfspError(
+            "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
+        )
 
 
 def _cast(masters: Values, parameters: Values) -> dict[str, torch.Tensor]:
