@@ -29,10 +29,8 @@ class BlockCache:
 
     Memory: at most :data:`MOST_KEPT` times the hidden states of the windows that it ran over.
 
-    Args:
-        block: a decoder block. Nothing but ``changing`` may change while this is used.
-        changing: names of parameters in the block: those of its FFNs.
-        run: of window 0. It runs twice here, the second time without what is kept.
+    Nothing of the block but ``changing``, names of parameters of its FFNs, may change while this is
+    used. ``run`` is of window 0; it runs twice here, the second time without what is kept.
     """
 
     def __init__(self, block: nn.Module, changing: Collection[str], run: Run) -> None:

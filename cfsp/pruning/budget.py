@@ -123,16 +123,9 @@ def channel_budget(
 ) -> ChannelBudget:
     """The fraction of the channels' cost that has to go, so that the whole model meets its budget.
 
-    Args:
-        budget: of the whole model.
-        total: what the dense model costs.
-        sizes: channels of every FFN, of one expert where it has several.
-        costs: of one channel of width in every FFN, in all its experts; the unit of ``total``.
-        multiple: of widths.
-        added: what pruning adds wherever it cuts: biases.
-
-    Raises:
-        CfspError: no widths meet the budget; says what they could.
+    ``total`` is the cost of the dense model; ``costs``, in the same unit, that of one channel of
+    width in every FFN, in all its experts; ``sizes`` are channels of one expert; ``added`` is what
+    pruning adds wherever it cuts: biases. CfspError where no widths meet the budget.
     """
     channels = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
     fixed = total - channels + added

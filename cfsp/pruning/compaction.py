@@ -115,12 +115,8 @@ def prune_model_(
 ) -> tuple[tuple[FitRecord, ...], ...]:
     """Cut every FFN of a live model to its plan, in place; ``refitting`` fits each block after it.
 
-    Returns:
-        What :func:`prune_block_` does, for each block.
-
-    Raises:
-        CfspError: a plan for another model, or a compensation whose statistics are missing.
-            Nothing is changed then.
+    Gives what :func:`prune_block_` does, for each block. CfspError, before anything is changed,
+    for a plan of another model or a compensation whose statistics are missing.
     """
     check_plan(plan, model, layout)
     check_compensation(plan, statistics)

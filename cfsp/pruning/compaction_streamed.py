@@ -122,11 +122,11 @@ def prune_to_shards_(
         refitting: fits each block after it is cut.
         stop: asked after each block; shards that are being written are finished first. Ranks stop
             each on their own.
-        progress: show a bar on stderr.
+        progress: whether to show a bar on stderr.
         ranks: those that share the shards.
 
     Returns:
-        What :func:`compaction.prune_block_` does, by number of the blocks that were read.
+        What :func:`cfsp.pruning.compaction.prune_block_` does, by number of the blocks read.
 
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be

@@ -165,16 +165,9 @@ def error_curve(
     Cost: F^3 / 3 for the factor, F^3 for its inverse, 2 D F^2; three [F, F] fp64 beside the Gram
     matrix. The host waits for the device to check G and for the result.
 
-    Args:
-        down: [D, F], any float dtype.
-        gram: [F, F].
-        order: [F] int64, a permutation: the first to go first.
-        widths: int64, ascending, in [0, F].
-        damping: of least squares.
-
-    Returns:
-        Error at every width, fp64 on the CPU, in the units of the output squared, summed over D,
-        per token. That of width 0 is the energy tr(W G W^T).
+    ``order`` [F] int64 is a permutation, the first to go first; ``widths`` int64 ascend in [0, F].
+    The errors are fp64 on the CPU, in the units of the output squared, summed over D, per token.
+    That of width 0 is the energy tr(W G W^T).
     """
     order = order.to(down.device).flip(0)
     damped, added = _damped(gram, damping)

@@ -121,14 +121,10 @@ def make_plan(
 ) -> PruningPlan:
     """Score, allocate, select.
 
-    Args:
-        statistics: of the dense model.
-        weights: called only for scorers that read weights, and for error curves.
-        recipe: the choices.
-        budget: what the recipe's comes to in this model, see
-            :func:`cfsp.costs.footprint.resolve_budget`; None: the recipe has a sparsity.
-        search: for allocator ``search``, see :func:`cfsp.pruning.search.width_search`.
-        progress: show a bar on stderr where scoring takes long.
+    ``weights`` are called only for scorers that read weights, and for error curves. ``budget`` is
+    what the recipe's comes to in this model, see :func:`cfsp.costs.footprint.resolve_budget`; None:
+    the recipe has a sparsity. ``search`` is for allocator ``search``, see
+    :func:`cfsp.pruning.search.width_search`.
 
     Raises:
         CfspError: no widths meet the budget; Gram matrices that the scorer or the allocator needs

@@ -64,16 +64,10 @@ def search_widths(
     fewer being likelier, and keeps the best of all. No widths are measured twice. Source: the
     level-switch mutation of EvoPress (arXiv 2410.14649), here with a (1 + offspring) strategy.
 
-    Args:
-        evaluate: widths -> loss; NaN counts as infinite. Called at most
-            ``1 + generations * offspring`` times.
-        start: width of every FFN, a multiple of ``multiple`` each.
-        sizes: channels of every FFN.
-        multiple: what all widths are multiples of.
-        costs: of one channel of width in every FFN; None: 1. What ``start`` costs is kept exactly.
-        generations: rounds.
-        offspring: candidates of a round.
-        seed: of the exchanges; the same arguments give the same calls and the same result.
+    ``evaluate`` gives the loss of widths, NaN for infinite, and is called at most
+    ``1 + generations * offspring`` times. ``costs`` are those of one channel of width in every FFN
+    (None: 1); what ``start`` costs is kept exactly. The same arguments give the same calls and the
+    same result.
     """
     costs = costs or [1] * len(sizes)
     generator = random.Random(seed)
@@ -141,16 +135,9 @@ def width_search(
     """A search that measures every candidate as it would be saved, compensation and all.
 
     Time: a measurement for each of ``1 + search_generations * search_offspring`` candidates, and a
-    cut for each new width of a block. Memory: see :class:`CutBlocks`. When it is run it raises
-    CfspError where the compensation lacks what it needs.
-
-    Args:
-        model: the dense model; left as it was found.
-        layout: where its FFNs are.
-        statistics: those that the cuts are compensated by.
-        recipe: its compensation, damping and settings of the search are read.
-        measure: gives the loss of the model as it stands, such as its perplexity.
-        progress: show a bar on stderr.
+    cut for each new width of a block. Memory: see :class:`CutBlocks`. The dense model is left as it
+    was found; ``measure`` gives its loss as it stands, such as its perplexity. When the search is
+    run it raises CfspError where the compensation lacks what it needs.
     """
     compensation = recipe.resolved_compensation
 
