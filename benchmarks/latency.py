@@ -50,7 +50,7 @@ def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[An
     recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
     plan = even_plan(left, opened.layout, recipe, table)
     for block, of_plan in zip(opened.layout.find_blocks(left), plan.blocks, strict=True):
-        prune_block_(block, opened.layout, of_plan, recipe, None)
+        prune_block_(block, opened.layout, of_plan, "none", 0.0, None)
     return left, table.predicted(plan.widths)
 
 

@@ -27,13 +27,15 @@ from . import environment
 def random_plan(opened: Any, sparsity: float) -> Any:
     """A plan that keeps random channels of every block."""
     from cfsp import Recipe
+    from cfsp.models.channels import ChannelGroup
     from cfsp.pruning.plan import BlockPlan, PruningPlan
 
     generator = torch.Generator().manual_seed(0)
     blocks = []
     for size in opened.layout.intermediate_sizes(opened.model):
         order = torch.randperm(size, generator=generator)
-        blocks.append(BlockPlan(size, order[: round(size * (1 - sparsity))].sort().values, 1.0))
+        kept = order[: round(size * (1 - sparsity))].sort().values
+        blocks.append(BlockPlan((kept[None],), 1.0, (ChannelGroup(size),)))
     recipe = Recipe(sparsity=sparsity, scorer="cfsp")
     return PruningPlan(tuple(blocks), opened.blocks.fingerprint(), recipe)
 

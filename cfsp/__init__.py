@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .evaluation.quality import Perplexity, perplexity
     from .evaluation.side_by_side import evaluate
     from .models.registration import register
-    from .pruning.plan import PruningPlan, load_plan, save_plan
+    from .pruning.plan import PruningPlan
     from .pruning.ranking import with_ranking
     from .pruning.recipe import Recipe, load_recipe
     from .recovery import Distillation, Recovery, RecoveryResult, recover

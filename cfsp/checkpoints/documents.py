@@ -11,7 +11,8 @@ import yaml
 
 from ..errors import CfspError
 from ..models.layouts import PRUNED_PREFIX
-from ..pruning.plan import PruningPlan, load_plan, save_plan
+from ..pruning.plan import PruningPlan
+from ..pruning.plan_file import load_plan, save_plan
 from ..pruning.refit import BlockRefit
 from .card import model_card, recovery_section
 

@@ -9,7 +9,7 @@ from ..calibration.statistics import check_statistics, load_statistics
 from ..costs.latency_measurement import table_for
 from ..errors import CfspError
 from ..models.opening import open_any
-from ..pruning.plan import save_plan
+from ..pruning.plan_file import save_plan
 from ..run.job import plan_model
 from .options import MODEL, add_device, add_output, print_json
 from .prune import add_recipe, recipe_of

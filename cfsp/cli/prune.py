@@ -13,7 +13,7 @@ from ..costs.dry_run import estimate
 from ..costs.hardware import parse_memory
 from ..errors import CfspError
 from ..models.layouts import unsupported
-from ..pruning.plan import load_plan
+from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
 from .options import (
     MODEL,

@@ -19,7 +19,7 @@ from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import ADD_BIAS
-from ..pruning.plan import BlockPlan, PruningPlan, WidthSearch, flat_channels, make_plan
+from ..pruning.plan import BlockPlan, PruningPlan, WidthSearch, make_plan
 from ..pruning.ranking import Weights
 from ..pruning.recipe import Recipe
 from .flops import ModelCosts
@@ -132,9 +132,8 @@ def even_plan(
     widths = iter(budget.widths(widths_at, sizes, multiple, equal=recipe.uniform))
     plans = []
     for block in blocks:
-        kept = [torch.arange(next(widths)).expand(group.experts, -1) for group in block]
-        channels = sum(group.total for group in block)
-        plans.append(BlockPlan(channels, flat_channels(kept, block), 0.0, block))
+        kept = tuple(torch.arange(next(widths)).expand(g.experts, -1) for g in block)
+        plans.append(BlockPlan(kept, 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
     _check_met(model, layout, plan, table)
     return plan
@@ -179,9 +178,9 @@ def _check_stock(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> N
     """Raise CfspError where the family's own class builds no model of the widths to be."""
     dense = model.state_dict()
     widths: list[dict[str, int]] = [{} for _ in plan.blocks]
-    kept = (part for block in plan.blocks for part in block.kept_by_group)
-    for (number, _, ffn), part in zip(layout.ffns_of(model), kept, strict=True):
-        widths[number][ffn.width] = part.shape[1]
+    planned = (width for block in plan.blocks for width in block.ffn_widths)
+    for (number, _, ffn), width in zip(layout.ffns_of(model), planned, strict=True):
+        widths[number][ffn.width] = width
     built = parameter_shapes(stock_model(model, widths))
     for name, info in planned_tensors(dense, model, layout, plan).items():
         if (name in built or name not in dense) and built.get(name) != info.shape:

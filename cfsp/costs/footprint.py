@@ -81,7 +81,7 @@ def footprints(
         flops = costs.flops(length) * batch * length
         return Footprint(channels, costs.parameters, flops, seconds)
 
-    widths = [kept.shape[1] for block in plan.blocks for kept in block.kept_by_group]
+    widths = [width for block in plan.blocks for width in block.ffn_widths]
     before = footprint(
         sum(block.intermediate_size for block in plan.blocks),
         tensor_infos(tensors),

@@ -152,7 +152,6 @@ class LatencyLimit:
         widths_at: Callable[[float], Widths],
         sizes: Sequence[int],
         multiple: int,
-        *,
         equal: bool = False,
     ) -> Widths:
         """The widest widths that the limit allows.

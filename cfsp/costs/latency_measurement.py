@@ -18,14 +18,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup
+from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from ..models.fingerprints import versions
 from ..models.layouts import Layout, as_block_output
 from ..models.loading import check_seqlen, model_device
 from ..models.opening import OpenModel
 from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
-from ..pruning.compensation import none
+from ..pruning.compensation import DownProjection, none
 from .hardware import device_name, synchronize
 from .latency import LatencyTable, WidthCurve, load_table, save_table
 
@@ -230,10 +230,8 @@ def _curves(
         ffn = layout.block_ffns(block)[position]
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
 
-        def cut_down(
-            expert: int, down: torch.Tensor, out: torch.Tensor | None
-        ) -> tuple[torch.Tensor, None]:
-            return none(down, kept[expert].to(down.device), None, 0.0, out).weight, None
+        def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
+            return none(DownProjection(down, kept[expert].to(down.device), out=out))[0]
 
         ffn.cut_(block, kept, cut_down, None)
         return block

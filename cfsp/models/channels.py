@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -51,11 +51,17 @@ class FFNWeights:
     """[D, F]."""
 
 
-Compensate = Callable[
-    [int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
-]
-"""(number of the expert, its down [D, F], memory for the result or None) -> the new weight
-[D, width], and a bias [D] to add to the one that the projection may have."""
+class CutDown(NamedTuple):
+    """The down projection of a pruned FFN."""
+
+    weight: torch.Tensor
+    """[D, width]."""
+    bias: torch.Tensor | None
+    """[D], to be added to the bias that the projection may have."""
+
+
+Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]
+"""Takes (number of the expert, its down [D, F], where [D, width] of it may go)."""
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,28 @@ class AllocationProblem:
     importance: torch.Tensor
     """[L] fp64, coarse importance of every FFN, that of its block: mean influence per token."""
     scores: tuple[torch.Tensor, ...]
-    """Channel scores [F_l] of every FFN."""
+    """Channel scores [F_l] of every FFN, one expert after the other."""
     sparsity: float
     """Fraction to remove of what all channels cost."""
     experts: tuple[int, ...] = ()
-    """Experts of every FFN, whose channels its scores are one after the other and whose width is
-    one; () where no FFN has any."""
+    """Experts of every FFN, which share one width; () where no FFN has any."""
     costs: tuple[int, ...] = ()
-    """What one more channel of width costs in every FFN, in all its experts, in any unit; ():
-    one per channel, so that channels themselves are the budget."""
+    """Cost of one channel of width in every FFN, in all its experts, in any unit; (): one per
+    channel, so that channels themselves are the budget."""
     width_multiple: int = 1
     curves: tuple[ErrorCurve, ...] = ()
-    """Of every FFN, scaled so that they may be added up; () where no allocator asks for them."""
+    """Error curves of every FFN, scaled so that they may be added up; () where no allocator asks
+    for them."""
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Experts of every FFN, 1 for one without."""
+        return self.experts or (1,) * len(self.scores)
+
+    @property
+    def width_costs(self) -> tuple[int, ...]:
+        """Cost of one channel of width in every FFN, in all its experts."""
+        return self.costs or self.expert_counts
 
     @property
     def intermediate_sizes(self) -> torch.Tensor:
@@ -44,10 +54,14 @@ class AllocationProblem:
         return torch.tensor([len(score) for score in self.scores])
 
     @property
+    def expert_sizes(self) -> list[int]:
+        """Channels of one expert of every FFN."""
+        return [len(s) // count for s, count in zip(self.scores, self.expert_counts, strict=True)]
+
+    @property
     def channel_costs(self) -> torch.Tensor:
         """[L] fp64, cost of one channel of one expert of every FFN."""
-        experts = torch.tensor(self.experts or (1,) * len(self.scores))
-        return torch.tensor(self.costs or experts.tolist()) / experts.double()
+        return torch.tensor(self.width_costs) / torch.tensor(self.expert_counts).double()
 
     @property
     def budget(self) -> float:
@@ -57,8 +71,7 @@ class AllocationProblem:
 
 
 def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
-    """s = sigmoid((I - mean I) / 1e4) of every block, [L] fp64, of its importance as a sum over
-    131072 tokens."""
+    """s = sigmoid((I - mean I) / 1e4) of every block [L] fp64, I summed over 131072 tokens."""
     return torch.sigmoid((importance_sum - importance_sum.mean()) / SIGMOID_SCALE)
 
 
@@ -68,13 +81,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
     s = sigmoid((I - mean I) / 1e4), keep = s / mean(s) * (1 - p). Where the largest keep would
     reach 1, s is contracted about its mean so that it becomes (1 - p) + p / 1.05.
 
-    Args:
-        importance_sum: [L] fp64, influence of each block summed over 131072 tokens.
-        sparsity: p in [0, 1).
-
-    Returns:
-        [L] fp64 with mean 1 - p.
-
+    The result [L] fp64 has the mean 1 - p; the importance is that of :func:`importance_shares`.
     Source: arXiv 2409.13199 and its released code.
     """
     share = importance_shares(importance_sum)
@@ -88,8 +95,7 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 def cfsp(problem: AllocationProblem) -> torch.Tensor:
     """Wider where the block turns its hidden states further; see :func:`cfsp_keep_fractions`."""
     keep = cfsp_keep_fractions(problem.importance * REFERENCE_TOKENS, problem.sparsity)
-    sizes = problem.intermediate_sizes
-    widths = keep * sizes
+    widths = keep * problem.intermediate_sizes
     return widths * (problem.budget / (problem.channel_costs * widths).sum())
 
 
@@ -144,9 +150,7 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
     """
     if not problem.curves:
         raise CfspError("allocator 'knapsack' needs error curves")
-    experts = problem.experts or (1,) * len(problem.scores)
-    costs, multiple = problem.costs or experts, problem.width_multiple
-    sizes = [len(s) // count for s, count in zip(problem.scores, experts, strict=True)]
+    costs, multiple, sizes = problem.width_costs, problem.width_multiple, problem.expert_sizes
     widths = [_knapsack_widths(size, multiple) for size in sizes]
     chosen = least_error_choices(
         [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
@@ -154,7 +158,7 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
         check_budget(sizes, problem.budget, multiple, costs) * multiple,
     )
     found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
-    return torch.tensor(found, dtype=torch.float64) * torch.tensor(experts)
+    return torch.tensor(found, dtype=torch.float64) * torch.tensor(problem.expert_counts)
 
 
 def search_start(problem: AllocationProblem) -> torch.Tensor:
@@ -188,7 +192,7 @@ ALLOCATOR_SUMMARIES = {
 }
 NEEDS_CURVES = frozenset({"knapsack"})
 SEARCH = "search"
-"""Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.live_search`."""
+"""Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.search`."""
 
 
 def equal_widths(
@@ -213,13 +217,12 @@ def equal_widths(
 
 def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
     """Width of every FFN, of each expert where it has several, by the named allocator."""
-    experts = problem.experts or (1,) * len(problem.scores)
-    counts = torch.tensor(experts)
+    ideal = ALLOCATORS[allocator](replace(problem, width_multiple=multiple))
     return apportion(
-        ALLOCATORS[allocator](replace(problem, width_multiple=multiple)) / counts,
-        (problem.intermediate_sizes // counts).tolist(),
+        ideal / torch.tensor(problem.expert_counts),
+        problem.expert_sizes,
         problem.budget,
         multiple,
         problem.importance,
-        problem.costs or experts,
+        problem.width_costs,
     )

@@ -9,7 +9,6 @@ not pass is run whole each time.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,26 +29,22 @@ class BlockCache:
 
     Memory: at most :data:`MOST_KEPT` times the hidden states of the windows that it ran over.
 
-    Args:
-        block: a decoder block. Nothing but ``changing`` may change while this is used.
-        changing: names of parameters in the block: those of its FFNs.
-        run: of window 0. It runs twice here, the second time without what is kept.
+    Nothing of the block but ``changing``, names of parameters of its FFNs, may change while this is
+    used. ``run`` is of window 0; it runs twice here, the second time without what is kept.
     """
 
     def __init__(self, block: nn.Module, changing: Collection[str], run: Run) -> None:
         self.kept: tuple[nn.Module, ...] = ()
         """The modules whose outputs are kept; none where the block is run whole each time."""
         self._blanks: dict[nn.Module, Any] = {}
-        """Of each module before the FFN: its output, all NaN."""
+        """The output of each module before the FFN, all NaN."""
         self._states: dict[int, tuple[torch.Tensor, ...]] = {}
-        """Of each window: the outputs of the modules that are kept."""
-        trace = _Trace(block, changing)
-        expected = trace.output(run)
-        kept = trace.read(expected)
+        """For each window, the outputs of the modules that are kept."""
+        expected, outputs, kept = _traced(block, changing, run)
         if 0 < len(kept) <= MOST_KEPT:
             self.kept = kept
-            self._blanks = {module: _blank(output) for module, output in trace.outputs.items()}
-            states = tuple(hidden_states_of(trace.outputs[module]).detach() for module in kept)
+            self._blanks = {module: _blank(output) for module, output in outputs.items()}
+            states = tuple(hidden_states_of(outputs[module]).detach() for module in kept)
             self._states[0] = tuple(state.clone() for state in states)
             with torch.no_grad():
                 same = torch.equal(self.run(0, run), expected)
@@ -84,53 +79,44 @@ class BlockCache:
         return output
 
 
-@dataclass
-class _Trace:
-    """A call of a block, with the outputs of modules before its FFN as leaves of the graph.
+def _traced(
+    block: nn.Module, changing: Collection[str], run: Run
+) -> tuple[torch.Tensor, dict[nn.Module, Any], tuple[nn.Module, ...]]:
+    """What the block gives; the outputs of its modules before its FFN, in the order of their calls;
+    and those of these modules whose outputs the block's is made from, not only through others of
+    them: () where that is not certain.
 
     Followed are the children of the block that have parameters and give a tensor of floating point.
+    Their outputs are leaves of the graph of the block's.
     """
+    children = [c for c in block.children() if any(True for _ in c.parameters())]
+    ffns = {block.get_submodule(name.partition(".")[0]) for name in changing}
+    calls: list[nn.Module] = []
+    outputs: dict[nn.Module, Any] = {}
 
-    block: nn.Module
-    changing: Collection[str]
-    outputs: dict[nn.Module, Any] = field(default_factory=dict)
-    """Of modules before the FFN, in the order of their calls; their tensors are the leaves."""
-    _calls: list[nn.Module] = field(default_factory=list)
-
-    def output(self, run: Run) -> torch.Tensor:
-        """What the block gives."""
-        children = [c for c in self.block.children() if any(True for _ in c.parameters())]
-        ffns = {self.block.get_submodule(name.partition(".")[0]) for name in self.changing}
-        stand_ins = [self._stand_in(child, ffns) for child in children]
-        with torch.enable_grad(), forward_instead(children, stand_ins):
-            return run()
-
-    def _stand_in(self, module: nn.Module, ffns: set[nn.Module]) -> Callable[..., Any]:
+    def stand_in(module: nn.Module) -> Callable[..., Any]:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._calls.append(module)
+            calls.append(module)
             output = own(*args, **kwargs)
             states = hidden_states_of(output)
-            if not ffns.isdisjoint(self._calls) or not _is_states(states):
+            followed = isinstance(states, torch.Tensor) and states.is_floating_point()
+            if not followed or not ffns.isdisjoint(calls):
                 return output
             leaf = states.detach().clone().requires_grad_()
-            self.outputs[module] = _with_states(output, leaf)
+            outputs[module] = _with_states(output, leaf)
             return _with_states(output, leaf.clone())
 
         return forward
 
-    def read(self, output: torch.Tensor) -> tuple[nn.Module, ...]:
-        """The modules before the FFN whose outputs the block's is made from; not those whose
-        outputs only go through others of them. () where that is not certain."""
-        if any(self._calls.count(module) > 1 for module in self.outputs):
-            return ()
-        ids = _leaves(output)
-        return tuple(m for m, found in self.outputs.items() if id(hidden_states_of(found)) in ids)
-
-
-def _is_states(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    with torch.enable_grad(), forward_instead(children, [stand_in(c) for c in children]):
+        output = run()
+    if any(calls.count(module) > 1 for module in outputs):
+        return output, outputs, ()
+    ids = _leaves(output)
+    read = tuple(m for m, found in outputs.items() if id(hidden_states_of(found)) in ids)
+    return output, outputs, read
 
 
 def _leaves(output: torch.Tensor) -> set[int]:
@@ -156,15 +142,15 @@ def _with_states(output: Any, states: torch.Tensor) -> Any:
 
 def _blank(output: Any) -> Any:
     """A module's output, all NaN; what comes with its hidden states takes no memory."""
+
+    def blank(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        fill = torch.nan if value.is_floating_point() else 0
+        return value.new_full((), fill).expand(value.shape)
+
     states = torch.full_like(hidden_states_of(output).detach(), torch.nan)
-    if not isinstance(output, tuple):
-        return states
-    return (states, *(_small(x) if isinstance(x, torch.Tensor) else x for x in output[1:]))
-
-
-def _small(tensor: torch.Tensor) -> torch.Tensor:
-    value = torch.nan if tensor.is_floating_point() else 0
-    return tensor.new_full((), value).expand(tensor.shape)
+    return (states, *map(blank, output[1:])) if isinstance(output, tuple) else states
 
 
 def _giving(output: Any) -> Callable[..., Any]:

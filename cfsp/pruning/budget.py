@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..apportion import reachable
 from ..errors import CfspError
@@ -26,9 +25,9 @@ class ModelBudget:
     kind: str
     """params, flops or latency."""
     fraction: float | None
-    """Of all parameters, FLOPs or seconds, to remove; None where ``parameters`` says."""
+    """Fraction of all parameters, FLOPs or seconds to remove; None where ``parameters`` says."""
     parameters: int | None
-    """To keep in all."""
+    """Parameters to keep in all."""
     batch: int
     length: int
     """FLOPs and latency are those of a forward call over [batch, length] tokens."""
@@ -87,17 +86,8 @@ def parse_model_budget(text: str) -> ModelBudget:
 Widths = tuple[int, ...]
 
 
-class WidthFit(Protocol):
-    """The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
-
-    def __call__(
-        self,
-        widths_at: Callable[[float], Widths],
-        sizes: Sequence[int],
-        multiple: int,
-        *,
-        equal: bool = False,
-    ) -> Widths: ...
+WidthFit = Callable[[Callable[[float], Widths], Sequence[int], int, bool], Widths]
+"""The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class ChannelBudget:
 
     sparsity: float
     costs: tuple[int, ...]
-    """Of one channel of width in every FFN, in all its experts."""
+    """Cost of one channel of width in every FFN, in all its experts."""
     fit: WidthFit | None = None
     """Of a latency: ``sparsity`` is then what it would be if channels were all that counted."""
 
@@ -115,13 +105,12 @@ class ChannelBudget:
         widths_at: Callable[[float], Widths],
         sizes: Sequence[int],
         multiple: int,
-        *,
         equal: bool = False,
     ) -> Widths:
-        """Widths under the budget; see :class:`WidthFit` for arguments."""
+        """Widths under the budget, from what an allocator gives for a sparsity."""
         if self.fit is None:
             return widths_at(self.sparsity)
-        return self.fit(widths_at, sizes, multiple, equal=equal)
+        return self.fit(widths_at, sizes, multiple, equal)
 
 
 def channel_budget(
@@ -134,16 +123,9 @@ def channel_budget(
 ) -> ChannelBudget:
     """The fraction of the channels' cost that has to go, so that the whole model meets its budget.
 
-    Args:
-        budget: of the whole model.
-        total: what the dense model costs.
-        sizes: channels of every FFN, of one expert where it has several.
-        costs: of one channel of width in every FFN, in all its experts; the unit of ``total``.
-        multiple: of widths.
-        added: what pruning adds wherever it cuts: biases.
-
-    Raises:
-        CfspError: no widths meet the budget; says what they could.
+    ``total`` is the cost of the dense model; ``costs``, in the same unit, that of one channel of
+    width in every FFN, in all its experts; ``sizes`` are channels of one expert; ``added`` is what
+    pruning adds wherever it cuts: biases. CfspError where no widths meet the budget.
     """
     channels = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
     fixed = total - channels + added

@@ -2,31 +2,38 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice, repeat
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.grams import StoredGram
 from ..calibration.statistics import BlockStatistics, Statistics, check_grams
 from ..errors import CfspError
 from ..io.safetensors import Room, TensorInfo
-from ..models.channels import check_expert_width
+from ..models.channels import CutDown, check_expert_width
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
-from .compensation import ADD_BIAS, COMPENSATIONS, NEEDS_GRAM, NEEDS_STATISTICS, FitRecord
+from .compensation import (
+    ADD_BIAS,
+    COMPENSATIONS,
+    NEEDS_GRAM,
+    NEEDS_STATISTICS,
+    DownProjection,
+    FitRecord,
+)
 from .plan import BlockPlan, PruningPlan
-from .recipe import Recipe
 from .refit import Refitting
+
+TOKENS_PER_CHANNEL = 4
+"""Below it least squares fit noise too."""
 
 
 def check_plan(
     plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the plan is for another model.
-
-    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
-    """
+    """Raise CfspError where the plan is for another model, whose ``fingerprint`` is given where its
+    weights are not in memory to make it from."""
     sizes = layout.intermediate_sizes(model)
     planned = tuple(block.intermediate_size for block in plan.blocks)
     if planned != sizes:
@@ -35,14 +42,10 @@ def check_plan(
             f"channels, the model has {len(sizes)} with up to {max(sizes)}"
         )
     for number, block in enumerate(plan.blocks):
-        for kept in block.kept_by_group:
+        for kept in block.kept:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
     if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
         raise CfspError("the plan is for another model: same shapes, different weights")
-
-
-TOKENS_PER_CHANNEL = 4
-"""Below it least squares fit noise too."""
 
 
 def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
@@ -53,19 +56,16 @@ def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
     if compensation in NEEDS_GRAM and statistics is not None:
         check_grams(statistics, f"compensation {compensation!r}")
-        _warn_of_few_tokens([gram for block in statistics.blocks for gram in block.grams])
-
-
-def _warn_of_few_tokens(grams: Sequence[StoredGram]) -> None:
-    few = [gram for gram in grams if gram.tokens[0] < TOKENS_PER_CHANNEL * gram.channels]
-    if few:
-        worst = min(few, key=lambda gram: gram.tokens[0] / gram.channels)
-        warnings.warn(
-            f"least squares: {len(few)} of {len(grams)} FFNs have fewer than {TOKENS_PER_CHANNEL} "
-            f"tokens per channel, block {worst.block} {worst.tokens[0]} for {worst.channels}: "
-            "calibrate on more windows",
-            stacklevel=3,
-        )
+        grams = [gram for block in statistics.blocks for gram in block.grams]
+        few = [gram for gram in grams if gram.tokens[0] < TOKENS_PER_CHANNEL * gram.channels]
+        if few:
+            worst = min(few, key=lambda gram: gram.tokens[0] / gram.channels)
+            warnings.warn(
+                f"least squares: {len(few)} of {len(grams)} FFNs have fewer than "
+                f"{TOKENS_PER_CHANNEL} tokens per channel, block {worst.block} {worst.tokens[0]} "
+                f"for {worst.channels}: calibrate on more windows",
+                stacklevel=2,
+            )
 
 
 @torch.no_grad()
@@ -73,22 +73,18 @@ def prune_block_(
     block: nn.Module,
     layout: Layout,
     plan: BlockPlan,
-    recipe: Recipe,
+    compensation: str,
+    damping: float,
     statistics: BlockStatistics | None,
     room: Room | None = None,
 ) -> tuple[FitRecord, ...]:
     """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
-    or what ``room`` gives.
-
-    Returns:
-        For compensations that fit, what came of it in each FFN and expert.
-    """
-    cut = COMPENSATIONS[recipe.resolved_compensation]
-    known = statistics.ffns() if statistics is not None else None
+    or what ``room`` gives. Gives, for compensations that fit, what came of it in each FFN and
+    expert."""
+    known = iter(statistics.ffns() if statistics is not None else repeat(None))
     records: list[FitRecord] = []
-    first = 0
-    for ffn, kept in zip(layout.block_ffns(block), plan.kept_by_group, strict=True):
-        own = known[first : first + len(kept)] if known is not None else [None] * len(kept)
+    for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):
+        own = list(islice(known, len(kept)))
 
         def compensate(
             expert: int,
@@ -96,14 +92,15 @@ def prune_block_(
             out: torch.Tensor | None,
             kept: torch.Tensor = kept,
             own: Sequence[BlockStatistics | None] = own,
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            found = cut(down, kept[expert].to(down.device), own[expert], recipe.damping, out)
-            if found.record is not None:
-                records.append(found.record)
-            return found.weight, found.bias
+        ) -> CutDown:
+            cut, record = COMPENSATIONS[compensation](
+                DownProjection(down, kept[expert].to(down.device), own[expert], damping, out)
+            )
+            if record is not None:
+                records.append(record)
+            return cut
 
         ffn.cut_(block, kept, compensate, room)
-        first += len(kept)
     return tuple(records)
 
 
@@ -118,24 +115,20 @@ def prune_model_(
 ) -> tuple[tuple[FitRecord, ...], ...]:
     """Cut every FFN of a live model to its plan, in place; ``refitting`` fits each block after it.
 
-    Returns:
-        What :func:`prune_block_` does, for each block.
-
-    Raises:
-        CfspError: a plan for another model, or a compensation whose statistics are missing.
-            Nothing is changed then.
+    Gives what :func:`prune_block_` does, for each block. CfspError, before anything is changed,
+    for a plan of another model or a compensation whose statistics are missing.
     """
     check_plan(plan, model, layout)
     check_compensation(plan, statistics)
-    blocks = layout.find_blocks(model)
-    records = []
+    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
+    blocks, records = layout.find_blocks(model), []
     bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
     for number, block_plan in enumerate(bar):
-        block_statistics = statistics.blocks[number] if statistics is not None else None
+        known = statistics.blocks[number] if statistics is not None else None
         if refitting is not None:
             refitting.run_dense(number)
         records.append(
-            prune_block_(blocks[number], layout, block_plan, plan.recipe, block_statistics)
+            prune_block_(blocks[number], layout, block_plan, compensation, damping, known)
         )
         if refitting is not None:
             refitting.run_pruned(number)
@@ -145,26 +138,18 @@ def prune_model_(
 def planned_tensors(
     tensors: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, plan: PruningPlan
 ) -> dict[str, TensorInfo]:
-    """What the pruned model's checkpoint holds, in order, from what the dense one's does.
-
-    Args:
-        tensors: the dense checkpoint in order; only shapes and dtypes are read.
-        model: the dense model, of which no values are read.
-        layout: where the FFNs are.
-        plan: what they keep.
-    """
+    """What the pruned model's checkpoint holds, in order, from what the dense one's does: of
+    ``tensors`` and ``model`` only shapes and dtypes are read."""
     adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
+    widths = (width for block in plan.blocks for width in block.ffn_widths)
     cut: dict[str, tuple[int, int]] = {}
     new: dict[str, str] = {}
-    for number, (block, block_plan) in enumerate(
-        zip(layout.find_blocks(model), plan.blocks, strict=True)
-    ):
-        prefix = f"{layout.blocks}.{number}."
-        for ffn, kept in zip(layout.block_ffns(block), block_plan.kept_by_group, strict=True):
-            for name, axis in ffn.channels.items():
-                cut[prefix + name] = (axis.dimension, axis.copies * kept.shape[1])
-            if adds_bias and ffn.down_bias is not None:
-                new[f"{prefix}{ffn.down}.weight"] = prefix + ffn.down_bias
+    for (number, _, ffn), width in zip(layout.ffns_of(model), widths, strict=True):
+        prefix = layout.prefix(number)
+        for name, axis in ffn.channels.items():
+            cut[prefix + name] = (axis.dimension, axis.copies * width)
+        if adds_bias and ffn.down_bias is not None:
+            new[f"{prefix}{ffn.down}.weight"] = prefix + ffn.down_bias
     found: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
         shape = list(tensor.shape)

@@ -7,6 +7,7 @@ is, windows that measure the model go through it before and after, and a thread 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ..io.shard_writer import (
     write_index,
 )
 from ..models.blockwise import RidingWindows
+from ..models.layouts import Layout
 from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
 from .compaction import check_compensation, check_plan, planned_tensors, prune_block_
@@ -34,9 +36,11 @@ from .compensation import FitRecord
 from .plan import PruningPlan
 from .refit import Refitting
 
+Tensors = dict[str, torch.Tensor]
+
 
 def _write_all(
-    writer: ShardWriter, tensors: Mapping[str, torch.Tensor], ready: Callable[[], None]
+    writer: ShardWriter, tensors: Tensors, ready: Callable[[], None] = lambda: None
 ) -> None:
     ready()
     for name, tensor in tensors.items():
@@ -56,9 +60,7 @@ class _Aside:
         self.arena.clear()
         return None if self.on_gpu else self.arena.take
 
-    def put(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+    def put(self, tensors: Tensors) -> tuple[Tensors, Callable[[], None]]:
         """The tensors here, and what to call before they are read."""
         memory = self.arena.memory
         inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
@@ -75,49 +77,20 @@ class _Aside:
         return found, torch.cuda.current_stream(self.device).record_event().synchronize
 
 
-def _around_blocks(
-    tensors: Mapping[str, torch.Tensor], blocks: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Tensors that come before and after those of the blocks, so that shards are filled in turn
-    and finished one after another."""
-    head: dict[str, torch.Tensor] = {}
-    tail: dict[str, torch.Tensor] = {}
-    part = head
-    for name, tensor in tensors.items():
-        if name.startswith(blocks):
-            part = tail
-        else:
-            part[name] = tensor
-    return head, tail
-
-
-def _block_of(name: str, blocks: str) -> int | None:
-    """The number of the block that a tensor is in, where the blocks are at the path ``blocks``."""
-    inside = name.removeprefix(f"{blocks}.")
-    return int(inside.partition(".")[0]) if inside != name else None
-
-
-def _largest_block(planned: Mapping[str, TensorInfo], blocks: str) -> int:
+def _largest_block(planned: Mapping[str, TensorInfo], layout: Layout) -> int:
     """Bytes of memory for the largest of the planned blocks."""
     sizes: Counter[int] = Counter()
     for name, info in planned.items():
-        number = _block_of(name, blocks)
-        if number is not None:
-            sizes[number] += aligned(info.nbytes)
+        place = layout.place_of(name)
+        if place is not None:
+            sizes[place[0]] += aligned(info.nbytes)
     return max(sizes.values())
 
 
-def _to_write(shards: Sequence[Shard], folder: Path, ranks: Ranks) -> list[Shard]:
-    """This rank's part of the shards that are not in the folder yet."""
-    finished = ranks.of_first(lambda: finished_shards(folder, shards))
-    left = [shard for shard in shards if shard.name not in finished]
-    return [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
-
-
-def blocks_of(shards: Sequence[Shard], blocks: str) -> set[int]:
+def blocks_of(shards: Sequence[Shard], layout: Layout) -> set[int]:
     """Numbers of the blocks with tensors in these shards."""
-    numbers = {_block_of(name, blocks) for shard in shards for name in shard.tensors}
-    return {number for number in numbers if number is not None}
+    places = {layout.place_of(name) for shard in shards for name in shard.tensors}
+    return {place[0] for place in places if place is not None}
 
 
 def prune_to_shards_(
@@ -148,11 +121,11 @@ def prune_to_shards_(
         refitting: fits each block after it is cut.
         stop: asked after each block; shards that are being written are finished first. Ranks stop
             each on their own.
-        progress: show a bar on stderr.
+        progress: whether to show a bar on stderr.
         ranks: those that share the shards.
 
     Returns:
-        What :func:`compaction.prune_block_` does, by number of the blocks that were read.
+        What :func:`cfsp.pruning.compaction.prune_block_` does, by number of the blocks read.
 
     Raises:
         CfspError: a plan for another model, statistics that are missing, a shard that cannot be
@@ -166,14 +139,16 @@ def prune_to_shards_(
     dense = saved_tensors(model)
     planned = planned_tensors(dense, model, layout, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
-    mine = _to_write(shards, folder, ranks)
+    finished = ranks.of_first(lambda: finished_shards(folder, shards))
+    left = [shard for shard in shards if shard.name not in finished]
+    mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
     riding = refitting or any(len(windows.windows) for windows in (*before, *after))
-    wanted = None if riding else blocks_of(mine, layout.blocks)
+    wanted = None if riding else blocks_of(mine, layout)
+    device = model.get_input_embeddings().weight.device
+    aside = _Aside(_largest_block(planned, layout), device)
+    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
     total = sum(shard.nbytes for shard in shards)
-    aside = _Aside(
-        _largest_block(planned, layout.blocks), model.get_input_embeddings().weight.device
-    )
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     shown = BlockProgress(bar, len(plan.blocks))
     with (
@@ -182,8 +157,11 @@ def prune_to_shards_(
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
         opened.blocks.turns(wanted) as turns,
     ):
-        head, tail = _around_blocks(dense, f"{layout.blocks}.")
-        writing: Future[None] = behind.submit(_write_all, writer, head, lambda: None)
+        # Tensors before and after the blocks, so that shards are filled and finished in turn.
+        outside = {name: t for name, t in dense.items() if layout.place_of(name) is None}
+        head = dict(takewhile(lambda item: item[0] in outside, dense.items()))
+        tail = {name: tensor for name, tensor in outside.items() if name not in head}
+        writing: Future[None] = behind.submit(_write_all, writer, head)
         bar.update(sum(tensor.nbytes for tensor in head.values()))
         stop_after: int | None = None
         records: dict[int, tuple[FitRecord, ...]] = {}
@@ -193,17 +171,16 @@ def prune_to_shards_(
                 windows.ride(number)
             if refitting is not None:
                 refitting.run_dense(number)
-            block_statistics = statistics.blocks[number] if statistics is not None else None
+            known = statistics.blocks[number] if statistics is not None else None
             writing.result()  # at most one block waits to be written
-            block_plan, room = plan.blocks[number], aside.room()
             records[number] = prune_block_(
-                block, layout, block_plan, plan.recipe, block_statistics, room
+                block, layout, plan.blocks[number], compensation, damping, known, aside.room()
             )
             if refitting is not None:
                 refitting.run_pruned(number)
             for windows in after:
                 windows.ride(number)
-            prefix = f"{layout.blocks}.{number}."
+            prefix = layout.prefix(number)
             pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
             writing = behind.submit(_write_all, writer, pruned, ready)
             bar.update(sum(tensor.nbytes for tensor in pruned.values()))
@@ -215,7 +192,7 @@ def prune_to_shards_(
                 writing.result()
                 raise Stopped
         writing.result()
-        _write_all(writer, tail, lambda: None)
+        _write_all(writer, tail)
         bar.update(sum(tensor.nbytes for tensor in tail.values()))
     if ranks.first:
         write_index(folder, shards)

@@ -10,11 +10,32 @@ from cfsp_kernels import gather_columns
 
 from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics
-from .least_squares import fit_down, output_errors
+from ..models.channels import CutDown
+from .least_squares import DAMPING, fit_down, output_errors
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made
 JUDGING_TOKENS = 16
 """Held-out tokens of an expert without which nothing is known of its error."""
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """A down projection that is to be cut, and what is known of its input."""
+
+    weight: torch.Tensor
+    """[D, F]."""
+    kept: torch.Tensor
+    """[width] int64, on the device of the weight."""
+    statistics: BlockStatistics | None = None
+    """Statistics of this FFN or expert alone."""
+    damping: float = DAMPING
+    """Damping of least squares."""
+    out: torch.Tensor | None = None
+    """Memory for the new weight [D, width]; None: new memory is taken."""
+
+    def kept_columns(self) -> torch.Tensor:
+        """[D, width], the kept columns as they are."""
+        return gather_columns(self.weight, self.kept, out=self.out)
 
 
 @dataclass(frozen=True)
@@ -37,91 +58,58 @@ class FitRecord:
     """Channels of the dense FFN."""
 
 
-@dataclass(frozen=True)
-class CutDown:
-    """The down projection of a pruned FFN."""
-
-    weight: torch.Tensor
-    """[D, width]."""
-    bias: torch.Tensor | None
-    """[D], to be added to the bias that the projection may have."""
-    record: FitRecord | None = None
-    """None for compensations that fit nothing."""
+Compensated = tuple[CutDown, FitRecord | None]
+"""The new down projection and, of compensations that fit, what came of it."""
+Compensation = Callable[[DownProjection], Compensated]
 
 
-def none(
-    down: torch.Tensor,
-    kept: torch.Tensor,
-    statistics: BlockStatistics | None,
-    damping: float,
-    out: torch.Tensor | None = None,
-) -> CutDown:
+def none(down: DownProjection) -> Compensated:
     """The kept columns as they are."""
-    return CutDown(gather_columns(down, kept, out=out), None)
+    return CutDown(down.kept_columns(), None), None
 
 
-def bias(
-    down: torch.Tensor,
-    kept: torch.Tensor,
-    statistics: BlockStatistics | None,
-    damping: float,
-    out: torch.Tensor | None = None,
-) -> CutDown:
+def bias(down: DownProjection) -> Compensated:
     """A bias that puts the mean of what was removed back: W[:, removed] @ mean(x)[removed].
 
     Source: FLAP, arXiv 2312.11983.
     """
-    if statistics is None:
+    if down.statistics is None:
         raise ValueError("bias compensation needs the statistics of the block")
-    mean = statistics.mean.to(down.device, copy=True)
-    mean[kept] = 0
+    mean = down.statistics.mean.to(down.weight.device, copy=True)
+    mean[down.kept] = 0
     # Copies in fp64: a product over the weights where they lie depends, in its last bits, on the
     # alignment of their memory, and so on how they were loaded.
-    added = torch.cat([rows.double() @ mean for rows in down.split(ROWS_PER_PRODUCT)])
-    return CutDown(gather_columns(down, kept, out=out), added.to(down.dtype))
+    added = torch.cat([rows.double() @ mean for rows in down.weight.split(ROWS_PER_PRODUCT)])
+    return CutDown(down.kept_columns(), added.to(down.weight.dtype)), None
 
 
-def least_squares(
-    down: torch.Tensor,
-    kept: torch.Tensor,
-    statistics: BlockStatistics | None,
-    damping: float,
-    out: torch.Tensor | None = None,
-    *,
-    bias: bool = False,
-) -> CutDown:
+def least_squares(down: DownProjection, *, bias: bool = False) -> Compensated:
     """The kept columns fitted to the dense output, see :mod:`cfsp.pruning.least_squares`.
 
     They stay as they are, with a bias of zero where there is one, unless the fit lowers the error
     of the output on the held-out tokens; and where an expert has next to none of these.
     """
+    statistics = down.statistics
     if statistics is None or statistics.gram is None:
         raise ValueError("least squares need the Gram matrices of the block")
-    stored, plain = statistics.gram, gather_columns(down, kept, out=out)
+    stored, weight, plain = statistics.gram, down.weight, down.kept_columns()
     tokens, judging = stored.tokens
-    zero = down.new_zeros(down.shape[0]) if bias else None
-    before = after = None
-    fit = None
+    before = after = fit = None
     if judging >= JUDGING_TOKENS or not held_out_windows(statistics.windows):
-        fit = fit_down(down, kept, stored.fit(down.device), damping, bias=bias)
-        held_out = stored.held_out(down.device)
+        fit = fit_down(weight, down.kept, stored.fit(weight.device), down.damping, bias=bias)
+        held_out = stored.held_out(weight.device)
         if held_out is not None:
             fitted = [(fit.weight, fit.bias)] if fit is not None else []
-            before, *judged = output_errors(down, kept, [(plain, None), *fitted], held_out)
+            before, *judged = output_errors(weight, down.kept, [(plain, None), *fitted], held_out)
             after = judged[0] if judged else None
     better = fit is not None and (before is None or (after is not None and after < before))
-    used = fit.damping if fit is not None else damping
+    used = fit.damping if fit is not None else down.damping
     record = FitRecord(better, before, after, used, tokens, stored.channels)
     if fit is None or not better:
-        return CutDown(plain, zero, record)
-    return CutDown(plain.copy_(fit.weight), fit.bias, record)
+        return CutDown(plain, weight.new_zeros(len(weight)) if bias else None), record
+    return CutDown(plain.copy_(fit.weight), fit.bias), record
 
 
-Compensation = Callable[
-    [torch.Tensor, torch.Tensor, BlockStatistics | None, float, torch.Tensor | None], CutDown
-]
-"""(down [D, F], kept [width], statistics, damping, memory for the new weight or None) -> the new
-down projection."""
 COMPENSATIONS: dict[str, Compensation] = {
     "none": none,
     "bias": bias,

@@ -22,13 +22,10 @@ def least_error_choices(
     Args:
         errors: of every item, [choices] float64, finite.
         costs: of every item, [choices] int64, 0 or more.
-        capacity: 0 or more.
+        capacity: 0 or more; ValueError where it is below what the cheapest choices cost.
 
     Returns:
         Index of the choice of every item.
-
-    Raises:
-        ValueError: the cheapest choices cost more than the capacity.
     """
     least = [int(cost.min()) for cost in costs]
     spare = capacity - sum(least)

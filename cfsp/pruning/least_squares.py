@@ -1,4 +1,4 @@
-"""Least squares for what is kept: a down projection that makes up for the channels removed.
+"""Least squares: a down projection that compensates for the removed channels.
 
 W is the down projection [D, F], x [T, F] its input over the fitting tokens, K the kept channels.
 With G = x^T x / T (the covariance, where a bias is fitted too), M = diag(G_KK) and W_K the old
@@ -17,15 +17,17 @@ import torch
 
 from ..calibration.grams import Gram
 
-ROWS = 1024  # of the projection that are fp64 at a time
-COLUMNS = 2048  # of a Gram matrix
+ROWS = 1024
+"""Rows of the projection that are held in fp64 at a time."""
+COLUMNS = 2048
+"""Columns of a Gram matrix that are held in fp64 at a time."""
 DAMPING = 0.2
 ATTEMPTS = 6
 MORE_DAMPING = 10.0
 LEAST_DAMPING = 1e-6
-"""What a factorisation that fails without damping is tried again with."""
+"""Damping of the second attempt where the first was without any."""
 QUIET = 1e-3
-"""Least mean square of a channel, relative to their mean, that damping reckons with."""
+"""Least mean square of a channel, relative to their mean, that damping counts with."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Fit:
     weight: torch.Tensor
     """[D, width], of the dtype of the old."""
     bias: torch.Tensor | None
-    """[D], where one was asked for."""
+    """[D], or None where none was asked for."""
     damping: float
-    """With which the factorisation succeeded."""
+    """The damping with which the factorisation succeeded."""
 
 
 def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
@@ -49,7 +51,8 @@ def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: boo
     return found
 
 
-def _removed(kept: torch.Tensor, channels: int) -> torch.Tensor:
+def removed_channels(kept: torch.Tensor, channels: int) -> torch.Tensor:
+    """The others of a number of channels, [R] int64, ascending."""
     goes = torch.ones(channels, dtype=torch.bool, device=kept.device)
     goes[kept] = False
     return goes.nonzero().flatten()
@@ -66,15 +69,18 @@ def ridge_of(moments: torch.Tensor) -> torch.Tensor:
 
 
 def _factor(
-    moments: torch.Tensor, ridge: torch.Tensor, damping: float
-) -> tuple[torch.Tensor, float] | None:
-    """Cholesky factor of the moments, damped in place, and the damping with which there is one."""
-    diagonal = moments.diagonal().clone()
+    moments: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Cholesky factor of the moments, damped in place, their ridge, and the damping with which
+    there is a factor. None where the moments are zero, not finite or have none."""
+    ridge, diagonal = ridge_of(moments), moments.diagonal().clone()
+    if not 0 < float(ridge.mean()) < torch.inf:
+        return None
     for _ in range(ATTEMPTS):
         moments.diagonal().copy_(diagonal + damping * ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if not failed and bool(factor.diagonal().isfinite().all()):
-            return factor, damping
+            return factor, ridge, damping
         damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
     return None
 
@@ -82,20 +88,9 @@ def _factor(
 def solve_damped(
     moments: torch.Tensor, across: torch.Tensor, damping: float
 ) -> torch.Tensor | None:
-    """across (moments + damping ridge)^-1, with the ridge of :func:`ridge_of`.
-
-    Args:
-        moments: [K, K] fp64, symmetric; damped in place.
-        across: [D, K] fp64.
-        damping: see :func:`fit_down`.
-
-    Returns:
-        [D, K] fp64; None where the moments are zero, not finite or have no factor.
-    """
-    ridge = ridge_of(moments)
-    if not 0 < float(ridge.mean()) < torch.inf:
-        return None
-    found = _factor(moments, ridge, damping)
+    """across (moments + damping ridge)^-1, [D, K] fp64, with the ridge of :func:`ridge_of`; None
+    where there is none. ``moments`` [K, K] fp64, symmetric, are damped in place."""
+    found = _factor(moments, damping)
     return torch.cholesky_solve(across.T, found[0]).T if found is not None else None
 
 
@@ -118,27 +113,23 @@ def fit_down(
         down: [D, F] fp16, bf16 or fp32.
         kept: [K] int64, ascending.
         gram: of its input, on the same device.
-        damping: weight of the second term. Where the
-            moments have no Cholesky factor it is raised tenfold, at most 5 times.
+        damping: weight of the second term; raised tenfold, at most 5 times, where the moments
+            have no Cholesky factor.
         bias: remove the means first and give a bias.
         pull: where the second term pulls: pull * W_K. 0 is ordinary ridge regression.
 
     Returns:
         The fit; None where there is none, for the activations are all zero or not finite.
     """
-    channels = down.shape[1]
-    removed = _removed(kept, channels)
     if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None
     moments = _moments(gram, kept, kept, bias)
-    ridge = ridge_of(moments)
-    if not 0 < float(ridge.mean()) < torch.inf:
-        return None
-    found = _factor(moments, ridge, damping)
+    found = _factor(moments, damping)
     if found is None:
         return None
-    factor, used = found
+    factor, ridge, used = found
     del moments, found  # as large as the factor
+    removed = removed_channels(kept, down.shape[1])
     across = _moments(gram, removed, kept, bias)
     weight = down.new_empty(down.shape[0], len(kept))
     added = down.new_zeros(down.shape[0]) if bias else None
@@ -164,18 +155,10 @@ def output_errors(
     candidates: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     gram: Gram,
 ) -> list[float]:
-    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64.
+    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64, for each
+    candidate (W' [D, K], b [D] or None); 0 where all outputs are zero.
 
     2 D F^2 FLOPs, and 2 D K^2 for each candidate.
-
-    Args:
-        down: W, [D, F].
-        kept: [K] int64.
-        candidates: (W' [D, K], b [D] or None).
-        gram: of x, on the device of ``down``.
-
-    Returns:
-        The relative error of each; 0 where neither it nor the dense output is anything but zero.
     """
     dense, changes = 0.0, [0.0] * len(candidates)
     within = gram.product[kept][:, kept]

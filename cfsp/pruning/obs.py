@@ -9,7 +9,9 @@ With H = G + damping M, M the mean squares of the channels as least squares damp
     S = H_RR - H_RK H_KK^-1 H_KR = ((H^-1)_RR)^-1,    V = W H[:, K] H_KK^-1:
 
 the damping pulls the refitted V towards the weights as they were. What the FFN's output loses is
-tr(Delta G Delta^T), the same less damping tr(Delta M Delta^T). Everything here is in fp64.
+tr(Delta G Delta^T), the same less damping tr(Delta M Delta^T). Everything here is in fp64. G is
+given in fp32 or fp64, on the device of W; a negative damping, or one too small for a singular G,
+raises CfspError.
 
 Sources: Hassibi and Stork, Second order derivatives for network pruning (1992); for groups of
 weights, ZipLM (arXiv 2302.04089); for channels of language models, OSSCAR (arXiv 2403.12983).
@@ -54,9 +56,8 @@ def _damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Ten
     if damping < 0:
         raise CfspError(f"damping must be 0 or more, got {damping}")
     damped = gram.to(torch.float64, copy=True)
-    added = damping * ridge_of(damped)
-    if not bool(damped.diagonal().any()):
-        added = torch.ones_like(added)
+    silent = not bool(damped.diagonal().any())
+    added = torch.ones_like(damped.diagonal()) if silent else damping * ridge_of(damped)
     damped.diagonal().add_(added)
     return damped, added
 
@@ -77,13 +78,6 @@ def residual_norms(gram: torch.Tensor, damping: float) -> torch.Tensor:
     itself, times a constant.
 
     Cost: F^3; two [F, F] fp64 beside the Gram matrix.
-
-    Args:
-        gram: [F, F] X^T X / T, symmetric, fp32 or fp64.
-        damping: see :func:`removal_order`.
-
-    Raises:
-        CfspError: a negative damping, or one too small for a singular G.
     """
     return torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0])).diagonal().rsqrt()
 
@@ -99,14 +93,6 @@ def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPI
 
     Cost: 2 D F^2 for A, F^3 for the inverse, 2 F^3 for the updates; four [F, F] fp64 beside the
     Gram matrix. The host waits for the device to check G, not between removals.
-
-    Args:
-        down: [D, F], any float dtype.
-        gram: [F, F] X^T X / T, symmetric, fp32 or fp64, on the device of ``down``.
-        damping: of least squares.
-
-    Raises:
-        CfspError: a negative damping, or one too small for a singular G.
     """
     labels = torch.arange(down.shape[1] - 1, -1, -1, device=down.device)
     inverse = torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0].flip(0, 1)))
@@ -135,14 +121,11 @@ class _Steps:
 
     picked: torch.Tensor
     """[k] int64."""
-    cost: torch.Tensor
-    """[k]."""
+    cost: torch.Tensor  # [k]
     pivot: torch.Tensor
     """[k], (H^-1)_ii when its turn came."""
-    c: torch.Tensor
-    """[k, n]."""
-    e: torch.Tensor
-    """[k, n]."""
+    c: torch.Tensor  # [k, n]
+    e: torch.Tensor  # [k, n]
 
 
 def _steps(inverse: torch.Tensor, products: torch.Tensor, count: int) -> _Steps:
@@ -173,7 +156,7 @@ def error_curve(
     widths: torch.Tensor,
     damping: float = DAMPING,
 ) -> torch.Tensor:
-    """tr(Delta G Delta^T) of the best damped refit, when channels go in a given order.
+    """tr(Delta G Delta^T) of the best damped refit at some widths, when channels go in an order.
 
     With the channels in reverse order of removal and H = L L^T, the factor of every kept set is
     the corner of L, and S is that of the rest: one factorisation serves all widths. When the
@@ -182,19 +165,9 @@ def error_curve(
     Cost: F^3 / 3 for the factor, F^3 for its inverse, 2 D F^2; three [F, F] fp64 beside the Gram
     matrix. The host waits for the device to check G and for the result.
 
-    Args:
-        down: [D, F], any float dtype.
-        gram: [F, F] X^T X / T, symmetric, fp32 or fp64, on the device of ``down``.
-        order: [F] int64, a permutation: the first to go first.
-        widths: int64, ascending, in [0, F].
-        damping: of least squares.
-
-    Returns:
-        Error at every width, fp64 on the CPU, in the units of the output squared, summed over D,
-        per token. That of width 0 is the energy tr(W G W^T).
-
-    Raises:
-        CfspError: a negative damping, or one too small for a singular G.
+    ``order`` [F] int64 is a permutation, the first to go first; ``widths`` int64 ascend in [0, F].
+    The errors are fp64 on the CPU, in the units of the output squared, summed over D, per token.
+    That of width 0 is the energy tr(W G W^T).
     """
     order = order.to(down.device).flip(0)
     damped, added = _damped(gram, damping)
@@ -233,6 +206,6 @@ def plain_error_curve(
 
 
 def order_of(scores: torch.Tensor) -> torch.Tensor:
-    """The order of removal [F] int64 that :func:`selection.select_channels` follows: lowest
-    score first, among equal ones the highest index."""
+    """The order of removal [F] int64 that :func:`cfsp.pruning.plan.select_channels` follows:
+    lowest score first, among equal ones the highest index."""
     return len(scores) - 1 - scores.flip(0).argsort(stable=True)

@@ -1,10 +1,11 @@
 """The pruning plan: which channels of which block stay. Small, printable, editable."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,16 @@ import torch
 from rich.table import Table
 
 from ..calibration.curves import ErrorCurve, Ranking
-from ..calibration.statistics import Statistics
+from ..calibration.statistics import BlockStatistics, Statistics
 from ..errors import CfspError
-from ..io.files import write_json
 from ..models.channels import ChannelGroup
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budget import ChannelBudget
-from .plan_text import from_pairs, from_ranges, to_pairs, to_ranges
+from .least_squares import removed_channels
 from .ranking import Weights, rank, scaled_curves
-from .recipe import Recipe, recipe_from_dict
-from .selection import score_quantiles, select_by_expert
+from .recipe import Recipe
 
-FORMAT = "cfsp-plan-1"
-
+QUANTILES = 33
 
 WidthSearch = Callable[
     [Callable[[Sequence[int]], "PruningPlan"], tuple[int, ...], AllocationProblem], tuple[int, ...]
@@ -36,39 +34,45 @@ WidthSearch = Callable[
 class BlockPlan:
     """What one block keeps."""
 
-    intermediate_size: int
-    kept: torch.Tensor
-    """[width] int64, ascending."""
+    kept: tuple[torch.Tensor, ...]
+    """Kept channels of every FFN: [experts, width] int64, ascending, counted in the expert."""
     importance: float
-    groups: tuple[ChannelGroup, ...] = ()
-    """The FFNs whose channels these are, one after the other; () for a single one."""
+    groups: tuple[ChannelGroup, ...]
+    """The dense channels of every FFN."""
     score_quantiles: tuple[float, ...] = ()
-    """Of the scores of all its channels, see :func:`cfsp.pruning.selection.score_quantiles`."""
+    """Spread of the scores of all channels, see :func:`score_quantiles`."""
     error_curves: tuple[ErrorCurve, ...] = ()
-    """Of every FFN, with the recipe's compensation; () where the ranking had none."""
+    """Error of every FFN, with the recipe's compensation; () where the ranking had none."""
 
     @property
-    def kept_by_group(self) -> tuple[torch.Tensor, ...]:
-        """Kept channels of every FFN: [experts, width of each] int64, counted in the expert."""
-        groups = self.groups or (ChannelGroup(self.intermediate_size),)
-        starts = [0, *accumulate(group.total for group in groups)]
-        found = []
-        for group, (start, end) in zip(groups, pairwise(starts), strict=True):
-            kept = self.kept[(self.kept >= start) & (self.kept < end)] - start
-            found.append(kept.view(group.experts, -1) % group.channels)
-        return tuple(found)
+    def intermediate_size(self) -> int:
+        """Channels of all FFNs and experts before pruning."""
+        return sum(group.total for group in self.groups)
+
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """Width of every FFN, that of one expert where it has several."""
+        return tuple(kept.shape[1] for kept in self.kept)
 
     @property
     def width(self) -> int:
-        """Channels kept."""
-        return len(self.kept)
+        """Channels kept in all FFNs and experts."""
+        return sum(kept.numel() for kept in self.kept)
+
+    @property
+    def flat_kept(self) -> torch.Tensor:
+        """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
+        flat, start = [], 0
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            first = start + torch.arange(group.experts)[:, None] * group.channels
+            flat.append((first + kept).flatten())
+            start += group.total
+        return torch.cat(flat)
 
     @property
     def removed(self) -> torch.Tensor:
-        """[F - width] int64, ascending."""
-        stays = torch.zeros(self.intermediate_size, dtype=torch.bool)
-        stays[self.kept] = True
-        return (~stays).nonzero().flatten()
+        """[intermediate_size - width] int64, ascending: the others, counted as ``flat_kept``."""
+        return removed_channels(self.flat_kept, self.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,10 @@ def make_plan(
 ) -> PruningPlan:
     """Score, allocate, select.
 
-    Args:
-        statistics: of the dense model.
-        weights: block number -> the matrices of its FFNs, of every expert. Called
-            only for scorers that read weights, and for error curves.
-        recipe: the choices.
-        budget: what the recipe's comes to in this model, see
-            :mod:`cfsp.costs.budgets`; None: the recipe has a sparsity.
-        search: for allocator ``search``, see :func:`cfsp.pruning.live_search.width_search`.
-        progress: show a bar on stderr where scoring takes long.
+    ``weights`` are called only for scorers that read weights, and for error curves. ``budget`` is
+    what the recipe's comes to in this model, see :func:`cfsp.costs.footprint.resolve_budget`; None:
+    the recipe has a sparsity. ``search`` is for allocator ``search``, see
+    :func:`cfsp.pruning.search.width_search`.
 
     Raises:
         CfspError: no widths meet the budget; Gram matrices that the scorer or the allocator needs
@@ -136,16 +135,15 @@ def make_plan(
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
-    importance = statistics.importance(recipe.importance)
     ffns = [
         (number, group)
         for number, block in enumerate(statistics.blocks)
-        for group in block.groups or (ChannelGroup(len(block.sum)),)
+        for group in _groups(block)
     ]
     sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
     problem = AllocationProblem(
-        importance[[number for number, _ in ffns]],
+        statistics.importance(recipe.importance)[[number for number, _ in ffns]],
         ranking.scores,
         budget.sparsity,
         experts,
@@ -161,154 +159,64 @@ def make_plan(
         return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
 
     widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
-    of_widths = partial(_select, statistics, ranking, recipe)
-    return of_widths(search(of_widths, widths, problem) if search is not None else widths)
+    plan_of = partial(_select, statistics, ranking, recipe)
+    return plan_of(search(plan_of, widths, problem) if search is not None else widths)
+
+
+def _groups(block: BlockStatistics) -> tuple[ChannelGroup, ...]:
+    return block.groups or (ChannelGroup(len(block.sum)),)
 
 
 def _select(
     statistics: Statistics, ranking: Ranking, recipe: Recipe, widths: Sequence[int]
 ) -> PruningPlan:
     """The plan that gives every FFN its width."""
-    ffn = iter(zip(ranking.scores, widths, strict=True))
+    left = iter(zip(ranking.scores, widths, strict=True))
     curves = iter(ranking.curves)
     importance = statistics.importance(recipe.importance).tolist()
     blocks = []
     for block, value in zip(statistics.blocks, importance, strict=True):
-        groups = block.groups or (ChannelGroup(len(block.sum)),)
-        own = list(islice(ffn, len(groups)))
-        kept = [
-            select_by_expert(scores, group.experts, width)
-            for (scores, width), group in zip(own, groups, strict=True)
-        ]
-        quantiles = score_quantiles(torch.cat([scores for scores, _ in own]))
-        channels = flat_channels(kept, block.groups)
-        own_curves = tuple(islice(curves, len(groups)))
-        blocks.append(
-            BlockPlan(len(block.sum), channels, value, block.groups, quantiles, own_curves)
+        groups = _groups(block)
+        ffns = list(islice(left, len(groups)))
+        kept = tuple(
+            torch.stack([select_channels(own, width) for own in scores.chunk(group.experts)])
+            for (scores, width), group in zip(ffns, groups, strict=True)
         )
+        quantiles = score_quantiles(torch.cat([scores for scores, _ in ffns]))
+        blocks.append(BlockPlan(kept, value, groups, quantiles, tuple(islice(curves, len(groups)))))
     return PruningPlan(tuple(blocks), statistics.model_fingerprint, recipe)
 
 
-def flat_channels(kept: Sequence[torch.Tensor], groups: Sequence[ChannelGroup]) -> torch.Tensor:
-    """What :attr:`BlockPlan.kept_by_group` takes apart."""
-    groups = groups or (ChannelGroup(0),)
-    flat, start = [], 0
-    for group, indices in zip(groups, kept, strict=True):
-        first = start + torch.arange(group.experts)[:, None] * group.channels
-        flat.append((indices + first).flatten())
-        start += group.total
-    return torch.cat(flat)
+def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of the ``width`` highest scores, [width] int64 in ascending order.
 
-
-def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {
-        "format": FORMAT,
-        "model_fingerprint": plan.model_fingerprint,
-        "recipe": plan.recipe.to_dict(),
-        "blocks": [
-            {
-                "block": number,
-                "intermediate_size": block.intermediate_size,
-                "width": block.width,
-                "importance": block.importance,
-                "kept": to_ranges(block.kept),
-                **_groups_to_dict(block.groups),
-                "score_quantiles": " ".join(f"{q:.5g}" for q in block.score_quantiles),
-                **_curves_to_dict(block.error_curves),
-            }
-            for number, block in enumerate(plan.blocks)
-        ],
-    }
-
-
-def _groups_to_dict(groups: Sequence[ChannelGroup]) -> dict[str, Any]:
-    """What a block with several FFNs or with experts says of them; nothing for a single FFN."""
-    if all(group.experts == 1 for group in groups) and len(groups) < 2:
-        return {}
-    return {"ffns": [{"experts": g.experts, "intermediate_size": g.channels} for g in groups]}
-
-
-def _curves_to_dict(curves: Sequence[ErrorCurve]) -> dict[str, Any]:
-    return {"error_curves": [to_pairs(curve) for curve in curves]} if curves else {}
-
-
-def save_plan(plan: PruningPlan, path: str | Path) -> None:
-    """Write a plan as JSON; kept channels are ranges such as "0-5,7"."""
-    try:
-        write_json(Path(path), plan_to_dict(plan))
-    except OSError as error:
-        raise CfspError(f"cannot write plan {path}: {error}") from None
-
-
-def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
-    size, width = int(entry["intermediate_size"]), int(entry["width"])
-    kept = sorted(from_ranges(entry["kept"]))
-    if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
-        raise CfspError(
-            f"plan, block {number}: kept must be distinct channels in [0, {size - 1}], one or more"
-        )
-    if len(kept) != width:
-        raise CfspError(
-            f"plan, block {number}: width is {width} but kept names {len(kept)} channels"
-        )
-    groups = tuple(
-        ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
-        for ffn in entry.get("ffns", [])
-    )
-    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
-    curves = tuple(from_pairs(text) for text in entry.get("error_curves", []))
-    importance = float(entry["importance"])
-    block = BlockPlan(size, torch.tensor(kept), importance, groups, quantiles, curves)
-    _check_experts(number, block)
-    _check_curves(number, block)
-    return block
-
-
-def _check_curves(number: int, block: BlockPlan) -> None:
-    sizes = [group.channels for group in block.groups] or [block.intermediate_size]
-    ends = [int(curve.widths[-1]) for curve in block.error_curves]
-    if ends and ends != sizes:
-        raise CfspError(
-            f"plan, block {number}: its error curves end at widths {ends}, its FFNs have {sizes}"
-        )
-
-
-def _check_experts(number: int, block: BlockPlan) -> None:
-    start = 0
-    for group in block.groups:
-        inside = block.kept[(block.kept >= start) & (block.kept < start + group.total)] - start
-        counts = torch.bincount(inside // group.channels, minlength=group.experts)
-        if counts.min() < 1 or counts.min() != counts.max():
-            raise CfspError(
-                f"plan, block {number}: every expert of an FFN must keep the same number of "
-                f"channels, one or more; got {counts.min()} to {counts.max()}"
-            )
-        start += group.total
-    if block.groups and start != block.intermediate_size:
-        raise CfspError(f"plan, block {number}: its ffns have {start} channels in all")
-
-
-def load_plan(path: str | Path) -> PruningPlan:
-    """Read a plan, perhaps edited.
+    Equal scores go to the lower index.
 
     Raises:
-        CfspError: unreadable, or kept channels that are out of range, repeated or not ``width``.
+        CfspError: a score is NaN, or the width is not in [1, F].
     """
-    try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CfspError(f"cannot read plan {path}: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CfspError(f"{path} is not a plan of this version ({FORMAT})")
-    try:
-        blocks = tuple(
-            _block_from_dict(number, entry) for number, entry in enumerate(document["blocks"])
-        )
-        return PruningPlan(
-            blocks, document["model_fingerprint"], recipe_from_dict(document["recipe"])
-        )
-    except CfspError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CfspError(f"{path} is not a valid plan: {type(error).__name__}: {error}") from None
+    if not 1 <= width <= len(scores):
+        raise CfspError(f"width must be in [1, {len(scores)}], got {width}")
+    if scores.isnan().any():
+        raise CfspError(f"score of channel {int(scores.isnan().nonzero()[0])} is NaN")
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:width].sort().values
+
+
+def score_quantiles(scores: torch.Tensor) -> tuple[float, ...]:
+    """The scores [F] at 33 evenly spaced ranks, lowest first, to 5 digits: how they are spread.
+
+    Scores that are not finite are left out; () where none is.
+    """
+    ordered = scores[scores.isfinite()].sort().values
+    if not len(ordered):
+        return ()
+    ranks = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64).round().long()
+    return tuple(float(f"{value:.5g}") for value in ordered[ranks].tolist())
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(partial, path)

@@ -28,11 +28,14 @@ Weights = Callable[[int], Sequence[FFNWeights]]
 """Block number -> the matrices of its FFNs, of every expert."""
 
 
-def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
-    """The ranking for a recipe that the statistics have already; None where they have none."""
+def stored_ranking(
+    statistics: Statistics, recipe: Recipe, *, curves: bool = False
+) -> Ranking | None:
+    """The ranking for a recipe that the statistics have already, with error curves where asked for
+    and where its allocator reads them; None where they have none."""
     wanted = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
-    asks = _asks_for_curves(statistics, recipe)
-    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not asks))
+    curves = curves or _asks_for_curves(statistics, recipe)
+    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not curves))
     return next(fitting, None)
 
 
@@ -52,39 +55,28 @@ def rank(
 ) -> Ranking:
     """Score the channels of every FFN; the ranking that the statistics have, where they have it.
 
-    Args:
-        statistics: of the dense model.
-        weights: called only for scorers that read weights, and for error curves.
-        recipe: scorer, allocator, compensation and damping are read.
-        curves: error curves too, whatever the allocator.
-        progress: show a bar on stderr where Gram matrices are read.
-
-    Raises:
-        CfspError: Gram matrices that the scorer or the allocator needs are not there.
+    ``weights`` are called only for scorers that read weights, and for error curves; ``curves`` asks
+    for these whatever the allocator. A bar is shown only where Gram matrices are read; CfspError
+    where these are needed and not there.
     """
-    found = stored_ranking(statistics, recipe)
-    curves = curves or _asks_for_curves(statistics, recipe)
-    if found is not None and (found.curves or not curves):
+    found = stored_ranking(statistics, recipe, curves=curves)
+    if found is not None:
         return found
-    if SCORERS[recipe.scorer].needs_gram:
-        check_grams(statistics, f"scorer {recipe.scorer!r}")
-    elif curves:
-        check_grams(statistics, f"allocator {recipe.resolved_allocator!r}")
-    reads_grams = curves or SCORERS[recipe.scorer].needs_gram
-    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not (progress and reads_grams))
+    curves = curves or _asks_for_curves(statistics, recipe)
+    scorer_reads = SCORERS[recipe.scorer].needs_gram
+    if scorer_reads or curves:
+        by_allocator = f"allocator {recipe.resolved_allocator!r}"
+        check_grams(statistics, f"scorer {recipe.scorer!r}" if scorer_reads else by_allocator)
+    shown = progress and (scorer_reads or curves)
+    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not shown)
     scores: list[torch.Tensor] = []
-    found_curves: list[ErrorCurve] = []
+    errors: list[ErrorCurve] = []
     for number, block in enumerate(bar):
-        block_scores, block_curves = _rank_block(block, partial(weights, number), recipe, curves)
-        scores.extend(block_scores)
-        found_curves.extend(block_curves)
-    return Ranking(
-        recipe.scorer,
-        recipe.resolved_compensation,
-        recipe.damping,
-        tuple(scores),
-        tuple(found_curves),
-    )
+        block_scores, block_errors = _rank_block(block, partial(weights, number), recipe, curves)
+        scores += block_scores
+        errors += block_errors
+    made_by = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
+    return Ranking(*made_by, tuple(scores), tuple(errors))
 
 
 def with_ranking(
@@ -110,9 +102,8 @@ def scaled_curves(
     :func:`cfsp.calibration.curves.weighted`."""
     if not ranking.curves:
         return ()
-    block_of = [
-        number for number, block in enumerate(statistics.blocks) for _ in block.groups or [None]
-    ]
+    blocks = enumerate(statistics.blocks)
+    block_of = [number for number, block in blocks for _ in block.groups or [None]]
     mse, cosine = (statistics.importance(metric).tolist() for metric in ("mse", "cosine"))
     return weighted(
         ranking.curves,
@@ -130,9 +121,8 @@ def _rank_block(
     curves: bool,
 ) -> tuple[list[torch.Tensor], list[ErrorCurve]]:
     """Of every FFN of a block, the scores [experts * channels], and the curve where asked."""
-    weights = cache(weights)
+    weights, parts = cache(weights), block.ffns()
     scores, errors = [], []
-    parts = block.ffns()
     for expert, part in enumerate(parts):
         own = cache(lambda expert=expert: weights()[expert])
         scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))

@@ -39,6 +39,9 @@ WARM_UP_STEPS = 20
 BETAS = (0.9, 0.95)
 SEEDS_PER_BLOCK = 1000  # more than anyone's epochs
 
+Values = Mapping[str, torch.Tensor]
+"""Values of parameters of a block, by name."""
+
 
 @dataclass(frozen=True)
 class RefitSettings:
@@ -46,13 +49,13 @@ class RefitSettings:
 
     sequential: bool
     damping: float
-    """Of the closed form, relative to the mean square of each channel."""
+    """Damping of the closed form, relative to the mean square of each channel."""
     epochs: int
     """Passes of Adam over the fitting windows, one step for each window; 0: none."""
     learning_rate: float
     """Step relative to the root mean square of each weight matrix."""
     seed: int
-    """Of the order of the windows in each epoch."""
+    """Seed of the order of the windows in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,8 @@ class Refitting:
     computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
     gradient and the two moments of Adam), or in closed form z^T z of one FFN.
 
-    Args:
-        model: the causal LM, with its embeddings in memory.
-        layout: where its blocks and FFNs are.
-        windows: [N, S] int64 calibration tokens; the last are held out.
-        settings: how to fit.
+    The model needs its embeddings in memory; ``windows`` are [N, S] int64 calibration tokens, of
+    which the last are held out.
     """
 
     def __init__(
@@ -115,44 +115,37 @@ class Refitting:
     @torch.no_grad()
     def run_pruned(self, number: int) -> None:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
-        self._cache = BlockCache(
-            self.blocks[number], self._parameters(number), lambda: self._run(number, 0)
-        )
+        parameters = self._parameters(number)
+        self._cache = BlockCache(self.blocks[number], parameters, lambda: self._run(number, 0))
         known: tuple[float, ...] = ()
         if self.settings.sequential:
-            solved = self._solve_(number)
+            solved = self._solve_(number, parameters)
             self.refits.append(solved)
             known = solved.errors[solved.kept :][:1]
         if self.settings.epochs:
-            self.refits.append(self._train_(number, known))
+            self.refits.append(self._train_(number, parameters, known))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
         self._cache = None
 
-    def _output(
-        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def _output(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D]: the pruned block's output for a window, with these parameters."""
         if self._cache is None:
             return self._run(number, index, values)
         return self._cache.run(index, lambda: self._run(number, index, values))
 
-    def _run(
-        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def _run(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         block = self.blocks[number]
         args, kwargs = self.dense.arguments[number][index]
         states = self.pruned[index : index + 1]
         return hidden_states_of(functional_call(block, dict(values or {}), (states, *args), kwargs))
 
-    def _lack(
-        self, number: int, index: int, values: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def _lack(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D] fp32: what the pruned block's output lacks of the dense one's."""
         target = self.dense.hidden[index : index + 1]
         return target.float() - self._output(number, index, values).float()
 
-    def _error(self, number: int, values: Mapping[str, torch.Tensor]) -> float:
+    def _error(self, number: int, values: Values) -> float:
         """Over the held-out windows."""
         total = sum(
             self._lack(number, index, values).square().sum(dtype=torch.float64)
@@ -162,22 +155,18 @@ class Refitting:
 
     def _parameters(self, number: int) -> dict[str, nn.Parameter]:
         """Those of the FFNs of a block."""
-        block = self.blocks[number]
-        named = dict(block.named_parameters())
-        names = [
-            name for ffn in self.layout.block_ffns(block) for name in (*ffn.channels, ffn.down_bias)
-        ]
+        named = dict(self.blocks[number].named_parameters())
+        ffns = self.layout.block_ffns(self.blocks[number])
+        names = [name for ffn in ffns for name in (*ffn.channels, ffn.down_bias)]
         return {name: named[name] for name in names if name in named}
 
-    def _solve_(self, number: int) -> BlockRefit:
+    def _solve_(self, number: int, parameters: Values) -> BlockRefit:
         """Change the down projections in closed form, each after the ones before it."""
-        block, parameters = self.blocks[number], self._parameters(number)
         judged = bool(self.held_out)
         errors = [self._error(number, parameters)] if judged else []
         old = {}
-        for ffn in self.layout.block_ffns(block):
-            change = self._regressed(number, ffn)
-            down = parameters[f"{ffn.down}.weight"]
+        for ffn in self.layout.block_ffns(self.blocks[number]):
+            down, change = parameters[f"{ffn.down}.weight"], self._regressed(number, ffn)
             old[down] = down.data.clone()
             if change is not None:
                 transposed = ffn.channels[f"{ffn.down}.weight"].dimension == 0
@@ -212,10 +201,12 @@ class Refitting:
         product += product.tril(-1).T
         return solve_damped(product.double(), across, self.settings.damping)
 
-    def _train_(self, number: int, known: tuple[float, ...]) -> BlockRefit:
-        """``known``: the error before, where it was measured."""
-        parameters = self._parameters(number)
-        masters = {name: _master(parameter) for name, parameter in parameters.items()}
+    def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
+        """Adam on copies in fp32; ``known``: the error before, where it was measured."""
+        masters = {
+            name: parameter.detach().float().clone().requires_grad_()
+            for name, parameter in parameters.items()
+        }
         judged = bool(self.held_out)
         errors = list(known)
         if judged and not known:
@@ -230,28 +221,24 @@ class Refitting:
                     parameters[name].data.copy_(master.data)
         return BlockRefit(number, "blockwise", tuple(errors), kept)
 
-    def _epochs(
-        self,
-        number: int,
-        masters: Mapping[str, torch.Tensor],
-        parameters: Mapping[str, torch.Tensor],
-    ) -> Iterator[int]:
+    def _epochs(self, number: int, masters: Values, parameters: Values) -> Iterator[int]:
         """Adam with a cosine schedule; hands over after each epoch, 1, 2, ..."""
         settings, windows = self.settings, len(self.fitted)
-        groups = [
-            {"params": [master], "rate": settings.learning_rate * _root_mean_square(master)}
-            for master in masters.values()
-        ]
+        groups = []
+        for master in masters.values():
+            root_mean_square = float(master.detach().square().mean().sqrt())
+            groups.append({"params": [master], "rate": settings.learning_rate * root_mean_square})
         adam = torch.optim.Adam(groups, betas=BETAS)
-        block = self.blocks[number]
-        frozen = {name: parameter.detach() for name, parameter in block.named_parameters()}
+        named = self.blocks[number].named_parameters()
+        frozen = {name: parameter.detach() for name, parameter in named}
         step, steps = 0, settings.epochs * windows
         for epoch in range(1, settings.epochs + 1):
             seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
             order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
             for index in order.tolist():
+                cosine = 0.5 * (1 + math.cos(math.pi * (step / steps)))
                 step += 1
-                factor = min(1.0, step / WARM_UP_STEPS) * _cosine((step - 1) / steps)
+                factor = min(1.0, step / WARM_UP_STEPS) * cosine
                 for group in adam.param_groups:
                     group["lr"] = group["rate"] * factor
                 with torch.enable_grad():
@@ -266,27 +253,12 @@ def check_refits(model: nn.Module, layout: Layout, ranks: Ranks) -> None:
     """Raise CfspError where blocks cannot be fitted again: by several ranks, or with experts."""
     if ranks.size > 1:
         raise CfspError("sequential and blockwise fitting run in one process: drop torchrun")
-    for block in layout.find_blocks(model):
-        if any(group.experts > 1 for group in layout.groups(block)):
-            raise CfspError(
-                "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
-            )
+    if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
+        raise CfspError(
+            "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
+        )
 
 
-def _master(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().float().clone().requires_grad_()
-
-
-def _cast(
-    masters: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _cast(masters: Values, parameters: Values) -> dict[str, torch.Tensor]:
     """As the block computes with them; gradients flow back to the masters."""
     return {name: master.to(parameters[name].dtype) for name, master in masters.items()}
-
-
-def _root_mean_square(tensor: torch.Tensor) -> float:
-    return float(tensor.detach().square().mean().sqrt())
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))

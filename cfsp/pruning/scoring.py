@@ -13,17 +13,16 @@ from ..models.channels import FFNWeights
 from .least_squares import DAMPING
 from .obs import removal_order, residual_norms
 
+Weights = Callable[[], FFNWeights]
+"""Gives the matrices of one FFN. A score that does not call it reads no weights, and nothing loads
+them for it."""
+
 
 class ScoreFunction(Protocol):
-    """(statistics, weights on demand, damping of least squares) -> scores [F] fp64 on the CPU. A
-    function that does not call the second argument reads no weights, and nothing loads them for
-    it."""
+    """(statistics, weights, damping of least squares) -> scores [F] fp64 on the CPU."""
 
     def __call__(
-        self,
-        statistics: BlockStatistics,
-        weights: Callable[[], FFNWeights],
-        damping: float = DAMPING,
+        self, statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
     ) -> torch.Tensor: ...
 
 
@@ -41,20 +40,13 @@ class Scorer:
 
 
 def activation_norm(
-    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
 ) -> torch.Tensor:
-    """n_i, the L2 norm of the channel's activation. Reads no weights."""
-    return statistics.norm
+    """n_i, the L2 norm of the channel's activation. Reads no weights.
 
-
-def cfsp(
-    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
-) -> torch.Tensor:
-    """The score of the released CFSP (three_w_one_wa with b = c = 1). Reads no weights.
-
-    It is the mean over j of (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n.
-    Every normalised column sums to one, whatever the weights: what is left is 3 / D times the
-    activation norm, and the constant changes no order.
+    It is the score of the released CFSP too (three_w_one_wa with b = c = 1): the mean over j of
+    (|W_down| n / colsum + |W_up|^T / colsum + |W_gate|^T / colsum) n. Every normalised column sums
+    to one, whatever the weights: what is left is 3 / D times n, and the constant changes no order.
     """
     return statistics.norm
 
@@ -65,10 +57,10 @@ def _kernel_score(
     """A score of ``cfsp_kernels.channel_importance``."""
 
     def score(
-        statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+        statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
     ) -> torch.Tensor:
         ffn = weights()
-        given = {m: getattr(ffn, m) for m in matrices}
+        given = {matrix: getattr(ffn, matrix) for matrix in matrices}
         if statistic is not None:
             value = getattr(statistics, "norm" if statistic == "norms" else statistic)
             given[statistic] = value.to(ffn.down.device)
@@ -77,18 +69,21 @@ def _kernel_score(
     return score
 
 
-def obs(
-    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
-) -> torch.Tensor:
-    """When greedy removal takes the channel, see :func:`cfsp.pruning.obs.removal_order`."""
+def _moments(statistics: BlockStatistics, down: torch.Tensor, scorer: str) -> torch.Tensor:
+    """[F, F] X^T X / T over the fitting tokens, on the device of ``down``."""
     if statistics.gram is None:
-        raise ValueError("scorer obs needs the Gram matrices of the block")
+        raise ValueError(f"scorer {scorer} needs the Gram matrices of the block")
+    return statistics.gram.fit(down.device).moments()
+
+
+def obs(statistics: BlockStatistics, weights: Weights, damping: float = DAMPING) -> torch.Tensor:
+    """When greedy removal takes the channel, see :func:`cfsp.pruning.obs.removal_order`."""
     down = weights().down
-    return removal_order(down, statistics.gram.fit(down.device).moments(), damping).scores
+    return removal_order(down, _moments(statistics, down, "obs"), damping).scores
 
 
 def cfsp_output(
-    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
 ) -> torch.Tensor:
     """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
     to that of what it adds to the output."""
@@ -102,22 +97,22 @@ buys the calibration's own text at the price of all others."""
 
 
 def cfsp_residual(
-    statistics: BlockStatistics, weights: Callable[[], FFNWeights], damping: float = DAMPING
+    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
 ) -> torch.Tensor:
     """r_i ||W_down[:, i]||^1/2 with what the other channels leave of the activation, see
     :func:`cfsp.pruning.obs.residual_norms`, in place of its norm."""
-    if statistics.gram is None:
-        raise ValueError("scorer cfsp-residual needs the Gram matrices of the block")
     down = weights().down
-    gram = statistics.gram.fit(down.device).moments()
+    moments = _moments(statistics, down, "cfsp-residual")
     magnitude = channel_importance("magnitude", down=down).double()
-    return (residual_norms(gram, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
+    return (residual_norms(moments, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
 
 
 EVERY_MATRIX = ("gate", "up", "down")
 
 SCORERS: dict[str, Scorer] = {
-    "cfsp": Scorer(cfsp, "cfsp", "none", "released CFSP; equals the activation norm", False),
+    "cfsp": Scorer(
+        activation_norm, "cfsp", "none", "released CFSP; equals the activation norm", False
+    ),
     "cfsp-eq8": Scorer(
         _kernel_score("eq8", "norms", EVERY_MATRIX),
         "cfsp",

@@ -1,32 +1,54 @@
-"""Evolutionary search over widths: exchanges between FFNs that keep the cost, judged by a loss."""
+"""Evolutionary search over widths: exchanges between FFNs that keep the cost, judged by a loss.
 
+Candidates are measured in the place of the dense model, cut as they would be saved.
+"""
+
+import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..calibration.statistics import Statistics
+from ..models.layouts import Layout
+from .allocation import AllocationProblem
+from .budget import Widths
+from .compaction import check_compensation, prune_block_
+from .plan import BlockPlan, PruningPlan, WidthSearch
+from .recipe import Recipe
 
 EXCHANGE_FRACTION = 32
 """The smallest exchange is about this part of the smallest FFN, or one multiple."""
 EXCHANGE_SIZES = (1, 2, 4)
-"""Smallest exchanges that one exchange comes to."""
+"""An exchange is this many of the smallest ones."""
 MOST_EXCHANGES = 3
-"""Between a parent and its offspring."""
+"""Exchanges between a parent and its offspring, at most."""
 ATTEMPTS = 50
-"""At an offspring that was not measured before."""
+"""Draws of an offspring that was not measured before, at most."""
+
+Cut = Callable[[int, nn.Module, BlockPlan], None]
+"""Takes (number of the block, a copy of it, what it keeps): cuts the copy in place."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """The best widths that were found."""
 
-    widths: tuple[int, ...]
+    widths: Widths
     loss: float
     start_loss: float
     evaluations: int
 
 
 def search_widths(
-    evaluate: Callable[[tuple[int, ...]], float],
+    evaluate: Callable[[Widths], float],
     start: Sequence[int],
     sizes: Sequence[int],
     multiple: int,
@@ -42,74 +64,173 @@ def search_widths(
     fewer being likelier, and keeps the best of all. No widths are measured twice. Source: the
     level-switch mutation of EvoPress (arXiv 2410.14649), here with a (1 + offspring) strategy.
 
-    Args:
-        evaluate: widths -> loss; NaN counts as infinite. Called at most
-            ``1 + generations * offspring`` times.
-        start: width of every FFN, a multiple each.
-        sizes: channels of every FFN.
-        multiple: of all widths.
-        costs: of one channel of width in every FFN; None: 1. What ``start`` costs is kept exactly.
-        generations: rounds.
-        offspring: candidates of a round.
-        seed: of the exchanges; the same arguments give the same calls and the same result.
+    ``evaluate`` gives the loss of widths, NaN for infinite, and is called at most
+    ``1 + generations * offspring`` times. ``costs`` are those of one channel of width in every FFN
+    (None: 1); what ``start`` costs is kept exactly. The same arguments give the same calls and the
+    same result.
     """
-    exchange = _Exchange(tuple(sizes), multiple, tuple(costs or [1] * len(sizes)))
+    costs = costs or [1] * len(sizes)
     generator = random.Random(seed)
+    losses: dict[Widths, float] = {}
+
+    def new_child(parent: Widths) -> Widths | None:
+        """Widths a few exchanges away that were not measured yet; None where none was met."""
+        for _ in range(ATTEMPTS):
+            child = parent
+            for _ in range(min(generator.randint(1, MOST_EXCHANGES) for _ in range(2))):
+                child = _exchanged(child, sizes, multiple, costs, generator)
+            if child not in losses:
+                return child
+        return None
+
+    def measure(widths: Widths) -> float:
+        loss = evaluate(widths)
+        losses[widths] = math.inf if math.isnan(loss) else loss
+        return losses[widths]
+
     best = tuple(start)
-    losses = {best: _finite(evaluate(best))}
-    start_loss = losses[best]
+    start_loss = measure(best)
     for _ in range(generations):
         parent = best
         for _ in range(offspring):
-            child = _new_child(exchange, parent, generator, losses)
+            child = new_child(parent)
             if child is None:
                 break
-            losses[child] = _finite(evaluate(child))
-            if losses[child] < losses[best]:
+            if measure(child) < losses[best]:
                 best = child
     return SearchResult(best, losses[best], start_loss, len(losses))
 
 
-def _finite(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """Moves of width between two FFNs that keep what all cost."""
-
-    sizes: tuple[int, ...]
-    multiple: int
-    costs: tuple[int, ...]
-
-    def __call__(self, widths: tuple[int, ...], generator: random.Random) -> tuple[int, ...] | None:
-        """Widths after one random exchange; None where the pair drawn has no room for it."""
-        if len(widths) < 2:
-            return None
-        giver, taker = generator.sample(range(len(widths)), 2)
-        least = max(1, min(self.sizes) // self.multiple // EXCHANGE_FRACTION) * self.multiple
-        shared = math.lcm(self.costs[giver], self.costs[taker])
-        amount = least * generator.choice(EXCHANGE_SIZES)
-        changed = list(widths)
-        changed[giver] -= amount * (shared // self.costs[giver])
-        changed[taker] += amount * (shared // self.costs[taker])
-        room = self.sizes[taker] // self.multiple * self.multiple
-        if changed[giver] < self.multiple or changed[taker] > room:
-            return None
-        return tuple(changed)
-
-
-def _new_child(
-    exchange: _Exchange,
-    parent: tuple[int, ...],
+def _exchanged(
+    widths: Widths,
+    sizes: Sequence[int],
+    multiple: int,
+    costs: Sequence[int],
     generator: random.Random,
-    known: dict[tuple[int, ...], float],
-) -> tuple[int, ...] | None:
-    """Widths a few exchanges away that were not measured yet; None where none was met."""
-    for _ in range(ATTEMPTS):
-        child = parent
-        for _ in range(min(generator.randint(1, MOST_EXCHANGES) for _ in range(2))):
-            child = exchange(child, generator) or child
-        if child not in known:
-            return child
-    return None
+) -> Widths:
+    """Widths after one random exchange that keeps what all cost; the same where the pair that was
+    drawn has no room for it."""
+    if len(widths) < 2:
+        return widths
+    giver, taker = generator.sample(range(len(widths)), 2)
+    least = max(1, min(sizes) // multiple // EXCHANGE_FRACTION) * multiple
+    amount = least * generator.choice(EXCHANGE_SIZES)
+    shared = math.lcm(costs[giver], costs[taker])
+    changed = list(widths)
+    changed[giver] -= amount * (shared // costs[giver])
+    changed[taker] += amount * (shared // costs[taker])
+    fits = changed[giver] >= multiple and changed[taker] <= sizes[taker] // multiple * multiple
+    return tuple(changed) if fits else widths
+
+
+def width_search(
+    model: PreTrainedModel,
+    layout: Layout,
+    statistics: Statistics,
+    recipe: Recipe,
+    measure: Callable[[], float],
+    *,
+    progress: bool = False,
+) -> WidthSearch:
+    """A search that measures every candidate as it would be saved, compensation and all.
+
+    Time: a measurement for each of ``1 + search_generations * search_offspring`` candidates, and a
+    cut for each new width of a block. Memory: see :class:`CutBlocks`. The dense model is left as it
+    was found; ``measure`` gives its loss as it stands, such as its perplexity. When the search is
+    run it raises CfspError where the compensation lacks what it needs.
+    """
+    compensation = recipe.resolved_compensation
+
+    def cut(number: int, block: nn.Module, plan: BlockPlan) -> None:
+        known = statistics.blocks[number]
+        prune_block_(block, layout, plan, compensation, recipe.damping, known)
+
+    def search(
+        plan_of: Callable[[Sequence[int]], PruningPlan], start: Widths, problem: AllocationProblem
+    ) -> Widths:
+        check_compensation(plan_of(start), statistics)
+        bar = tqdm(
+            total=recipe.search_candidates, desc="search", unit="model", disable=not progress
+        )
+        with bar, CutBlocks(model, layout, cut).in_place() as put:
+
+            def evaluate(widths: Widths) -> float:
+                put(plan_of(widths))
+                measured = measure()
+                bar.set_postfix(perplexity=f"{measured:.3f}", refresh=False)
+                bar.update()
+                return measured
+
+            return search_widths(
+                evaluate,
+                start,
+                problem.expert_sizes,
+                recipe.width_multiple,
+                costs=problem.width_costs,
+                generations=recipe.search_generations,
+                offspring=recipe.search_offspring,
+                seed=recipe.search_seed,
+            ).widths
+
+    return search
+
+
+class CutBlocks:
+    """Puts cut copies of blocks into a model in memory, each cut once for each width.
+
+    A copy shares everything with its block but the matrices that a cut makes. Scores are fixed, so
+    a block of given widths is always the same. Memory beside the model: up to as much as all dense
+    FFNs, for the copies in place and those that wait, and one block while it is cut.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, cut: Cut) -> None:
+        self.model = model
+        self.blocks: nn.ModuleList = layout.find_blocks(model)  # type: ignore[assignment]
+        self.dense = list(self.blocks)
+        self.cut = cut
+        self.room = sum(
+            block.get_parameter(name).nbytes
+            for block in self.dense
+            for name in layout.weight_names(block)
+        )
+        self.kept: OrderedDict[tuple[int, Widths], nn.Module] = OrderedDict()
+        self.bytes = 0
+
+    @contextmanager
+    def in_place(self) -> Iterator[Callable[[PruningPlan], None]]:
+        """While it lasts, the model is in evaluation mode, and the function it gives makes it that
+        of a plan; afterwards the model is the dense one."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield self._apply
+        finally:
+            for number, block in enumerate(self.dense):
+                self.blocks[number] = block
+            self.kept.clear()
+            self.bytes = 0
+            self.model.train(training)
+
+    def _apply(self, plan: PruningPlan) -> None:
+        for number, block_plan in enumerate(plan.blocks):
+            self.blocks[number] = self._cut_block(number, block_plan)
+
+    def _cut_block(self, number: int, plan: BlockPlan) -> nn.Module:
+        key = (number, plan.ffn_widths)
+        block = self.kept.get(key)
+        if block is None:
+            dense = self.dense[number]
+            shared: list[torch.Tensor] = [*dense.parameters(), *dense.buffers()]
+            block = copy.deepcopy(dense, {id(tensor): tensor for tensor in shared})
+            self.cut(number, block, plan)
+            self.kept[key] = block
+            self.bytes += self._own_bytes(number, block)
+        self.kept.move_to_end(key)
+        while self.bytes > self.room and len(self.kept) > 1:
+            (old_number, _), old = self.kept.popitem(last=False)
+            self.bytes -= self._own_bytes(old_number, old)
+        return block
+
+    def _own_bytes(self, number: int, block: nn.Module) -> int:
+        shared = {id(parameter) for parameter in self.dense[number].parameters()}
+        return sum(p.nbytes for p in block.parameters() if id(p) not in shared)

@@ -169,7 +169,7 @@ def curves_figure(plan: PruningPlan) -> Plot | None:
     axis = Axis(0, 1, HEIGHT)
     lines, dots = [], []
     for position, block in enumerate(plan.blocks):
-        curves = zip(block.error_curves, block.kept_by_group, strict=False)
+        curves = zip(block.error_curves, block.kept, strict=False)
         for ffn, (curve, kept) in enumerate(curves):
             dense, channels, width = float(curve.errors[0]), int(curve.widths[-1]), kept.shape[1]
             if not (dense > 0 and curve.errors.isfinite().all()):

@@ -90,7 +90,7 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "refits": result.refits,
         "refits_figure": figures.refits_figure(result.refits, count),
         "recoveries": [_flat(recovery) for recovery in result.recoveries],
-        "strips": [kept_strip(block.kept, block.intermediate_size) for block in plan.blocks],
+        "strips": [kept_strip(block.flat_kept, block.intermediate_size) for block in plan.blocks],
         "recipe": _recipe(result),
         "provenance": _flat(result.provenance),
         "usage": loading_commands(result, label),

@@ -85,7 +85,7 @@ def plot_widths(plan: PruningPlan, path: str | Path, title: str) -> None:
 def plot_kept(plan: PruningPlan, path: str | Path, title: str) -> None:
     """Which channels of every block are kept, as a PNG: a row per block, channels left to right."""
     columns = min(max(block.intermediate_size for block in plan.blocks), STRIP_BINS)
-    rows = [kept_shares(block.kept, block.intermediate_size, columns) for block in plan.blocks]
+    rows = [kept_shares(block.flat_kept, block.intermediate_size, columns) for block in plan.blocks]
     with _picture(path, title) as (_, axes):
         from matplotlib.colors import LinearSegmentedColormap
 

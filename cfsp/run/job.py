@@ -23,10 +23,11 @@ from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
 from ..pruning.compensation import FitRecord
-from ..pruning.live_search import width_search
-from ..pruning.plan import PruningPlan, plan_to_dict
+from ..pruning.plan import PruningPlan
+from ..pruning.plan_file import plan_to_dict
 from ..pruning.recipe import Recipe
 from ..pruning.refit import RefitSettings, Refitting
+from ..pruning.search import width_search
 from .result import PruneReport
 
 

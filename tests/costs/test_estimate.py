@@ -23,8 +23,8 @@ from cfsp.io.files import format_bytes
 from cfsp.io.safetensors import TensorInfo
 from cfsp.models.blockwise import record_block_calls, run_block
 from cfsp.models.descriptions import block_path
-from cfsp.pruning.live_search import CutBlocks
 from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.search import CutBlocks
 
 from ..conftest import make_tiny, make_tokenizer
 from ..models.test_streaming import RECIPE

@@ -22,6 +22,7 @@ from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.io import block_reader as reading
 from cfsp.io.safetensors import StoredTensor, read_index, read_tensors
 from cfsp.io.shard_writer import Shard
+from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import open_model, open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
 
@@ -365,7 +366,7 @@ def test_only_blocks_that_are_wanted_are_read(
     shard = Shard(
         "s", {name: stored[name] for name in names} | {"lm_head.weight": stored[names[0]]}
     )
-    wanted = second_pass.blocks_of([shard], "model.layers")
+    wanted = second_pass.blocks_of([shard], LAYOUTS["llama"])
     with opened.blocks.turns(wanted) as turns:
         assert [number for number, _ in turns] == [1, 3]
     with opened.blocks.turns(set()) as turns:

@@ -16,7 +16,7 @@ from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
-from cfsp.models.channels import ChannelGroup, Routing
+from cfsp.models.channels import Routing
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
@@ -102,7 +102,7 @@ def test_an_expert_without_tokens_has_scores_all_the_same(windows: torch.Tensor)
             for values in (part.norm, part.mean, part.variance):
                 assert torch.equal(values, torch.zeros(48).double())
     plan = cfsp.plan(found, model, replace(RECIPE, scorer="flap", compensation="none"))
-    assert all(block.kept_by_group[0].shape[0] == 4 for block in plan.blocks)
+    assert all(block.kept[0].shape[0] == 4 for block in plan.blocks)
 
 
 def test_each_expert_keeps_its_own_channels_and_all_of_a_block_as_many(
@@ -112,7 +112,7 @@ def test_each_expert_keeps_its_own_channels_and_all_of_a_block_as_many(
     statistics = collect(model, windows)
     plan = cfsp.plan(statistics, model, RECIPE)
     for block, known in zip(plan.blocks[1:], statistics.blocks[1:], strict=True):
-        experts, shared = block.kept_by_group
+        experts, shared = block.kept
         assert experts.shape[0] == 4
         assert shared.shape[0] == 1
         assert len({tuple(kept.tolist()) for kept in experts}) > 1
@@ -169,9 +169,9 @@ def test_statistics_and_plan_go_through_their_files(windows: torch.Tensor, tmp_p
     cfsp.save_plan(plan, tmp_path / "p")
     again = cfsp.load_plan(tmp_path / "p")
     for a, b in zip(plan.blocks, again.blocks, strict=True):
-        assert all(map(torch.equal, a.kept_by_group, b.kept_by_group))
+        assert all(map(torch.equal, a.kept, b.kept))
         assert [int(curve.errors[0]) for curve in b.error_curves] == [
-            group.channels for group in b.groups or [ChannelGroup(b.intermediate_size)]
+            group.channels for group in b.groups
         ]
     assert [len(block.error_curves) for block in again.blocks][:2] == [1, 2]
     figure = str(curves_figure(again))
@@ -216,7 +216,7 @@ def test_the_checkpoint_has_the_names_and_shapes_of_the_familys(
             shapes.append({name: file.get_slice(name).get_shape() for name in names})
     assert shapes[0].keys() == shapes[1].keys()
     last = "block_sparse_moe.experts.3.w2" if name == "mixtral" else "mlp.experts.3.down_proj"
-    width = result.plan.blocks[3].kept_by_group[0].shape[1]
+    width = result.plan.blocks[3].kept[0].shape[1]
     assert shapes[1][f"model.layers.3.{last}.weight"] == [32, width]
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == (name if uniform else f"cfsp_{name}")

@@ -170,7 +170,7 @@ def masked(model: PreTrainedModel, name: str, result: cfsp.PruneResult) -> Itera
     with ExitStack() as stack:
         blocks = model.get_submodule(ALL[name].blocks)
         for number, (block, plan) in enumerate(zip(blocks, result.plan.blocks, strict=True)):
-            gone = torch.ones(plan.intermediate_size).scatter(0, plan.kept, 0).bool()
+            gone = torch.ones(plan.intermediate_size).scatter(0, plan.flat_kept, 0).bool()
             mean = result.statistics.blocks[number].mean.float() * compensated
             modules = dict(block.named_modules())
             for path in (path for path in ALL[name].down if path in modules):

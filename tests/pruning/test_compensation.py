@@ -19,7 +19,7 @@ from cfsp.models.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.pruning import compensation
-from cfsp.pruning.compensation import least_squares
+from cfsp.pruning.compensation import DownProjection, least_squares
 from cfsp.run import job
 
 from ..conftest import TEXT, make_tiny, make_tokenizer
@@ -60,14 +60,14 @@ def test_every_ffn_has_the_fit_of_its_own_activation(name: str, dtype: torch.dty
     for number, (block, known) in enumerate(
         zip(result.plan.blocks, result.statistics.blocks, strict=True)
     ):
-        kept = [own for group in block.kept_by_group for own in group]
+        kept = [own for group in block.kept for own in group]
         fits = result.report.fits[number]
         assert len(kept) == len(fits) == len(known.ffns())
         for ffn, own in enumerate(kept):
             down, part = dense[number][ffn].down, known.ffns()[ffn]
-            expected = least_squares(down, own, part, 1.0)
+            expected, record = least_squares(DownProjection(down, own, part, 1.0))
             assert torch.equal(weights(model)[number][ffn].down, expected.weight)
-            assert fits[ffn] == expected.record
+            assert fits[ffn] == record
             assert torch.equal(expected.weight, down[:, own]) != fits[ffn].applied
             applied += fits[ffn].applied
     assert applied >= 2
@@ -102,7 +102,7 @@ def test_a_fit_that_raises_the_held_out_error_is_not_put_in(
     for number, (record,) in enumerate(result.report.fits):
         same = torch.equal(
             weights(model)[number][0].down,
-            dense[number][0].down[:, result.plan.blocks[number].kept],
+            dense[number][0].down[:, result.plan.blocks[number].flat_kept],
         )
         assert same != record.applied
         assert record.applied == (record.error_after < record.error_before)
@@ -132,7 +132,7 @@ def test_an_expert_of_few_tokens_keeps_its_columns() -> None:
         tokens = result.statistics.blocks[number].expert_tokens
         for expert, record in enumerate(fits):
             if not tokens[expert]:
-                kept = result.plan.blocks[number].kept_by_group[0][expert]
+                kept = result.plan.blocks[number].kept[0][expert]
                 found = weights(model)[number][expert].down
                 assert torch.equal(found, dense[number][expert].down[:, kept])
                 assert (record.applied, record.error_before, record.tokens) == (False, None, 0)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
-from cfsp.pruning.plan import BlockPlan, PruningPlan, load_plan, save_plan
-from cfsp.pruning.plan_text import from_ranges, to_ranges
+from cfsp.models.channels import ChannelGroup
+from cfsp.pruning.plan import BlockPlan, PruningPlan, score_quantiles, select_channels
+from cfsp.pruning.plan_file import from_ranges, load_plan, save_plan, to_ranges
 from cfsp.pruning.recipe import Recipe
-from cfsp.pruning.selection import score_quantiles, select_channels
 
 
 def test_selection_keeps_the_highest_in_ascending_order_with_ties_by_index() -> None:
@@ -62,8 +62,14 @@ CURVE = ErrorCurve(torch.tensor([0, 3, 8]), torch.tensor([2.0, 1.23456789e-7, 0.
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     blocks = (
-        BlockPlan(8, torch.tensor([0, 1, 2, 5]), 0.5, (), (-1e-9, 0.25, 3e7), (CURVE,)),
-        BlockPlan(8, torch.tensor([7]), 0.1),
+        BlockPlan(
+            (torch.tensor([[0, 1, 2, 5]]),),
+            0.5,
+            (ChannelGroup(8),),
+            (-1e-9, 0.25, 3e7),
+            (CURVE,),
+        ),
+        BlockPlan((torch.tensor([[7]]),), 0.1, (ChannelGroup(8),)),
     )
     save_plan(PruningPlan(blocks, "abc", Recipe(sparsity=0.6, width_multiple=1)), tmp_path / "p")
     return tmp_path / "p"
@@ -87,7 +93,7 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
     assert curve.errors.tolist() == [2.0, 1.2346e-7, 0.0]
     assert curve.at(torch.tensor([0])).tolist() == [2.0]
     edit(saved, kept="0-2,4-5", width=5)
-    assert load_plan(saved).blocks[0].kept.tolist() == [0, 1, 2, 4, 5]
+    assert load_plan(saved).blocks[0].flat_kept.tolist() == [0, 1, 2, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,9 @@ from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import adopt
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
-from cfsp.pruning.live_search import CutBlocks, width_search
-from cfsp.pruning.plan import make_plan
+from cfsp.pruning.plan import make_plan, select_channels
 from cfsp.pruning.ranking import rank, scaled_curves, with_ranking
-from cfsp.pruning.selection import select_channels
+from cfsp.pruning.search import CutBlocks, width_search
 
 from ..conftest import make_tiny, make_tokenizer
 
@@ -59,9 +58,9 @@ def output_error(
     block = model.model.layers[number]
     dense = block.mlp.down_proj.weight.detach().double()
     plan = make_plan(statistics, weights_of(model), replace(recipe, allocator="uniform"))
-    own = replace(plan.blocks[number], kept=kept)
+    own = replace(plan.blocks[number], kept=(kept[None],))
     known = statistics.blocks[number]
-    prune_block_(block, LAYOUTS["llama"], own, recipe, known)
+    prune_block_(block, LAYOUTS["llama"], own, recipe.resolved_compensation, recipe.damping, known)
     change = -dense
     change[:, kept] += block.mlp.down_proj.weight.detach().double()
     gram = known.gram.fit().moments(centred=recipe.resolved_compensation == "bias").double()
@@ -129,7 +128,7 @@ def test_a_kept_ranking_needs_neither_weights_nor_gram_matrices(
         expected = make_plan(statistics, weights, asked)
         assert found.widths == expected.widths
         for a, b in zip(found.blocks, expected.blocks, strict=True):
-            assert torch.equal(a.kept, b.kept)
+            assert torch.equal(a.flat_kept, b.flat_kept)
     with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
         make_plan(loaded, weights, replace(recipe, damping=0.5))
     bare = replace(loaded, rankings=())
@@ -161,7 +160,7 @@ def test_experts_of_an_ffn_get_one_width_by_their_summed_errors() -> None:
         torch.ones(2), ranking.scores, 0.3, (3, 3), curves=scaled_curves(ranking, found, recipe)
     )
     plan = make_plan(found, weights_of(model), recipe)
-    assert plan.blocks[0].kept_by_group[0].shape == (3, allocate_widths(problem, "knapsack", 8)[0])
+    assert plan.blocks[0].kept[0].shape == (3, allocate_widths(problem, "knapsack", 8)[0])
 
 
 def test_a_streamed_run_gives_the_plan_and_the_bytes_of_one_in_memory(
@@ -187,7 +186,9 @@ def test_cut_blocks_are_those_of_the_pruned_model_and_go_again(statistics: Stati
 
     def cut(number: int, block: torch.nn.Module, plan: object) -> None:
         cuts.append((number, plan.width))
-        prune_block_(block, layout, plan, OBS, statistics.blocks[number])
+        prune_block_(
+            block, layout, plan, OBS.resolved_compensation, OBS.damping, statistics.blocks[number]
+        )
 
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(2))
     blocks = CutBlocks(model, layout, cut)

@@ -14,6 +14,7 @@ from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo
+from cfsp.models.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.plan import BlockPlan
@@ -199,7 +200,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
 def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     model, layout = make_tiny(attn_implementation="eager"), LAYOUTS["llama"]
     blocks = layout.find_blocks(model)
-    plan = BlockPlan(48, torch.arange(24), 0.0)
+    plan = BlockPlan((torch.arange(24)[None],), 0.0, (ChannelGroup(48),))
     epochs = recipe.epochs if recipe.blockwise else 0
     settings = RefitSettings(recipe.sequential, 0.1, epochs, 0.01, 0)
     refits = Refitting(model, layout, torch.randint(0, 256, (20, 32)), settings)
@@ -207,7 +208,7 @@ def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     with FlopCounterMode(display=False) as counter:
         for number, block in enumerate(blocks):
             refits.run_dense(number)
-            prune_block_(block, layout, plan, replace(CUT, compensation="none"), None)
+            prune_block_(block, layout, plan, "none", 0.0, None)
             refits.run_pruned(number)
     costs = RefitCosts(dense, shapes(model), 20, 32, epochs, recipe.sequential)
     # the reference of gram multiplies whole tiles of 512 columns

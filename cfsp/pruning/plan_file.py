@@ -1,0 +1,164 @@
+"""The file of a plan: JSON, with kept channels as ranges and error curves as pairs."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.curves import ErrorCurve
+from ..errors import CfspError
+from ..models.channels import ChannelGroup
+from .plan import BlockPlan, PruningPlan, write_json
+from .recipe import recipe_from_dict
+
+FORMAT = "cfsp-plan-1"
+
+
+def save_plan(plan: PruningPlan, path: str | Path) -> None:
+    """Write a plan as JSON; kept channels are ranges such as "0-5,7"."""
+    try:
+        write_json(Path(path), plan_to_dict(plan))
+    except OSError as error:
+        raise CfspError(f"cannot write plan {path}: {error}") from None
+
+
+def load_plan(path: str | Path) -> PruningPlan:
+    """Read a plan, perhaps edited.
+
+    Raises:
+        CfspError: unreadable, or kept channels that are out of range, repeated or not ``width``.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CfspError(f"cannot read plan {path}: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CfspError(f"{path} is not a plan of this version ({FORMAT})")
+    try:
+        blocks = tuple(_block_from_dict(*entry) for entry in enumerate(document["blocks"]))
+        recipe = recipe_from_dict(document["recipe"])
+        return PruningPlan(blocks, document["model_fingerprint"], recipe)
+    except CfspError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CfspError(f"{path} is not a valid plan: {type(error).__name__}: {error}") from None
+
+
+def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return {
+        "format": FORMAT,
+        "model_fingerprint": plan.model_fingerprint,
+        "recipe": plan.recipe.to_dict(),
+        "blocks": [_block_to_dict(number, block) for number, block in enumerate(plan.blocks)],
+    }
+
+
+def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
+    """A single FFN without experts is not described any further."""
+    entry: dict[str, Any] = {
+        "block": number,
+        "intermediate_size": block.intermediate_size,
+        "width": block.width,
+        "importance": block.importance,
+        "kept": to_ranges(block.flat_kept),
+    }
+    if len(block.groups) > 1 or block.groups[0].experts > 1:
+        entry["ffns"] = [
+            {"experts": group.experts, "intermediate_size": group.channels}
+            for group in block.groups
+        ]
+    entry["score_quantiles"] = " ".join(f"{value:.5g}" for value in block.score_quantiles)
+    if block.error_curves:
+        entry["error_curves"] = [to_pairs(curve) for curve in block.error_curves]
+    return entry
+
+
+def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
+    size, width = int(entry["intermediate_size"]), int(entry["width"])
+    kept = sorted(from_ranges(entry["kept"]))
+    if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
+        raise CfspError(
+            f"plan, block {number}: kept must be distinct channels in [0, {size - 1}], one or more"
+        )
+    if len(kept) != width:
+        raise CfspError(
+            f"plan, block {number}: width is {width} but kept names {len(kept)} channels"
+        )
+    groups = tuple(
+        ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
+        for ffn in entry.get("ffns", [])
+    ) or (ChannelGroup(size),)
+    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
+    curves = tuple(from_pairs(text) for text in entry.get("error_curves", []))
+    importance = float(entry["importance"])
+    by_ffn = _by_ffn(number, torch.tensor(kept), groups)
+    block = BlockPlan(by_ffn, importance, groups, quantiles, curves)
+    if block.intermediate_size != size:
+        total = block.intermediate_size
+        raise CfspError(f"plan, block {number}: its ffns have {total} channels in all")
+    sizes = [group.channels for group in groups]
+    ends = [int(curve.widths[-1]) for curve in curves]
+    if ends and ends != sizes:
+        raise CfspError(
+            f"plan, block {number}: its error curves end at widths {ends}, its FFNs have {sizes}"
+        )
+    return block
+
+
+def _by_ffn(
+    number: int, flat: torch.Tensor, groups: Sequence[ChannelGroup]
+) -> tuple[torch.Tensor, ...]:
+    """What :attr:`BlockPlan.flat_kept` puts together."""
+    found, start = [], 0
+    for group in groups:
+        inside = flat[(flat >= start) & (flat < start + group.total)] - start
+        counts = torch.bincount(inside // group.channels, minlength=group.experts)
+        if counts.min() < 1 or counts.min() != counts.max():
+            raise CfspError(
+                f"plan, block {number}: every expert of an FFN must keep the same number of "
+                f"channels, one or more; got {counts.min()} to {counts.max()}"
+            )
+        found.append(inside.view(group.experts, -1) % group.channels)
+        start += group.total
+    return tuple(found)
+
+
+def to_ranges(kept: torch.Tensor) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    ranges: list[list[int]] = []
+    for index in kept.tolist():
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+def from_ranges(text: str) -> list[int]:
+    """ "0-2,5" -> [0, 1, 2, 5]."""
+    indices: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        indices.extend(range(int(low), int(high or low) + 1))
+    return indices
+
+
+def to_pairs(curve: ErrorCurve) -> str:
+    """ "0:8 24:2 48:0": the error, to 5 digits, at each width."""
+    points = zip(curve.widths.tolist(), curve.errors.tolist(), strict=True)
+    return " ".join(f"{width}:{error:.5g}" for width, error in points)
+
+
+def from_pairs(text: str) -> ErrorCurve:
+    """What :func:`to_pairs` wrote; ValueError for anything else, and for widths that do not ascend
+    from 0."""
+    points = [pair.split(":") for pair in text.split()]
+    widths = [int(width) for width, _ in points]
+    if len(widths) < 2 or widths[0] != 0 or any(low >= high for low, high in pairwise(widths)):
+        raise ValueError(f"the widths of an error curve must ascend from 0: {text[:60]!r}")
+    errors = torch.tensor([float(error) for _, error in points], dtype=torch.float64)
+    return ErrorCurve(torch.tensor(widths), errors)
