@@ -20,8 +20,7 @@ from .checkpoints.folder import (
     check_out,
     load,
     new_folder,
-    partial_folder,
-    verify,
+    partial_path,
     write_model,
     write_settings,
 )
@@ -34,7 +33,7 @@ from .checkpoints.resume import (
     kept_grams,
     kept_statistics,
 )
-from .checkpoints.verification import probe_tokens, take_probe, verify_streamed
+from .checkpoints.verification import probe_tokens, take_probe, verify, verify_streamed
 from .costs.footprint import Footprints, footprints, plan_within
 from .costs.latency import LatencyTable
 from .distributed import ALONE, Ranks
@@ -411,7 +410,7 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
             yield folder
     else:
         try:
-            yield partial_folder(out)
+            yield partial_path(out)
         except OSError as error:
             hint = "--resume continues this run"
             raise CfspError(f"cannot write {out}: {error}; {hint}") from error
@@ -424,7 +423,7 @@ def prune_stored(run: Run, blocks: StoredBlocks, out: Path, resume: bool) -> Pru
     identity = run.identity(blocks)
     ranks.check_same(identity)
     if resume:
-        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
+        ranks.of_first(lambda: check_resume(partial_path(out), identity))
     with _shared_folder(out, run.overwrite, resume, ranks) as folder:
         if ranks.first:
             begin(folder, identity)
