@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def read_result(folder: str | Path) -> Result:
     folder = Path(folder)
     if not (folder / PLAN).is_file():
         raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
-    record, config = (_read_mapping(folder / name) for name in (RECIPE, "config.json"))
+    record = _read_mapping(folder / RECIPE, yaml.safe_load)
+    config = _read_mapping(folder / "config.json", json.loads)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Result(folder, load_plan(folder / PLAN), record, config, nbytes)
 
@@ -134,33 +135,28 @@ def read_pruned(folder: Path) -> PrunedFolder:
         if not (folder / name).is_file():
             raise CfspError(f"{folder} is not a folder that cfsp prune wrote: no {name}")
     wrong = "is not a recipe that cfsp wrote"
-    record, card = _read_mapping(folder / RECIPE, wrong), _read_text(folder / CARD)
+    record = _read_mapping(folder / RECIPE, yaml.safe_load, wrong)
     if not isinstance(record.get("recovery", []), list):
         raise CfspError(f"{folder / RECIPE} {wrong}")
+    card = _read(folder / CARD, str)
     return PrunedFolder(folder, load_plan(folder / PLAN), record, card)
 
 
-def _read_mapping(file: Path, wrong: str = "must be a mapping") -> dict[str, Any]:
-    """A JSON or YAML document; ``wrong``: what to say of one that is no mapping."""
-    text = _read_text(file)
-    try:
-        document = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise _unreadable(file, error) from None
+def _read_mapping(
+    file: Path, parse: Callable[[str], Any], wrong: str = "must be a mapping"
+) -> dict[str, Any]:
+    """A document; ``wrong``: what to say of one that is no mapping."""
+    document = _read(file, parse)
     if not isinstance(document, dict):
         raise CfspError(f"{file} {wrong}")
     return document
 
 
-def _read_text(file: Path) -> str:
+def _read(file: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: Path, error: Exception) -> CfspError:
-    return CfspError(f"cannot read {file.parent}: {' '.join(str(error).split())}")
+        return parse(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CfspError(f"cannot read {file.parent}: {' '.join(str(error).split())}") from None
 
 
 def write_documents(

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from ..io.files import sync_folder
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
-from ..models.loading import load_config, pick_device, quiet_loading
+from ..models.loading import load_config, pick_device
 from ..models.pruned_classes import is_stock
-from ..models.surgery import set_buffers_
-from ..models.tensors import converted, saved_tensors
+from ..models.tensors import converted, saved_tensors, tensor_infos
 from .resume import can_resume
-from .verification import Probe, differs, probe_logits, unsaved_buffers
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
 
@@ -50,7 +47,7 @@ def load(
     return model.to(where).eval()
 
 
-def partial_folder(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
     """Where a result is until it is whole."""
     return out.with_name(f"{out.name}.partial")
 
@@ -59,11 +56,11 @@ def partial_folder(out: Path) -> Path:
 def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
 
-    A run that can be resumed (see :mod:`checkpoints.resume`) stays where it was stopped or the
+    A run that can be resumed (see :mod:`cfsp.checkpoints.resume`) stays where it was stopped or the
     disk failed it; one that was resumed, after any error.
     """
     check_out(out, overwrite, resume=resume)
-    partial, old = partial_folder(out), out.with_name(f"{out.name}.old")
+    partial, old = partial_path(out), out.with_name(f"{out.name}.old")
     keep = resume
     try:
         if not (resume and can_resume(partial)):
@@ -78,7 +75,7 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         keep = keep or can_resume(partial)
-        hint = "; --resume continues this run" if keep and can_resume(partial) else ""
+        hint = "; --resume continues this run" if can_resume(partial) else ""
         raise CfspError(f"cannot write {out}: {error}{hint}") from error
     except Stopped:
         keep = keep or can_resume(partial)
@@ -88,33 +85,64 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def new_file(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A file to fill that becomes ``out`` when all went well, and vanishes otherwise."""
+    partial = partial_path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        check_out(out, overwrite, kind="file")
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise CfspError(f"cannot write {out}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_out(
-    out: Path, overwrite: bool, source: str | Path | None = None, *, resume: bool = False
+    out: Path,
+    overwrite: bool,
+    source: str | Path | None = None,
+    *,
+    resume: bool = False,
+    kind: str = "folder",
 ) -> None:
-    """Refuse an output folder that is the input, or exists and is not to be overwritten, or whose
-    interrupted run is to be neither continued nor overwritten."""
-    if source is not None and Path(source).exists() and out.exists() and out.samefile(source):
-        raise CfspError(f"output {out} is the input; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise CfspError(f"output {out} exists and is not a folder")
-    if out.exists() and not overwrite:
-        raise CfspError(f"output {out} exists; --overwrite replaces it")
-    partial = partial_folder(out)
+    """Refuse an output, a folder or a file, that is the input, or exists and is not to be
+    overwritten, or whose interrupted run is to be neither continued nor overwritten."""
+    if out.exists():
+        if source is not None and Path(source).exists() and out.samefile(source):
+            other = "folder" if kind == "folder" else "name"
+            raise CfspError(f"output {out} is the input; choose another {other}")
+        if not (out.is_dir() if kind == "folder" else out.is_file()):
+            raise CfspError(f"output {out} exists and is not a {kind}")
+        if not overwrite:
+            raise CfspError(f"output {out} exists; --overwrite replaces it")
+    partial = partial_path(out)
     if can_resume(partial) and not overwrite and not resume:
         raise CfspError(
             f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
         )
 
 
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """All tensors once (tied ones under their first name) as safetensors, sharded where large."""
-    tensors = converted(model, saved_tensors(model))
-    infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+def write_tensors(
+    folder: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Write tensors as safetensors, sharded where large; ``infos``: what they will be, in order."""
     shards = pack_shards(infos, MAX_SHARD_BYTES)
     with ShardWriter(folder, shards) as writer:
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             writer.write(name, tensor)
     write_index(folder, shards)
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """All tensors once (tied ones under their first name)."""
+    tensors = converted(model, saved_tensors(model))
+    write_tensors(folder, tensor_infos(tensors), tensors.items())
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -152,36 +180,3 @@ def write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> No
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedModel:
-    """Reload a written model and compare its logits, bit for bit, with those before it was saved.
-
-    A live model may carry buffers that a fresh load makes otherwise (``model.to(bfloat16)`` also
-    rounds the rotary frequencies). Then the comparison is repeated with its buffers, and a
-    warning says so.
-
-    Returns:
-        The reloaded model.
-
-    Raises:
-        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
-    """
-    with quiet_loading():
-        model = load(folder, device=str(device))
-    got = probe_logits(model)
-    if torch.equal(got, expected.logits):
-        return model
-    own = unsaved_buffers(model)
-    if own.keys() == expected.buffers.keys():
-        set_buffers_(model, expected.buffers)
-        equal = torch.equal(probe_logits(model), expected.logits)
-        set_buffers_(model, own)
-        if equal:
-            warnings.warn(
-                "the live model's rotary or other unsaved buffers are not those that a fresh load "
-                "makes (did .to(dtype) round them?); the saved model has the fresh ones",
-                stacklevel=2,
-            )
-            return model
-    raise differs(got, expected.logits)

@@ -14,20 +14,26 @@ from ..io.files import write_json
 
 FORMAT = "cfsp-run-1"
 STATE_FOLDER = ".cfsp-run"
-MANIFEST = "manifest.json"
-STATISTICS = "statistics.safetensors"
+
+
+def _manifest(partial: Path) -> Path:
+    return partial / STATE_FOLDER / "manifest.json"
+
+
+def _statistics(partial: Path) -> Path:
+    return partial / STATE_FOLDER / "statistics.safetensors"
 
 
 def can_resume(partial: Path) -> bool:
     """Whether a folder holds a run that was begun."""
-    return (partial / STATE_FOLDER / MANIFEST).is_file()
+    return _manifest(partial).is_file()
 
 
 def check_resume(partial: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of something else.
+    """Refuse to continue a run of something else; a folder without a run is no objection.
 
     Args:
-        partial: the folder of the run that was interrupted; one without a run is no objection.
+        partial: the folder of the run that was interrupted.
         identity: plain values that say what this run does; equal ones give equal bytes.
 
     Raises:
@@ -35,7 +41,7 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     """
     if not can_resume(partial):
         return
-    file = partial / STATE_FOLDER / MANIFEST
+    file = _manifest(partial)
     try:
         manifest = json.loads(file.read_text())
         known = manifest["identity"] if manifest["format"] == FORMAT else {}
@@ -52,10 +58,10 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def begin(partial: Path, identity: dict[str, Any]) -> None:
-    """Say in a folder which run fills it. Nothing where :func:`check_resume` found it begun."""
+    """Record which run fills a folder, unless :func:`check_resume` found it begun."""
     if not can_resume(partial):
         (partial / STATE_FOLDER).mkdir(exist_ok=True)
-        write_json(partial / STATE_FOLDER / MANIFEST, {"format": FORMAT, "identity": identity})
+        write_json(_manifest(partial), {"format": FORMAT, "identity": identity})
 
 
 def check_shared(partial: Path, ranks: Ranks) -> None:
@@ -66,33 +72,31 @@ def check_shared(partial: Path, ranks: Ranks) -> None:
     if ranks.first:
         mark.touch()
     ranks.barrier()
-    seen = mark.exists()
-    ranks.check(
-        None
-        if seen
-        else f"rank {ranks.rank} does not see {partial}, which rank 0 made; "
+    unseen = (
+        f"rank {ranks.rank} does not see {partial}, which rank 0 made; "
         "--out must be on a file system that all ranks share"
     )
+    ranks.check(None if mark.exists() else unseen)
     if ranks.first:
         mark.unlink()
 
 
 def kept_statistics(partial: Path) -> Statistics | None:
     """The calibration of a run that had finished its first pass."""
-    file = partial / STATE_FOLDER / STATISTICS
+    file = _statistics(partial)
     return load_statistics(file) if file.is_file() else None
 
 
 def kept_grams(partial: Path) -> GramFolder:
     """Where a run's Gram matrices go, beside its statistics."""
-    folder = gram_path(partial / STATE_FOLDER / STATISTICS)
+    folder = gram_path(_statistics(partial))
     folder.mkdir(exist_ok=True)
     return GramFolder(folder)
 
 
 def keep_statistics(partial: Path, statistics: Statistics) -> None:
     """Keep the calibration for a later run."""
-    save_statistics(statistics, partial / STATE_FOLDER / STATISTICS)
+    save_statistics(statistics, _statistics(partial))
 
 
 def end(partial: Path) -> None:

@@ -1,5 +1,6 @@
 """Whether a saved model says what the pruned one said, to the last bit."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,20 @@ from transformers import PreTrainedModel
 from ..models.blockwise import RidingWindows
 from ..models.loading import quiet_loading
 from ..models.opening import OpenModel, open_streamed
+from ..models.surgery import set_buffers_
+from .folder import load
 
 PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model says to fixed tokens, and the buffers with which it says so."""
+
+    logits: torch.Tensor
+    """[1, 16, V]."""
+    buffers: dict[str, torch.Tensor]
+    """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
 
 
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -19,35 +32,12 @@ def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits [1, 16, V] of the probe tokens."""
-    ids = probe_tokens(model).to(next(model.parameters()).device)
-    return model(input_ids=ids, use_cache=False).logits.cpu()
-
-
-def unsaved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Buffers that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
-    saved = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a model says to fixed tokens, and the buffers with which it says so."""
-
-    logits: torch.Tensor
-    buffers: dict[str, torch.Tensor]
-
-
 def take_probe(model: PreTrainedModel) -> Probe:
-    """The probe of a model that is about to be saved."""
-    return Probe(probe_logits(model), unsaved_buffers(model))
-
-
-def differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
-    """The error for a saved model with other logits than the pruned one had."""
-    worst = float((found.double() - expected.double()).abs().max())
-    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")
+    """The probe of a model in memory."""
+    ids = probe_tokens(model).to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits.cpu()
+    saved = model.state_dict().keys()
+    return Probe(logits, {n: buffer for n, buffer in model.named_buffers() if n not in saved})
 
 
 def ridden_probe(opened: OpenModel) -> torch.Tensor:
@@ -60,9 +50,45 @@ def ridden_probe(opened: OpenModel) -> torch.Tensor:
     return next(probe.logits()).cpu()
 
 
+def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedModel:
+    """Reload a written model and compare its logits, bit for bit, with those before it was saved.
+
+    A live model may carry buffers that a fresh load makes otherwise (``model.to(bfloat16)`` also
+    rounds the rotary frequencies). Then the comparison is repeated with its buffers, and a
+    warning says so.
+
+    Returns:
+        The reloaded model.
+
+    Raises:
+        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
+    """
+    with quiet_loading():
+        model = load(folder, device=str(device))
+    found = take_probe(model)
+    if torch.equal(found.logits, expected.logits):
+        return model
+    if found.buffers.keys() == expected.buffers.keys():
+        set_buffers_(model, expected.buffers)
+        equal = torch.equal(take_probe(model).logits, expected.logits)
+        set_buffers_(model, found.buffers)
+        if equal:
+            warnings.warn(
+                "the live model's rotary or other unsaved buffers are not those that a fresh load "
+                "makes (did .to(dtype) round them?); the saved model has the fresh ones",
+                stacklevel=2,
+            )
+            return model
+    raise _differs(found.logits, expected.logits)
+
+
 def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) -> None:
-    """Open a written model anew, block by block, and compare its logits of the probe tokens, bit
-    for bit, with those [1, 16, V] that the pruned blocks gave before they were written.
+    """:func:`verify` with one block in memory at a time.
+
+    Args:
+        folder: what was written.
+        expected: [1, 16, V], what the pruned blocks said before they were written.
+        device: to compute on.
 
     Raises:
         RuntimeError: any logit differs. Nothing that a user can mend: a defect.
@@ -73,4 +99,9 @@ def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) 
         raise RuntimeError(f"{folder} does not hold its parameters under their own names")
     found = ridden_probe(opened)
     if not torch.equal(found, expected):
-        raise differs(found, expected)
+        raise _differs(found, expected)
+
+
+def _differs(found: torch.Tensor, expected: torch.Tensor) -> RuntimeError:
+    worst = float((found.double() - expected.double()).abs().max())
+    return RuntimeError(f"the saved model differs from the pruned one by {worst} after reload")

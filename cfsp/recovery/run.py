@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.documents import add_recovery, drop_times_
-from ..checkpoints.folder import check_out, new_folder, partial_folder, verify, write_model
+from ..checkpoints.folder import check_out, new_folder, partial_path, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
-from ..checkpoints.verification import take_probe
+from ..checkpoints.verification import take_probe, verify
 from ..costs.hardware import parse_memory
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
@@ -142,7 +142,7 @@ def recover(
         print(job.estimate.summary(), file=sys.stderr)
     identity = job.identity()
     if resume:
-        check_resume(partial_folder(goal), identity)
+        check_resume(partial_path(goal), identity)
     with new_folder(goal, overwrite, resume) as partial:
         begin(partial, identity)
         before = job.held_out.measure(job.opened.model, progress=progress)

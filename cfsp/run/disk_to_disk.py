@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.statistics import Statistics
 from ..checkpoints.documents import write_documents
-from ..checkpoints.folder import new_folder, partial_folder, write_settings
+from ..checkpoints.folder import new_folder, partial_path, write_settings
 from ..checkpoints.resume import (
     begin,
     check_resume,
@@ -44,7 +44,7 @@ def prune_from_disk_to_disk(
     identity = run.identity(blocks)
     ranks.check_same(identity)
     if resume:
-        ranks.of_first(lambda: check_resume(partial_folder(out), identity))
+        ranks.of_first(lambda: check_resume(partial_path(out), identity))
     with _shared_folder(out, run.overwrite, resume, ranks) as folder:
         if ranks.first:
             begin(folder, identity)
@@ -81,7 +81,7 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
             yield folder
     else:
         try:
-            yield partial_folder(out)
+            yield partial_path(out)
         except OSError as error:
             hint = "--resume continues this run"
             raise CfspError(f"cannot write {out}: {error}; {hint}") from error

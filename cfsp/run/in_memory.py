@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from ..calibration.grams import temporary_folder
 from ..checkpoints.documents import write_documents
-from ..checkpoints.folder import check_out, new_folder, verify, write_model
-from ..checkpoints.verification import take_probe
+from ..checkpoints.folder import check_out, new_folder, write_model
+from ..checkpoints.verification import take_probe, verify
 from ..costs.footprint import footprints
 from ..errors import Stopped
 from ..io.hashes import write_hashes

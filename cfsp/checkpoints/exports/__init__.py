@@ -1,16 +1,13 @@
 """A pruned model in the formats of other runtimes: each is written, read back and compared."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import CfspError, unknown_name
-from ...io.files import sync_folder
 from ...models.loading import quiet_loading
-from ..folder import check_out, new_folder, partial_folder
+from ..folder import check_out, new_file, new_folder
 from . import gguf_model, nemotron_nas, padded
 from .source import ExportOptions, ExportSource, open_source
 
@@ -22,12 +19,12 @@ class Exporter:
     check: Callable[[ExportSource, ExportOptions], None]
     """Raises CfspError for a model that the format cannot hold, before any work."""
     write: Callable[[ExportSource, ExportOptions, Path, bool], dict[str, Any]]
-    """(source, options, path, progress): writes, reads back, compares; says what there is to say.
-    The source is used up."""
+    """(source, options, path, progress): writes, reads back, compares, and returns the details. The
+    source is used up."""
     options: frozenset[str] = frozenset()
-    """Those of :class:`ExportOptions` that mean something here."""
+    """Names of the :class:`ExportOptions` that the format takes."""
     suffix: str | None = None
-    """Of the one file that is written; None: a folder."""
+    """Suffix of the one file that is written; None for a folder."""
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -98,11 +95,8 @@ def export(
             raise CfspError(f"{name} is an option of {', '.join(valid)}, not of {to}")
     if exporter.suffix and out.suffix != exporter.suffix:
         raise CfspError(f"output {out}: {to} is one file, its name ends in {exporter.suffix}")
-    new_output = new_file if exporter.suffix else new_folder
-    if not exporter.suffix:
-        check_out(out, overwrite, model)
-    elif out.exists():
-        _check_file(out, overwrite, model)
+    new_output, kind = (new_file, "file") if exporter.suffix else (new_folder, "folder")
+    check_out(out, overwrite, model, kind=kind)
     with quiet_loading():
         source = open_source(model)
         exporter.check(source, options)
@@ -110,31 +104,3 @@ def export(
             details = exporter.write(source, options, partial, progress)
     nbytes = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     return ExportResult(to, out, source.widths, nbytes, details)
-
-
-def _check_file(out: Path, overwrite: bool, source: str | Path) -> None:
-    if Path(source).exists() and out.samefile(source):
-        raise CfspError(f"output {out} is the input; choose another name")
-    if not out.is_file():
-        raise CfspError(f"output {out} exists and is not a file")
-    if not overwrite:
-        raise CfspError(f"output {out} exists; --overwrite replaces it")
-
-
-@contextmanager
-def new_file(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A file to fill that becomes ``out`` when all went well, and vanishes otherwise."""
-    partial = partial_folder(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        if out.exists() and not overwrite:
-            raise CfspError(f"output {out} exists; --overwrite replaces it")
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise CfspError(f"cannot write {out}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ...errors import CfspError
 from .gguf_tensors import GGUF_TYPES, GgufTensor, check_gguf_tensor, gguf_bytes, gguf_type
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
-from .source import ExportOptions, ExportSource, check_family, open_source
+from .source import ExportOptions, ExportSource, check_family, open_source, progress_bar
 
 ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
@@ -31,24 +30,35 @@ DOWN_BIAS = ("llama", "deci")
 """Archs with a bias on the down projection."""
 ROPE_TYPES = ("default", "linear", "llama3")
 """Those that a factor per frequency says in full."""
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""A setting of the generation config -> llama.cpp's name for it."""
+PADDED_FIRST = "export it as padded first, and convert that folder"
 
 
-def architecture(source: ExportSource) -> str | None:
-    """llama.cpp's arch for a model, None where there is none."""
+def architecture(source: ExportSource) -> str:
+    """llama.cpp's arch for a model; CfspError where there is none."""
     one_width, per_block = ARCHITECTURES[source.family]
-    fits = len(set(source.widths)) == 1 and (not source.added_bias or one_width in DOWN_BIAS)
-    return one_width if fits else per_block
+    if len(set(source.widths)) == 1 and (not source.added_bias or one_width in DOWN_BIAS):
+        return one_width
+    if per_block is None:
+        what = "a bias on down_proj" if source.added_bias else "a width per block"
+        raise CfspError(f"llama.cpp has no {source.family} with {what}; {PADDED_FIRST}")
+    return per_block
 
 
 def check(source: ExportSource, options: ExportOptions) -> None:
     """Raise CfspError for what llama.cpp does not compute, or has no pre-tokenizer for."""
     if find_spec("gguf") is None:
         raise CfspError("the gguf export needs the package 'gguf': pip install 'cfsp[gguf]'")
-    padded = "export it as padded first, and convert that folder"
-    check_family(source, ARCHITECTURES, "gguf", f"{padded} with llama.cpp's convert_hf_to_gguf.py")
-    if architecture(source) is None:
-        what = "a bias on down_proj" if source.added_bias else "a width per block"
-        raise CfspError(f"llama.cpp has no {source.family} with {what}; {padded}")
+    instead = f"{PADDED_FIRST} with llama.cpp's convert_hf_to_gguf.py"
+    check_family(source, ARCHITECTURES, "gguf", instead)
+    architecture(source)
     if source.config.hidden_act != "silu":
         raise CfspError(f"gguf holds models that compute silu, not {source.config.hidden_act!r}")
     if options.type is not None and options.type not in GGUF_TYPES:
@@ -62,13 +72,11 @@ def check(source: ExportSource, options: ExportOptions) -> None:
 def write(
     source: ExportSource, options: ExportOptions, file: Path, progress: bool
 ) -> dict[str, Any]:
-    """One file. Details: ``architecture``, ``type``, ``pre`` of the tokenizer, and
+    """Write one file. Details: ``architecture``, ``type``, ``pre`` of the tokenizer, and
     ``stored_as_f16``, the matrices whose rows have no whole number of Q8_0's blocks of 32."""
     from gguf import GGUFWriter
 
     arch = architecture(source)
-    if arch is None:
-        raise ValueError("checked before")
     chosen = options.type or gguf_type(source.opened.model.dtype)
     planned = list(gguf_tensors(source, arch, chosen))
     writer = GGUFWriter(file, arch)
@@ -77,11 +85,10 @@ def write(
         pre = write_tokenizer(writer, source, options.pre)
         for tensor in planned:
             writer.add_tensor_info(*tensor.info())
-        for part in ("header", "kv_data", "ti_data"):
-            getattr(writer, f"write_{part}_to_file")()
-        total = sum(tensor.nbytes for tensor in planned)
-        bar = tqdm(total=total, desc="export", unit="B", unit_scale=True, disable=not progress)
-        with bar:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with progress_bar(sum(tensor.nbytes for tensor in planned), progress) as bar:
             for tensor, values in _with_values(planned, source, arch):
                 writer.write_tensor_data(gguf_bytes(tensor, values))
                 bar.update(tensor.nbytes)
@@ -93,7 +100,7 @@ def write(
 
 
 def gguf_tensors(source: ExportSource, arch: str, chosen: str) -> Iterator[GgufTensor]:
-    """What the file holds, in the order in which the source's tensors come."""
+    """What the file holds, in the order of :meth:`ExportSource.named_tensors`."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
@@ -103,16 +110,13 @@ def gguf_tensors(source: ExportSource, arch: str, chosen: str) -> Iterator[GgufT
         if found is None:
             raise CfspError(f"llama.cpp's arch {arch} has no place for {name}")
         yield GgufTensor.planned(name, found, info.shape, chosen)
-    if rope_factors(source) is not None:
+    if source.config.rope_parameters["rope_type"] != "default":
         yield GgufTensor.planned("", "rope_freqs.weight", (source.config.head_dim // 2,), "F32")
 
 
-def rope_factors(source: ExportSource) -> torch.Tensor | None:
-    """[head_dim / 2] fp32: by what llama.cpp divides each plain frequency; None where it is 1."""
-    model, config = source.opened.model, source.config
-    if config.rope_parameters["rope_type"] == "default":
-        return None
-    rotary = model.base_model.rotary_emb
+def rope_factors(source: ExportSource) -> torch.Tensor:
+    """[head_dim / 2] fp32: by what llama.cpp divides each plain frequency."""
+    config, rotary = source.config, source.opened.model.base_model.rotary_emb
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     plain = 1 / config.rope_parameters["rope_theta"] ** exponents
     return (plain / rotary.inv_freq.double()).float()
@@ -130,29 +134,23 @@ def _with_values(
     """Each tensor with its values, in the order planned."""
     config = source.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    values = source.named_tensors()
+    held = source.named_tensors()
     for tensor in planned:
         if not tensor.source:
-            factors = rope_factors(source)
-            if factors is not None:
-                yield tensor, factors
+            yield tensor, rope_factors(source)
             continue
-        name, found = next(values)
+        name, values = next(held)
         if name != tensor.source:
             raise RuntimeError(f"expected {tensor.source}, found {name}")
         projection = name.split(".")[-2]
         if arch in NEIGHBOUR_PAIRS and projection in heads:
-            found = neighbour_pairs(found, heads[projection])
-        yield tensor, found
+            values = neighbour_pairs(values, heads[projection])
+        yield tensor, values
 
 
 def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) -> None:
-    """The model's shape and numbers. Where attention slides, the context ends with the window, up
-    to which it is the same as full attention."""
+    """The model's shape and numbers, and how it generates."""
     config, blocks, per_block = source.config, len(source.widths), arch == "deci"
-    context = config.max_position_embeddings
-    if getattr(config, "sliding_window", None):
-        context = min(context, config.sliding_window)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     writer.add_type("model")
@@ -161,7 +159,7 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     if chosen == "Q8_0":
         writer.add_quantization_version(2)
     writer.add_block_count(blocks)
-    writer.add_context_length(context)
+    writer.add_context_length(source.context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(list(source.widths) if per_block else source.widths[0])
     writer.add_head_count([heads] * blocks if per_block else heads)
@@ -173,16 +171,11 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     generation = source.opened.model.generation_config
-    for name, key in (
-        ("temperature", "temp"),
-        ("top_k", "top_k"),
-        ("top_p", "top_p"),
-        ("min_p", "min_p"),
-        ("repetition_penalty", "penalty_repeat"),
-    ):
-        value = getattr(generation, name, None)
-        if value is not None and getattr(generation, "do_sample", False):
-            getattr(writer, f"add_sampling_{key}")(value)
+    if getattr(generation, "do_sample", False):
+        for name, key in SAMPLING.items():
+            value = getattr(generation, name, None)
+            if value is not None:
+                getattr(writer, f"add_sampling_{key}")(value)
 
 
 def check_written(file: Path, planned: list[GgufTensor], source: ExportSource, arch: str) -> None:

@@ -1,7 +1,6 @@
 """Tensors of a GGUF file: their types, their bytes, and the comparison after reading them back."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
 """Type of a file's matrices -> its number in ``general.file_type``."""
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Q8_0_VALUES, Q8_0_BYTES = 32, 34
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 4096  # so that no fp32 copy of a whole tensor is made
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,10 @@ def gguf_bytes(tensor: GgufTensor, values: torch.Tensor) -> np.ndarray:
     Raises:
         CfspError: a value that F16 cannot hold.
     """
-    parts = [_encoded(part, tensor.type).reshape(-1) for part in _rows(values)]
+    parts = [_encoded(part, tensor.type).reshape(-1) for part in values.split(ROWS_AT_A_TIME)]
     if tensor.type == "F16" and any(np.isinf(part.view(np.float16)).any() for part in parts):
         raise CfspError(f"{tensor.source} has values above 65504, too large for F16; use BF16")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _rows(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in pieces, so that no fp32 copy of a whole one is made."""
-    return iter(values.detach().split(ROWS_AT_A_TIME))
 
 
 def _encoded(values: torch.Tensor, kind: str) -> np.ndarray:
@@ -89,19 +83,17 @@ def check_gguf_tensor(tensor: GgufTensor, found: Any, values: torch.Tensor) -> N
     """Decode a tensor that was read back and compare it with the model's.
 
     Raises:
-        RuntimeError: a shape, a type, or a value that is off by more than the type's precision.
+        RuntimeError: another shape or type, or a value off by more than the type's precision.
     """
     from gguf import quants
 
     shape = tuple(int(size) for size in reversed(found.shape))
     if shape != tensor.shape or found.tensor_type.name != tensor.type:
         raise RuntimeError(f"{tensor.name} is {shape} {found.tensor_type.name} in the file")
-    first = 0
-    for part in _rows(values):
-        data = found.data[first : first + len(part)]
-        decoded = torch.from_numpy(np.array(quants.dequantize(data, found.tensor_type)))
-        first += len(part)
-        expected = part.float()
+    for first in range(0, len(values), ROWS_AT_A_TIME):
+        rows = slice(first, first + ROWS_AT_A_TIME)
+        decoded = torch.tensor(quants.dequantize(found.data[rows], found.tensor_type))
+        expected = values[rows].float()
         if not bool(((decoded - expected).abs() <= _error(expected, tensor.type)).all()):
             raise RuntimeError(f"{tensor.name} differs from {tensor.source} after reading it back")
 

@@ -45,10 +45,10 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, pre: str | None) -> None:
 
 
 def _backend(tokenizer: Any) -> dict[str, Any]:
+    """What its tokenizer.json holds."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise CfspError(f"gguf needs a tokenizer.json, not {type(tokenizer).__name__}")
-    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return backend
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def pre_tokenizer_name(backend: dict[str, Any]) -> str:
@@ -72,9 +72,7 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
 
 def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """The steps of a sequence, or the one step there is."""
-    if step is None:
-        return []
-    return list(step.get(key, [step]))
+    return list(step.get(key, [step])) if step is not None else []
 
 
 def _step(step: dict[str, Any]) -> str:
@@ -90,8 +88,12 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def write_tokenizer(writer: Any, source: ExportSource, pre: str | None) -> str:
-    """Vocabulary, merges or scores, special tokens and chat template. Returns the name of the
-    pre-tokenizer."""
+    """Write vocabulary, merges or scores, special tokens and chat template; returns the name of the
+    pre-tokenizer.
+
+    ``gguf.SpecialVocab`` writes other bytes: it reads a saved tokenizer, says nothing of BOS where
+    there is no template, and takes no EOT from the generation config.
+    """
     tokenizer = source.opened.tokenizer
     backend = _backend(tokenizer)
     pre = pre or pre_tokenizer_name(backend)
@@ -145,13 +147,11 @@ def merge_scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _prepends_space(backend: dict[str, Any]) -> bool:
-    for step in _parts(backend.get("normalizer"), "normalizers"):
-        if step["type"] == "Prepend" and step["prepend"] == SPACE:
-            return True
-    return any(
-        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
-        for step in _parts(backend.get("pre_tokenizer"), "pretokenizers")
-    )
+    normalizers = _parts(backend.get("normalizer"), "normalizers")
+    splits = _parts(backend.get("pre_tokenizer"), "pretokenizers")
+    prepended = [step["prepend"] for step in normalizers if step["type"] == "Prepend"]
+    schemes = [step.get("prepend_scheme") for step in splits if step["type"] == "Metaspace"]
+    return SPACE in prepended or any(scheme != "never" for scheme in schemes)
 
 
 def _write_special_tokens(writer: Any, source: ExportSource) -> None:
@@ -159,18 +159,16 @@ def _write_special_tokens(writer: Any, source: ExportSource) -> None:
     tokenizer, config = source.opened.tokenizer, source.config
     numbers = {}
     for name in SPECIAL_TOKENS:
-        number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is None:
-            number = getattr(config, f"{name}_token_id", None)
+        known = (getattr(part, f"{name}_token_id", None) for part in (tokenizer, config))
+        number = next((number for number in known if number is not None), None)
         if isinstance(number, int) and 0 <= number < config.vocab_size:
             numbers[name] = number
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a", verbose=False).input_ids
     writer.add_add_bos_token("bos" in numbers and ids[0] == numbers["bos"])
     writer.add_add_eos_token("eos" in numbers and ids[-1] == numbers["eos"])
-    generation_eos = getattr(source.opened.model.generation_config, "eos_token_id", None)
-    others = generation_eos if isinstance(generation_eos, list) else [generation_eos]
-    for number in others:
-        if number is not None and number != numbers.get("eos"):
-            writer.add_eot_token_id(number)
-            break
+    ends = getattr(source.opened.model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    others = [number for number in ends if number not in (None, numbers.get("eos"))]
+    if others:
+        writer.add_eot_token_id(others[0])

@@ -58,7 +58,7 @@ def check(source: ExportSource, options: ExportOptions) -> None:
 def write(
     source: ExportSource, options: ExportOptions, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """A folder. Details: ``ffn_mult``, whether SGLang and TensorRT-LLM can read the widths."""
+    """Write a folder. Details: ``ffn_mult``, whether SGLang and TensorRT-LLM read the widths."""
     values, layout, added_bias = decilm_config(source), source.opened.layout, source.added_bias
 
     def complete_(block: nn.Module) -> None:
@@ -75,13 +75,8 @@ def write(
 
 
 def decilm_config(source: ExportSource) -> dict[str, Any]:
-    """config.json. Where attention slides, the context ends with the window, up to which it is
-    the same as full attention."""
-    config = source.config
-    context = config.max_position_embeddings
-    if getattr(config, "sliding_window", None):
-        context = min(context, config.sliding_window)
-    rope = config.rope_parameters
+    """config.json."""
+    config, rope = source.config, source.config.rope_parameters
     exact = all(width % FFN_MULT_STEP == 0 for width in source.widths)
     return {
         **{name: getattr(config, name) for name in CARRIED},
@@ -92,7 +87,7 @@ def decilm_config(source: ExportSource) -> dict[str, Any]:
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{CONFIG_FILE.stem}.DeciLMConfig"},
         "dtype": str(source.opened.model.dtype).removeprefix("torch."),
-        "max_position_embeddings": context,
+        "max_position_embeddings": source.context,
         "intermediate_size": max(source.widths),
         "attention_bias": getattr(config, "attention_bias", False),
         "mlp_bias": getattr(config, "mlp_bias", False) or source.added_bias,
@@ -102,15 +97,13 @@ def decilm_config(source: ExportSource) -> dict[str, Any]:
 
 def block_config(config: Any, width: int, ffn_mult: bool) -> dict[str, Any]:
     """One entry of ``block_configs``."""
-    parts: dict[str, dict[str, Any]] = {
-        "attention": {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads},
-        "ffn": {"intermediate_size": width},
+    present = {"no_op": False, "replace_with_linear": False}
+    group = config.num_attention_heads // config.num_key_value_heads
+    mult = {"ffn_mult": 3 * width / (2 * config.hidden_size)} if ffn_mult else {}
+    return {
+        "attention": {"n_heads_in_group": group, **present},
+        "ffn": {"intermediate_size": width, **mult, **present},
     }
-    if ffn_mult:
-        parts["ffn"]["ffn_mult"] = 3 * width / (2 * config.hidden_size)
-    for part in parts.values():
-        part.update(no_op=False, replace_with_linear=False)
-    return parts
 
 
 def check_config(folder: Path, values: dict[str, Any]) -> None:

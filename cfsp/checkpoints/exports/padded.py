@@ -35,16 +35,14 @@ PER_BLOCK = ("blocks", "channels", "added_bias")
 
 
 def check(source: ExportSource, options: ExportOptions) -> None:
-    """Raise CfspError for a multiple below 1, for experts, or for a bias that the stock class has
-    no place for."""
+    """Raise CfspError for what the stock class has no place for, and for a multiple below 1."""
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
     layout, model = source.opened.layout, source.opened.model
-    for block in layout.find_blocks(model):
-        if any(group.experts > 1 for group in layout.groups(block)):
-            raise CfspError(
-                f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
-            )
+    if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
+        raise CfspError(
+            f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
+        )
     default = CONFIG_MAPPING[source.family]()
     if not all(hasattr(default, ffn.width) for ffn in layout.ffns):
         raise CfspError(
@@ -61,17 +59,14 @@ def check(source: ExportSource, options: ExportOptions) -> None:
 def write(
     source: ExportSource, options: ExportOptions, folder: Path, progress: bool
 ) -> dict[str, Any]:
-    """A folder of the stock class. Details: ``width`` of every block; ``probe_difference``, the
-    largest of the probe's fp32 logits from the exported model's, in absolute terms."""
+    """Write a folder of the stock class. Details: ``width`` of every block; ``probe_difference``,
+    the largest of the probe's fp32 logits from the exported model's, in absolute terms."""
     multiple = options.multiple or 1
     width = -(-max(source.widths) // multiple) * multiple
     opened, layout = source.opened, source.opened.layout
     added_bias = source.added_bias
-    summary = {
-        name: value
-        for name, value in (getattr(source.config, "cfsp_config", None) or {}).items()
-        if name not in PER_BLOCK
-    }
+    summary = getattr(source.config, "cfsp_config", None) or {}
+    summary = {name: value for name, value in summary.items() if name not in PER_BLOCK}
 
     def grow_(block: nn.Module) -> None:
         pad_block_(block, layout, width)

@@ -1,7 +1,8 @@
-"""The model that is exported: opened lean, its tensors in turn, and what formats ask about it."""
+"""The model that is exported: opened, its tensors in turn, and what formats ask about it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from tqdm import tqdm
 
 from ...errors import CfspError
 from ...io.safetensors import TensorInfo, read_index, read_tensors
-from ...io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
 from ...models.opening import OpenModel, open_any
-from ...models.tensors import converted, saved_tensors
+from ...models.tensors import converted, saved_tensors, tensor_infos
+from ..folder import write_tensors
+
+Change = Callable[[nn.Module], None]
+"""Changes a block in place, the same for a block with and without values."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,15 @@ class ExportSource:
         """Whether a compensation gave the down projections a bias that the architecture lacks."""
         return bool((getattr(self.config, "cfsp_config", None) or {}).get("added_bias"))
 
+    @property
+    def context(self) -> int:
+        """Positions for full attention: where it slides, those of one window are the same."""
+        positions = self.config.max_position_embeddings
+        return min(positions, getattr(self.config, "sliding_window", None) or positions)
+
     def planned_tensors(self) -> dict[str, TensorInfo]:
         """What a checkpoint holds, in the order of :meth:`named_tensors`."""
-        return {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in self._saved_tensors().items()
-        }
+        return tensor_infos(self._saved_tensors())
 
     def _saved_tensors(self) -> dict[str, torch.Tensor]:
         """By the names of checkpoints; where these differ, the model is in memory whole."""
@@ -68,25 +75,26 @@ class ExportSource:
         return isinstance(self.opened.blocks, LiveBlocks)
 
     def named_tensors(
-        self, change_: Callable[[nn.Module], None] = lambda block: None
+        self, change_: Change = lambda block: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything a checkpoint holds, one block in memory at a time where it
         can be, each after ``change_`` changed it in place."""
+        layout, model = self.opened.layout, self.opened.model
         if self._is_whole:
-            for block in self.opened.layout.find_blocks(self.opened.model):
+            for block in layout.find_blocks(model):
                 change_(block)
             yield from self._saved_tensors().items()
             return
-        prefix = f"{self.opened.layout.blocks}."
-        tensors = list(saved_tensors(self.opened.model).items())
-        first = next(at for at, (name, _) in enumerate(tensors) if name.startswith(prefix))
-        yield from tensors[:first]
+        tensors = saved_tensors(model).items()
+        for inside, part in groupby(tensors, lambda item: layout.place_of(item[0]) is not None):
+            yield from self._block_tensors(change_) if inside else part
+
+    def _block_tensors(self, change_: Change) -> Iterator[tuple[str, torch.Tensor]]:
         with self.opened.blocks.turns() as turns:
             for number, block in turns:
                 change_(block)
                 for name, tensor in block.state_dict().items():
-                    yield f"{prefix}{number}.{name}", tensor
-        yield from (item for item in tensors[first:] if not item[0].startswith(prefix))
+                    yield self.opened.layout.prefix(number) + name, tensor
 
 
 def open_source(model: str | Path) -> ExportSource:
@@ -101,23 +109,23 @@ def open_source(model: str | Path) -> ExportSource:
 
 def check_family(source: ExportSource, families: Iterable[str], to: str, instead: str) -> None:
     """Raise CfspError unless the architecture is one that a format holds exactly."""
-    families = tuple(families)
     if source.family not in families:
         raise CfspError(
             f"{to} holds {', '.join(families)} exactly, not {source.family!r}; {instead}"
         )
 
 
+def progress_bar(total: int, progress: bool) -> tqdm:
+    """A bar of the bytes that are written."""
+    return tqdm(total=total, desc="export", unit="B", unit_scale=True, disable=not progress)
+
+
 def write_changed_weights(
-    source: ExportSource, folder: Path, change_: Callable[[nn.Module], None], progress: bool
+    source: ExportSource, folder: Path, change_: Change, progress: bool
 ) -> None:
     """Write all tensors as safetensors, each block after it was changed at its turn.
 
-    Args:
-        source: its skeleton has the changed shapes afterwards.
-        folder: where the shards go.
-        change_: changes a block in place, the same for a block with and without values.
-        progress: show a bar on stderr.
+    The source's skeleton has the changed shapes afterwards.
 
     Raises:
         OSError: no space for a shard; nothing of it was written then.
@@ -125,19 +133,17 @@ def write_changed_weights(
     for block in source.opened.layout.find_blocks(source.opened.model):
         change_(block)
     planned = source.planned_tensors()
-    shards = pack_shards(planned, MAX_SHARD_BYTES)
-    total = sum(info.nbytes for info in planned.values())
-    bar = tqdm(total=total, desc="export", unit="B", unit_scale=True, disable=not progress)
-    with bar, ShardWriter(folder, shards) as writer:
-        for name, tensor in source.named_tensors(change_):
-            writer.write(name, tensor)
-            bar.update(tensor.nbytes)
-    write_index(folder, shards)
+    with progress_bar(sum(info.nbytes for info in planned.values()), progress) as bar:
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in source.named_tensors(change_):
+                yield name, tensor
+                bar.update(tensor.nbytes)
+
+        write_tensors(folder, planned, tensors())
 
 
-def check_written_weights(
-    source: ExportSource, folder: Path, change_: Callable[[nn.Module], None]
-) -> None:
+def check_written_weights(source: ExportSource, folder: Path, change_: Change) -> None:
     """Read every tensor back: it is the source's, changed as it was to be, bit for bit.
 
     Raises:
