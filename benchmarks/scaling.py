@@ -6,7 +6,6 @@ python -m benchmarks.scaling
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import cfsp
 from cfsp.costs.estimates import format_count, format_seconds
@@ -14,9 +13,7 @@ from cfsp.costs.hardware import H100, Hardware
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 MODELS = ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B", "Qwen3-235B-A22B", "Kimi-K2")
-WARM = replace(
-    H100, disk_read=9e9, sources=MappingProxyType({**H100.sources, "disk_read": "page cache"})
-)
+WARM = replace(H100, disk_read=9e9, sources={**H100.sources, "disk_read": "page cache"})
 SETUPS: tuple[tuple[str, Hardware, int, int], ...] = (
     ("1 GPU, disk", H100, 1, 1),
     ("1 GPU, page cache", WARM, 1, 1),

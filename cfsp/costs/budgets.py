@@ -60,11 +60,7 @@ def _added_parameters(model: PreTrainedModel, layout: Layout, recipe: Recipe) ->
 def _resolve(
     model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None
 ) -> ChannelBudget:
-    """What a recipe's sparsity or budget comes to in the FFN channels of a model.
-
-    Raises:
-        CfspError: no widths meet the budget; says what they could. No table, where it needs one.
-    """
+    """What a recipe's sparsity or budget comes to in the FFN channels of a model."""
     groups = [ffn.group(block) for _, block, ffn in layout.ffns_of(model)]
     budget = recipe.model_budget
     if budget is None:
@@ -72,9 +68,8 @@ def _resolve(
     sizes, multiple = [group.channels for group in groups], recipe.width_multiple
     if budget.kind == "latency":
         if table is None:
-            raise CfspError(
-                f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
-            )
+            text = f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
+            raise CfspError(text)
         limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
         return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
     costs = model_costs(model, layout, tensor_infos(saved_parameters(model)))
@@ -97,11 +92,7 @@ def plan_within(
     search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
-    """:func:`cfsp.pruning.plan.make_plan` under the recipe's budget of this very model.
-
-    Raises:
-        CfspError: no widths meet the budget.
-    """
+    """:func:`cfsp.pruning.plan.make_plan` under the recipe's budget of this very model."""
     budget = _resolve(model, layout, recipe, table)
     plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     _check_met(model, layout, plan, table)
@@ -111,11 +102,7 @@ def plan_within(
 def even_plan(
     model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
 ) -> PruningPlan:
-    """A plan of about equal widths; the output of any other of this sparsity is as large.
-
-    Raises:
-        CfspError: no widths meet the recipe's sparsity or budget.
-    """
+    """A plan of about equal widths; the output of any other of this sparsity is as large."""
     blocks = [layout.groups(block) for block in layout.find_blocks(model)]
     sizes = [group.channels for block in blocks for group in block]
     budget, multiple = _resolve(model, layout, recipe, table), recipe.width_multiple

@@ -53,16 +53,14 @@ from .workload import (
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model."""
-
     recipe: Recipe
     windows: int
-    """Of calibration; 0 where statistics or a plan are at hand."""
+    """Windows of calibration; 0 where statistics or a plan are at hand."""
     evaluation_windows: int = 0
     prunes: bool = True
-    """False: only the statistics are wanted."""
+    """Whether more than the statistics is wanted."""
     gram: bool = False
-    """Whether Gram matrices are, though nothing that is to be done reads them."""
+    """Whether Gram matrices are wanted, though nothing reads them."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -70,46 +68,35 @@ class Request:
 
 
 def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> Tensors:
-    """About what pruning would leave of an architecture whose layout is not known."""
+    """Roughly what pruning would leave of an architecture whose layout is not known."""
     inner = {
         f"{blocks}.{number}.{name}": 1 if info.shape[-1] != costs.hidden_size else 2
         for number, block in enumerate(costs.blocks)
         for name, info in block.ffn.items()
     }
-    found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        shape = list(info.shape)
-        if name in inner:
-            shape[-inner[name]] = round(shape[-inner[name]] * (1 - sparsity))
-        found[name] = TensorInfo(info.dtype, tuple(shape))
+    found = dict(tensors)
+    for name in inner.keys() & tensors.keys():
+        shape = list(tensors[name].shape)
+        shape[-inner[name]] = round(shape[-inner[name]] * (1 - sparsity))
+        found[name] = TensorInfo(tensors[name].dtype, tuple(shape))
     return found
 
 
 def _pruned(
     described: Description, request: Request, dense: ModelCosts
 ) -> tuple[Tensors, Footprints | None]:
-    """What the pruned model's checkpoint will hold, and the sizes where the layout is known.
-
-    Without a plan all widths are about equal: the result of any other plan is as large.
-    """
-    model, layout = described.model, described.layout
+    """What the pruned checkpoint will hold, and the sizes where the layout is known. Without a
+    plan all widths are about equal: the result of any other plan is as large."""
+    model, layout, recipe = described.model, described.layout, request.recipe
     tensors = saved_tensors(model)
     if layout is None:
-        sparsity = request.recipe.sparsity
-        return _cut(dense, tensor_infos(tensors), described.blocks, sparsity), None
-    plan = request.plan or even_plan(model, layout, request.recipe, request.table)
+        return _cut(dense, tensor_infos(tensors), described.blocks, recipe.sparsity), None
+    plan = request.plan or even_plan(model, layout, recipe, request.table)
     sizes = footprints(model, layout, plan, request.table)
     return planned_tensors(tensors, model, layout, plan), sizes
 
 
-def _file_bytes(tensors: Tensors) -> int:
-    """Size of the safetensors files that hold these tensors."""
-    shards = pack_shards(tensors, MAX_SHARD_BYTES)
-    return sum(len(shard.header()) + shard.nbytes for shard in shards)
-
-
 def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> GramCosts | None:
-    """Of a request that collects or reads Gram matrices; None for any other."""
     recipe, layout, planned = request.recipe, described.layout, request.plan is not None
     read = request.prunes and recipe.needs_gram(planned=planned) is not None
     if layout is None or not (request.gram or read):
@@ -127,7 +114,6 @@ def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> 
 
 
 def _features(request: Request, run: Workload, gram: GramCosts | None) -> list[Feature]:
-    """All that a request does."""
     recipe = request.recipe
     found: list[Feature] = [passes]
     if gram is not None:
@@ -138,27 +124,20 @@ def _features(request: Request, run: Workload, gram: GramCosts | None) -> list[F
         found.append(RefitCosts(run.dense, run.pruned, *shape).loads)
     if request.prunes and request.plan is None and recipe.searches:
         fits = gram if gram is not None and gram.fits else None
-        search = SearchCosts(recipe.search_candidates, recipe.search_windows, fits)
-        found.append(search.loads)
+        found.append(SearchCosts(recipe.search_candidates, recipe.search_windows, fits).loads)
     return found
 
 
 def _fitted(
     run: Workload, features: Sequence[Feature], room: int | None
 ) -> tuple[Workload, list[Load]]:
-    """With as many windows per call, up to what the workload has, as a device has room for."""
+    """The workload with as many windows per call, up to its own, as the device has room for."""
     while True:
         loads = [load for feature in features for load in feature(run)]
         held = sum(device_peak(loads, run.device)[1].values())
         if room is None or held <= room or run.micro_batch == 1:
             return run, loads
         run = dataclasses.replace(run, micro_batch=run.micro_batch - 1)
-
-
-def _room(hardware: Hardware, budget: MemoryBudget) -> int | None:
-    """Bytes for what a run holds on the device; None: no limit but what the user asks for."""
-    device, host = budget.limits(hardware)
-    return device if host is None or device is not None else host - resident_bytes() - TEXT_BYTES
 
 
 def _estimate(
@@ -176,25 +155,27 @@ def _estimate(
     gram = _gram_costs(described, request, dense)
     if gram is not None and request.windows:
         check_ranks(request.ranks)
+    shards = pack_shards(left, MAX_SHARD_BYTES) if left is not None else ()
     stored = [info.dtype.itemsize for info in described.stored.values()]
-    seqlen = recipe.calibration.seqlen
+    seqlen, where = recipe.calibration.seqlen, torch.device(hardware.device)
+    reads_weights = SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram
     run = Workload(
         dense=dense,
         stored=costs(described.stored, max(stored, key=stored.count)),
         pruned=costs(left) if left is not None else None,
-        output_bytes=_file_bytes(left) if left is not None else 0,
+        output_bytes=sum(len(shard.header()) + shard.nbytes for shard in shards),
         windows=request.windows,
         evaluation_windows=request.evaluation_windows,
         seqlen=seqlen,
-        micro_batch=recipe.micro_batch
-        or default_micro_batch(torch.device(hardware.device), seqlen),
+        micro_batch=recipe.micro_batch or default_micro_batch(where, seqlen),
         streamed=described.streamed,
-        reads_weights=(SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram)
-        and request.plan is None,
+        reads_weights=reads_weights and request.plan is None,
         ranks=request.ranks,
         device=hardware.device,
     )
-    room = _room(hardware, budget) if recipe.micro_batch is None else None
+    room, host = budget.limits(hardware) if recipe.micro_batch is None else (None, None)
+    if room is None and host is not None:
+        room = host - resident_bytes() - TEXT_BYTES
     run, loads = _fitted(run, _features(request, run, gram), room)
     stage, parts = device_peak(loads, hardware.device)
     return Estimate(
@@ -226,21 +207,10 @@ def _estimate(
 def estimate_opened(
     opened: OpenModel, request: Request, budget: MemoryBudget, *, measure: bool = True
 ) -> Estimate:
-    """The estimate of a request for a model that was opened for it, on this machine.
-
-    Args:
-        opened: the model; no more of its weights is read.
-        request: what to do.
-        measure: find out how fast the device is; otherwise compute takes no time.
-        budget: the micro-batch, where the recipe has none, is the largest up to the default that
-            fits into it and into a GPU's free memory.
-
-    Raises:
-        CfspError: the sparsity cannot be reached.
-    """
-    described, model = describe_opened(opened), opened.model
-    hardware = this_machine(model_device(model), model.dtype, measure=measure)
-    return _estimate(described, request, hardware, budget)
+    """The estimate for an opened model on this machine, with the largest micro-batch up to the
+    default that the budget allows; unless ``measure``, compute takes no time."""
+    hardware = this_machine(model_device(opened.model), opened.model.dtype, measure=measure)
+    return _estimate(describe_opened(opened), request, hardware, budget)
 
 
 def estimate(
@@ -282,16 +252,13 @@ def estimate(
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
     budget = parse_memory(max_memory)
     described = describe(model, recipe.dtype, whole=recipe.searches)
-    calibration = recipe.calibration
-    check_seqlen(described.model, calibration.seqlen)
-    machine = choose_hardware(hardware, device, described.model.dtype, tflops, disk_gbps)
+    skeleton, layout = described.model, described.layout
+    check_seqlen(skeleton, recipe.calibration.seqlen)
+    machine = choose_hardware(hardware, device, skeleton.dtype, tflops, disk_gbps)
     where = pick_device(device if hardware is None else "cpu")
     table = None
-    if described.layout is not None:
-        table = known_table(
-            described.model, described.layout, where, recipe.model_budget, latency_table
-        )
-    request = Request(
-        recipe, calibration.samples, eval_windows, ranks=ranks, nodes=nodes, table=table
-    )
+    if layout is not None:
+        table = known_table(skeleton, layout, where, recipe.model_budget, latency_table)
+    samples = recipe.calibration.samples
+    request = Request(recipe, samples, eval_windows, ranks=ranks, nodes=nodes, table=table)
     return _estimate(described, request, machine, budget)

@@ -56,11 +56,8 @@ class RunEstimate:
     def check(self, budget: MemoryBudget) -> None:
         """Raise CfspError where the run needs more than it may take, or than a GPU has free; says
         what to lower."""
-        device, host = budget.limits(self.hardware)
-        for kind, parts, given in (
-            ("device", self.device_parts, device),
-            ("host", self.host_parts, host),
-        ):
+        held = {"device": self.device_parts, "host": self.host_parts}
+        for (kind, parts), given in zip(held.items(), budget.limits(self.hardware), strict=True):
             need = sum(parts.values())
             if given is not None and need > given:
                 raise CfspError(
@@ -83,20 +80,15 @@ class RunEstimate:
         raise NotImplementedError
 
     def _memory(self) -> str:
-        hardware = self.hardware
-        shown = []
-        if hardware.device != "cpu":
-            shown.append(("device", self.device_bytes, hardware.device_memory))
+        shown = {}
+        if self.hardware.device != "cpu":
+            shown["device"] = self.device_bytes, self.hardware.device_memory
         if self.host_parts:
-            shown.append(("host", self.host_bytes, hardware.host_memory))
+            shown["host"] = self.host_bytes, self.hardware.host_memory
         return ", ".join(
             f"{kind} memory {format_bytes(need)} of {format_bytes(room)}"
-            for kind, need, room in shown
+            for kind, (need, room) in shown.items()
         )
-
-    def _hardware(self) -> dict[str, Any]:
-        plain = dataclasses.asdict(dataclasses.replace(self.hardware, sources={}))
-        return {**plain, "sources": dict(self.hardware.sources)}
 
 
 @dataclass(frozen=True)
@@ -141,28 +133,23 @@ class Estimate(RunEstimate):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("hardware", "stages", "sizes")
-        }
+        values = dataclasses.asdict(self)
+        sizes, stages, hardware = (values.pop(name) for name in ("sizes", "stages", "hardware"))
         return {
             **values,
-            "sizes": self.sizes.to_dict() if self.sizes is not None else None,
+            "sizes": sizes,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "stages": list(stages),
             "seconds": self.seconds,
-            "hardware": self._hardware(),
+            "hardware": hardware,
         }
 
     def _lines(self) -> Sequence[str]:
-        stages = ", ".join(
-            f"{stage.name} {format_seconds(stage.seconds)} ({stage.bound})" for stage in self.stages
-        )
+        times = [f"{x.name} {format_seconds(x.seconds)} ({x.bound})" for x in self.stages]
+        time = f"{format_seconds(self.seconds)}: {', '.join(times)}"
         assumed = "; ".join(f"{k} {v}" for k, v in self.hardware.assumptions().items())
-        seconds = format_seconds(self.seconds)
-        return self._title(), self._memory(), f"{seconds}: {stages}", f"by {assumed}"
+        return self._title(), self._memory(), time, f"by {assumed}"
 
     def _title(self) -> str:
         counts = [format_count(count) for count in (self.parameters, self.parameters_after)]
@@ -193,15 +180,12 @@ class Estimate(RunEstimate):
         if self.hardware.device != "cpu":
             held = {f"device, {self.device_stage}": self.device_parts, **held}
         parts = ((at, part, format_bytes(n)) for at, own in held.items() for part, n in own.items())
-        titles = ("stage", "read", "written", "FLOP", "time", "bound by")
+        titles, assumed = ("figure", "value"), self.hardware.assumptions().items()
+        columns = ("stage", "read", "written", "FLOP", "time", "bound by")
         tables = [
-            make_table(self._title(), titles, stages),
+            make_table(self._title(), columns, stages),
             make_table(self._memory(), ("memory at its peak", "part", "bytes"), parts),
-            make_table(
-                "what the seconds rest on",
-                ("figure", "value"),
-                self.hardware.assumptions().items(),
-            ),
+            make_table("what the seconds rest on", titles, assumed),
         ]
         if self.sizes is not None:
             sizes = make_table("the model", ("", "before", "after"), self.sizes.rows())
@@ -215,15 +199,13 @@ class Estimate(RunEstimate):
             return "this model is loaded whole; one stored as safetensors of floats would not be"
         lowered = {part: count for part, count in parts.items() if part in LOWERED_BY}
         if over > sum(lowered.values()):
-            fixed = [x for x in parts.items() if x[0] not in lowered]
-            held = ", ".join(f"{part} {format_bytes(count)}" for part, count in fixed)
-            return f"no option lowers {held}"
+            fixed = (f"{part} {format_bytes(parts[part])}" for part in parts if part not in lowered)
+            return f"no option lowers {', '.join(fixed)}"
         most = max(lowered, key=lambda part: lowered[part])
         return f"lower {LOWERED_BY[most][self.device_stage == 'calibrate']}"
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table for a terminal."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right" if column in NUMBERS else "left")

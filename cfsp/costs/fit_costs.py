@@ -47,18 +47,20 @@ class GramCosts:
         return round(group.channels * (1 - self.sparsity))
 
     def loads(self, run: Workload) -> Iterator[Load]:
-        """Written once, by the calibration; read once for scores and once for the cut.
-
-        Each rank fits the blocks that its evaluation windows go through.
-        """
+        """They are written once, by the calibration, and read once for scores and once for the cut.
+        Each rank fits the blocks that its evaluation windows go through."""
         disk, slower = self.disk_bytes(run.windows or 2), FP64_SLOWER[run.device]
         if run.windows:
-            flops = run.windows * run.seqlen * self.sum_flops()
-            held = self.sum_bytes(run.split, run.ranks, run.dense.itemsize)
-            parts = {"Gram matrices": held}
+            # The sums take half of a whole product.
+            products = (g.channels**2 * min(g.experts, self.active_experts) for g in self._groups)
+            flops = run.windows * run.seqlen * float(sum(products))
+            split = Split(run.windows, run.seqlen, run.micro_batch)
+            parts = {"Gram matrices": self.sum_bytes(split, run.ranks, run.dense.itemsize)}
             yield Load("calibrate", 0, disk, disk, flops, flops * run.busiest_share, parts)
-            panels = self.panel_bytes(run.split, run.ranks)
-            yield Load(HOST, parts={"Gram matrices, written": panels})
+            # A panel of every term and of their sum, and those that wait to be written.
+            panels = products_held(split, run.ranks) + 1 + PENDING
+            held = panels * min(PANEL, self._widest) * self._widest * FP32
+            yield Load(HOST, parts={"Gram matrices, written": held})
         if self.scores:
             flops, parts = self.rank_flops(), {**run.model_parts(), "ranking": self.rank_bytes()}
             yield Load("score", disk, 0, disk, flops, flops * slower, parts)
@@ -68,55 +70,38 @@ class GramCosts:
             yield Load("prune", disk, 0, disk, flops * ranks, flops * slower, parts)
 
     def disk_bytes(self, windows: int) -> int:
-        """Of the files of all blocks, which each hold as many parts as ``windows`` have."""
+        """Bytes of all blocks' files, which each hold as many parts as ``windows`` have."""
         alike = Counter(tuple(block) for block in self.blocks)
         return sum(count * file_bytes(sizes_of(block), windows) for block, count in alike.items())
 
-    def sum_flops(self) -> float:
-        """Of one token, in the pass that collects them: half of a whole product."""
-        return sum(
-            float(group.channels**2) * min(group.experts, self.active_experts)
-            for group in self._groups
-        )
-
     def sum_bytes(self, split: Split, ranks: int, itemsize: int) -> int:
-        """On the device of the rank with the most, while a block is at work: its products, and the
-        activations of a chunk, kept and in one piece, those of experts once more to be sorted."""
+        """On the busiest rank's device while a block is at work: its products, and the activations
+        of a chunk, kept and in one piece, those of experts once more to be sorted."""
         products = max(sum(g.experts * g.channels**2 for g in block) for block in self.blocks)
         rows = max(
-            (2 if group.experts == 1 else 3)
-            * group.channels
-            * min(group.experts, self.active_experts)
-            for group in self._groups
+            (2 if g.experts == 1 else 3) * g.channels * min(g.experts, self.active_experts)
+            for g in self._groups
         )
         return products_held(split, ranks) * products * FP32 + split.chunk_tokens * itemsize * rows
 
-    def panel_bytes(self, split: Split, ranks: int) -> int:
-        """On the host, while a file is written: a panel of every term and of their sum, and those
-        that wait to be written."""
-        panel = min(PANEL, self._widest) * self._widest * FP32
-        return (products_held(split, ranks) + 1 + PENDING) * panel
-
     def rank_flops(self) -> float:
-        """In fp64, of an inverse; or of removing all channels greedily and of an error curve: at
-        most, other scorers with curves leave the first out."""
+        """fp64 FLOPs of an inverse; or, at most, of removing all channels greedily and of an error
+        curve: other scorers with curves leave the removal out."""
+        if not self.scores:
+            return 0.0
         cubes, squares = (1.0, 0.0) if self.residuals else (13 / 3, 3.0 * self.hidden_size)
-        return sum(
-            group.experts * (cubes * group.channels**3 + squares * group.channels**2)
-            for group in self._groups
-            if self.scores
-        )
+        sizes = [(group.experts, group.channels) for group in self._groups]
+        return sum(experts * (cubes * n**3 + squares * n**2) for experts, n in sizes)
 
     def rank_bytes(self) -> int:
-        """On the device, while the channels of one FFN are scored: see
-        :func:`cfsp.pruning.obs.residual_norms` and :func:`cfsp.pruning.obs.removal_order`."""
+        """On the device while the channels of one FFN are scored, as in cfsp/pruning/obs.py."""
         widest = self._widest
         if self.residuals:
             return widest**2 * (FP32 + 2 * FP64)
         return widest**2 * (FP32 + 4 * FP64) + 2 * FP64 * self.hidden_size * widest
 
     def fit_flops(self) -> float:
-        """Of fitting every FFN and of judging it, all in fp64."""
+        """fp64 FLOPs of fitting every FFN and of judging it."""
         total, d = 0.0, self.hidden_size
         for group in self._groups:
             every, kept = group.channels, self._kept(group)
@@ -126,7 +111,7 @@ class GramCosts:
         return total
 
     def fit_bytes(self) -> int:
-        """On the device, while one FFN is fitted: its Gram matrix, the factor twice, the products
+        """On the device while one FFN is fitted: its Gram matrix, the factor twice, the products
         with removed channels, rows of the projection on their way, the new projection in fp32."""
         found = []
         for group in self._groups:
@@ -142,14 +127,13 @@ class SearchCosts:
     """A search for widths, on a model in memory."""
 
     candidates: int
-    """Pruned models that are measured."""
+    """Pruned models that are measured, each on all ``windows``."""
     windows: int
-    """Windows that each is measured on."""
     fits: GramCosts | None
     """What candidates are fitted with."""
 
     def loads(self, run: Workload) -> Iterator[Load]:
-        """The candidates' forward passes, and the cuts of all FFNs once and of those that exchange
+        """The candidates' forward passes; the cuts of all FFNs once and of those that exchange
         channels, each with another, twice a candidate on average."""
         if run.pruned is None:
             return
@@ -178,21 +162,23 @@ class RefitCosts:
     windows: int
     seqlen: int
     epochs: int
-    """Of Adam; 0: none."""
+    """Epochs of Adam; 0: none."""
     sequential: bool
 
     def loads(self, run: Workload) -> Iterator[Load]:
         """All on one rank, in the pass that cuts."""
-        flops = self.flops()
+        # Hidden states of all windows, dense and pruned, and what is kept of them in a block.
+        values = (2 + MOST_KEPT) * self.windows * self.seqlen * self.dense.hidden_size
         parts = {
-            "hidden states": self.state_bytes(),
+            "hidden states": values * self.dense.itemsize,
             MICRO_BATCH: run.working(),
-            "blocks fitted again": self.fit_bytes(),
+            "blocks fitted again": self._fit_bytes(),
         }
+        flops = self.flops()
         yield Load("prune", flops=flops, busiest=flops, parts=parts)
 
     def flops(self) -> float:
-        """Of all blocks.
+        """FLOPs of all blocks.
 
         What is before the FFN of a pruned block runs once for each window; the FFN alone to fit it
         and to judge that, and twice for what is to be kept of a window. Backwards there are
@@ -215,19 +201,12 @@ class RefitCosts:
         return total * self.seqlen
 
     def _normal_equations(self) -> float:
-        """Of one token, in closed form: z^T z, half of it, and R^T z."""
-        total = 0.0
-        for block in self.pruned.blocks:
-            width = min(x.numel for x in block.ffn.values()) // self.dense.hidden_size
-            total += width * (width + 2.0 * self.dense.hidden_size)
-        return total
+        """FLOPs per token of the closed form: z^T z, half of it, and R^T z."""
+        d = self.dense.hidden_size
+        numels = (min(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
+        return sum(width * (width + 2.0 * d) for width in (numel // d for numel in numels))
 
-    def state_bytes(self) -> int:
-        """Hidden states of all windows, dense and pruned, and what is kept of them in a block."""
-        values = self.windows * self.seqlen * self.dense.hidden_size
-        return (2 + MOST_KEPT) * values * self.dense.itemsize
-
-    def fit_bytes(self) -> int:
+    def _fit_bytes(self) -> int:
         """The weights of one block in fp32, their gradient and two moments, and as the block
         computes with them; what a window leaves for the way back."""
         if not self.epochs:

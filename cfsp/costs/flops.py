@@ -22,19 +22,16 @@ FP32 = 4
 
 
 def _is_expert(name: str) -> bool:
-    """Whether a parameter is one of routed experts, of which a token sees a few."""
+    """Whether a parameter belongs to routed experts, of which a token sees a few."""
     return "experts" in name.split(".")
 
 
 def is_attention(name: str) -> bool:
-    """Whether a parameter belongs to a block's attention."""
     return any(word in name for word in ATTENTION)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Shape of the attention of every block."""
-
     heads: int
     key_heads: int
     key_size: int
@@ -44,25 +41,21 @@ class Attention:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Values of the queries, keys and values of a token."""
+        """Values of a token's queries, keys and values."""
         keys = self.key_heads * self.key_size
         return self.heads * self.key_size, keys, self.key_heads * self.value_size
 
     def flops(self, seqlen: int) -> float:
-        """Of scores and weighted values, per token, over the whole S x S: kernels that skip what
-        is masked do half."""
+        """FLOPs per token of scores and weighted values; kernels that skip the mask do half."""
         return 2.0 * seqlen * self.heads * (self.key_size + self.value_size)
 
     def working_bytes(self, seqlen: int, itemsize: int, device: str) -> int:
-        """Per token at the peak: while queries or keys are rotated, or with the scores.
-
-        PyTorch's fused attention on a CPU wants keys and values of one size.
-        """
+        """Bytes per token at the peak: while queries or keys are rotated, or with the scores."""
         q, k, v = self.sizes
         rotated = max(4 * q + k + v, 2 * q + 4 * k + v) * itemsize
         if self.eager:
             copies = itemsize + FP32 + (FP32 if itemsize < FP32 else 0)
-        elif device == "cpu" and self.key_size != self.value_size:
+        elif device == "cpu" and self.key_size != self.value_size:  # which cannot be fused there
             copies = 3 * FP32
         else:
             return rotated
@@ -71,7 +64,6 @@ class Attention:
 
 
 def attention_of(config: Any) -> Attention:
-    """The attention that the text part of a config describes."""
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -85,8 +77,6 @@ def attention_of(config: Any) -> Attention:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """One decoder block: its parameters by name within the block."""
-
     tensors: Tensors
     hidden_size: int
     active_experts: int
@@ -96,7 +86,6 @@ class BlockCosts:
 
     @cached_property
     def _experts(self) -> int:
-        """Routed experts of the block."""
         names = [name.split(".") for name in self.tensors if _is_expert(name)]
         listed = {part[part.index("experts") + 1] for part in names}
         numbers = sum(number.isdigit() for number in listed)
@@ -113,7 +102,6 @@ class BlockCosts:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @cached_property
@@ -136,7 +124,6 @@ class BlockCosts:
 
     @cached_property
     def linear_flops(self) -> float:
-        """FLOPs per token of the products with all matrices."""
         return sum(self.matrix_flops.values())
 
     @cached_property
@@ -167,8 +154,6 @@ class BlockCosts:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """A model as a skeleton shows it."""
-
     parameters: int
     """Tied ones once."""
     outer: Tensors
@@ -182,22 +167,18 @@ class ModelCosts:
 
     @property
     def outer_bytes(self) -> int:
-        """Bytes of what stays in memory."""
         return sum(info.nbytes for info in self.outer.values())
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of all blocks."""
         return sum(block.nbytes for block in self.blocks)
 
     @property
     def largest_block(self) -> int:
-        """Bytes of the largest block."""
         return max(block.nbytes for block in self.blocks)
 
     @property
     def ffn_bytes(self) -> int:
-        """Bytes of all FFN matrices."""
         return sum(x.nbytes for block in self.blocks for x in block.ffn.values())
 
     def block_flops(self, seqlen: int) -> float:
@@ -207,7 +188,6 @@ class ModelCosts:
         return linear + attending * self.attention.flops(seqlen)
 
     def head_flops(self) -> float:
-        """FLOPs of one token through the head."""
         return 2.0 * self.hidden_size * self.vocab_size
 
     def flops(self, seqlen: int) -> float:
@@ -215,12 +195,8 @@ class ModelCosts:
         return self.block_flops(seqlen) + self.head_flops()
 
     def working_bytes(self, windows: int, seqlen: int, device: str) -> int:
-        """What a forward call of one block over some windows holds at its peak, beside the
-        block and its input.
-
-        That is the output of the call before, the state that was normalised and, in the FFN, the
-        residual; or the fp32 temporaries of the norm.
-        """
+        """Bytes at the peak of a block's forward call, beside the block and its input: the output
+        of the call before, the normalised state and the FFN's residual, or the norm in fp32."""
         state = self.hidden_size * self.itemsize
         attention = 2 * state + self.attention.working_bytes(seqlen, self.itemsize, device)
         values = max(block.ffn_working_values for block in self.blocks)
@@ -233,23 +209,13 @@ class ModelCosts:
 
 
 def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> ModelCosts:
-    """The costs of a model.
-
-    Args:
-        config: of transformers; its text part is read.
-        tensors: every parameter by its name, tied ones once.
-        blocks: path of the decoder blocks.
-        itemsize: bytes of a value of the hidden states.
-
-    Raises:
-        CfspError: a config without the sizes of a decoder.
-    """
+    """The costs of a model with decoder blocks under a path and tied tensors listed once."""
     text = config.get_text_config()
     activation = getattr(text, "hidden_act", getattr(text, "activation_function", None))
     active = next((int(n) for k in TOP_K if (n := getattr(text, k, None))), 1)
     layout = Layout(blocks)
-    grouped: dict[int, dict[str, TensorInfo]] = {}
     outer: dict[str, TensorInfo] = {}
+    grouped: dict[int, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         if place := layout.place_of(name):
             number, within = place
@@ -261,15 +227,7 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
         attention = attention_of(config)
     except AttributeError as error:
         raise CfspError(f"{config.model_type}: cannot estimate: {error}") from None
-    return ModelCosts(
-        parameters=sum(info.numel for info in tensors.values()),
-        outer=outer,
-        blocks=[
-            BlockCosts(part, hidden_size, active, activation in COMPOSED)
-            for _, part in sorted(grouped.items())
-        ],
-        attention=attention,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        itemsize=itemsize,
-    )
+    composed, parameters = activation in COMPOSED, sum(x.numel for x in tensors.values())
+    parts = [part for _, part in sorted(grouped.items())]
+    costs = [BlockCosts(part, hidden_size, active, composed) for part in parts]
+    return ModelCosts(parameters, outer, costs, attention, hidden_size, vocab_size, itemsize)

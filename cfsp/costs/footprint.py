@@ -20,13 +20,13 @@ class Footprint:
     """What one model takes."""
 
     channels: int
-    """Of all FFNs and experts."""
+    """Channels of all FFNs and experts."""
     parameters: int
-    """Tied ones once."""
+    """Parameters, tied ones once."""
     flops: float
-    """Of a forward call; a multiplication and an addition are two."""
+    """FLOPs of a forward call; a multiplication and an addition are two."""
     seconds: float | None = None
-    """Of a forward call, by a measured table; None: there was none."""
+    """Seconds of a forward call by a measured table; None: there was none."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Footprints:
     """FLOPs and seconds are of a forward call over [batch, length] tokens."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -62,15 +61,13 @@ def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, 
 
 
 def model_costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
-    """The costs of a model that holds these tensors."""
     return costs_of(model.config, tensors, layout.blocks, model.dtype.itemsize)
 
 
 def footprints(
     model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
 ) -> Footprints:
-    """What a plan makes of a model, perhaps on meta, at the batch and length of the table or of
-    the recipe's budget."""
+    """What a plan makes of a model, at the batch and length of the table or else the budget."""
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
     shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
@@ -81,15 +78,9 @@ def footprints(
         flops = costs.flops(length) * batch * length
         return Footprint(channels, costs.parameters, flops, seconds)
 
+    dense, pruned = tensor_infos(tensors), planned_tensors(tensors, model, layout, plan)
+    channels = sum(block.intermediate_size for block in plan.blocks)
     widths = [width for block in plan.blocks for width in block.ffn_widths]
-    before = footprint(
-        sum(block.intermediate_size for block in plan.blocks),
-        tensor_infos(tensors),
-        table.dense_seconds if table is not None else None,
-    )
-    after = footprint(
-        sum(plan.widths),
-        planned_tensors(tensors, model, layout, plan),
-        table.predicted(widths) if table is not None else None,
-    )
+    before = footprint(channels, dense, table.dense_seconds if table else None)
+    after = footprint(sum(plan.widths), pruned, table.predicted(widths) if table else None)
     return Footprints(before, after, batch, length)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -25,10 +24,10 @@ PROBE_SECONDS = 0.02
 MAX_PROBE_SIZE = 8192
 DISK_BYTES_PER_SECOND = 2e9
 COPY_BYTES_PER_SECOND = 25e9
-UNITS = {
-    "B": 1,
-    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
-    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)},
+UNITS = {"B": 1} | {
+    f"{letter}{unit}": base**power
+    for unit, base in (("B", 1000), ("IB", 1024))
+    for power, letter in enumerate("KMGT", 1)
 }
 FIGURES = {
     "flops": "compute, FLOP/s",
@@ -52,13 +51,12 @@ class Hardware:
     flops: float
     """FLOP/s of one device in a forward pass."""
     disk_read: float = DISK_BYTES_PER_SECOND
-    """Bytes/s of one node."""
     disk_write: float = DISK_BYTES_PER_SECOND
     """Bytes/s of one node."""
     copy: float = COPY_BYTES_PER_SECOND
     """Bytes/s between host and one device."""
-    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Where a figure is from, by its field's name; those that are not named are assumed."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where a figure is from, by its field's name; the rest are assumed."""
 
     def assumptions(self) -> dict[str, str]:
         """Every figure that the seconds rest on, with where it is from."""
@@ -70,11 +68,7 @@ class Hardware:
         return {"device": self.name, **shown}
 
     def stated(self, tflops: float | None = None, disk_gbps: float | None = None) -> "Hardware":
-        """With speeds that the user states: 1e12 FLOP/s in a forward pass, 1e9 bytes/s of disk.
-
-        Raises:
-            CfspError: a speed that is not above 0.
-        """
+        """With speeds that the user states: 1e12 FLOP/s in a forward pass, 1e9 bytes/s of disk."""
         for name, value in (("tflops", tflops), ("disk-gbps", disk_gbps)):
             if value is not None and not value > 0:
                 raise CfspError(f"{name} must be above 0, got {value}")
@@ -82,7 +76,7 @@ class Hardware:
         if disk_gbps is not None:
             speeds |= {"disk_read": disk_gbps * 1e9, "disk_write": disk_gbps * 1e9}
         sources = {**self.sources, **dict.fromkeys(speeds, "stated")}
-        return dataclasses.replace(self, **speeds, sources=MappingProxyType(sources))
+        return dataclasses.replace(self, **speeds, sources=sources)
 
 
 H100 = Hardware(
@@ -94,14 +88,12 @@ H100 = Hardware(
     disk_read=6e9,
     disk_write=4e9,
     copy=50e9,
-    sources=MappingProxyType(
-        {
-            "flops": f"{EFFICIENCY:.0%} of the data sheet's dense bf16",
-            "disk_read": "assumed, NVMe",
-            "disk_write": "assumed, NVMe",
-            "copy": "assumed, PCIe 5 from pinned memory",
-        }
-    ),
+    sources={
+        "flops": f"{EFFICIENCY:.0%} of the data sheet's dense bf16",
+        "disk_read": "assumed, NVMe",
+        "disk_write": "assumed, NVMe",
+        "copy": "assumed, PCIe 5 from pinned memory",
+    },
 )
 HARDWARE = {"h100": H100}
 """Stated hardware by name, to plan for a machine that is not this one."""
@@ -109,10 +101,8 @@ HARDWARE = {"h100": H100}
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a run may take, in bytes; None where nothing was said.
-
-    On a CPU the two are one memory, that of the process: the smaller counts.
-    """
+    """What a run may take, in bytes; None where nothing was said. On a CPU the two are one
+    memory, that of the process: the smaller counts."""
 
     device: int | None = None
     host: int | None = None
@@ -126,27 +116,18 @@ class MemoryBudget:
 
 
 def parse_bytes(text: str) -> int:
-    """ "20GiB" -> 21474836480. Units: B, and K, M, G, T with B (1000) or iB (1024), in any case.
-
-    Raises:
-        CfspError: no number, no unit or an unknown one, or not above 0.
-    """
+    """ "20GiB" -> 21474836480. Units: B, and K, M, G, T with B (1000) or iB (1024), in any case."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     unit = UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
         raise CfspError(f"not a size: {text.strip()!r}; write it as 20GiB, 800MiB or 20GB")
-    size = int(float(found[1]) * unit)
-    if size < 1:
+    if (size := int(float(found[1]) * unit)) < 1:
         raise CfspError(f"not a size: {text.strip()!r} is no memory at all")
     return size
 
 
 def parse_memory(text: str | None) -> MemoryBudget:
-    """ "20GiB" (of the device) or "device=20GiB,host=8GiB"; None says nothing.
-
-    Raises:
-        CfspError: anything else; says what is expected.
-    """
+    """ "20GiB" (of the device) or "device=20GiB,host=8GiB"; None says nothing."""
     if text is None:
         return MemoryBudget()
     if "=" not in text and "," not in text:
@@ -169,8 +150,8 @@ def resident_bytes() -> int:
 
 
 def _cgroup_room() -> int | None:
-    """Bytes left under the limit of this process's container (cgroup v2); its page cache gives
-    way, and so does not count as used."""
+    """Bytes left under this container's limit (cgroup v2); its page cache gives way, and so does
+    not count as used."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = int((folder / "memory.max").read_text())
@@ -195,7 +176,6 @@ def device_memory(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -221,31 +201,21 @@ def device_name(device: torch.device) -> str:
     """What a device is called; of a CPU the threads that compute on it too."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
-        pass
+        name = "CPU"
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Hardware:
-    """This machine: memory as it is, speed of a matrix product, other speeds assumed.
-
-    The disk is not measured: a sample tells more of the page cache than of the disk. Without
-    ``measure`` compute takes no time.
-    """
+    """This machine: memory as it is, speed of a matrix product (none without ``measure``). The disk
+    is not measured: a sample tells more of the page cache than of the disk."""
     flops = EFFICIENCY * measured_flops(device, dtype) if measure else math.inf
     source = f"{EFFICIENCY:.0%} of a matrix product's, measured" if measure else "not measured"
-    return Hardware(
-        device.type,
-        device_name(device),
-        device_memory(device),
-        host_memory(),
-        flops,
-        sources=MappingProxyType({"flops": source}),
-    )
+    memory, sources = (device_memory(device), host_memory()), {"flops": source}
+    return Hardware(device.type, device_name(device), *memory, flops, sources=sources)
 
 
 def choose_hardware(
@@ -255,11 +225,7 @@ def choose_hardware(
     tflops: float | None = None,
     disk_gbps: float | None = None,
 ) -> Hardware:
-    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device.
-
-    Raises:
-        CfspError: no such name or device, or a stated speed that is not above 0.
-    """
+    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device."""
     if isinstance(hardware, str):
         if hardware not in HARDWARE:
             raise unknown_name("hardware", hardware, HARDWARE)
@@ -271,7 +237,7 @@ def choose_hardware(
 
 @contextmanager
 def device_capped(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Let PyTorch take no more than ``limit`` bytes of a GPU for a while."""
+    """Let PyTorch take no more than ``limit`` bytes of a GPU meanwhile."""
     if device.type != "cuda" or limit is None:
         yield
         return

@@ -19,7 +19,7 @@ from ..pruning.plan import write_json
 FORMAT = "cfsp-latency-1"
 HALVINGS = 14
 CLOSE = 1e-3
-"""Of the seconds asked for: nearer than this is near enough to fill up channel by channel."""
+"""Share of the seconds asked for: nearer than this, widths are filled up channel by channel."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class WidthCurve:
     seconds: tuple[float, ...]
 
     def at(self, widths: np.ndarray) -> np.ndarray:
-        """Seconds less those of the dense FFN: linear in between, below the least width its."""
+        """Seconds less those of the dense FFN, linear in between; below the least width its own."""
         return np.interp(widths, self.widths, self.seconds) - self.seconds[-1]
 
 
@@ -70,11 +70,8 @@ class LatencyTable:
 
     def predicted(self, widths: Sequence[int]) -> float:
         """Seconds of the model with these widths, one per FFN of every block."""
-        saved = (
-            float(curve.at(np.array(width)))
-            for curve, width in zip(self.curves, widths, strict=True)
-        )
-        return self.dense_seconds + sum(saved)
+        pairs = zip(self.curves, widths, strict=True)
+        return self.dense_seconds + sum(float(curve.at(np.array(width))) for curve, width in pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -95,11 +92,6 @@ class LatencyTable:
 
 
 def load_table(path: str | Path) -> LatencyTable:
-    """Read a table that ``cfsp latency`` wrote.
-
-    Raises:
-        CfspError: unreadable, or no such table.
-    """
     try:
         document = json.loads(Path(path).read_text())
         if document["format"] != FORMAT:
@@ -108,9 +100,8 @@ def load_table(path: str | Path) -> LatencyTable:
             tuple(WidthCurve(tuple(c["widths"]), tuple(c["seconds"])) for c in kind)
             for kind in document["kinds"]
         )
-        table = LatencyTable(
-            document["identity"], document["outer_seconds"], kinds, tuple(document["blocks"])
-        )
+        identity, outer = document["identity"], document["outer_seconds"]
+        table = LatencyTable(identity, outer, kinds, tuple(document["blocks"]))
         table.predicted([curve.widths[-1] for curve in table.curves])
         return table
     except OSError as error:
@@ -120,7 +111,6 @@ def load_table(path: str | Path) -> LatencyTable:
 
 
 def save_table(table: LatencyTable, path: Path) -> None:
-    """Write a table, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, table.to_dict())
@@ -154,15 +144,10 @@ class LatencyLimit:
         multiple: int,
         equal: bool = False,
     ) -> Widths:
-        """The widest widths that the limit allows.
+        """The widest widths that the limit allows, by halving what ``widths_at`` is to remove.
 
-        A width gives way to a larger one that is no slower. What an allocator's widths leave of
-        the seconds is then filled up, first where it would add channels next; with ``equal``
-        widths stay as the allocator gives them. ``widths_at`` is the allocator: fraction to remove
-        of what all channels cost -> widths.
-
-        Raises:
-            CfspError: no widths are fast enough; says what they reach.
+        A width gives way to a larger one that is no slower. The seconds that remain are filled up,
+        first where the allocator would add channels next; ``equal`` widths stay as they are.
         """
         steps = _Steps(self.table, sizes, multiple, snap=not equal)
         costs = self.costs(sizes)
@@ -171,8 +156,8 @@ class LatencyLimit:
         low, high = 1 - most * multiple / total, 1 - least * multiple / total
         widest, best = (steps.snapped(widths_at(sparsity)) for sparsity in (low, high))
         if steps.seconds(best) > self.seconds:
-            dense = self.table.dense_seconds
-            shown = [f"{max(0.0, 1 - steps.seconds(x) / dense):.4f}" for x in (widest, best)]
+            ends = (1 - steps.seconds(widths) / steps.dense for widths in (widest, best))
+            shown = [f"{max(0.0, end):.4f}" for end in ends]
             raise CfspError(
                 f"{self.text} is out of reach: by the table the FFNs, in multiples of {multiple}, "
                 f"can bring the model to latency={shown[0]} to {shown[1]}"
@@ -197,21 +182,19 @@ class _Steps:
     def __init__(
         self, table: LatencyTable, sizes: Sequence[int], multiple: int, *, snap: bool
     ) -> None:
-        self.multiple = multiple
-        self.dense = table.dense_seconds
+        self.multiple, self.dense = multiple, table.dense_seconds
 
         @cache
         def steps(curve: WidthCurve, room: int) -> tuple[np.ndarray, np.ndarray]:
             saved = curve.at(np.arange(1, room + 1) * multiple)
             return saved, _no_slower(saved) if snap else np.arange(room)
 
-        found = [
-            steps(curve, size // multiple) for curve, size in zip(table.curves, sizes, strict=True)
-        ]
+        pairs = zip(table.curves, sizes, strict=True)
+        found = [steps(curve, size // multiple) for curve, size in pairs]
         self.saved = [saved for saved, _ in found]
-        """Of every FFN, by the number of multiples less one: seconds against the dense one."""
+        """By FFN and the number of multiples less one: seconds against the dense FFN."""
         self.next = [no_slower for _, no_slower in found]
-        """The widest number of multiples, less one, that is no slower."""
+        """By the same: the widest number of multiples, less one, that is no slower."""
 
     def _positions(self, widths: Sequence[int]) -> list[int]:
         return [width // self.multiple - 1 for width in widths]
@@ -220,17 +203,15 @@ class _Steps:
         return tuple((int(position) + 1) * self.multiple for position in positions)
 
     def seconds(self, widths: Sequence[int]) -> float:
-        positions = self._positions(widths)
-        return self.dense + sum(
-            float(saved[at]) for saved, at in zip(self.saved, positions, strict=True)
-        )
+        pairs = zip(self.saved, self._positions(widths), strict=True)
+        return self.dense + sum(float(saved[at]) for saved, at in pairs)
 
     def snapped(self, widths: Sequence[int]) -> Widths:
-        positions = self._positions(widths)
-        return self._widths([wider[at] for wider, at in zip(self.next, positions, strict=True)])
+        pairs = zip(self.next, self._positions(widths), strict=True)
+        return self._widths([wider[at] for wider, at in pairs])
 
     def filled(self, widths: Widths, wider: Widths, limit: float) -> Widths:
-        """``widths`` widened as far as the limit goes, first where ``wider`` is."""
+        """``widths`` widened as far as the limit goes, first where ``wider`` adds most."""
         at, spent = self._positions(widths), self.seconds(widths)
         order = sorted(range(len(at)), key=lambda ffn: (widths[ffn] - wider[ffn], ffn))
         changed = True
@@ -247,7 +228,7 @@ class _Steps:
 
 
 def _no_slower(seconds: np.ndarray) -> np.ndarray:
-    """For every position the last one from there on that takes no more than any from there on."""
+    """For every position the last fastest one from there on."""
     found, best = np.empty(len(seconds), dtype=np.int64), len(seconds) - 1
     for at in range(len(seconds) - 1, -1, -1):
         if seconds[at] < seconds[best]:

@@ -36,15 +36,13 @@ POINTS = 8
 ROUNDS = 21
 """Times that every width is measured; the median counts."""
 LEAST_ROUNDS, LONG_SECONDS = 7, 60.0
-"""From so many rounds on measuring stops after so many seconds."""
+"""After so many seconds measuring stops, once there were so many rounds."""
 CHAIN = 4
 """Blocks of a width that are timed one after another."""
 UNCACHED_BYTES = 256 << 20
-"""Of weights: blocks together as large find no weights of theirs in a cache."""
+"""Blocks whose weights come to this find none of them in a cache."""
 FAST_MULTIPLE = 128
-"""Of the widths that are measured: matrix products of whole tiles."""
-CALLS_PER_SYNC = {"cpu": 1}
-"""Calls of a block in a row; on other devices 10, so that the launch of a call is hidden."""
+"""Measured widths are multiples of this, for matrix products of whole tiles."""
 
 
 def _digest(value: str) -> str:
@@ -52,7 +50,7 @@ def _digest(value: str) -> str:
 
 
 def _kind(block: nn.Module) -> str:
-    """Tells blocks that take different times apart: by shapes, and by plain values of modules such
+    """Tells blocks that take different times apart, by shapes and by plain values of modules such
     as the attention's window."""
     shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
     settings = {
@@ -88,7 +86,6 @@ def table_identity(
 
 
 def _cache_file(identity: dict[str, Any]) -> Path:
-    """Where a table is kept: in $CFSP_CACHE, or ~/.cache/cfsp."""
     root = Path(os.environ.get("CFSP_CACHE") or Path.home() / ".cache" / "cfsp")
     return root / "latency" / f"{_digest(json.dumps(identity, sort_keys=True))[:16]}.json"
 
@@ -96,10 +93,8 @@ def _cache_file(identity: dict[str, Any]) -> Path:
 def cached_table(identity: dict[str, Any]) -> LatencyTable | None:
     """The table that was measured of just this, where there is one."""
     file = _cache_file(identity)
-    if not file.exists():
-        return None
-    table = load_table(file)
-    return table if table.identity == identity else None
+    table = load_table(file) if file.exists() else None
+    return table if table is not None and table.identity == identity else None
 
 
 def known_table(
@@ -109,12 +104,7 @@ def known_table(
     budget: ModelBudget | None,
     given: str | Path | LatencyTable | None,
 ) -> LatencyTable | None:
-    """The given table, of any device, or the one of this device that a latency budget wants, where
-    it is kept.
-
-    Raises:
-        CfspError: no table, or one of another model, batch or length.
-    """
+    """The given table, of any device; or the cached one of this device for a latency budget."""
     if given is None:
         if budget is None or budget.kind != "latency":
             return None
@@ -135,12 +125,7 @@ def known_table(
 def table_of(
     opened: OpenModel, batch: int, length: int, *, again: bool = False, progress: bool = True
 ) -> LatencyTable:
-    """The table of a dense model on its device: the one that is kept, or measured now and kept.
-
-    Raises:
-        CfspError: more tokens than the model has positions, no memory for it, or no place to
-            keep it.
-    """
+    """The table of a dense model on its device: from the cache, or measured now and kept there."""
     check_seqlen(opened.model, length)
     device = model_device(opened.model)
     identity = table_identity(opened.model, opened.layout, device, batch, length)
@@ -175,34 +160,26 @@ def measure_table(
     they add. Alone it would not find the caches and the memory allocator as in the model. Weights
     are random. All widths are in memory at once and take turns, there and back, so that drift
     cancels out.
-
-    Raises:
-        CfspError: no memory for all widths.
     """
     model, shape = opened.model, (identity["batch"], identity["length"])
     names = [_kind(block) for block in opened.layout.find_blocks(model)]
     kinds = sorted(set(names), key=names.index)
     words = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
-    measured: list[tuple[WidthCurve, ...]] = []
-    outer: list[float] = []
+    measured: list[tuple[tuple[WidthCurve, ...], float]] = []
     try:
         for name in tqdm(kinds, desc="latency", unit="kind of block", disable=not progress):
             places = [place for place, own in enumerate(names) if own == name][:CHAIN]
-            curves, seconds = _curves(opened, places, tokens.to(model_device(model)))
-            measured.append(curves)
-            outer.append(seconds)
+            measured.append(_curves(opened, places, tokens.to(model_device(model))))
     except torch.OutOfMemoryError:
         raise CfspError(
             f"no memory to measure blocks at {shape[0]} x {shape[1]} tokens; fewer tokens need less"
         ) from None
-    return LatencyTable(
-        identity, median(outer), tuple(measured), tuple(kinds.index(name) for name in names)
-    )
+    curves, outer = zip(*measured, strict=True)
+    return LatencyTable(identity, median(outer), curves, tuple(map(kinds.index, names)))
 
 
 def _grid(group: ChannelGroup) -> list[int]:
-    """Widths of an FFN, ascending up to the dense one."""
     least = EXPERT_WIDTH_MULTIPLE if group.experts > 1 else 1
     multiple = next((m for m in (FAST_MULTIPLE, 8) if group.channels >= m * POINTS), least)
     spread = (round(group.channels * k / POINTS / multiple) * multiple for k in range(1, POINTS))
@@ -212,13 +189,11 @@ def _grid(group: ChannelGroup) -> list[int]:
 def _curves(
     opened: OpenModel, places: Sequence[int], tokens: torch.Tensor
 ) -> tuple[tuple[WidthCurve, ...], float]:
-    """A curve for every FFN of the kind of block in these places, and the seconds of the model
-    without blocks."""
-    model, layout = opened.model, opened.layout
-    blocks = layout.find_blocks(model)
-    dense = copy.deepcopy(blocks[places[0]])
+    """A curve for every FFN of the block in these places; the model's seconds without blocks."""
+    layout, dtype = opened.layout, opened.model.dtype
+    dense = copy.deepcopy(layout.find_blocks(opened.model)[places[0]])
     values = {
-        name: torch.empty(old.shape, dtype=model.dtype, device=tokens.device).normal_(0, 0.02)
+        name: torch.empty(old.shape, dtype=dtype, device=tokens.device).normal_(0, 0.02)
         for name, old in dense.named_parameters()
     }
     set_parameters_(dense, values)
@@ -239,46 +214,42 @@ def _curves(
     def runs(position: int, width: int) -> Callable[[], Any]:
         own = [cut(position, width) for _ in range(copies)]
         placed = {place: own[turn % copies] for turn, place in enumerate(places)}
-        return _forward(model, blocks, placed, tokens)
+        return _forward(opened, placed, tokens)
 
     curves, outer = [], []
     for position, group in enumerate(layout.groups(dense)):
         widths = _grid(group)
-        cases = [_forward(model, blocks, {}, tokens), *(runs(position, w) for w in widths)]
+        cases = [_forward(opened, {}, tokens), *(runs(position, w) for w in widths)]
         rounds = _timed(cases, tokens.device)
         outer.append(median(alone for alone, *_ in rounds))
-        seconds = [
-            max(0.0, median(times[1 + number] - times[0] for times in rounds)) / len(places)
-            for number in range(len(widths))
-        ]
-        curves.append(WidthCurve(tuple(widths), tuple(seconds)))
+        added = (median(x[number] - x[0] for x in rounds) for number in range(1, len(cases)))
+        seconds = tuple(max(0.0, more) / len(places) for more in added)
+        curves.append(WidthCurve(tuple(widths), seconds))
     return tuple(curves), median(outer)
 
 
+def _skip(block: nn.Module, states: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return as_block_output(block, states)
+
+
 def _forward(
-    model: PreTrainedModel,
-    blocks: Sequence[nn.Module],
-    placed: Mapping[int, nn.Module],
-    tokens: torch.Tensor,
+    opened: OpenModel, placed: Mapping[int, nn.Module], tokens: torch.Tensor
 ) -> Callable[[], Any]:
     """A forward call with other blocks in some places; those in all others do nothing."""
-
-    def hand_on(block: nn.Module) -> Callable[..., Any]:
-        return lambda states, *_, **__: as_block_output(block, states)
-
-    forwards = [partial(placed[at]) if at in placed else hand_on(b) for at, b in enumerate(blocks)]
+    blocks = opened.layout.find_blocks(opened.model)
+    forwards = [partial(placed.get(at, partial(_skip, own))) for at, own in enumerate(blocks)]
 
     def run() -> Any:
         with forward_instead(blocks, forwards):
-            return model(input_ids=tokens, use_cache=False)
+            return opened.model(input_ids=tokens, use_cache=False)
 
     return run
 
 
 def _timed(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[list[float]]:
-    """Seconds of each case in every round; they take turns, there and back, after a round that is
-    not timed. At most :data:`ROUNDS`, and fewer, but :data:`LEAST_ROUNDS`, where they take long."""
-    calls = CALLS_PER_SYNC.get(device.type, 10)
+    """Seconds of each case in every round. Cases take turns, there and back; the first round is
+    not counted. Where rounds take long there are only :data:`LEAST_ROUNDS`."""
+    calls = 1 if device.type == "cpu" else 10  # in a row, so that the launch of a call is hidden
     found: list[list[float]] = []
     begun = time.perf_counter()
     for turn in range(ROUNDS + 1):

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..calibration.gram_sums import Split
 from ..evaluation.quality import ROWS_PER_LOSS
 from .flops import ModelCosts
 from .hardware import Hardware
@@ -31,11 +30,11 @@ class Stage:
 
     name: str
     bytes_read: int
-    """From disk, by each node."""
+    """Bytes that each node reads from disk."""
     bytes_written: int
-    """By all ranks together."""
+    """Bytes that all ranks write together."""
     flops: float
-    """By all ranks together."""
+    """FLOPs of all ranks together."""
     seconds: float
     bound: str
     """What takes these seconds: compute, read, write or copy."""
@@ -51,9 +50,9 @@ class Load:
     copied: int = 0
     """Bytes between the host and each device."""
     flops: float = 0.0
-    """By all ranks together."""
+    """FLOPs of all ranks together."""
     busiest: float = 0.0
-    """By the busiest rank, in FLOPs of a forward pass that take as long."""
+    """FLOPs of a forward pass that takes as long as the busiest rank."""
     parts: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each part that the device holds meanwhile."""
 
@@ -63,31 +62,21 @@ class Workload:
     """What is run on which model: the numbers that all loads follow from."""
 
     dense: ModelCosts
-    """In the run's dtype."""
+    """The model in the run's dtype."""
     stored: ModelCosts
-    """As the checkpoint has it."""
+    """The model as the checkpoint has it."""
     pruned: ModelCosts | None
     """What is left; None: nothing is cut."""
     output_bytes: int
-    """Size of the pruned model's files."""
     windows: int
-    """Of calibration; 0: none."""
     evaluation_windows: int
     seqlen: int
     micro_batch: int
-    """Windows per forward call of calibration."""
     streamed: bool
-    """One block at a time; otherwise the model is in memory whole."""
     reads_weights: bool
-    """Whether the scorer does."""
     ranks: int
     device: str
     """cpu or cuda."""
-
-    @property
-    def split(self) -> Split:
-        """The calibration windows in the chunks that Gram matrices are summed by."""
-        return Split(self.windows, self.seqlen, self.micro_batch)
 
     @property
     def rank_windows(self) -> int:
@@ -99,11 +88,6 @@ class Workload:
     def busiest_share(self) -> float:
         """Share of the calibration windows that the busiest rank has."""
         return self.rank_windows / max(1, self.windows)
-
-    @property
-    def rank_evaluation_windows(self) -> int:
-        """Evaluation windows of the busiest rank."""
-        return math.ceil(self.evaluation_windows / self.ranks)
 
     def states(self, windows: int) -> int:
         """Bytes of the hidden states of windows."""
@@ -118,11 +102,8 @@ class Workload:
         return self.dense.logits_bytes(self.seqlen, ROWS_PER_LOSS)
 
     def model_parts(self) -> dict[str, int]:
-        """What is on the device while blocks are at work.
-
-        Streamed, these are two buffers as stored, for the block at work and the next, and where
-        the run has another dtype the block at work in it.
-        """
+        """Bytes on the device while blocks are at work. Streamed: the block at work and the next as
+        they are stored, and where the run has another dtype the former in that too."""
         blocks = self.dense.block_bytes
         if self.streamed:
             cast = self.dense.itemsize != self.stored.itemsize
@@ -131,15 +112,11 @@ class Workload:
 
 
 Feature = Callable[[Workload], Iterable[Load]]
-"""Something that a run does, as its loads on stages."""
 
 
 def passes(run: Workload) -> Iterator[Load]:
-    """The passes over all blocks, as :mod:`cfsp.run` makes them.
-
-    A model that is streamed is read once for the statistics, its FFNs once more for scorers that
-    read weights, once for the cut, and the output once to be verified.
-    """
+    """The passes of :mod:`cfsp.run`. A streamed model is read once for the statistics, its FFNs
+    again for scorers that read weights, once for the cut; the output once to be verified."""
     model, outer = run.model_parts(), {"embeddings, norm, head": run.dense.outer_bytes}
     per_pass = run.stored.block_bytes if run.streamed else 0
     opened = run.stored.outer_bytes + (0 if run.streamed else run.stored.block_bytes)
@@ -155,7 +132,7 @@ def passes(run: Workload) -> Iterator[Load]:
     if run.reads_weights and run.streamed:
         yield Load("score", run.stored.ffn_bytes, copied=run.stored.ffn_bytes)
 
-    evaluated, block = run.rank_evaluation_windows, run.pruned.largest_block
+    evaluated, block = math.ceil(run.evaluation_windows / run.ranks), run.pruned.largest_block
     per_token = run.dense.flops(run.seqlen) + run.pruned.flops(run.seqlen)
     flops = run.evaluation_windows * run.seqlen * per_token
     busiest = flops * (evaluated / max(1, run.evaluation_windows))
@@ -179,10 +156,8 @@ def passes(run: Workload) -> Iterator[Load]:
 def stages_of(loads: Sequence[Load], hardware: Hardware, nodes: int) -> tuple[Stage, ...]:
     """The stages of a run in order, each as long as what takes longest in it."""
     found = []
-    for name in STAGES:
+    for name in sorted({load.stage for load in loads} & {*STAGES}, key=STAGES.index):
         own = [load for load in loads if load.stage == name]
-        if not own:
-            continue
         read, written = sum(load.read for load in own), sum(load.written for load in own)
         flops = sum(load.flops for load in own)
         # Summed from the fits to the passes: the order decides on the last digit.
@@ -224,12 +199,12 @@ def device_peak(loads: Sequence[Load], device: str) -> tuple[str, dict[str, int]
 
 
 def allocator_bytes(held: int) -> int:
-    """What a GPU's libraries and allocator take beside the tensors that it holds."""
+    """Bytes that a GPU's libraries and allocator take beside the tensors that it holds."""
     return WORKSPACE_BYTES + math.ceil(SLACK * held)
 
 
 def host_parts(run: Workload, loads: Sequence[Load], process: int) -> dict[str, int]:
-    """What the host holds at most, part by part; ``process``: what it does now."""
+    """Bytes that the host holds at most, by part; ``process``: what it holds now."""
     parts = {"process": process, "text": TEXT_BYTES, **_held(loads)[HOST]}
     if run.device == "cpu":
         return {**parts, **device_peak(loads, run.device)[1]}

@@ -1,5 +1,6 @@
 """What a recovery will take, before it starts: memory, FLOPs, seconds. Arithmetic on shapes."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ from .settings import Recovery
 ADAM_VALUES = 4
 """fp32 values of a trained parameter: itself, its gradient and two moments."""
 LOSS_BYTES = 12
-"""Of a logit at the peak: itself in fp32, the logarithm of its softmax, and its gradient."""
+"""Per logit at the peak: itself in fp32, the logarithm of its softmax, and its gradient."""
 LIBRARY_BYTES = 80 << 20
-"""Of the process: the Trainer and peft, loaded when training begins."""
+"""The Trainer and peft, which the process loads when training begins."""
 DISTILLED_BYTES = 16
-"""More beside a teacher: its logit, the logarithms of both softmaxes at temperature, a gradient."""
+"""More per logit beside a teacher: its logit, logarithms of both softmaxes, a gradient."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,11 @@ class RecoveryEstimate(RunEstimate):
 
     model: str
     settings: Recovery
-    """Resolved."""
     parameters: int
     trained_parameters: int
     gradient_checkpointing: bool
     stages: tuple[Stage, ...]
-    """One: training with both evaluations."""
+    """One stage: training with both evaluations."""
     device_parts: dict[str, int]
     """Bytes that the device holds at the peak; on a CPU, the process."""
     host_parts: dict[str, int]
@@ -53,7 +53,6 @@ class RecoveryEstimate(RunEstimate):
     hardware: Hardware
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
         return {
             "model": self.model,
             "settings": self.settings.to_dict(),
@@ -64,7 +63,7 @@ class RecoveryEstimate(RunEstimate):
             "device_bytes": self.device_bytes,
             "flops": self.flops,
             "seconds": self.seconds,
-            "hardware": self._hardware(),
+            "hardware": dataclasses.asdict(self.hardware),
         }
 
     def _lines(self) -> Sequence[str]:
@@ -73,11 +72,11 @@ class RecoveryEstimate(RunEstimate):
         return self._title(), f"{self._memory()}, {time} by {figures}"
 
     def _title(self) -> str:
-        settings = self.settings
+        own, counts = self.settings, (self.trained_parameters, self.parameters)
         return (
-            f"{self.model}: {format_count(self.trained_parameters)} of "
-            f"{format_count(self.parameters)} parameters trained, {settings.steps} steps of "
-            f"{settings.batch_size} windows of {settings.seqlen}, {settings.micro_batch} a pass"
+            f"{self.model}: {' of '.join(map(format_count, counts))} parameters trained, "
+            f"{own.steps} steps of {own.batch_size} windows of {own.seqlen}, "
+            f"{own.micro_batch} a pass"
         )
 
     def _memory(self) -> str:
@@ -89,7 +88,6 @@ class RecoveryEstimate(RunEstimate):
         return {k: v for k, v in assumed.items() if k == "device" or "FLOP" in k}
 
     def table(self) -> Group:
-        """Memory and time as tables for a terminal."""
         parts = {**self.device_parts, self._memory(): self.device_bytes}
         rows = ((part, format_bytes(count)) for part, count in parts.items())
         time = f"{format_seconds(self.seconds)} for {self.flops:.2e} FLOP"
@@ -107,13 +105,10 @@ class RecoveryEstimate(RunEstimate):
 
 
 def _costs(described: Description, dtype: torch.dtype) -> ModelCosts:
-    """Of a model whose parameters are of one dtype."""
-    model = described.model
-    tensors = {
-        name: TensorInfo(dtype, tuple(value.shape))
-        for name, value in saved_parameters(model).items()
-    }
-    return costs_of(model.config, tensors, described.blocks, dtype.itemsize)
+    """The costs of a model whose parameters are all of one dtype."""
+    parameters = saved_parameters(described.model)
+    tensors = {name: TensorInfo(dtype, tuple(x.shape)) for name, x in parameters.items()}
+    return costs_of(described.model.config, tensors, described.blocks, dtype.itemsize)
 
 
 def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: bool) -> int:
@@ -128,10 +123,8 @@ def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: boo
     scores = 2 * attention.heads * seqlen * attention.eager
     outside = (2 * costs.hidden_size + 2 * q + k + v + scores) * size
     norms = 2 * costs.hidden_size * FP32
-    blocks = [
-        tokens * (math.ceil(4 / 3 * block.ffn_working_values) * size + outside + norms)
-        for block in costs.blocks
-    ]
+    ffns = (math.ceil(4 / 3 * block.ffn_working_values) * size for block in costs.blocks)
+    blocks = [tokens * (ffn + outside + norms) for ffn in ffns]
     if not checkpointing:
         return sum(blocks)
     return len(blocks) * tokens * costs.hidden_size * size + max(blocks)
@@ -139,19 +132,17 @@ def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: boo
 
 @dataclass(frozen=True)
 class _Training:
-    """What is trained."""
-
     costs: ModelCosts
     teacher: ModelCosts | None
     settings: Recovery
-    seqlen: int
     trained: int
     """Parameters that learn."""
 
     def parts(self, device: str, process: int, checkpointing: bool) -> dict[str, int]:
         """Bytes at the peak."""
         costs = self.costs
-        tokens = (self.settings.micro_batch or 1) * self.seqlen
+        seqlen = self.settings.seqlen or 1
+        tokens = (self.settings.micro_batch or 1) * seqlen
         own = 0 if self.settings.method == "lora" else self.trained  # counted with the model
         parts = {
             "model": costs.block_bytes + costs.outer_bytes,
@@ -163,27 +154,25 @@ class _Training:
             parts["logits beside the teacher's"] = tokens * costs.vocab_size * DISTILLED_BYTES
         if device == "cpu":
             parts["process and text"] = process + LIBRARY_BYTES + TEXT_BYTES
-        parts["activations"] = _activations(costs, tokens, self.seqlen, checkpointing)
+        parts["activations"] = _activations(costs, tokens, seqlen, checkpointing)
         if device != "cpu":
             parts["allocator"] = allocator_bytes(sum(parts.values()))
         return parts
 
     def flops(self, checkpointing: bool, evaluation_windows: int) -> float:
-        """Of all steps and of both evaluations.
-
-        Backward is a product with each weight again; for each weight that is trained, one more.
-        """
-        costs, seqlen = self.costs, self.seqlen
-        blocks, head = costs.block_flops(seqlen), costs.head_flops()
+        """FLOPs of all steps and both evaluations. Backward is a product with each weight again;
+        for each weight that is trained, one more."""
+        costs, seqlen = self.costs, self.settings.seqlen or 1
+        blocks, forward = costs.block_flops(seqlen), costs.flops(seqlen)
         learning = 6.0 * self.trained  # of adapters: forward, inputs, weights
         if self.settings.method == "ffn":
             linear = sum(block.linear_flops for block in costs.blocks)
             learning = linear * self.trained * costs.itemsize / costs.block_bytes
-        per_token = 2 * (blocks + head) + learning + checkpointing * blocks
+        per_token = 2 * forward + learning + checkpointing * blocks
         if self.teacher is not None:
             per_token += self.teacher.flops(seqlen)
         samples = self.settings.text.samples
-        return samples * seqlen * per_token + 2 * evaluation_windows * seqlen * (blocks + head)
+        return samples * seqlen * per_token + 2 * evaluation_windows * seqlen * forward
 
 
 def estimate_training(
@@ -196,20 +185,12 @@ def estimate_training(
     budget: MemoryBudget,
     process: int,
 ) -> RecoveryEstimate:
-    """The estimate of a recovery whose settings are resolved.
-
-    Gradient checkpointing, where it is "auto", is on if the memory is too small without.
-    ``trained`` are the parameters that learn, ``process`` the bytes that the process held before
-    it had the model.
-    """
+    """The estimate of a recovery whose settings are resolved; "auto" gradient checkpointing is on
+    if memory is too small without. ``process``: bytes that it held before it had the model."""
     frozen = hardware.device != "cpu" and settings.method == "lora"
-    training = _Training(
-        _costs(described, described.model.dtype if frozen else torch.float32),
-        _costs(teacher, teacher.model.dtype) if teacher is not None else None,
-        settings,
-        settings.seqlen or 1,
-        trained,
-    )
+    costs = _costs(described, described.model.dtype if frozen else torch.float32)
+    taught = _costs(teacher, teacher.model.dtype) if teacher is not None else None
+    training = _Training(costs, taught, settings, trained)
     checkpointing = settings.gradient_checkpointing == "on"
     parts = training.parts(hardware.device, process, checkpointing)
     device, host = budget.limits(hardware)
@@ -221,7 +202,7 @@ def estimate_training(
     return RecoveryEstimate(
         model=described.name,
         settings=settings,
-        parameters=training.costs.parameters,
+        parameters=costs.parameters,
         trained_parameters=trained,
         gradient_checkpointing=checkpointing,
         stages=(Stage("train", 0, 0, flops, flops / hardware.flops, "compute"),),
@@ -241,31 +222,20 @@ def estimate_recovery(
     hardware: Hardware | str | None = None,
     tflops: float | None = None,
 ) -> RecoveryEstimate:
-    """What :func:`cfsp.recover` will take of a pruned folder; its weights are not read.
-
-    See :func:`cfsp.recover` and, for ``hardware`` and ``tflops``, :func:`cfsp.estimate`.
-
-    Raises:
-        CfspError: no pruned folder, settings that do not fit the model.
-    """
+    """What :func:`cfsp.recover` will take of a pruned folder; its weights are not read."""
     process, pruned = resident_bytes(), read_pruned(Path(folder))
     described = describe(folder)
-    if described.layout is None:
-        raise unsupported(described.model.config.model_type)
-    machine = choose_hardware(hardware, device, described.model.dtype, tflops)
+    model, layout = described.model, described.layout
+    if layout is None:
+        raise unsupported(model.config.model_type)
+    machine = choose_hardware(hardware, device, model.dtype, tflops)
     parameters = _costs(described, torch.float32).parameters
     calibration = pruned.plan.recipe.calibration
     settings = settings.resolved(calibration, parameters, torch.device(machine.device))
-    check_seqlen(described.model, settings.text.seqlen)
-    trained = what_is_trained(pruned.plan, described.model, described.layout, settings)
+    check_seqlen(model, settings.text.seqlen)
+    trained = what_is_trained(pruned.plan, model, layout, settings).parameters
     teacher = describe(settings.distillation.teacher) if settings.distillation is not None else None
+    budget = parse_memory(max_memory)
     return estimate_training(
-        described,
-        teacher,
-        settings,
-        trained.parameters,
-        eval_windows,
-        machine,
-        parse_memory(max_memory),
-        process,
+        described, teacher, settings, trained, eval_windows, machine, budget, process
     )
