@@ -165,17 +165,11 @@ class Estimate(RunEstimate):
         read = sum(stage.bytes_read for stage in self.stages)
         written = sum(stage.bytes_written for stage in self.stages)
         total = Stage("total", read, written, self.flops, self.seconds, "")
-        stages = (
-            (
-                stage.name,
-                format_bytes(stage.bytes_read),
-                format_bytes(stage.bytes_written),
-                f"{stage.flops:.2e}" if stage.flops else "",
-                format_seconds(stage.seconds),
-                stage.bound,
-            )
-            for stage in (*self.stages, total)
-        )
+        stages = []
+        for stage in (*self.stages, total):
+            moved = map(format_bytes, (stage.bytes_read, stage.bytes_written))
+            flops = f"{stage.flops:.2e}" if stage.flops else ""
+            stages.append((stage.name, *moved, flops, format_seconds(stage.seconds), stage.bound))
         held = {"host": self.host_parts}
         if self.hardware.device != "cpu":
             held = {f"device, {self.device_stage}": self.device_parts, **held}

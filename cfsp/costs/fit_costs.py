@@ -36,15 +36,14 @@ class GramCosts:
     """Whether the scores are what the other channels leave of each, and no curves are made."""
 
     @property
-    def _groups(self) -> list[ChannelGroup]:
-        return [group for block in self.blocks for group in block]
+    def _sizes(self) -> list[tuple[int, int, int]]:
+        """(experts, channels, kept channels) of every FFN."""
+        groups = (group for block in self.blocks for group in block)
+        return [(g.experts, g.channels, round(g.channels * (1 - self.sparsity))) for g in groups]
 
     @property
     def _widest(self) -> int:
-        return max(group.channels for group in self._groups)
-
-    def _kept(self, group: ChannelGroup) -> int:
-        return round(group.channels * (1 - self.sparsity))
+        return max(channels for _, channels, _ in self._sizes)
 
     def loads(self, run: Workload) -> Iterator[Load]:
         """They are written once, by the calibration, and read once for scores and once for the cut.
@@ -52,7 +51,7 @@ class GramCosts:
         disk, slower = self.disk_bytes(run.windows or 2), FP64_SLOWER[run.device]
         if run.windows:
             # The sums take half of a whole product.
-            products = (g.channels**2 * min(g.experts, self.active_experts) for g in self._groups)
+            products = (n**2 * min(experts, self.active_experts) for experts, n, _ in self._sizes)
             flops = run.windows * run.seqlen * float(sum(products))
             split = Split(run.windows, run.seqlen, run.micro_batch)
             parts = {"Gram matrices": self.sum_bytes(split, run.ranks, run.dense.itemsize)}
@@ -79,8 +78,8 @@ class GramCosts:
         of a chunk, kept and in one piece, those of experts once more to be sorted."""
         products = max(sum(g.experts * g.channels**2 for g in block) for block in self.blocks)
         rows = max(
-            (2 if g.experts == 1 else 3) * g.channels * min(g.experts, self.active_experts)
-            for g in self._groups
+            (2 if experts == 1 else 3) * channels * min(experts, self.active_experts)
+            for experts, channels, _ in self._sizes
         )
         return products_held(split, ranks) * products * FP32 + split.chunk_tokens * itemsize * rows
 
@@ -90,8 +89,7 @@ class GramCosts:
         if not self.scores:
             return 0.0
         cubes, squares = (1.0, 0.0) if self.residuals else (13 / 3, 3.0 * self.hidden_size)
-        sizes = [(group.experts, group.channels) for group in self._groups]
-        return sum(experts * (cubes * n**3 + squares * n**2) for experts, n in sizes)
+        return sum(experts * (cubes * n**3 + squares * n**2) for experts, n, _ in self._sizes)
 
     def rank_bytes(self) -> int:
         """On the device while the channels of one FFN are scored, as in cfsp/pruning/obs.py."""
@@ -103,19 +101,17 @@ class GramCosts:
     def fit_flops(self) -> float:
         """fp64 FLOPs of fitting every FFN and of judging it."""
         total, d = 0.0, self.hidden_size
-        for group in self._groups:
-            every, kept = group.channels, self._kept(group)
+        for experts, every, kept in self._sizes:
             solving = 2.0 * d * (every - kept) * kept + kept**3 / 3 + 2.0 * d * kept**2
             judging = 2.0 * d * every**2 + 4.0 * d * kept**2
-            total += group.experts * (solving + judging)
+            total += experts * (solving + judging)
         return total
 
     def fit_bytes(self) -> int:
         """On the device while one FFN is fitted: its Gram matrix, the factor twice, the products
         with removed channels, rows of the projection on their way, the new projection in fp32."""
         found = []
-        for group in self._groups:
-            every, kept = group.channels, self._kept(group)
+        for _, every, kept in self._sizes:
             removed, rows = every - kept, min(ROWS, self.hidden_size)
             fp64 = 2 * kept**2 + removed * kept + rows * (every + removed + 5 * kept)
             found.append(FP32 * (every**2 + self.hidden_size * kept) + FP64 * fp64)

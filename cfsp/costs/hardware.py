@@ -22,8 +22,6 @@ EFFICIENCY = 0.6
 PROBE_PRODUCTS = 4
 PROBE_SECONDS = 0.02
 MAX_PROBE_SIZE = 8192
-DISK_BYTES_PER_SECOND = 2e9
-COPY_BYTES_PER_SECOND = 25e9
 UNITS = {"B": 1} | {
     f"{letter}{unit}": base**power
     for unit, base in (("B", 1000), ("IB", 1024))
@@ -50,22 +48,21 @@ class Hardware:
     """Bytes of the host that the run can have, with what this process already holds."""
     flops: float
     """FLOP/s of one device in a forward pass."""
-    disk_read: float = DISK_BYTES_PER_SECOND
-    disk_write: float = DISK_BYTES_PER_SECOND
+    disk_read: float = 2e9
+    disk_write: float = 2e9
     """Bytes/s of one node."""
-    copy: float = COPY_BYTES_PER_SECOND
+    copy: float = 25e9
     """Bytes/s between host and one device."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where a figure is from, by its field's name; the rest are assumed."""
 
     def assumptions(self) -> dict[str, str]:
         """Every figure that the seconds rest on, with where it is from."""
-        shown = {
+        return {"device": self.name} | {
             title: f"{getattr(self, name):.3g} ({self.sources.get(name, 'assumed')})"
             for name, title in FIGURES.items()
             if name != "copy" or self.device != "cpu"
         }
-        return {"device": self.name, **shown}
 
     def stated(self, tflops: float | None = None, disk_gbps: float | None = None) -> "Hardware":
         """With speeds that the user states: 1e12 FLOP/s in a forward pass, 1e9 bytes/s of disk."""

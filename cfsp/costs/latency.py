@@ -152,8 +152,7 @@ class LatencyLimit:
         steps = _Steps(self.table, sizes, multiple, snap=not equal)
         costs = self.costs(sizes)
         total = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
-        least, most = reachable(sizes, multiple, costs)
-        low, high = 1 - most * multiple / total, 1 - least * multiple / total
+        high, low = (1 - kept * multiple / total for kept in reachable(sizes, multiple, costs))
         widest, best = (steps.snapped(widths_at(sparsity)) for sparsity in (low, high))
         if steps.seconds(best) > self.seconds:
             ends = (1 - steps.seconds(widths) / steps.dense for widths in (widest, best))
