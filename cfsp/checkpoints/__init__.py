@@ -1,1 +1,2 @@
-"""checkpoints."""
+"""A pruned folder: written whole, documented, verified after reloading, resumed, exported to other
+runtimes."""
