@@ -96,7 +96,7 @@ def test_the_visit_fits_in_25_minutes_and_its_headline_in_eight(tmp_path: Path) 
 
 
 def test_every_benchmark_of_an_op_is_part_of_the_visit() -> None:
-    files = {path.name for path in (gpu_suite.ROOT / "benchmarks").glob("test_*.py")}
+    files = {path.name for path in (gpu_suite.ROOT / "benchmarks").rglob("test_*.py")}
     visited = {file for file, _, _ in gpu_suite.BENCHMARKS.values()}
     assert files == visited | {"test_calibration.py"}
     shapes = {s for _, names, _ in gpu_suite.BENCHMARKS.values() for s in names.split(",")}
