@@ -1,2 +1,1 @@
-"""A pruned folder: written whole, documented, verified after reloading, resumed, exported to other
-runtimes."""
+"""Pruned folders: written whole, reloaded and compared, documented, resumed and exported."""
