@@ -11,8 +11,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import environment, harness, timing
-from benchmarks.shapes import DEFAULT_SHAPES, SHAPES
+from benchmarks.common import environment, harness, timing
+from benchmarks.common.shapes import DEFAULT_SHAPES, SHAPES
 
 HERE = Path(__file__).parent
 described = functools.cache(environment.describe)

@@ -31,8 +31,9 @@ from typing import Any
 
 import torch
 
-from . import environment, report
-from .tune import RESULTS, SWEEPS, TABLE, write_entry
+from . import report
+from .common import environment
+from .ops.tune import RESULTS, SWEEPS, TABLE, write_entry
 
 ROOT = environment.ROOT
 REHEARSAL_SECONDS = 470
@@ -54,7 +55,7 @@ BENCHMARKS = {
     "experts": ("test_experts.py", EXPERTS, 50),
 }
 """Step -> file, shapes in order of value, seconds."""
-ALL_FILES = tuple(f"benchmarks/{file}" for file, _, _ in BENCHMARKS.values())
+ALL_FILES = tuple(f"benchmarks/ops/{file}" for file, _, _ in BENCHMARKS.values())
 TUNED = {
     "swiglu_statistics": 55,
     "channel_statistics": 50,
@@ -125,7 +126,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
     tests = Step(
         "device-tests",
         "correctness of every kernel on this card",
-        _python("-m", "benchmarks.device_tests", "--logs", str(out / "device-tests")),
+        _python("-m", "benchmarks.ops.device_tests", "--logs", str(out / "device-tests")),
         120,
         path="tests/kernels",
         sources=("tests/kernels",),
@@ -163,7 +164,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
 
     for name, (file, shapes, limit) in BENCHMARKS.items():
         purpose = f"{file} beside its rivals, launched as the table has it"
-        found.append(bench(name, purpose, [f"benchmarks/{file}"], shapes, limit))
+        found.append(bench(name, purpose, [f"benchmarks/ops/{file}"], shapes, limit))
     found[-1] = dataclasses.replace(found[-1], headline=True)
 
     for model, blocks, limit in (("tiny", 2, 110),) if rehearsal else END_TO_END:
@@ -173,7 +174,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                 f"end-to-end-{name}",
                 f"cfsp.prune on a random checkpoint of {blocks} blocks of the shapes of {model}",
                 (
-                    *_python("-m", "benchmarks.end_to_end", "--model", model),
+                    *_python("-m", "benchmarks.jobs.end_to_end", "--model", model),
                     *("--blocks", str(blocks), "--work", str(out / f"work-{name}")),
                     *("--json", str(out / f"result-{name}.json")),
                 ),
@@ -187,14 +188,14 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
     calibration = bench(
         "calibration",
         "what calibration adds to a forward",
-        ["benchmarks/test_calibration.py"],
+        ["benchmarks/jobs/test_calibration.py"],
         MICRO_BATCH,
         45,
         sources=("cfsp",),
     )
     found.append(calibration)
 
-    every_op = _python("-m", "benchmarks.call_every_op")
+    every_op = _python("-m", "benchmarks.ops.call_every_op")
     for tool in ("memcheck", "racecheck"):
         # racecheck replays every access to shared memory: one dtype keeps it below the limit
         dtypes = ("--dtypes", "bfloat16,float32" if tool == "memcheck" else "bfloat16")
@@ -223,7 +224,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
             Step(
                 tune_name(entry),
                 f"launch configurations of {entry}",
-                _python("-m", "benchmarks.tune", "--op", entry, "--out", str(out))
+                _python("-m", "benchmarks.ops.tune", "--op", entry, "--out", str(out))
                 + (table if rehearsal else tuple(timed)),
                 limit,
                 path="cfsp_kernels/launch_configs.json",
@@ -231,7 +232,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
             )
         )
     # only tests of the tuned table vouch for benchmarks of it
-    logs = _python("-m", "benchmarks.device_tests", "--logs", str(out / "device-tests-tuned"))
+    logs = _python("-m", "benchmarks.ops.device_tests", "--logs", str(out / "device-tests-tuned"))
     found += [
         dataclasses.replace(
             tests, name="device-tests-tuned", command=logs, limit=95, after_tuning=True

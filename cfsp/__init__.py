@@ -12,7 +12,7 @@ from .auto_classes import know_pruned_models
 from .errors import CfspError
 
 if TYPE_CHECKING:
-    from .api import PruneResult, calibrate, latency_table, plan, prune
+    from .api import calibrate, latency_table, plan, prune
     from .calibration.statistics import Statistics, load_statistics, save_statistics
     from .calibration.windows import Calibration
     from .checkpoints.documents import read_result
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from .pruning.recipe import Recipe, load_recipe
     from .recovery import Distillation, Recovery, RecoveryResult, recover
     from .report.page import write_report
+    from .run.result import PruneResult
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "api": ("PruneResult", "calibrate", "latency_table", "plan", "prune"),
+    "api": ("calibrate", "latency_table", "plan", "prune"),
     "calibration.statistics": ("Statistics", "load_statistics", "save_statistics"),
     "calibration.windows": ("Calibration",),
     "checkpoints.documents": ("read_result",),
@@ -44,13 +45,15 @@ _MODULES = {
     "costs.latency": ("LatencyTable",),
     "evaluation.quality": ("Perplexity", "perplexity"),
     "evaluation.side_by_side": ("evaluate",),
-    "models.loading": ("open_model",),
+    "models.opening": ("open_model",),
     "models.registration": ("register",),
-    "pruning.plan": ("PruningPlan", "load_plan", "save_plan"),
+    "pruning.plan": ("PruningPlan",),
+    "pruning.plan_file": ("load_plan", "save_plan"),
     "pruning.ranking": ("with_ranking",),
     "pruning.recipe": ("Recipe", "load_recipe"),
     "recovery": ("Distillation", "Recovery", "RecoveryResult", "recover"),
     "report.page": ("write_report",),
+    "run.result": ("PruneResult",),
 }
 """Where public names lie; a module is imported when one of its names is first used."""
 

@@ -28,10 +28,8 @@ Value = TypeVar("Value")
 class Ranks:
     """This process among those of a job; without arguments the only one.
 
-    Methods that exchange something are called by every rank, in the same order.
-
-    Raises, in those methods:
-        RankLost: another rank has ended.
+    Methods that exchange something are called by every rank, in the same order, and raise RankLost
+    where another rank has ended.
     """
 
     rank: int = 0
@@ -71,12 +69,8 @@ class Ranks:
         return found
 
     def device(self, name: str) -> str:
-        """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank.
-
-        That becomes the current one, so that nothing is put on another's.
-
-        Raises:
-            CfspError: more ranks than GPUs on this machine.
+        """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank,
+        which becomes the current one. Raises CfspError for more ranks than GPUs on this machine.
         """
         if self.size == 1 or name not in ("auto", "cuda"):
             return name
@@ -199,10 +193,8 @@ class Ranks:
         )
 
     def speaks(self) -> bool:
-        """Whether this rank is the one that tells the user why the job ends: the first that asks.
-
-        Nothing is waited for, and no other rank needs to be alive.
-        """
+        """Whether this rank is the one that tells the user why the job ends: the first that asks;
+        no other rank needs to be alive."""
         if self.store is None:
             return self.first
         try:

@@ -1,1 +1,1 @@
-"""checkpoints."""
+"""Pruned folders: written whole, reloaded and compared, documented, resumed and exported."""

@@ -1,1 +1,2 @@
-"""evaluation."""
+"""What a model is worth: perplexity on held-out text, speed of generation, tasks of the
+lm-evaluation-harness."""

@@ -1,1 +1,2 @@
-"""Files: safetensors read and written by the block, hashes, JSON."""
+"""Files: safetensors read and written, blocks read ahead, hashes, output that appears whole or not
+at all. Knows nothing of models."""

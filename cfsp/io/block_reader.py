@@ -6,9 +6,9 @@ to the GPU by events, so that neither the reading thread nor the main one waits 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,94 +55,76 @@ class Arena:
 class _Buffer:
     """Where every second block goes."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.host = Arena(nbytes, torch.device("cpu"), pinned=self.on_gpu)
-        self.device = torch.empty(nbytes, dtype=torch.uint8, device=device) if self.on_gpu else None
+    def __init__(self, nbytes: int, device: torch.device, stream: Any) -> None:
+        self.stream = stream
+        """CUDA stream that carries blocks to the device; None on a CPU."""
+        self.host = Arena(nbytes, torch.device("cpu"), pinned=stream is not None)
+        self.device = torch.empty(nbytes if stream else 0, dtype=torch.uint8, device=device)
         self.arrived: Any = None
         """CUDA event: the block is in device memory, and host memory is free again."""
         self.left: Any = None
         """CUDA event: the block's work is done, and device memory is free again."""
 
-    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def fill(self, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+        """Read a block; on a GPU the copy is only ordered when this returns."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        self.host.clear()
+        tensors = read_tensors(stored, self.host.take)
+        if self.stream is None:
+            return tensors
+        with torch.cuda.stream(self.stream):
+            if self.left is not None:
+                self.stream.wait_event(self.left)
+            filled = self.host.taken
+            self.device[:filled].copy_(self.host.memory[:filled], non_blocking=True)
+            self.arrived = self.stream.record_event()
+        return {name: self._on_device(tensor) for name, tensor in tensors.items()}
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """The place in device memory of a tensor carved from host memory."""
-        if self.device is None:
-            return tensor
         start = tensor.data_ptr() - self.host.memory.data_ptr()
         part = self.device[start : start + tensor.nbytes]
         return part.view(tensor.dtype).view(tensor.shape)
 
 
-class BlockReader:
-    """Hands out the weights of block after block; see the module. A context manager."""
+@contextmanager
+def read_ahead(
+    blocks: Sequence[Mapping[str, StoredTensor]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
+    """The weights of block after block in ``dtype`` on ``device``, each valid until the next is
+    asked for; reading begins at once.
 
-    def __init__(
-        self, blocks: Sequence[Mapping[str, StoredTensor]], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """``blocks``: where each block's tensors lie; handed out in ``dtype`` on ``device``."""
-        self.blocks = blocks
-        self.dtype = dtype
-        self.device = device
-        sizes = [sum(aligned(stored.nbytes) for stored in block.values()) for block in blocks]
-        largest = max(sizes, default=0)
-        self.buffers = [_Buffer(largest, device) for _ in range(min(BUFFERS, len(blocks)))]
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self.coming: Future[dict[str, torch.Tensor]] | None = None
-        self._begin(0)
+    Raises, at a block's turn:
+        CfspError: its shard cannot be read.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    nbytes = max((sum(aligned(x.nbytes) for x in block.values()) for block in blocks), default=0)
+    buffers = [_Buffer(nbytes, device, stream) for _ in blocks[:BUFFERS]]
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def __enter__(self) -> "BlockReader":
-        return self
+    def begin(position: int) -> Future[dict[str, torch.Tensor]] | None:
+        if position == len(blocks):
+            return None
+        return pool.submit(buffers[position % BUFFERS].fill, blocks[position])
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        if self.stream is not None:
-            self.stream.synchronize()
+    def weights(
+        coming: Future[dict[str, torch.Tensor]] | None,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        position = 0
+        while coming is not None:
+            buffer, tensors = buffers[position % BUFFERS], coming.result()
+            if stream is not None:
+                torch.cuda.current_stream(device).wait_event(buffer.arrived)
+            position += 1
+            coming = begin(position)
+            yield {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            if stream is not None:
+                buffer.left = torch.cuda.current_stream(device).record_event()
 
-    def _begin(self, position: int) -> None:
-        """Read a block, if there is one at this position."""
-        if position < len(self.blocks):
-            self.coming = self.pool.submit(self._read, position)
-
-    def _buffer(self, position: int) -> _Buffer:
-        return self.buffers[position % len(self.buffers)]
-
-    def _read(self, position: int) -> dict[str, torch.Tensor]:
-        """Fill a buffer; on a GPU the copy is only ordered when this returns."""
-        buffer = self._buffer(position)
-        if buffer.arrived is not None:
-            buffer.arrived.synchronize()
-        buffer.host.clear()
-        tensors = read_tensors(self.blocks[position], buffer.host.take)
-        if buffer.device is not None and self.stream is not None:
-            with torch.cuda.stream(self.stream):
-                if buffer.left is not None:
-                    self.stream.wait_event(buffer.left)
-                filled = buffer.host.taken
-                buffer.device[:filled].copy_(buffer.host.memory[:filled], non_blocking=True)
-                buffer.arrived = self.stream.record_event()
-        return {name: buffer.on_device(tensor) for name, tensor in tensors.items()}
-
-    def weights(self, position: int) -> dict[str, torch.Tensor]:
-        """The weights of the next block, which are valid until its :meth:`release`.
-
-        Raises:
-            CfspError: its shard cannot be read.
-        """
-        if self.coming is None:
-            raise IndexError(position)
-        tensors = self.coming.result()
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._buffer(position).arrived)
-        self._begin(position + 1)
-        return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
-
-    def release(self, position: int) -> None:
-        """Let the buffer of a block be filled anew, once the device has done what it was told."""
-        if self.stream is not None:
-            self._buffer(position).left = torch.cuda.current_stream(self.device).record_event()
+    try:
+        yield weights(begin(0))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if stream is not None:
+            stream.synchronize()

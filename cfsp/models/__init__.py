@@ -1,1 +1,2 @@
-"""Models: how they are opened, where their blocks and FFNs are, and what a pruned one is."""
+"""Models of transformers: where a family keeps its blocks and FFNs (layouts, detection), one way to
+open any of them, blocks in memory or on disk, the classes that reload a pruned one."""

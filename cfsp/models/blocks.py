@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..io.block_reader import BlockReader
+from ..io.block_reader import read_ahead
 from ..io.safetensors import StoredTensor, read_tensors
 from .channels import FFNWeights
 from .fingerprints import checkpoint_fingerprint, model_fingerprint, stored_fingerprint
@@ -78,8 +78,8 @@ class StoredBlocks:
         """
         blocks = _wanted(self.layout.find_blocks(self.model), wanted)
         stored = [self._stored(number) for number, _ in blocks]
-        with BlockReader(stored, self.dtype, self.device) as reader:
-            turns = _turns(blocks, reader)
+        with read_ahead(stored, self.dtype, self.device) as weights:
+            turns = _turns(blocks, weights)
             try:
                 yield turns
             finally:
@@ -115,12 +115,11 @@ def _wanted(
 
 
 def _turns(
-    blocks: Sequence[tuple[int, nn.Module]], reader: BlockReader
+    blocks: Sequence[tuple[int, nn.Module]], weights: Iterator[dict[str, torch.Tensor]]
 ) -> Generator[tuple[int, nn.Module], None, None]:
-    for position, (number, block) in enumerate(blocks):
-        set_parameters_(block, reader.weights(position))
+    for number, block in blocks:
+        set_parameters_(block, next(weights))  # no name keeps them, so that they go with the turn
         try:
             yield number, block
         finally:
             empty_(block)
-            reader.release(position)

@@ -8,7 +8,6 @@ that records its arguments and hands its input on.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +56,8 @@ def _shared(new: Any, old: Any) -> Any:
 def record_block_calls(
     model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, micro_batch: int
 ) -> BlockCalls:
-    """Embed all windows and record what each block is called with.
-
-    Args:
-        model: a causal LM of transformers.
-        blocks: its decoder blocks; each takes the hidden states first.
-        windows: [N, S] int64 tokens; there may be none.
-        micro_batch: windows per call.
+    """Embed windows [N, S] int64, perhaps none, and record what each block of a causal LM is called
+    with; blocks take the hidden states first.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
@@ -78,10 +72,8 @@ def record_block_calls(
                     f"{type(blocks[number]).__name__} is not given the hidden states as the block "
                     "before returned them: blocks of this architecture cannot be run one by one"
                 )
-            call: tuple[tuple[Any, ...], dict[str, Any]] = (args, kwargs)
-            if recorded[number]:
-                call = _shared(call, recorded[number][0])
-            recorded[number].append(call)
+            first = recorded[number][0] if recorded[number] else None
+            recorded[number].append(_shared((args, kwargs), first))
             return as_block_output(blocks[number], hidden_states)
 
         return forward
@@ -126,9 +118,7 @@ class RidingWindows:
     def __init__(
         self, model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor
     ) -> None:
-        self.model = model
-        self.blocks = blocks
-        self.windows = windows
+        self.model, self.blocks, self.windows = model, blocks, windows
         self.seconds = 0.0
         """Time spent on these windows, without the loading of blocks."""
         started = time.perf_counter()
@@ -152,12 +142,8 @@ class RidingWindows:
         for index, states in self.calls.micro_batches():
             started = time.perf_counter()
             tokens = self.windows[index : index + 1].to(states.device)
-            ends = [partial(_output, as_block_output(block, states)) for block in self.blocks]
-            with forward_instead(self.blocks, ends):
+            ends = [as_block_output(block, states) for block in self.blocks]
+            with forward_instead(self.blocks, [lambda *_, end=end, **__: end for end in ends]):
                 logits = self.model(input_ids=tokens, use_cache=False).logits
             self._count(started)
             yield logits
-
-
-def _output(output: Any, *_: Any, **__: Any) -> Any:
-    return output

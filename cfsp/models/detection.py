@@ -23,9 +23,7 @@ def detect_layout(model: PreTrainedModel) -> Layout:
     A gated FFN is a module with three Linear children, two [F, D] and one [D, F], that gives
     down(act(gate(x)) * up(x)) on random input, cut to a few channels of random weights: as it
     would after pruning. Statistics are then taken at its down projection, whatever comes before.
-
-    Args:
-        model: of transformers itself; no values are read, so it may be on meta.
+    No values of the model are read: it may be on meta.
 
     Raises:
         CfspError: anything else; says what was found.
@@ -46,48 +44,41 @@ def detect_layout(model: PreTrainedModel) -> Layout:
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The one list of as many modules as the config says the model has blocks."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        (name, module)
+    lists = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    outermost = [
-        pair for pair in lists if pair[0].count(".") == min(n.count(".") for n, _ in lists)
-    ]
+    }
+    depth = min((name.count(".") for name in lists), default=0)
+    outermost = [name for name in lists if name.count(".") == depth]
     if len(outermost) != 1:
-        names = ", ".join(name for name, _ in outermost) or "none"
+        names = ", ".join(outermost) or "none"
         raise unsupported(
             model.config.model_type, f"expected one list of {count} blocks, found {names}"
         )
-    return outermost[0]
+    return outermost[0], lists[outermost[0]]
 
 
 def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
+    kind, family = type(block).__name__, model.config.model_type
     candidates = [
-        (path, roles)
+        (path, module, roles)
         for path, module in block.named_modules()
         if (roles := _linear_children(module))
     ]
     if len(candidates) != 1:
-        names = ", ".join(path or "the block itself" for path, _ in candidates) or "none"
-        raise unsupported(
-            model.config.model_type,
-            f"{type(block).__name__} should have one module of three Linear, found {names}",
-        )
-    path, roles = candidates[0]
+        names = ", ".join(path or "the block itself" for path, *_ in candidates) or "none"
+        reason = f"{kind} should have one module of three Linear, found {names}"
+        raise unsupported(family, reason)
+    path, module, roles = candidates[0]
     if "." in path or any("expert" in name for name, _ in block.named_parameters()):
-        reason = f"{path} of {type(block).__name__} is only one part of its FFN"
-        raise unsupported(model.config.model_type, reason)
-    module = block.get_submodule(path)
+        raise unsupported(family, f"{path} of {kind} is only one part of its FFN")
     for gate, up, down in roles:
         for activation in _activations(module):
             if _computes(module, gate, up, down, activation):
                 gate, up, down = (f"{path}.{name}".lstrip(".") for name in (gate, up, down))
                 return FFN(up, down, gate, activation="")
-    raise unsupported(
-        model.config.model_type,
-        f"{path} of {type(block).__name__} does not compute down(act(gate(x)) * up(x))",
-    )
+    raise unsupported(family, f"{path} of {kind} does not compute down(act(gate(x)) * up(x))")
 
 
 def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:

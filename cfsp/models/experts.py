@@ -39,10 +39,7 @@ class ExpertsFFN(FFN):
     down: str = "mlp.experts.down_proj"
     gate: None = None
     width: str = "moe_intermediate_size"
-
-    @property
-    def is_gated(self) -> bool:
-        return True
+    fused: bool = True
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:

@@ -27,7 +27,7 @@ FUSED_ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class FFN:
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate: each a Linear of its own.
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     All paths are those of modules in a block.
     """
@@ -40,18 +40,30 @@ class FFN:
     width: str = "intermediate_size"
     """What the config calls the number of channels."""
     projection_class: str = "Linear"
+    """Of transformers' Conv1D, weights are [in, out]."""
+    fused: bool = False
+    """Whether gate and up are one projection [2F, D], at ``up``, gate first."""
 
     @property
     def is_gated(self) -> bool:
         """Whether the up projection's output is multiplied by the activation of a gate's."""
-        return self.gate is not None
+        return self.gate is not None or self.fused
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether weights are [in, out]."""
+        return self.projection_class == "Conv1D"
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:
         """Every parameter of a block with channels in it; biases that may be absent included."""
-        paths = [path for path in (self.gate, self.up) if path is not None]
-        out = {f"{path}.{kind}": ChannelAxis(0) for path in paths for kind in ("weight", "bias")}
-        return {**out, f"{self.down}.weight": ChannelAxis(1)}
+        copies = 2 if self.fused else 1
+        found = {}
+        for path in (self.gate, self.up):
+            if path is not None:
+                found[f"{path}.weight"] = ChannelAxis(int(self.is_transposed), copies)
+                found[f"{path}.bias"] = ChannelAxis(0, copies)
+        return {**found, f"{self.down}.weight": ChannelAxis(int(not self.is_transposed))}
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -86,12 +98,17 @@ class FFN:
         return ChannelGroup(self.projection(block, self.down).weight.shape[axis.dimension])
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        """The matrices of every expert (of the FFN itself, where it has none); no copy.
+        """The matrices of every expert (of the FFN itself, where it has none); no copies, unless
+        they are transposed.
 
         ``parameters`` are those of a block by name, at least the ones in ``weight_names``.
         """
         gate = parameters[f"{self.gate}.weight"] if self.gate is not None else None
         up, down = (parameters[f"{path}.weight"] for path in (self.up, self.down))
+        if self.is_transposed:
+            up, down = up.T.contiguous(), down.T.contiguous()
+        if self.fused:
+            gate, up = up.chunk(2)
         return (FFNWeights(gate, up, down),)
 
     def module(self, block: nn.Module) -> nn.Module:
@@ -115,9 +132,12 @@ class FFN:
         self, block: nn.Module
     ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """x [..., D] -> gate(x), up(x), [..., F] each. For an FFN with a gate."""
+        up = self.projection(block, self.up)
+        if self.fused:
+            return lambda x: up(x).chunk(2, dim=-1)
         if self.gate is None:
             raise ValueError("an FFN without a gate")
-        gate, up = self.projection(block, self.gate), self.projection(block, self.up)
+        gate = self.projection(block, self.gate)
         return lambda x: (gate(x), up(x))
 
     @contextmanager
@@ -164,7 +184,7 @@ class FFN:
         """
         parameters = dict(block.named_parameters())
         down, width = f"{self.down}.weight", kept.shape[1]
-        weight, added_bias = self._cut_down(parameters, width, compensate, room)
+        weight, added_bias = self._new_down(parameters, width, compensate, room)
         for name, axis in self.channels.items():
             old = parameters.get(name)
             if old is None:
@@ -182,7 +202,7 @@ class FFN:
             total = added_bias if bias is None else bias.data + added_bias
             set_parameter(block, f"{self.down}.bias", parameter(total, parameters[down]))
 
-    def _cut_down(
+    def _new_down(
         self,
         parameters: Mapping[str, torch.Tensor],
         width: int,
@@ -191,70 +211,11 @@ class FFN:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and added bias of the new down projection, as its module keeps them."""
         (weights,) = self.weights(parameters)
-        shape = (weights.down.shape[0], width)
-        out = room(shape, weights.down.dtype) if room is not None else None
-        return compensate(0, weights.down, out)
-
-
-@dataclass(frozen=True)
-class FusedFFN(FFN):
-    """A gated FFN whose gate and up are one Linear [2F, D], gate first."""
-
-    up: str = "mlp.gate_up_proj"
-    gate: None = None
-    activation: str = "activation_fn"
-
-    @property
-    def is_gated(self) -> bool:
-        return True
-
-    @property
-    def channels(self) -> dict[str, ChannelAxis]:
-        both = ChannelAxis(0, copies=2)
-        return {**super().channels, f"{self.up}.weight": both, f"{self.up}.bias": both}
-
-    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        gate, up = parameters[f"{self.up}.weight"].chunk(2)
-        return (FFNWeights(gate, up, parameters[f"{self.down}.weight"]),)
-
-    def gate_and_up(
-        self, block: nn.Module
-    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        both = self.projection(block, self.up)
-        return lambda x: both(x).chunk(2, dim=-1)
-
-
-@dataclass(frozen=True)
-class Conv1DFFN(FFN):
-    """An FFN without a gate whose projections are transformers' Conv1D: weight [in, out]."""
-
-    up: str = "mlp.c_fc"
-    down: str = "mlp.c_proj"
-    gate: None = None
-    projection_class: str = "Conv1D"
-
-    @property
-    def channels(self) -> dict[str, ChannelAxis]:
-        return {
-            f"{self.up}.weight": ChannelAxis(1),
-            f"{self.up}.bias": ChannelAxis(0),
-            f"{self.down}.weight": ChannelAxis(0),
-        }
-
-    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        """Copies, since they are transposed."""
-        up, down = (parameters[f"{path}.weight"].T.contiguous() for path in (self.up, self.down))
-        return (FFNWeights(None, up, down),)
-
-    def _cut_down(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        width: int,
-        compensate: Compensate,
-        room: Room | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        (weights,) = self.weights(parameters)
+        hidden, dtype = len(weights.down), weights.down.dtype
+        if not self.is_transposed:
+            out = room((hidden, width), dtype) if room is not None else None
+            return compensate(0, weights.down, out)
         weight, bias = compensate(0, weights.down, None)
-        shape = (width, weights.down.shape[0])
-        place = room(shape, weight.dtype) if room is not None else weight.new_empty(shape)
+        shape = (width, hidden)
+        place = room(shape, dtype) if room is not None else weight.new_empty(shape)
         return place.copy_(weight.T), bias

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CfspError
 from .channels import ChannelGroup, FFNWeights
 from .experts import ExpertsFFN
-from .ffn import FFN, Conv1DFFN, FusedFFN
+from .ffn import FFN
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Layout:
     ) -> tuple[FFNWeights, ...]:
         """The matrices of every FFN of a block, of every expert of each.
 
-        ``parameters`` hold the values where the block itself is without: those in the FFNs'
-        ``weight_names``, by name.
+        ``parameters``: their values by name, where the block itself is without.
         """
         if parameters is None:
             parameters = dict(block.named_parameters())
@@ -76,7 +75,7 @@ class Layout:
         )
 
     def weight_names(self, block: nn.Module) -> tuple[str, ...]:
-        """Parameters of a block that tell it from others: the matrices of its FFNs."""
+        """Names of a block's FFN matrices."""
         return tuple(name for ffn in self.block_ffns(block) for name in ffn.weight_names)
 
     def intermediate_sizes(self, model: nn.Module) -> tuple[int, ...]:
@@ -93,7 +92,7 @@ def _ungated(
 
 
 GATED = Layout()
-FUSED = Layout(ffns=(FusedFFN(),))
+FUSED = Layout(ffns=(FFN("mlp.gate_up_proj", gate=None, activation="activation_fn", fused=True),))
 SHARED = FFN(
     "mlp.shared_experts.up_proj",
     "mlp.shared_experts.down_proj",
@@ -103,20 +102,11 @@ SHARED = FFN(
 H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 LAYOUTS: dict[str, Layout] = {
-    "llama": GATED,
-    "mistral": GATED,
-    "qwen2": GATED,
-    "qwen3": GATED,
-    "gemma": GATED,
-    "gemma2": GATED,
-    "gemma3_text": GATED,
-    "olmo2": GATED,
-    "granite": GATED,
-    "cohere2": GATED,
-    "smollm3": GATED,
-    "stablelm": GATED,
-    "phi3": FUSED,
-    "glm4": FUSED,
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), GATED
+    ),
+    **dict.fromkeys(("olmo2", "granite", "cohere2", "smollm3", "stablelm"), GATED),
+    **dict.fromkeys(("phi3", "glm4"), FUSED),
     "phi": _ungated("model.layers", "mlp.fc1", "mlp.fc2"),
     "starcoder2": _ungated("model.layers", "mlp.c_fc", "mlp.c_proj"),
     "gpt_neox": _ungated("gpt_neox.layers", *H_TO_4H),
@@ -126,7 +116,7 @@ LAYOUTS: dict[str, Layout] = {
     "mixtral": Layout(ffns=(ExpertsFFN(width="intermediate_size"),)),
     "qwen3_moe": Layout(ffns=(ExpertsFFN(), FFN())),
     "deepseek_v3": Layout(ffns=(ExpertsFFN(), SHARED, FFN())),
-    "gpt2": Layout("transformer.h", (Conv1DFFN(width="n_inner"),)),
+    "gpt2": _ungated("transformer.h", "mlp.c_fc", "mlp.c_proj", "n_inner", "Conv1D"),
 }
 """``model_type`` of a transformers config -> its layout."""
 

@@ -49,10 +49,7 @@ def stock_model(
 ) -> PreTrainedModel:
     """What a model's family builds, on meta, where every width is the largest of the blocks'.
 
-    Args:
-        model: of the family, perhaps with per-block widths.
-        widths: of every block, under the names that the config has for them.
-        more: values of the config.
+    ``widths``: of every block, under the names of the config; ``more``: values of the config.
     """
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = stock_type()

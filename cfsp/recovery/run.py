@@ -34,14 +34,14 @@ class RecoveryReport:
     """What was trained, how, and what it gained."""
 
     name: str
-    """The pruned model."""
+    """The pruned model's name."""
     settings: Recovery
-    """Resolved."""
+    """The settings, all resolved."""
     ranks: tuple[int, ...]
-    """Of every block, 0 without adapters; () where there are none."""
+    """The rank of each block's adapters, 0 for a block without; () where no block has any."""
     trained_parameters: int
     uniform_parameters: int
-    """What adapters of the uniform rank would have; the trained ones without adapters."""
+    """Parameters that adapters of the uniform rank would have; without adapters, those trained."""
     losses: tuple[float, ...]
     """Training loss of every step."""
     perplexity_before: Perplexity | None
@@ -50,7 +50,7 @@ class RecoveryReport:
 
     @property
     def tokens(self) -> int:
-        """Trained on."""
+        """Tokens that it was trained on."""
         text = self.settings.text
         return text.samples * text.seqlen
 

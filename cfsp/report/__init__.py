@@ -1,1 +1,1 @@
-"""report."""
+"""What was pruned and measured, as one HTML page, as pictures, as tables."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import cfsp
-from benchmarks import ablation, ablation_grid, ablation_report
+from benchmarks.quality import ablation, ablation_grid, ablation_report
 from cfsp.evaluation.quality import evaluation_windows
 from tests.conftest import TEXT, make_tiny, make_tokenizer
 
@@ -232,7 +232,7 @@ def test_the_topics_are_all_that_python_ships() -> None:
 
 def test_the_page_shows_valid_commands_and_recipes(tmp_path: Path) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "ablation.md").read_text()
-    (command,) = re.findall(r"^python -m benchmarks.ablation (.*?)\n```", page, re.M | re.S)
+    (command,) = re.findall(r"^python -m benchmarks.quality.ablation (.*?)\n```", page, re.M | re.S)
     options = ablation.build_parser().parse_args(shlex.split(command.replace("\\\n", " ")))
     assert (options.model, options.out_of_domain) == ("MODEL", "builtin-topics")
     (recipes,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)

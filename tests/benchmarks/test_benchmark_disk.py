@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import memory, second_pass, synthetic
+from benchmarks.jobs import memory, second_pass, synthetic
 
 
 @pytest.fixture(scope="module")

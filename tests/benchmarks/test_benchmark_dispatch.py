@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dispatch
+from benchmarks.ops import dispatch
 from cfsp_kernels._triton import triton_installed
 
 pytestmark = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import end_to_end
+from benchmarks.jobs import end_to_end
 
 
 def arguments(folder: Path) -> list[str]:

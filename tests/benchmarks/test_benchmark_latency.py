@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import latency
+from benchmarks.jobs import latency
 from cfsp.costs import latency_measurement as latency_measure
 
 

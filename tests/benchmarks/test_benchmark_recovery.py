@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import cfsp
-from benchmarks import recovery
+from benchmarks.quality import recovery
 
 
 def test_ways_are_run_once_and_side_by_side(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.harness import add_ratios
+from benchmarks.common.harness import add_ratios
 
 
 def entry(group: str, name: str, median: float, rate: float, **more: Any) -> dict[str, Any]:

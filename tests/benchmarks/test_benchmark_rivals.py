@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import SHAPES, Shape
+from benchmarks.common.timing import DEVICE
 
 FILES = (
     "test_block_influence",
@@ -19,7 +19,7 @@ FILES = (
     "test_swiglu_statistics",
 )
 SPECS = [
-    spec for file in FILES for spec in importlib.import_module(f"benchmarks.{file}").BENCHMARKS
+    spec for file in FILES for spec in importlib.import_module(f"benchmarks.ops.{file}").BENCHMARKS
 ]
 
 
@@ -77,7 +77,7 @@ def test_forms_of_gram_are_implementations_where_they_run() -> None:
 
 
 def test_routing_covers_every_row_and_is_uneven() -> None:
-    from benchmarks.test_experts import route
+    from benchmarks.ops.test_experts import route
 
     shape = SHAPES["qwen3-30b-a3b-8192"]
     expert, offsets = route(shape)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import speed
+from benchmarks.jobs import speed
 
 
 def test_both_models_are_timed_and_nothing_is_left(tiny_folder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import device_tests, environment, gpu_suite
+from benchmarks import gpu_suite
+from benchmarks.common import environment
+from benchmarks.common.shapes import SHAPES
 from benchmarks.gpu_suite import Step
-from benchmarks.shapes import SHAPES
+from benchmarks.ops import device_tests
 
 OPTIONS: dict[str, Any] = {"force": False, "retry": False, "budget": 1e9, "rehearsal": False}
 
@@ -94,7 +96,7 @@ def test_the_visit_fits_in_25_minutes_and_its_headline_in_eight(tmp_path: Path) 
 
 
 def test_every_benchmark_of_an_op_is_part_of_the_visit() -> None:
-    files = {path.name for path in (gpu_suite.ROOT / "benchmarks").glob("test_*.py")}
+    files = {path.name for path in (gpu_suite.ROOT / "benchmarks").rglob("test_*.py")}
     visited = {file for file, _, _ in gpu_suite.BENCHMARKS.values()}
     assert files == visited | {"test_calibration.py"}
     shapes = {s for _, names, _ in gpu_suite.BENCHMARKS.values() for s in names.split(",")}
@@ -200,7 +202,9 @@ def test_a_step_sees_this_checkout_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    code = "import os; print(os.environ['PYTHONPATH']); os.chdir('/'); import benchmarks.shapes"
+    code = (
+        "import os; print(os.environ['PYTHONPATH']); os.chdir('/'); import benchmarks.common.shapes"
+    )
     assert gpu_suite.run([script("path", code)], tmp_path, **OPTIONS) == 0
     assert read(tmp_path, "path")["output_tail"] == f".{os.pathsep}elsewhere\n"
 
@@ -280,7 +284,14 @@ def test_a_file_that_a_kill_tore_spoils_no_headline(tmp_path: Path) -> None:
 
 def benchmark_command(result: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "pytest", "benchmarks/test_gather.py", "--benchmark-only", "-q"),
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            "benchmarks/ops/test_gather.py",
+            "--benchmark-only",
+            "-q",
+        ),
         *("--benchmark-quiet", "--shapes", "tiny", f"--benchmark-json={result}", "--threads", "1"),
         *("-p", "no:cacheprovider", "-k", "not compile", *more),
     ]

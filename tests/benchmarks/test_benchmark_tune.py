@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import tune
-from benchmarks.shapes import SHAPES
+from benchmarks.common.shapes import SHAPES
+from benchmarks.ops import tune
 from cfsp_kernels._configs import config_for, config_table
 
 TABLE = json.loads(tune.TABLE.read_text("utf-8"))

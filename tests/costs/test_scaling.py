@@ -1,4 +1,4 @@
-"""docs/scaling.md says what benchmarks/scaling.py prints."""
+"""docs/scaling.md says what benchmarks/jobs/scaling.py prints."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks.jobs import scaling
 from cfsp.cli.main import build_parser
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"

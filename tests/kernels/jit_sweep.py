@@ -5,8 +5,8 @@
 Triton compiles a kernel anew for an integer argument that is 1 (a Python int in the kernel then,
 and no tensor), a multiple of 16, or an int64, and for a pointer that is a multiple of 16. What
 compiles as one need not as another, and the interpreter knows none of them. Here public ops are
-called on tensors that make each; ``benchmarks.fake_device`` leaves out the launch alone, so that
-no memory is touched. What each kernel was specialised for is read from Triton: a class of an
+called on tensors that make each; ``benchmarks.ops.fake_device`` leaves out the launch alone, so
+that no memory is touched. What each kernel was specialised for is read from Triton: a class of an
 argument that no call made is a fault, as is a kernel that none launched, or one that was launched
 with what it was not compiled for.
 """
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 import cfsp_kernels as k
-from benchmarks.fake_device import fake_device
+from benchmarks.ops.fake_device import fake_device
 from cfsp_kernels._triton import Kernel
 from cfsp_kernels.gram import FORMS
 

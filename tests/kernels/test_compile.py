@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def compiled() -> list[dict]:
     """What the gate found, in a process of its own: this one may have the interpreter."""
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_gate", "--json"],
+        [sys.executable, "-m", "benchmarks.ops.compile_gate", "--json"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,

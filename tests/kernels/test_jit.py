@@ -64,7 +64,7 @@ PROGRAM = """
 import functools
 import torch
 import faulty
-from benchmarks.fake_device import fake_device
+from benchmarks.ops.fake_device import fake_device
 from jit_sweep import FAR, check_fit, gaps, launch
 
 values = torch.zeros(65)

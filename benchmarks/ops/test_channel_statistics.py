@@ -1,12 +1,12 @@
-"""Sum and sum of squares of every channel: ``pytest benchmarks/test_channel_statistics.py``."""
+"""Sum and sum of squares of every channel: ``pytest benchmarks/ops/test_channel_statistics.py``."""
 
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import WINDOW, Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import WINDOW, Shape
+from benchmarks.common.timing import DEVICE
 from cfsp_kernels import channel_statistics
 
 

@@ -24,7 +24,7 @@ HELD = {
     0x100: "display clocks",
 }
 """nvidia-smi's bits for why clocks are not higher."""
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_MEASURING = ("device_tests.py", "gpu_suite.py", "report.py")
 PACKAGES = (
     *("torch", "triton", "transformers", "accelerate", "peft", "safetensors", "numpy"),

@@ -1,4 +1,4 @@
-"""All experts of a block in one call: ``pytest benchmarks/test_experts.py``.
+"""All experts of a block in one call: ``pytest benchmarks/ops/test_experts.py``.
 
 Rows lie one expert after the other, as grouped products leave them. "op per expert" calls the
 package's op once for each, which the segmented form replaces.
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import Shape
-from benchmarks.test_gram import add_product
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import DEVICE
+from benchmarks.ops.test_gram import add_product
 from cfsp_kernels import channel_importance, gram, swiglu_statistics
 
 Result = tuple[torch.Tensor, torch.Tensor]

@@ -1,4 +1,6 @@
-"""Four distances between a block's input and output: ``pytest benchmarks/test_block_influence.py``.
+"""Four distances between a block's input and output.
+
+``pytest benchmarks/ops/test_block_influence.py``
 
 The digest is the cosine distance, which every implementation can give.
 """
@@ -8,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import WINDOW, Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import WINDOW, Shape
+from benchmarks.common.timing import DEVICE
 from cfsp_kernels import block_influence
 
 

@@ -1,4 +1,4 @@
-"""Scores of channels from weights: ``pytest benchmarks/test_channel_importance.py``.
+"""Scores of channels from weights: ``pytest benchmarks/ops/test_channel_importance.py``.
 
 Bytes are those of the matrices that a score reads, once each.
 """
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import DEVICE
 from cfsp_kernels import channel_importance
 
 

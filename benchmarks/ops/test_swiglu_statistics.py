@@ -1,13 +1,13 @@
-"""Gated product and its channel statistics: ``pytest benchmarks/test_swiglu_statistics.py``."""
+"""Gated product and its channel statistics: ``pytest benchmarks/ops/test_swiglu_statistics.py``."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import WINDOW, Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import WINDOW, Shape
+from benchmarks.common.timing import DEVICE
 from cfsp_kernels import swiglu_statistics
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -63,7 +63,7 @@ def for_compiler(i: Inputs) -> Result:
 
 def fused_product(i: Inputs) -> Any:
     """The product alone by a Triton kernel: what the statistics are said to cost nothing beside."""
-    from benchmarks.swiglu_kernel import swiglu
+    from benchmarks.ops.swiglu_kernel import swiglu
 
     return swiglu(i.gate, i.up)
 

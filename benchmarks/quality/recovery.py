@@ -1,6 +1,6 @@
 """Recover one pruned model by ranks that follow importance and by uniform ones, seed by seed.
 
-``python -m benchmarks.recovery --checkpoint DIR --work DIR --json RESULT.json``
+``python -m benchmarks.quality.recovery --checkpoint DIR --work DIR --json RESULT.json``
 
 The checkpoint is pruned once; then, for every seed, it is recovered with each allocation on the
 same windows, with as many parameters to half a rank of a block. ``--distilled`` seeds are also
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment
+from ..common import environment
 
 ALLOCATIONS = ("importance", "uniform")
 DISTILLED = "distilled"
@@ -205,7 +205,7 @@ def _without_folder(value: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recovery", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.quality.recovery", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="the dense model")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is done")

@@ -1,12 +1,12 @@
-"""Compaction of weights, bit for bit: ``pytest benchmarks/test_gather.py``."""
+"""Compaction of weights, bit for bit: ``pytest benchmarks/ops/test_gather.py``."""
 
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import Shape
-from benchmarks.timing import DEVICE
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import DEVICE
 from cfsp_kernels import gather_columns, gather_ffn, gather_rows
 
 

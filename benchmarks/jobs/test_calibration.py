@@ -10,9 +10,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.environment import describe
-from benchmarks.harness import INTERPRETED
-from benchmarks.timing import DEVICE, ON_GPU, ColdCache, seconds_of
+from benchmarks.common.environment import describe
+from benchmarks.common.harness import INTERPRETED
+from benchmarks.common.timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
 ROUNDS = 11
 CPU_SHAPE = {  # SmolLM2-135M, six of its thirty blocks

@@ -1,6 +1,6 @@
 """Sweep launch configurations on a GPU and write the fastest to the package's table.
 
-``python -m benchmarks.tune [--op ENTRY ...] [--seconds 420]``
+``python -m benchmarks.ops.tune [--op ENTRY ...] [--seconds 420]``
 
 Every entry of ``cfsp_kernels/launch_configs.json`` that this file knows is swept at the shapes of
 Llama-3-8B and 70B. A candidate is timed where the compile gate finds no fault in it, and counts
@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from . import environment
-from .shapes import SHAPES, Shape
-from .timing import ON_GPU, ColdCache, median_seconds
+from ..common import environment
+from ..common.shapes import SHAPES, Shape
+from ..common.timing import ON_GPU, ColdCache, median_seconds
 
 Config = dict[str, int]
 TABLE = environment.ROOT / "cfsp_kernels" / "launch_configs.json"
@@ -70,7 +70,7 @@ def _of_benchmark(module: str, position: int = 0) -> Callable[[], Workload]:
     def load() -> Workload:
         import importlib
 
-        spec = importlib.import_module(f"benchmarks.{module}").BENCHMARKS[position]
+        spec = importlib.import_module(f"benchmarks.ops.{module}").BENCHMARKS[position]
         call = spec.implementations["cfsp"]
         return Workload(spec.make_inputs, call, spec.digest, spec.bytes_moved, spec.clear)
 
@@ -99,7 +99,7 @@ def _row_sums() -> Workload:
 def _fold_partials() -> Workload:
     from cfsp_kernels._partials import fold_partials
 
-    from .timing import DEVICE
+    from ..common.timing import DEVICE
 
     def make_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         partials = torch.randn(max(1, shape.tokens // 256), 2, shape.intermediate, device=DEVICE)
@@ -283,7 +283,7 @@ def gate(
     Raises:
         CalledProcessError: the gate itself failed.
     """
-    command = ["-m", "benchmarks.compile_gate", "--candidates", entry, "--target", target]
+    command = ["-m", "benchmarks.ops.compile_gate", "--candidates", entry, "--target", target]
     command += ["--first"] if first else []
     found = subprocess.run(
         [sys.executable, *command],
@@ -426,7 +426,7 @@ def write_entry(path: Path, entry: str, arch: str, config: Config) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.ops.tune", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--op", action="append", help=f"one of {', '.join(SWEEPS)}; default all")
     parser.add_argument("--seconds", type=float, default=420, help="time limit for each entry")

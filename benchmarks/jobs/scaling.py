@@ -1,6 +1,6 @@
 """Prints the tables of docs/scaling.md: arithmetic of ``cfsp.estimate``, nothing is measured.
 
-python -m benchmarks.scaling
+python -m benchmarks.jobs.scaling
 """
 
 import math
@@ -11,7 +11,7 @@ import cfsp
 from cfsp.costs.estimates import format_count, format_seconds
 from cfsp.costs.hardware import H100, Hardware
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B", "Qwen3-235B-A22B", "Kimi-K2")
 WARM = replace(H100, disk_read=9e9, sources={**H100.sources, "disk_read": "page cache"})
 SETUPS: tuple[tuple[str, Hardware, int, int], ...] = (

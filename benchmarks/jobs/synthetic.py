@@ -1,6 +1,6 @@
 """Write a checkpoint of real shapes with random weights, tensor by tensor, at the disk's speed.
 
-``python -m benchmarks.synthetic --model llama-3-8b --out DIR [--blocks N] [--dtype bfloat16]``
+``python -m benchmarks.jobs.synthetic --model llama-3-8b --out DIR [--blocks N] [--dtype bfloat16]``
 
 Memory: one tensor and a pool of random values, whatever the model's size. The values are a pool of
 normal ones, read from another place for each tensor: the same bytes in each run, no two rows alike.
@@ -138,7 +138,7 @@ def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.synthetic", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.synthetic", description=(__doc__ or "").split("\n")[0]
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", choices=sorted(MODELS))

@@ -1,6 +1,6 @@
 """Prune a synthetic Llama checkpoint of real shapes through the public API and time it.
 
-``python -m benchmarks.end_to_end --model llama-3-8b --work DIR --json RESULT.json``
+``python -m benchmarks.jobs.end_to_end --model llama-3-8b --work DIR --json RESULT.json``
 
 Weights are random, so quality means nothing here; time, memory and widths do.
 """
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from . import environment
+from ..common import environment
+from ..common.timing import DEVICE, ON_GPU, ColdCache, seconds_of
 from .synthetic import MODELS, Model, llama_config, write_checkpoint, write_text
-from .timing import DEVICE, ON_GPU, ColdCache, seconds_of
 
 
 def forward_seconds(network: Any, tokens: int, rounds: int) -> float:
@@ -109,7 +109,7 @@ def run(model: Model, work: Path, sparsity: float, result: dict[str, Any]) -> No
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.end_to_end", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
     parser.add_argument("--blocks", type=int, help="fewer or more blocks than the model has")

@@ -6,7 +6,7 @@ import torch
 
 from cfsp_kernels.gram import FORMS
 
-from .timing import ON_GPU
+from ..common.timing import ON_GPU
 
 
 def forms(dtype: torch.dtype) -> list[str]:

@@ -1,4 +1,4 @@
-"""Second moments of channels: ``pytest benchmarks/test_gram.py``.
+"""Second moments of channels: ``pytest benchmarks/ops/test_gram.py``.
 
 Bound by arithmetic: beside the bandwidth (of x read once, and the triangle of the total read and
 written) stands the rate of the multiply-adds of a lower triangle, for every implementation. On a
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.forms import forms
-from benchmarks.harness import OpBenchmark
-from benchmarks.shapes import Shape
-from benchmarks.timing import DEVICE, ON_GPU
+from benchmarks.common.harness import OpBenchmark
+from benchmarks.common.shapes import Shape
+from benchmarks.common.timing import DEVICE, ON_GPU
+from benchmarks.ops.forms import forms
 from cfsp_kernels import gram
 from cfsp_kernels.gram import FORMS
 

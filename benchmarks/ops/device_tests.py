@@ -1,4 +1,4 @@
-"""The kernel tests, a process for each file: ``python -m benchmarks.device_tests --logs DIR``.
+"""The kernel tests, a process for each file: ``python -m benchmarks.ops.device_tests --logs DIR``.
 
 A kernel that faults takes the CUDA context of its process along, and with it every later test
 there. And most of their time goes into compiling, which several processes do side by side.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from .environment import ROOT
-from .gpu_suite import anonymous
+from ..common.environment import ROOT
+from ..gpu_suite import anonymous
 
 LONGEST = "test_compile.py"
 
@@ -30,7 +30,7 @@ def run(file: Path, log: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.device_tests", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.ops.device_tests", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--logs", type=Path, required=True, help="folder for the tests' output")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))

@@ -1,6 +1,6 @@
 """Host time of every public call, from Python to the launch, which does nothing. Needs no GPU.
 
-``python -m benchmarks.dispatch [--against REV] [--rounds N] [--json RESULT.json]``
+``python -m benchmarks.ops.dispatch [--against REV] [--rounds N] [--json RESULT.json]``
 
 Triton's JIT is real and its launcher is not (``fake_device``), so what is left is what a CPU does
 before a kernel starts. With ``--against``, the kernels of another commit are measured in turns
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import environment
+from ..common import environment
 
 TOKENS, HIDDEN, INTERMEDIATE = 16, 64, 128  # small: torch's own work on the CPU is not of interest
 CALLS, LOOPS = 100, 15
@@ -163,7 +163,7 @@ def table(now: Times, then: Times | None, revision: str | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dispatch", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.ops.dispatch", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--against", metavar="REV", help="a commit to measure beside this tree")
     parser.add_argument("--rounds", type=int, default=5, help="processes for each version")

@@ -1,6 +1,6 @@
 """Prune a checkpoint under a hard limit of memory at which it cannot be loaded whole.
 
-``python -m benchmarks.memory --checkpoint DIR --work DIR --limit-gib 8 --json RESULT.json``
+``python -m benchmarks.jobs.memory --checkpoint DIR --work DIR --limit-gib 8 --json RESULT.json``
 
 Two processes under one limit of their address space (``RLIMIT_AS``, which nothing gets around):
 one loads the checkpoint with transformers and must fail for want of memory, one prunes it. The
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment
+from ..common import environment
 from .synthetic import write_text
 
 LOAD = """
@@ -115,7 +115,7 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.memory", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--checkpoint", type=Path, required=True, nargs="+")
     parser.add_argument("--work", type=Path, required=True, help="folder to fill and to empty")

@@ -1,6 +1,7 @@
 """Tables and a picture of an ablation.
 
-``python -m benchmarks.ablation_report RESULT.json [--markdown TABLE.md] [--picture PICTURE.png]``
+``python -m benchmarks.quality.ablation_report RESULT.json [--markdown TABLE.md]
+[--picture PICTURE.png]``
 
 ``--write DOCUMENT`` writes the tables, and the picture where there is one, into a document between
 the lines ``<!-- results: NAME -->`` and ``<!-- end of results -->``.
@@ -17,8 +18,8 @@ from typing import Any
 from cfsp import CfspError, Recipe
 from cfsp.pruning.recipe import recipe_from_dict
 
+from ..report import MARKED, provenance
 from .ablation_grid import OF_THE_RUN, SHARED
-from .report import MARKED, provenance
 
 DOMAINS = {"in_domain": "in-domain", "out_of_domain": "out-of-domain"}
 COLUMNS = (
@@ -49,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CfspError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict) or not {"asked", "dense", "cells"} <= values.keys():
-        raise CfspError(f"{path} is no result of benchmarks.ablation")
+        raise CfspError(f"{path} is no result of benchmarks.quality.ablation")
     return values
 
 
@@ -321,9 +322,10 @@ def write(values: Mapping[str, Any], options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablation_report", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.quality.ablation_report",
+        description=(__doc__ or "").split("\n")[0],
     )
-    parser.add_argument("result", type=Path, help="JSON of benchmarks.ablation")
+    parser.add_argument("result", type=Path, help="JSON of benchmarks.quality.ablation")
     add_outputs(parser)
     options = parser.parse_args(arguments)
     try:

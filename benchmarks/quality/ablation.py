@@ -1,14 +1,15 @@
 """Prune one model by many recipes, and measure each on text of two domains.
 
-``python -m benchmarks.ablation MODEL --calibration FILE --in-domain FILE --work DIR --json R.json``
+``python -m benchmarks.quality.ablation MODEL --calibration FILE --in-domain FILE --work DIR
+--json RESULT.json``
 
 A cell is a recipe (scorer, allocator, compensation and whatever else it says) at a budget. One
 calibration with Gram matrices, kept in ``--work``, serves all cells of the same calibration text. A
 cell is planned, cut out of a copy of the model in memory, and its perplexity is measured on
 consecutive windows of both texts. The JSON is written anew, whole, after every cell; a rerun goes
 on with the cells that it lacks, and refuses where model or texts are others. A cell that cannot be
-pruned is kept with its message. ``python -m benchmarks.ablation_report`` makes the tables and the
-picture, and so does this command at its end.
+pruned is kept with its message. ``python -m benchmarks.quality.ablation_report`` makes the tables
+and the picture, and so does this command at its end.
 """
 
 import argparse
@@ -43,7 +44,8 @@ from cfsp.models.loading import check_seqlen, quiet_loading
 from cfsp.models.opening import OpenModel
 from cfsp.pruning.recipe import DTYPES, recipe_from_dict
 
-from . import ablation_report, environment
+from ..common import environment
+from . import ablation_report
 from .ablation_grid import BUDGETS, RECIPES, grid, public, read_recipes
 
 TOPICS = "builtin-topics"
@@ -275,7 +277,7 @@ def run(opened: OpenModel, recipes: Sequence[Recipe], options: argparse.Namespac
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablation", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.quality.ablation", description=(__doc__ or "").split("\n")[0]
     )
     default = Calibration(samples=160)
     parser.add_argument("model", help="hub id, folder or .gguf file")

@@ -1,6 +1,6 @@
 """Call every op once on small, ragged shapes and compare with plain torch.
 
-``python -m benchmarks.call_every_op [--backend triton|torch]``: the program that
+``python -m benchmarks.ops.call_every_op [--backend triton|torch]``: the program that
 compute-sanitizer watches. Exit code 1 where a result is wrong.
 """
 
@@ -16,8 +16,8 @@ import cfsp_kernels
 from cfsp_kernels._dispatch import use_triton
 from cfsp_kernels.gram import FORMS
 
+from ..common.timing import DEVICE
 from .forms import forms
-from .timing import DEVICE
 
 TOKENS, HIDDEN, INTERMEDIATE = 67, 144, 272
 OFFSETS = (0, 5, 5, 40, 60)
@@ -138,7 +138,9 @@ def difference(result: Any, expected: Any) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.call_every_op", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops.call_every_op", description=__doc__
+    )
     parser.add_argument("--backend", choices=("triton", "torch"), help="default: by device")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16", help="comma-separated")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Latency budgets against the clock: a random model of real proportions, predicted and measured.
 
-``python -m benchmarks.latency --threads 1 --json RESULT.json``
+``python -m benchmarks.jobs.latency --threads 1 --json RESULT.json``
 
 The table is made as ``cfsp latency`` does; then the dense and the pruned models take turns.
 """
@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
-from benchmarks.environment import describe
+from benchmarks.common.environment import describe
 from cfsp.costs.budgets import even_plan
 from cfsp.costs.latency import LatencyTable
 from cfsp.models.opening import adopt
@@ -103,7 +103,7 @@ def compared(shape: str, options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line per budget; write all of it; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.latency", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--fractions", default="0.1,0.25,0.4")
     parser.add_argument("--shapes", nargs="+", default=["1x128", "1x512"])

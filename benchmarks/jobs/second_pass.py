@@ -1,6 +1,6 @@
 """Time the second pass, disk to disk, against ``cp`` of the same checkpoint in the same run.
 
-``python -m benchmarks.second_pass --checkpoint DIR --work DIR --json RESULT.json [--cold]``
+``python -m benchmarks.jobs.second_pass --checkpoint DIR --work DIR --json RESULT.json [--cold]``
 
 Each round copies the checkpoint's shards with ``cp`` and then cuts them, both to the same disk,
 each from the page cache, or with ``--cold`` (needs root) from a disk whose cache was dropped. Both
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import environment
+from ..common import environment
 
 
 def random_plan(opened: Any, sparsity: float) -> Any:
@@ -94,7 +94,7 @@ def one_round(checkpoint: Path, work: Path, sparsity: float, cold: bool) -> dict
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.second_pass", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.second_pass", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder to fill and to empty")

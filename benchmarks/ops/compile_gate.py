@@ -1,8 +1,8 @@
 """Compile every kernel ahead of time for every target and report what it uses. Needs no GPU.
 
-    python -m benchmarks.compile_gate              # one line per kernel and target
-    python -m benchmarks.compile_gate --markdown   # the coverage table of docs/kernels.md
-    python -m benchmarks.compile_gate --json       # what tests/kernels/test_compile.py reads
+    python -m benchmarks.ops.compile_gate              # one line per kernel and target
+    python -m benchmarks.ops.compile_gate --markdown   # the coverage table of docs/kernels.md
+    python -m benchmarks.ops.compile_gate --json       # what tests/kernels/test_compile.py reads
 
 ``--candidates ENTRY --target sm_90`` reads a JSON list of launch configurations from the standard
 input and prints the list of their faults: what a tuner asks before it times them (``--first``, of

@@ -1,6 +1,6 @@
 """Prefill and decode of a model and of what is left of it, in turns, as generation runs them.
 
-``python -m benchmarks.speed --model MODEL --sparsity 0.5 --work DIR --json RESULT.json``
+``python -m benchmarks.jobs.speed --model MODEL --sparsity 0.5 --work DIR --json RESULT.json``
 
 The model is pruned into the work folder on a little text that ships with Python: speed depends on
 the widths alone. Both are then timed in one process.
@@ -18,8 +18,8 @@ from cfsp.evaluation.speed import Generation, PeakMemory, measure_speed, time_ro
 from cfsp.models.loading import pick_device
 from cfsp.models.opening import open_model
 
-from . import environment
-from .timing import DEVICE
+from ..common import environment
+from ..common.timing import DEVICE
 
 CALIBRATION = cfsp.Calibration(dataset="builtin", samples=4, seqlen=128)
 
@@ -50,7 +50,7 @@ def run(model: str, work: Path, recipe: cfsp.Recipe, generation: Generation) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.jobs.speed", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--sparsity", type=float, default=0.5)

@@ -1,0 +1,1 @@
+"""What benchmarks share: measuring, shapes, the environment of a result."""

@@ -1,0 +1,1 @@
+"""Whole jobs: calibration, the second pass, memory, end to end, speed of the result."""

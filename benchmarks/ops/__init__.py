@@ -1,0 +1,1 @@
+"""Kernels and operations: measured, compiled for every target, tuned."""

@@ -1,0 +1,1 @@
+"""Perplexity of recipes and of recovery."""
