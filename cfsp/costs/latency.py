@@ -13,8 +13,8 @@ import numpy as np
 
 from ..apportion import reachable
 from ..errors import CfspError
+from ..io.files import write_json
 from ..pruning.budget import Widths
-from ..pruning.plan import write_json
 
 FORMAT = "cfsp-latency-1"
 HALVINGS = 14

@@ -1,13 +1,9 @@
 """The pruning plan: which channels of which block stay. Small, printable, editable."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -122,8 +118,8 @@ def make_plan(
     """Score, allocate, select.
 
     ``weights`` are called only for scorers that read weights, and for error curves. ``budget`` is
-    what the recipe's comes to in this model, see :func:`cfsp.costs.footprint.resolve_budget`; None:
-    the recipe has a sparsity. ``search`` is for allocator ``search``, see
+    what the recipe's comes to in this model, see :mod:`cfsp.costs.budgets`; None: the recipe has
+    a sparsity. ``search`` is for allocator ``search``, see
     :func:`cfsp.pruning.search.width_search`.
 
     Raises:
@@ -213,10 +209,3 @@ def score_quantiles(scores: torch.Tensor) -> tuple[float, ...]:
         return ()
     ranks = torch.linspace(0, len(ordered) - 1, QUANTILES, dtype=torch.float64).round().long()
     return tuple(float(f"{value:.5g}") for value in ordered[ranks].tolist())
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(partial, path)

@@ -10,8 +10,9 @@ import torch
 
 from ..calibration.curves import ErrorCurve
 from ..errors import CfspError
+from ..io.files import write_json
 from ..models.channels import ChannelGroup
-from .plan import BlockPlan, PruningPlan, write_json
+from .plan import BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
 
 FORMAT = "cfsp-plan-1"
