@@ -55,13 +55,10 @@ def prune_from_disk_to_disk(
         cut = _cut(run, plan, statistics, folder)
 
         def publish() -> PruneReport:
-            run.become_pruned_(plan)
             known = statistics.without_grams() if statistics is not None else None
-            report = run.report(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
+            report = run.finish_(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
             write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(
-                folder, plan, recipe_document(report), report.sizes.rows(), report.stock
-            )
+            write_documents(folder, plan, recipe_document(report), sizes.rows(), report.stock)
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, cut.probe, blocks.device)
             if run.verify:
@@ -83,14 +80,14 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         try:
             yield partial_path(out)
         except OSError as error:
-            hint = "--resume continues this run"
-            raise CfspError(f"cannot write {out}: {error}; {hint}") from error
+            message = f"cannot write {out}: {error}; --resume continues this run"
+            raise CfspError(message) from error
     ranks.barrier()
 
 
 def _calibrated(run: Run, folder: Path) -> Statistics | None:
-    """The statistics that an interrupted run kept in the folder, or new ones, which are kept: first
-    alone, then with the ranking that the plan follows from, where that takes long."""
+    """The statistics that an interrupted run kept, or new ones, which are kept: first alone, then
+    with the ranking that the plan follows from, where that takes long."""
     statistics = run.ranks.of_first(lambda: kept_statistics(folder))
     if statistics is None:
         statistics = run.calibrated(lambda: kept_grams(folder))
@@ -111,7 +108,7 @@ class _Cut:
     """What pass 2 measured."""
 
     fits: tuple[tuple[FitRecord, ...], ...]
-    """Of every block, on the first rank, which reads all."""
+    """Fits of every block, on the first rank, which reads all."""
     refitting: Refitting | None
     before: Perplexity | None
     after: Perplexity | None
@@ -120,21 +117,16 @@ class _Cut:
 
 
 def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path) -> _Cut:
-    """Write the shards, with each rank's share of the held-out windows riding along; the probe
-    rides on the first rank.
-
-    Raises:
-        Stopped: on every rank, after each has finished its shards or stopped between two.
-    """
+    """Write the shards, with each rank's share of the held-out windows riding along, and the first
+    rank's probe; raises Stopped on every rank, after each finished its shards or stopped."""
     opened, held_out, ranks = run.opened, run.held_out, run.ranks
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
     tokens = held_out.tokens if held_out.tokens is not None else own_probe[:0]
     own = tokens[ranks.share(len(tokens))]
-    pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
-    refitting = run.refitting()
-    stopped = False
+    dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
+    refitting, stopped = run.refitting(), False
     fits: dict[int, tuple[FitRecord, ...]] = {}
     try:
         fits = prune_to_shards_(
@@ -142,8 +134,8 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
             plan,
             statistics,
             folder,
-            before=pair[:1],
-            after=[*pair[1:], probe],
+            before=[dense],
+            after=[pruned, probe],
             refitting=refitting,
             stop=run.stop,
             progress=run.progress,
@@ -153,6 +145,6 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
         stopped = True
     if ranks.any(stopped):
         raise Stopped
-    before, after = (held_out.measure_ridden(riding, ranks) for riding in pair)
+    before, after = (held_out.measure_ridden(riding, ranks) for riding in (dense, pruned))
     logits = next(probe.logits(), torch.empty(0)).cpu()
     return _Cut(tuple(fits.values()), refitting, before, after, logits)
