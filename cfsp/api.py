@@ -54,15 +54,13 @@ def calibrate(
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
-        gram: collect Gram matrices too (docs/streaming.md tells what they take); None: where the
-            recipe needs them, as the default one does.
+        gram: collect Gram matrices too, see docs/streaming.md; None: where the recipe needs them.
         gram_folder: a new folder for them, removed with the result; :func:`cfsp.save_statistics`
             puts them beside the statistics. None: one where temporary files go.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
-        ranks: of :func:`distributed.joined`, where several processes share the work; each makes
-            this call and gets the same statistics.
+        ranks: see :func:`prune`; each process gets the same statistics.
 
     Raises:
         CfspError: bad input, in one line.
@@ -75,10 +73,9 @@ def calibrate(
     micro_batch = _announced(opened, request, budget, progress, ranks)
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
+    common = (opened, recipe, windows, micro_batch)
     with device_capped(model_device(opened.model), budget.device):
-        return collect(
-            opened, recipe, windows, micro_batch, grams=grams, progress=progress, ranks=ranks
-        )
+        return collect(*common, grams=grams, progress=progress, ranks=ranks)
 
 
 def latency_table(
@@ -97,8 +94,7 @@ def latency_table(
         model: hub id, folder, .gguf file or a live causal LM of transformers, dense.
         batch: windows of the call.
         length: tokens of each; 1 for a step of generation.
-        dtype: for a model given by name.
-        device: for a model given by name.
+        dtype, device: for a model given by name.
         again: measure even where a table of the same is kept in ~/.cache/cfsp, or $CFSP_CACHE.
         progress: show a bar on stderr.
 
@@ -162,7 +158,7 @@ def prune(
     Args:
         model: hub id, folder, .gguf file, or a live causal LM of transformers, which is pruned
             in place and becomes an instance of the class that reloads it.
-        tokenizer: needed for a live model, but for ``statistics`` with nothing to evaluate.
+        tokenizer: needed for a live model, unless nothing is calibrated or evaluated.
         recipe: how to prune.
         out: folder for the result, which appears once it is complete; None keeps it in memory.
         statistics: of an earlier calibration of this model, instead of a new one.
@@ -171,12 +167,10 @@ def prune(
             held-out parts of the calibration's datasets, or builtin where all are files.
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
-        latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, measured on the
-            device that the result is for. None: where the recipe's budget is a latency, the model
-            is measured here, once; the table is kept in ~/.cache/cfsp, or $CFSP_CACHE.
-        max_memory: what the run may take: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a
-            CPU both are the process's memory. The micro-batch, where the recipe has none, is the
-            largest that fits, up to the default.
+        latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, of the result's
+            device. None: for a latency budget, measured once, kept in ~/.cache/cfsp or $CFSP_CACHE.
+        max_memory: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a CPU both are the
+            process's memory. A micro-batch left open is the largest that fits, up to the default.
         overwrite: replace ``out`` where it exists, and an interrupted run of it.
         resume: continue an interrupted run of the same model, recipe and text.
         verify: compare the SHA-256 of the model's weight files with what is known of them (see
@@ -187,8 +181,7 @@ def prune(
             this call, and ``out`` is on a file system that all see.
 
     Raises:
-        CfspError: bad input or too little memory, in one line; the input and an existing ``out``
-            are untouched.
+        CfspError: bad input or too little memory; the input and an existing ``out`` are untouched.
         Stopped: ``stop`` said so.
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
@@ -257,8 +250,7 @@ def prune(
 def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     """The recipe that would make these statistics: theirs is the calibration that counts."""
     known = statistics.provenance.get("calibration")
-    calibration = Calibration(**known) if known else recipe.calibration
-    return dataclasses.replace(recipe, calibration=calibration)
+    return dataclasses.replace(recipe, calibration=Calibration(**known)) if known else recipe
 
 
 def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
@@ -282,11 +274,11 @@ def _check(
 ) -> None:
     """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
     model, layout, fingerprint = opened.model, opened.layout, opened.blocks.fingerprint()
-    if plan is not None:
+    if plan is None:
+        check_recipe(model, layout, recipe, table)
+    else:
         check_biases(model, layout, recipe.resolved_compensation)
         check_plan(plan, model, layout, fingerprint)
-    else:
-        check_recipe(model, layout, recipe, table)
     if statistics is not None:
         check_statistics(statistics, model, layout, fingerprint)
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
@@ -299,8 +291,7 @@ def _check(
 def _announced(
     opened: OpenModel, request: Request, budget: MemoryBudget, progress: bool, ranks: Ranks
 ) -> int:
-    """Windows per forward call, the same on every rank, once the printed estimate fits the
-    budget."""
+    """Windows per call, the same on every rank, of an estimate printed and found to fit."""
     estimate = estimate_opened(opened, request, budget, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)

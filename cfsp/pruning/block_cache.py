@@ -50,12 +50,10 @@ class BlockCache:
     def run(self, index: int, run: Run) -> torch.Tensor:
         """The output of ``run``, of window ``index``: the same bits as without this."""
         if index in self._states:
-            states = dict(zip(self.kept, self._states[index], strict=True))
-            instead = [
-                _giving(_with_states(blank, states[module]) if module in states else blank)
-                for module, blank in self._blanks.items()
-            ]
-            with forward_instead(list(self._blanks), instead):
+            outputs = dict(self._blanks)
+            for module, states in zip(self.kept, self._states[index], strict=True):
+                outputs[module] = _with_states(outputs[module], states)
+            with forward_instead(list(outputs), list(map(_giving, outputs.values()))):
                 return run()
         recorded: list[torch.Tensor] = []
 

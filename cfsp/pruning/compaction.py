@@ -136,8 +136,8 @@ def planned_tensors(
     shapes and dtypes are read."""
     adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
     widths = (width for block in plan.blocks for width in block.ffn_widths)
-    cut: dict[str, tuple[int, int]] = {}
-    new: dict[str, str] = {}
+    cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
+    new: dict[str, str] = {}  # the bias that comes after a weight
     for (number, _, ffn), width in zip(layout.ffns_of(model), widths, strict=True):
         prefix = layout.prefix(number)
         for name, axis in ffn.channels.items():

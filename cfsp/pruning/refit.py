@@ -54,7 +54,6 @@ class RefitSettings:
     learning_rate: float
     """Step relative to the root mean square of each weight matrix."""
     seed: int
-    """Seed of the order of the windows in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +170,10 @@ class Refitting:
 
     def _regressed(self, number: int, ffn: FFN) -> torch.Tensor | None:
         """[D, width] fp64: what a down projection lacks; None where its input is all zero."""
-        block = self.blocks[number]
-        width = ffn.group(block).channels
+        block, device = self.blocks[number], self.pruned.device
+        width, down = ffn.group(block).channels, ffn.projection(block, ffn.down)
         seen: list[torch.Tensor] = []
-        down = ffn.projection(block, ffn.down)
         hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        device = self.pruned.device
         product = torch.zeros(width, width, device=device)
         across = torch.zeros(self.pruned.shape[-1], width, dtype=torch.float64, device=device)
         try:
@@ -193,11 +190,9 @@ class Refitting:
     def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
         """Adam on copies in fp32; ``known``: the error before, where it was measured."""
         masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
-        judged = bool(self.held_out)
-        errors = list(known)
+        judged, errors, kept = bool(self.held_out), list(known), 0
         if judged and not known:
             errors.append(self._error(number, parameters))
-        kept = 0
         for epoch in self._epochs(number, masters, parameters):
             if judged:
                 errors.append(self._error(number, _cast(masters, parameters)))

@@ -44,13 +44,12 @@ def collect(
     ranks: Ranks = ALONE,
 ) -> Statistics:
     """The statistics of one pass over [N, S] calibration tokens, with where they come from."""
-    calibration = dataclasses.asdict(recipe.calibration)
     return collect_statistics(
         opened.model,
         opened.layout,
         windows,
         micro_batch=micro_batch,
-        provenance={"model": opened.name, "calibration": calibration},
+        provenance={"model": opened.name, "calibration": dataclasses.asdict(recipe.calibration)},
         progress=progress,
         weights=opened.blocks,
         stop=stop,
@@ -71,6 +70,7 @@ def plan_model(
     """The plan under the recipe's budget for this very model; raises CfspError where no widths meet
     it. A search measures on the last of ``windows``, [N, S] calibration tokens, drawn if None."""
     model, layout, search = opened.model, opened.layout, None
+    weights = opened.blocks.ffn_weights
     if recipe.searches:
         if windows is None:
             windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
@@ -80,7 +80,6 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    weights = opened.blocks.ffn_weights
     return plan_within(
         statistics, weights, recipe, model, layout, table, search=search, progress=progress
     )

@@ -34,9 +34,8 @@ class PruneReport:
     refits: tuple[BlockRefit, ...]
     """Blocks that were fitted again after the cut; () where none were."""
     sizes: Footprints
-    """Channels, parameters, FLOPs and seconds, before and after."""
     table: LatencyTable | None
-    """The latency table that the seconds come from."""
+    """The latency table that the seconds of ``sizes`` come from."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
