@@ -54,22 +54,18 @@ def calibrate(
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
         recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
-        gram: collect Gram matrices too; see docs/streaming.md for what they take. None: where the
-            recipe needs them, as the default one does.
-        gram_folder: a new folder where they go, block by block, until
-            :func:`cfsp.save_statistics` puts them beside the statistics; it is removed with the
-            result. None: one where temporary files go.
+        gram: collect Gram matrices too, see docs/streaming.md; None: where the recipe needs them.
+        gram_folder: a new folder for them, removed with the result; :func:`cfsp.save_statistics`
+            puts them beside the statistics. None: one where temporary files go.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
-        ranks: of :func:`distributed.joined`, where several processes share the work; each calls
-            this with the same arguments and gets the same statistics.
+        ranks: see :func:`prune`; each process gets the same statistics.
 
     Raises:
         CfspError: bad input, in one line.
     """
-    budget = parse_memory(max_memory)
-    progress = progress and ranks.first
+    budget, progress = parse_memory(max_memory), progress and ranks.first
     gram = recipe.needs_gram() is not None if gram is None else gram
     opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
@@ -77,10 +73,9 @@ def calibrate(
     micro_batch = _announced(opened, request, budget, progress, ranks)
     folder = Path(gram_folder) if gram_folder is not None else None
     grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
+    common = (opened, recipe, windows, micro_batch)
     with device_capped(model_device(opened.model), budget.device):
-        return collect(
-            opened, recipe, windows, micro_batch, grams=grams, progress=progress, ranks=ranks
-        )
+        return collect(*common, grams=grams, progress=progress, ranks=ranks)
 
 
 def latency_table(
@@ -99,8 +94,7 @@ def latency_table(
         model: hub id, folder, .gguf file or a live causal LM of transformers, dense.
         batch: windows of the call.
         length: tokens of each; 1 for a step of generation.
-        dtype: for a model given by name.
-        device: for a model given by name.
+        dtype, device: for a model given by name.
         again: measure even where a table of the same is kept in ~/.cache/cfsp, or $CFSP_CACHE.
         progress: show a bar on stderr.
 
@@ -125,11 +119,9 @@ def plan(
 
     Args:
         statistics: of the dense model.
-        weights: the dense model, or a function from block number to the matrices of its FFNs, one
-            :class:`FFNWeights` for a plain block, one per expert elsewhere. Not
-            touched by scorers that need no weights.
-        recipe: scorer, allocator, importance, width multiple and sparsity or budget are read. A
-            budget needs the model, and so does allocator ``search``, which measures it.
+        weights: the dense model, which a budget and allocator ``search`` need, or a function from
+            block number to the matrices of its FFNs and experts. Read by some scorers only.
+        recipe: scorer, allocator, importance, width multiple and sparsity or budget are read.
         tokenizer: for allocator ``search``.
         progress: show bars on stderr where it takes long.
 
@@ -166,77 +158,73 @@ def prune(
     Args:
         model: hub id, folder, .gguf file, or a live causal LM of transformers, which is pruned
             in place and becomes an instance of the class that reloads it.
-        tokenizer: needed for a live model, unless ``statistics`` are given and nothing is
-            evaluated.
+        tokenizer: needed for a live model, unless nothing is calibrated or evaluated.
         recipe: how to prune.
-        out: folder for the result; None keeps it in memory. It appears when it is whole.
+        out: folder for the result, which appears once it is complete; None keeps it in memory.
         statistics: of an earlier calibration of this model, instead of a new one.
         plan: apply this one; its own recipe is then what counts.
-        eval_dataset: measure perplexity before and after on this text, or mix of texts; None:
-            the held-out parts of the calibration's datasets, or builtin where all are files.
+        eval_dataset: text, or mix of texts, to measure perplexity on before and after; None: the
+            held-out parts of the calibration's datasets, or builtin where all are files.
         eval_windows: windows to measure on; 0 skips it. None: 16 where ``out`` is given.
         device: for a model given by name; a live model stays where it is.
-        latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, measured on the
-            device that the result is for. Where the recipe's budget is a latency and this is None,
-            the model is measured on its device here, once: the table is kept in ~/.cache/cfsp, or
-            $CFSP_CACHE.
-        max_memory: what the run may take: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a
-            CPU both are the process's memory. The micro-batch, where the recipe has none, is the
-            largest that fits, up to the default.
+        latency_table: of :func:`cfsp.latency_table` or a file of ``cfsp latency``, of the result's
+            device. None: for a latency budget, measured once, kept in ~/.cache/cfsp or $CFSP_CACHE.
+        max_memory: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a CPU both are the
+            process's memory. A micro-batch left open is the largest that fits, up to the default.
         overwrite: replace ``out`` where it exists, and an interrupted run of it.
-        resume: continue a run of the same model, recipe and text that was interrupted.
+        resume: continue an interrupted run of the same model, recipe and text.
         verify: compare the SHA-256 of the model's weight files with what is known of them (see
             :func:`cfsp.io.hashes.known_hashes`), and list those of the result in ``SHA256SUMS``.
         stop: asked between blocks, for an orderly end before the last; then ``resume`` continues.
         progress: show an estimate and bars on stderr.
-        ranks: of :func:`distributed.joined`, where several processes share the work; each calls
-            this with the same arguments, and ``out`` is on a file system that all see.
+        ranks: of :func:`distributed.joined`, where several processes share the work; each makes
+            this call, and ``out`` is on a file system that all see.
 
     Raises:
-        CfspError: bad input or too little memory, in one line; the input and an existing ``out``
-            are untouched.
+        CfspError: bad input or too little memory; the input and an existing ``out`` are untouched.
         Stopped: ``stop`` said so.
     """
-    budget = parse_memory(max_memory)
-    live = isinstance(model, nn.Module)
-    if plan is not None:
-        recipe = plan.recipe
-    if out is not None:
-        source = None if isinstance(model, nn.Module) else model
-        check_out(Path(out), overwrite, source, resume=resume)
+    budget, progress = parse_memory(max_memory), progress and ranks.first
+    source = None if isinstance(model, nn.Module) else model
+    target = Path(out) if out is not None else None
+    if target is not None:
+        check_out(target, overwrite, source, resume=resume)
     if isinstance(statistics, str | Path):
         statistics = load_statistics(statistics)
-    if statistics is not None and plan is None:
+    if plan is not None:
+        recipe = plan.recipe
+    elif statistics is not None:
         recipe = as_calibrated(recipe, statistics)
     if eval_windows is None:
-        eval_windows = EVALUATION_WINDOWS if out is not None else 0
+        eval_windows = EVALUATION_WINDOWS if target is not None else 0
     if eval_windows < 0:
         raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
-    if verify and not live:
-        _check_files(model, progress and ranks.first, ranks)
+    if verify and source is not None:
+        _check_files(source, progress, ranks)
     searches = recipe.searches and plan is None
     if searches and ranks.size > 1:
         raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
 
-    whole = out is None or searches
+    # Open, resolve the budget, check.
+    whole = target is None or searches
     opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device), whole=whole)
     wanted = recipe.model_budget if plan is None else None
     table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
     _check(opened, recipe, plan, statistics, table, ranks)
+
+    # Estimate, with the texts at hand.
     held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
     needs = plan is None or recipe.resolved_compensation in NEEDS_STATISTICS
     calibrates = statistics is None and needs
     windows = None
     if calibrates or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    request = Request(
-        recipe,
-        len(windows) if calibrates and windows is not None else 0,
-        len(held_out.tokens) if held_out.tokens is not None else 0,
-        plan=plan,
-        ranks=ranks.size,
-        table=table,
-    )
+    passes = len(windows) if calibrates and windows is not None else 0
+    measured = len(held_out.tokens) if held_out.tokens is not None else 0
+    request = Request(recipe, passes, measured, plan=plan, ranks=ranks.size, table=table)
+    micro_batch = _announced(opened, request, budget, progress, ranks)
+
+    # Calibrate, plan, cut, document, verify, publish.
     run = Run(
         opened=opened,
         recipe=recipe,
@@ -246,27 +234,26 @@ def prune(
         calibrates=calibrates,
         held_out=held_out,
         table=table,
-        micro_batch=_announced(opened, request, budget, progress and ranks.first, ranks),
+        micro_batch=micro_batch,
         overwrite=overwrite,
         verify=verify,
         stop=stop,
-        progress=progress and ranks.first,
+        progress=progress,
         ranks=ranks,
     )
     with device_capped(model_device(opened.model), budget.device):
-        if out is not None and isinstance(opened.blocks, StoredBlocks):
-            return prune_from_disk_to_disk(run, opened.blocks, Path(out), resume=resume)
-        return prune_in_memory(run, Path(out) if out is not None else None, given=live)
+        if target is not None and isinstance(opened.blocks, StoredBlocks):
+            return prune_from_disk_to_disk(run, opened.blocks, target, resume=resume)
+        return prune_in_memory(run, target, given=source is None)
 
 
 def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     """The recipe that would make these statistics: theirs is the calibration that counts."""
     known = statistics.provenance.get("calibration")
-    calibration = Calibration(**known) if known else recipe.calibration
-    return dataclasses.replace(recipe, calibration=calibration)
+    return dataclasses.replace(recipe, calibration=Calibration(**known)) if known else recipe
 
 
-def _check_files(model: Any, progress: bool, ranks: Ranks) -> None:
+def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
     """Raise CfspError on every rank where a weight file is not what it should be."""
     problem = None
     try:
@@ -287,11 +274,11 @@ def _check(
 ) -> None:
     """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
     model, layout, fingerprint = opened.model, opened.layout, opened.blocks.fingerprint()
-    if plan is not None:
+    if plan is None:
+        check_recipe(model, layout, recipe, table)
+    else:
         check_biases(model, layout, recipe.resolved_compensation)
         check_plan(plan, model, layout, fingerprint)
-    else:
-        check_recipe(model, layout, recipe, table)
     if statistics is not None:
         check_statistics(statistics, model, layout, fingerprint)
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
@@ -304,8 +291,7 @@ def _check(
 def _announced(
     opened: OpenModel, request: Request, budget: MemoryBudget, progress: bool, ranks: Ranks
 ) -> int:
-    """Windows per forward call, the same on every rank, after the estimate was printed and found to
-    fit the budget."""
+    """Windows per call, the same on every rank, of an estimate printed and found to fit."""
     estimate = estimate_opened(opened, request, budget, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)

@@ -101,7 +101,7 @@ def _mappings(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _refit(entry: Mapping[str, Any]) -> BlockRefit | None:
-    """What :meth:`cfsp.pruning.refit.BlockRefit.to_dict` takes apart; None for anything else."""
+    """The refit that these are the plain values of; None for anything else."""
     try:
         errors = tuple(float(error) for error in entry["errors"])
         refit = BlockRefit(int(entry["block"]), str(entry["way"]), errors, int(entry["kept"]))

@@ -1,11 +1,10 @@
 """What a block computes before its FFN, computed once for each window.
 
-While an FFN is fitted, the same windows go through its block again and again, and the norms and
-the attention before the FFN give the same each time. Which of their outputs the rest of the block
-reads differs between architectures (parallel residuals, norms after the attention, residuals added
-in it), so it is read off the autograd graph of one call, and then tried: the rest of the block has
-to give the same bits from the kept outputs, with NaN for all that is not kept. A block that does
-not pass is run whole each time.
+While an FFN is fitted, the norms and the attention before it give the same each time. Which of
+their outputs the rest of the block reads differs between architectures (parallel residuals, norms
+after the attention), so it is read off the autograd graph of one call, and then tried: the rest has
+to give the same bits from the kept outputs, with NaN for all others. A block that does not pass is
+run whole each time.
 """
 
 from collections.abc import Callable, Collection
@@ -28,18 +27,14 @@ class BlockCache:
     """Runs a block over windows, the modules before its FFN once for each.
 
     Memory: at most :data:`MOST_KEPT` times the hidden states of the windows that it ran over.
-
-    Nothing of the block but ``changing``, names of parameters of its FFNs, may change while this is
-    used. ``run`` is of window 0; it runs twice here, the second time without what is kept.
+    Of the block only ``changing``, parameters of its FFNs, may change; ``run`` is of window 0.
     """
 
     def __init__(self, block: nn.Module, changing: Collection[str], run: Run) -> None:
         self.kept: tuple[nn.Module, ...] = ()
         """The modules whose outputs are kept; none where the block is run whole each time."""
-        self._blanks: dict[nn.Module, Any] = {}
-        """The output of each module before the FFN, all NaN."""
-        self._states: dict[int, tuple[torch.Tensor, ...]] = {}
-        """For each window, the outputs of the modules that are kept."""
+        self._blanks: dict[nn.Module, Any] = {}  # outputs of the modules before the FFN, all NaN
+        self._states: dict[int, tuple[torch.Tensor, ...]] = {}  # by window, of the kept modules
         expected, outputs, kept = _traced(block, changing, run)
         if 0 < len(kept) <= MOST_KEPT:
             self.kept = kept
@@ -55,20 +50,17 @@ class BlockCache:
     def run(self, index: int, run: Run) -> torch.Tensor:
         """The output of ``run``, of window ``index``: the same bits as without this."""
         if index in self._states:
-            states = dict(zip(self.kept, self._states[index], strict=True))
-            instead = [
-                _giving(_with_states(blank, states[module]) if module in states else blank)
-                for module, blank in self._blanks.items()
-            ]
-            with forward_instead(list(self._blanks), instead):
+            outputs = dict(self._blanks)
+            for module, states in zip(self.kept, self._states[index], strict=True):
+                outputs[module] = _with_states(outputs[module], states)
+            with forward_instead(list(outputs), list(map(_giving, outputs.values()))):
                 return run()
         recorded: list[torch.Tensor] = []
-        hooks = [
-            module.register_forward_hook(
-                lambda _, args, output: recorded.append(hidden_states_of(output).detach().clone())
-            )
-            for module in self.kept
-        ]
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            recorded.append(hidden_states_of(output).detach().clone())
+
+        hooks = [module.register_forward_hook(record) for module in self.kept]
         try:
             output = run()
         finally:
@@ -83,11 +75,10 @@ def _traced(
     block: nn.Module, changing: Collection[str], run: Run
 ) -> tuple[torch.Tensor, dict[nn.Module, Any], tuple[nn.Module, ...]]:
     """What the block gives; the outputs of its modules before its FFN, in the order of their calls;
-    and those of these modules whose outputs the block's is made from, not only through others of
-    them: () where that is not certain.
+    and those of these modules whose outputs it reads itself: () where that is not certain.
 
-    Followed are the children of the block that have parameters and give a tensor of floating point.
-    Their outputs are leaves of the graph of the block's.
+    Followed are the children with parameters that give a tensor of floating point; their outputs
+    are leaves of the graph of the block's.
     """
     children = [c for c in block.children() if any(True for _ in c.parameters())]
     ffns = {block.get_submodule(name.partition(".")[0]) for name in changing}
@@ -121,18 +112,13 @@ def _traced(
 
 def _leaves(output: torch.Tensor) -> set[int]:
     """The ids of the leaves of a tensor's graph."""
-    leaves: set[int] = set()
-    seen = set()
-    left = [output.grad_fn]
+    seen: set[Any] = {None}
+    left: list[Any] = [output.grad_fn]
     while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(id(leaf))
-        left += [following for following, _ in node.next_functions]
-    return leaves
+        if (node := left.pop()) not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 def _with_states(output: Any, states: torch.Tensor) -> Any:

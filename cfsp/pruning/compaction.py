@@ -32,8 +32,8 @@ TOKENS_PER_CHANNEL = 4
 def check_plan(
     plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the plan is for another model, whose ``fingerprint`` is given where its
-    weights are not in memory to make it from."""
+    """Raise CfspError where the plan is for another model; ``fingerprint``: of one whose weights
+    are not in memory."""
     sizes = layout.intermediate_sizes(model)
     planned = tuple(block.intermediate_size for block in plan.blocks)
     if planned != sizes:
@@ -49,16 +49,15 @@ def check_plan(
 
 
 def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
-    """Raise CfspError where the plan's compensation needs statistics that are not there; warn where
-    these are of few tokens."""
+    """Raise CfspError where the plan's compensation lacks its statistics; warn where these are of
+    few tokens."""
     compensation = plan.recipe.resolved_compensation
     if compensation in NEEDS_STATISTICS and statistics is None:
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
     if compensation in NEEDS_GRAM and statistics is not None:
         check_grams(statistics, f"compensation {compensation!r}")
         grams = [gram for block in statistics.blocks for gram in block.grams]
-        few = [gram for gram in grams if gram.tokens[0] < TOKENS_PER_CHANNEL * gram.channels]
-        if few:
+        if few := [g for g in grams if g.tokens[0] < TOKENS_PER_CHANNEL * g.channels]:
             worst = min(few, key=lambda gram: gram.tokens[0] / gram.channels)
             warnings.warn(
                 f"least squares: {len(few)} of {len(grams)} FFNs have fewer than "
@@ -78,9 +77,8 @@ def prune_block_(
     statistics: BlockStatistics | None,
     room: Room | None = None,
 ) -> tuple[FitRecord, ...]:
-    """Cut the FFNs of one block to the kept channels, in place; the new matrices are new memory,
-    or what ``room`` gives. Gives, for compensations that fit, what came of it in each FFN and
-    expert."""
+    """Cut the FFNs of one block in place, into new memory or what ``room`` gives; the records are
+    those of compensations that fit, one for each FFN and expert."""
     known = iter(statistics.ffns() if statistics is not None else repeat(None))
     records: list[FitRecord] = []
     for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):
@@ -88,14 +86,14 @@ def prune_block_(
 
         def compensate(
             expert: int,
-            down: torch.Tensor,
+            weight: torch.Tensor,
             out: torch.Tensor | None,
             kept: torch.Tensor = kept,
             own: Sequence[BlockStatistics | None] = own,
         ) -> CutDown:
-            cut, record = COMPENSATIONS[compensation](
-                DownProjection(down, kept[expert].to(down.device), own[expert], damping, out)
-            )
+            stays = kept[expert].to(weight.device)
+            down = DownProjection(weight, stays, own[expert], damping, out)
+            cut, record = COMPENSATIONS[compensation](down)
             if record is not None:
                 records.append(record)
             return cut
@@ -113,23 +111,19 @@ def prune_model_(
     refitting: Refitting | None = None,
     progress: bool = True,
 ) -> tuple[tuple[FitRecord, ...], ...]:
-    """Cut every FFN of a live model to its plan, in place; ``refitting`` fits each block after it.
-
-    Gives what :func:`prune_block_` does, for each block. CfspError, before anything is changed,
-    for a plan of another model or a compensation whose statistics are missing.
-    """
+    """:func:`prune_block_` of every block of a live model, each then fitted again by ``refitting``.
+    Raises CfspError, before anything is changed, where plan or statistics do not fit."""
     check_plan(plan, model, layout)
     check_compensation(plan, statistics)
     compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
     blocks, records = layout.find_blocks(model), []
-    bar = tqdm(plan.blocks, desc="prune", unit="block", disable=not progress)
-    for number, block_plan in enumerate(bar):
+    bar = tqdm(blocks, desc="prune", unit="block", disable=not progress)
+    for number, block in enumerate(bar):
+        kept = plan.blocks[number]
         known = statistics.blocks[number] if statistics is not None else None
         if refitting is not None:
             refitting.run_dense(number)
-        records.append(
-            prune_block_(blocks[number], layout, block_plan, compensation, damping, known)
-        )
+        records.append(prune_block_(block, layout, kept, compensation, damping, known))
         if refitting is not None:
             refitting.run_pruned(number)
     return tuple(records)
@@ -138,12 +132,12 @@ def prune_model_(
 def planned_tensors(
     tensors: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, plan: PruningPlan
 ) -> dict[str, TensorInfo]:
-    """What the pruned model's checkpoint holds, in order, from what the dense one's does: of
-    ``tensors`` and ``model`` only shapes and dtypes are read."""
+    """What the pruned model's checkpoint holds, in order, from ``tensors``, the dense one's; only
+    shapes and dtypes are read."""
     adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
     widths = (width for block in plan.blocks for width in block.ffn_widths)
-    cut: dict[str, tuple[int, int]] = {}
-    new: dict[str, str] = {}
+    cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
+    new: dict[str, str] = {}  # the bias that comes after a weight
     for (number, _, ffn), width in zip(layout.ffns_of(model), widths, strict=True):
         prefix = layout.prefix(number)
         for name, axis in ffn.channels.items():
@@ -157,7 +151,6 @@ def planned_tensors(
             dimension, size = cut[name]
             shape[dimension] = size
         found[name] = TensorInfo(tensor.dtype, tuple(shape))
-        bias = new.get(name)
-        if bias is not None and bias not in tensors:
+        if (bias := new.get(name)) is not None and bias not in tensors:
             found[bias] = TensorInfo(tensor.dtype, tuple(tensor.shape[:1]))
     return found

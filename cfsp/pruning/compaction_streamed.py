@@ -1,7 +1,7 @@
 """From the shards of a dense model to those of the pruned one, one block at a time.
 
-Each block is read once more, ahead of its turn. At its turn it is cut exactly as a live model's
-is, windows that measure the model go through it before and after, and a thread behind writes it.
+Each block is read ahead of its turn, cut exactly as a live model's is, with the windows that
+measure the model going through it before and after, and written by a thread behind.
 """
 
 from collections import Counter
@@ -39,9 +39,7 @@ from .refit import Refitting
 Tensors = dict[str, torch.Tensor]
 
 
-def _write_all(
-    writer: ShardWriter, tensors: Tensors, ready: Callable[[], None] = lambda: None
-) -> None:
+def _write_all(writer: ShardWriter, tensors: Tensors, ready: Callable[[], None]) -> None:
     ready()
     for name, tensor in tensors.items():
         writer.write(name, tensor)
@@ -81,8 +79,7 @@ def _largest_block(planned: Mapping[str, TensorInfo], layout: Layout) -> int:
     """Bytes of memory for the largest of the planned blocks."""
     sizes: Counter[int] = Counter()
     for name, info in planned.items():
-        place = layout.place_of(name)
-        if place is not None:
+        if (place := layout.place_of(name)) is not None:
             sizes[place[0]] += aligned(info.nbytes)
     return max(sizes.values())
 
@@ -106,32 +103,11 @@ def prune_to_shards_(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> dict[int, tuple[FitRecord, ...]]:
-    """Write the weights of the pruned model, the bytes that a pruned live model's would be.
+    """Write the bytes that a pruned live model's shards would be; the records are by block read.
 
-    Each rank writes some of the shards, and reads only the blocks in them where it has no windows.
-
-    Args:
-        opened: the dense model; its skeleton has the pruned shapes afterwards, in blocks that were
-            read.
-        plan: what each block keeps.
-        statistics: for compensations that need them.
-        folder: where the shards go; those that an earlier run finished there stay as they are.
-        before: windows that go through the dense blocks.
-        after: windows that go through the pruned blocks.
-        refitting: fits each block after it is cut.
-        stop: asked after each block; shards that are being written are finished first. Ranks stop
-            each on their own.
-        progress: whether to show a bar on stderr.
-        ranks: those that share the shards.
-
-    Returns:
-        What :func:`cfsp.pruning.compaction.prune_block_` does, by number of the blocks read.
-
-    Raises:
-        CfspError: a plan for another model, statistics that are missing, a shard that cannot be
-            read.
-        OSError: no space for a shard; nothing of it was written then.
-        Stopped: ``stop`` said so.
+    Each rank writes some of the shards, those that ``folder`` lacks, and reads only their blocks
+    where it has no windows ``before`` or ``after`` the cut. Each stops on its own, once the shards
+    that are being written are finished. Raises OSError before a shard for which there is no space.
     """
     layout, model = opened.layout, opened.model
     check_plan(plan, model, layout, opened.blocks.fingerprint())
@@ -161,8 +137,12 @@ def prune_to_shards_(
         outside = {name: t for name, t in dense.items() if layout.place_of(name) is None}
         head = dict(takewhile(lambda item: item[0] in outside, dense.items()))
         tail = {name: tensor for name, tensor in outside.items() if name not in head}
-        writing: Future[None] = behind.submit(_write_all, writer, head)
-        bar.update(sum(tensor.nbytes for tensor in head.values()))
+
+        def write(tensors: Tensors, ready: Callable[[], None] = lambda: None) -> Future[None]:
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+            return behind.submit(_write_all, writer, tensors, ready)
+
+        writing = write(head)
         stop_after: int | None = None
         records: dict[int, tuple[FitRecord, ...]] = {}
         for number, block in turns:
@@ -182,8 +162,7 @@ def prune_to_shards_(
                 windows.ride(number)
             prefix = layout.prefix(number)
             pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
-            writing = behind.submit(_write_all, writer, pruned, ready)
-            bar.update(sum(tensor.nbytes for tensor in pruned.values()))
+            writing = write(pruned, ready)
             del pruned
             if stop_after is None and stop():
                 writing.result()
@@ -192,8 +171,7 @@ def prune_to_shards_(
                 writing.result()
                 raise Stopped
         writing.result()
-        _write_all(writer, tail)
-        bar.update(sum(tensor.nbytes for tensor in tail.values()))
+        write(tail).result()
     if ranks.first:
         write_index(folder, shards)
     return records

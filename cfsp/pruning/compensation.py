@@ -29,7 +29,6 @@ class DownProjection:
     statistics: BlockStatistics | None = None
     """Statistics of this FFN or expert alone."""
     damping: float = DAMPING
-    """Damping of least squares."""
     out: torch.Tensor | None = None
     """Memory for the new weight [D, width]; None: new memory is taken."""
 
@@ -59,7 +58,6 @@ class FitRecord:
 
 
 Compensated = tuple[CutDown, FitRecord | None]
-"""The new down projection and, of compensations that fit, what came of it."""
 Compensation = Callable[[DownProjection], Compensated]
 
 
@@ -86,8 +84,8 @@ def bias(down: DownProjection) -> Compensated:
 def least_squares(down: DownProjection, *, bias: bool = False) -> Compensated:
     """The kept columns fitted to the dense output, see :mod:`cfsp.pruning.least_squares`.
 
-    They stay as they are, with a bias of zero where there is one, unless the fit lowers the error
-    of the output on the held-out tokens; and where an expert has next to none of these.
+    They stay as they are, with a bias of zero where one is asked for, unless the fit lowers the
+    error on held-out tokens; and where an expert has next to none of these.
     """
     statistics = down.statistics
     if statistics is None or statistics.gram is None:

@@ -6,8 +6,8 @@ columns, the new ones W' minimise
 
     || x W^T - x_K W'^T ||^2 / T  +  damping || (W' - W_K) M^1/2 ||^2
 
-The change of the columns, W' - W_K = W_R G_RK (G_KK + damping M)^-1 over the removed channels R, is
-what is solved for: it is nothing where nothing is removed.
+Solved for is the change W' - W_K = W_R G_RK (G_KK + damping M)^-1 over the removed channels R,
+which is nothing where nothing is removed.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,12 @@ QUIET = 1e-3
 
 @dataclass(frozen=True)
 class Fit:
-    """A down projection fitted to the dense one's output."""
+    """A down projection [D, width] in the dtype of the old, the bias [D] where one was asked for,
+    and the damping with which there was a Cholesky factor."""
 
     weight: torch.Tensor
-    """[D, width], of the dtype of the old."""
     bias: torch.Tensor | None
-    """[D], or None where none was asked for."""
     damping: float
-    """The damping with which the factorisation succeeded."""
 
 
 def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
@@ -61,8 +59,8 @@ def removed_channels(kept: torch.Tensor, channels: int) -> torch.Tensor:
 def ridge_of(moments: torch.Tensor) -> torch.Tensor:
     """[K], what damping 1 adds to the diagonal of [K, K] moments: each channel's own mean square.
 
-    Correlations shrink by one factor then, whatever the scales of the channels. One that is next to
-    silent counts as if it had a part of the mean: nothing is known of what it does elsewhere.
+    Correlations then shrink by one factor, whatever the scales of the channels. A nearly silent one
+    counts with a part of the mean: nothing is known of what it does elsewhere.
     """
     own = moments.diagonal()
     return own.clamp_min(QUIET * float(own.mean()))
@@ -71,8 +69,8 @@ def ridge_of(moments: torch.Tensor) -> torch.Tensor:
 def _factor(
     moments: torch.Tensor, damping: float
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Cholesky factor of the moments, damped in place, their ridge, and the damping with which
-    there is a factor. None where the moments are zero, not finite or have none."""
+    """Cholesky factor of the moments, damped in place, their ridge, and the damping that it took;
+    None where there is no factor, or the moments are zero or not finite."""
     ridge, diagonal = ridge_of(moments), moments.diagonal().clone()
     if not 0 < float(ridge.mean()) < torch.inf:
         return None
@@ -88,8 +86,8 @@ def _factor(
 def solve_damped(
     moments: torch.Tensor, across: torch.Tensor, damping: float
 ) -> torch.Tensor | None:
-    """across (moments + damping ridge)^-1, [D, K] fp64, with the ridge of :func:`ridge_of`; None
-    where there is none. ``moments`` [K, K] fp64, symmetric, are damped in place."""
+    """across (moments + damping ridge)^-1, [D, K] fp64; None where there is none. ``moments``
+    [K, K] fp64, symmetric, are damped in place."""
     found = _factor(moments, damping)
     return torch.cholesky_solve(across.T, found[0]).T if found is not None else None
 
@@ -104,22 +102,13 @@ def fit_down(
     bias: bool = False,
     pull: float = 1.0,
 ) -> Fit | None:
-    """The kept columns of a down projection, changed so that its output is nearly the dense one's.
+    """The kept columns [K] int64, ascending, of a down projection [D, F] fp16, bf16 or fp32, fitted
+    to the dense output; None where the activations are all zero or not finite.
 
     Solved in fp64 on the device of ``down``. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs for K kept and R
-    removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes.
-
-    Args:
-        down: [D, F] fp16, bf16 or fp32.
-        kept: [K] int64, ascending.
-        gram: of its input, on the same device.
-        damping: weight of the second term; raised tenfold, at most 5 times, where the moments
-            have no Cholesky factor.
-        bias: remove the means first and give a bias.
-        pull: where the second term pulls: pull * W_K. 0 is ordinary ridge regression.
-
-    Returns:
-        The fit; None where there is none, for the activations are all zero or not finite.
+    removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes. ``damping`` is raised
+    tenfold, at most 5 times, where the moments have no Cholesky factor. ``bias`` removes the means
+    first. The second term pulls towards ``pull`` W_K; 0 is ordinary ridge regression.
     """
     if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None
@@ -156,10 +145,8 @@ def output_errors(
     gram: Gram,
 ) -> list[float]:
     """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64, for each
-    candidate (W' [D, K], b [D] or None); 0 where all outputs are zero.
-
-    2 D F^2 FLOPs, and 2 D K^2 for each candidate.
-    """
+    candidate (W' [D, K], b [D] or None); 0 where all outputs are zero. 2 D F^2 FLOPs, and 2 D K^2
+    for each candidate."""
     dense, changes = 0.0, [0.0] * len(candidates)
     within = gram.product[kept][:, kept]
     for start in range(0, len(down), ROWS):

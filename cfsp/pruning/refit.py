@@ -1,8 +1,8 @@
 """Blocks are fitted again after the cut, on what the pruned blocks before them give.
 
-The calibration windows go through the dense blocks and through the pruned ones side by side, one
-block at a time. The target of a pruned block is the output of its dense one, so that it also makes
-up for what the blocks before it got wrong. No labels, and no gradient leaves the block.
+The calibration windows go through the dense and the pruned blocks side by side. The target of a
+pruned block is the output of its dense one, so that it also makes up for what the blocks before it
+got wrong. No labels, and no gradient leaves the block.
 
 Two ways, one after the other where both are asked for. ``sequential``: what the block's output
 lacks is regressed on the input z of its down projection, in closed form,
@@ -15,8 +15,7 @@ the error of the block's output on windows that it was not fitted on.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,7 +54,6 @@ class RefitSettings:
     learning_rate: float
     """Step relative to the root mean square of each weight matrix."""
     seed: int
-    """Seed of the order of the windows in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +69,13 @@ class BlockRefit:
     kept: int
     """Which of them is that of the weights that were kept; 0: those from before."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
 
 class Refitting:
-    """Windows on their way through the dense and the pruned blocks.
+    """Windows, [N, S] int64 with the last held out, on their way through dense and pruned blocks.
 
     Memory: the hidden states of all windows twice, and once or twice more what the block at work
     computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
-    gradient and the two moments of Adam), or in closed form z^T z of one FFN.
-
-    The model needs its embeddings in memory; ``windows`` are [N, S] int64 calibration tokens, of
-    which the last are held out.
+    gradient and the two moments of Adam), or in closed form z^T z of one FFN; the embeddings.
     """
 
     def __init__(
@@ -147,10 +138,8 @@ class Refitting:
 
     def _error(self, number: int, values: Values) -> float:
         """Over the held-out windows."""
-        total = sum(
-            self._lack(number, index, values).square().sum(dtype=torch.float64)
-            for index in self.held_out
-        )
+        lacks = (self._lack(number, index, values) for index in self.held_out)
+        total = sum(lack.square().sum(dtype=torch.float64) for lack in lacks)
         return float(total) / self._change if self._change else 0.0
 
     def _parameters(self, number: int) -> dict[str, nn.Parameter]:
@@ -181,13 +170,10 @@ class Refitting:
 
     def _regressed(self, number: int, ffn: FFN) -> torch.Tensor | None:
         """[D, width] fp64: what a down projection lacks; None where its input is all zero."""
-        block = self.blocks[number]
-        width = ffn.group(block).channels
+        block, device = self.blocks[number], self.pruned.device
+        width, down = ffn.group(block).channels, ffn.projection(block, ffn.down)
         seen: list[torch.Tensor] = []
-        hook = ffn.projection(block, ffn.down).register_forward_pre_hook(
-            lambda module, args: seen.append(args[0])
-        )
-        device = self.pruned.device
+        hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         product = torch.zeros(width, width, device=device)
         across = torch.zeros(self.pruned.shape[-1], width, dtype=torch.float64, device=device)
         try:
@@ -203,15 +189,10 @@ class Refitting:
 
     def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
         """Adam on copies in fp32; ``known``: the error before, where it was measured."""
-        masters = {
-            name: parameter.detach().float().clone().requires_grad_()
-            for name, parameter in parameters.items()
-        }
-        judged = bool(self.held_out)
-        errors = list(known)
+        masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
+        judged, errors, kept = bool(self.held_out), list(known), 0
         if judged and not known:
             errors.append(self._error(number, parameters))
-        kept = 0
         for epoch in self._epochs(number, masters, parameters):
             if judged:
                 errors.append(self._error(number, _cast(masters, parameters)))
@@ -229,8 +210,7 @@ class Refitting:
             root_mean_square = float(master.detach().square().mean().sqrt())
             groups.append({"params": [master], "rate": settings.learning_rate * root_mean_square})
         adam = torch.optim.Adam(groups, betas=BETAS)
-        named = self.blocks[number].named_parameters()
-        frozen = {name: parameter.detach() for name, parameter in named}
+        frozen = {name: p.detach() for name, p in self.blocks[number].named_parameters()}
         step, steps = 0, settings.epochs * windows
         for epoch in range(1, settings.epochs + 1):
             seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
@@ -251,12 +231,11 @@ class Refitting:
 
 def check_refits(model: nn.Module, layout: Layout, ranks: Ranks) -> None:
     """Raise CfspError where blocks cannot be fitted again: by several ranks, or with experts."""
+    ways = "sequential and blockwise fitting"
     if ranks.size > 1:
-        raise CfspError("sequential and blockwise fitting run in one process: drop torchrun")
+        raise CfspError(f"{ways} run in one process: drop torchrun")
     if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
-        raise CfspError(
-            "sequential and blockwise fitting know no experts: use compensation 'least-squares'"
-        )
+        raise CfspError(f"{ways} know no experts: use compensation 'least-squares'")
 
 
 def _cast(masters: Values, parameters: Values) -> dict[str, torch.Tensor]:

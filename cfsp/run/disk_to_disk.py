@@ -1,8 +1,8 @@
 """Prune a model from disk to disk; pass 2 reads each block once, for everything."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from ..checkpoints.verification import probe_tokens, verify_streamed
 from ..costs.footprint import footprints
 from ..distributed import Ranks
 from ..errors import CfspError, Stopped
-from ..evaluation.quality import Perplexity
 from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
@@ -31,7 +30,6 @@ from ..pruning.compaction_streamed import prune_to_shards_
 from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.ranking import stored_ranking, with_ranking
-from ..pruning.refit import Refitting
 from .job import Run
 from .result import PruneReport, PruneResult, recipe_document
 
@@ -40,8 +38,7 @@ def prune_from_disk_to_disk(
     run: Run, blocks: StoredBlocks, out: Path, *, resume: bool
 ) -> PruneResult:
     """Calibrate, plan, cut, document, verify and publish, on every rank."""
-    opened, ranks = run.opened, run.ranks
-    identity = run.identity(blocks)
+    opened, ranks, identity = run.opened, run.ranks, run.identity(blocks)
     ranks.check_same(identity)
     if resume:
         ranks.of_first(lambda: check_resume(partial_path(out), identity))
@@ -51,19 +48,15 @@ def prune_from_disk_to_disk(
         check_shared(folder, ranks)
         statistics = _calibrated(run, folder)
         plan = run.planned(statistics)
-        sizes = footprints(opened.model, opened.layout, plan, run.table)
-        cut = _cut(run, plan, statistics, folder)
+        finish_, probe = _cut(run, plan, statistics, folder)
 
         def publish() -> PruneReport:
-            run.become_pruned_(plan)
-            known = statistics.without_grams() if statistics is not None else None
-            report = run.report(plan, known, sizes, cut.fits, cut.refitting, cut.before, cut.after)
+            report = finish_()
+            rows = report.sizes.rows()
             write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(
-                folder, plan, recipe_document(report), report.sizes.rows(), report.stock
-            )
+            write_documents(folder, plan, recipe_document(report), rows, report.stock)
             empty_(opened.model)  # one model's embeddings in memory at a time
-            verify_streamed(folder, cut.probe, blocks.device)
+            verify_streamed(folder, probe, blocks.device)
             if run.verify:
                 write_hashes(folder, progress=run.progress)
             end(folder)
@@ -83,21 +76,20 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         try:
             yield partial_path(out)
         except OSError as error:
-            hint = "--resume continues this run"
-            raise CfspError(f"cannot write {out}: {error}; {hint}") from error
+            message = f"cannot write {out}: {error}; --resume continues this run"
+            raise CfspError(message) from error
     ranks.barrier()
 
 
 def _calibrated(run: Run, folder: Path) -> Statistics | None:
-    """The statistics that an interrupted run kept in the folder, or new ones, which are kept: first
-    alone, then with the ranking that the plan follows from, where that takes long."""
-    statistics = run.ranks.of_first(lambda: kept_statistics(folder))
+    """The statistics that an interrupted run kept, or new ones, which are kept: first alone, then
+    with the ranking that the plan follows from, where that takes long."""
+    recipe, statistics = run.recipe, run.ranks.of_first(lambda: kept_statistics(folder))
     if statistics is None:
         statistics = run.calibrated(lambda: kept_grams(folder))
     if statistics is None or not run.calibrates or not run.ranks.first:
         return statistics
     keep_statistics(folder, statistics)
-    recipe = run.recipe
     planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
     if recipe.ranks_by_gram and not planned:
         weights = run.opened.blocks.ffn_weights
@@ -106,35 +98,24 @@ def _calibrated(run: Run, folder: Path) -> Statistics | None:
     return statistics
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """What pass 2 measured."""
+def _cut(
+    run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path
+) -> tuple[Callable[[], PruneReport], torch.Tensor]:
+    """Write the shards, with each rank's share of the held-out windows riding along; raises Stopped
+    on every rank, after each has finished its shards or stopped between two.
 
-    fits: tuple[tuple[FitRecord, ...], ...]
-    """Of every block, on the first rank, which reads all."""
-    refitting: Refitting | None
-    before: Perplexity | None
-    after: Perplexity | None
-    probe: torch.Tensor
-    """Logits [1, 16, V] of the probe tokens, on the first rank; the others have none."""
-
-
-def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path) -> _Cut:
-    """Write the shards, with each rank's share of the held-out windows riding along; the probe
-    rides on the first rank.
-
-    Raises:
-        Stopped: on every rank, after each has finished its shards or stopped between two.
+    Gives, for the first rank, which reads all blocks, :meth:`Run.finish_` with what was measured,
+    and the logits [1, 16, V] of the probe tokens.
     """
     opened, held_out, ranks = run.opened, run.held_out, run.ranks
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
+    sizes = footprints(model, opened.layout, plan, run.table)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
     tokens = held_out.tokens if held_out.tokens is not None else own_probe[:0]
     own = tokens[ranks.share(len(tokens))]
-    pair = [RidingWindows(model, modules, own) for _ in ("before", "after")]
-    refitting = run.refitting()
-    stopped = False
+    dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
+    refitting, stopped = run.refitting(), False
     fits: dict[int, tuple[FitRecord, ...]] = {}
     try:
         fits = prune_to_shards_(
@@ -142,8 +123,8 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
             plan,
             statistics,
             folder,
-            before=pair[:1],
-            after=[*pair[1:], probe],
+            before=[dense],
+            after=[pruned, probe],
             refitting=refitting,
             stop=run.stop,
             progress=run.progress,
@@ -153,6 +134,8 @@ def _cut(run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Pat
         stopped = True
     if ranks.any(stopped):
         raise Stopped
-    before, after = (held_out.measure_ridden(riding, ranks) for riding in pair)
+    before, after = (held_out.measure_ridden(riding, ranks) for riding in (dense, pruned))
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    return _Cut(tuple(fits.values()), refitting, before, after, logits)
+    known = statistics.without_grams() if statistics is not None else None
+    records = tuple(fits.values())
+    return partial(run.finish_, plan, known, sizes, records, refitting, before, after), logits

@@ -21,39 +21,33 @@ from .result import PruneReport, PruneResult, recipe_document
 def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Calibrate, plan, cut, document, verify and publish; ``given``: the model is the caller's own,
     so that the result is that very model."""
-    opened, pruned = run.opened, run.opened.model
+    layout, model = run.opened.layout, run.opened.model
     if out is not None:
         check_out(out, run.overwrite)  # nothing here can be resumed
     statistics = run.calibrated(temporary_folder)
     plan = run.planned(statistics)
-    training = pruned.training
-    pruned.eval()
-    sizes = footprints(pruned, opened.layout, plan, run.table)
-    before = run.measured()
+    training, device = model.training, model_device(model)
+    model.eval()
+    sizes, before = footprints(model, layout, plan, run.table), run.measured()
     if run.ranks.any(run.stop()):
         raise Stopped
     refitting = run.refitting()
-    fits = prune_model_(
-        pruned, opened.layout, plan, statistics, refitting=refitting, progress=run.progress
-    )
-    run.become_pruned_(plan)
-    report = run.report(plan, statistics, sizes, fits, refitting, before, run.measured())
-    device = model_device(pruned)
+    fits = prune_model_(model, layout, plan, statistics, refitting=refitting, progress=run.progress)
+    report = run.finish_(plan, statistics, sizes, fits, refitting, before, run.measured())
     if out is not None and run.ranks.first:
-        pruned = _published(run, report, out, given)
+        model = _published(run, report, out, given)
     run.ranks.barrier()
-    pruned.train(training)
-    return PruneResult(opened.tokenizer, report, out, pruned, device)
+    model.train(training)
+    return PruneResult(run.opened.tokenizer, report, out, model, device)
 
 
 def _published(run: Run, report: PruneReport, out: Path, given: bool) -> PreTrainedModel:
     """The model after it was written, reloaded and compared: the caller's own, or the new one."""
-    model, device = run.opened.model, model_device(run.opened.model)
+    model, sizes = run.opened.model, report.sizes.rows()
+    device = model_device(model)
     with new_folder(out, run.overwrite) as folder:
         write_model(model, run.opened.tokenizer, folder)
-        write_documents(
-            folder, report.plan, recipe_document(report), report.sizes.rows(), report.stock
-        )
+        write_documents(folder, report.plan, recipe_document(report), sizes, report.stock)
         expected = take_probe(model)
         if not given:
             empty_(model)  # one model in memory at a time

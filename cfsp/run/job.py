@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,12 @@ def collect(
     ranks: Ranks = ALONE,
 ) -> Statistics:
     """The statistics of one pass over [N, S] calibration tokens, with where they come from."""
-    calibration = dataclasses.asdict(recipe.calibration)
     return collect_statistics(
         opened.model,
         opened.layout,
         windows,
         micro_batch=micro_batch,
-        provenance={"model": opened.name, "calibration": calibration},
+        provenance={"model": opened.name, "calibration": dataclasses.asdict(recipe.calibration)},
         progress=progress,
         weights=opened.blocks,
         stop=stop,
@@ -67,21 +67,10 @@ def plan_model(
     windows: torch.Tensor | None = None,
     progress: bool = False,
 ) -> PruningPlan:
-    """The plan for an open model, under the budget that the recipe has for this very model.
-
-    Args:
-        opened: the dense model, in memory where its widths are searched for.
-        statistics: its calibration.
-        recipe: the choices.
-        table: its latency table, where the budget is a latency.
-        windows: [N, S] calibration tokens for a search, which measures on the last of them; drawn
-            again where they are not at hand.
-        progress: show bars on stderr where it takes long.
-
-    Raises:
-        CfspError: no widths meet the budget.
-    """
+    """The plan under the recipe's budget for this very model; raises CfspError where no widths meet
+    it. A search measures on the last of ``windows``, [N, S] calibration tokens, drawn if None."""
     model, layout, search = opened.model, opened.layout, None
+    weights = opened.blocks.ffn_weights
     if recipe.searches:
         if windows is None:
             windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
@@ -91,7 +80,6 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    weights = opened.blocks.ffn_weights
     return plan_within(
         statistics, weights, recipe, model, layout, table, search=search, progress=progress
     )
@@ -121,10 +109,8 @@ class Run:
     ranks: Ranks
 
     def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
-        """The statistics given, or those of a pass over the calibration tokens.
-
-        ``grams`` makes the folder for Gram matrices, where they are needed.
-        """
+        """The statistics given, or those of a pass over the calibration tokens; ``grams`` makes the
+        folder for Gram matrices, where they are needed."""
         if not self.calibrates or self.windows is None:
             return self.statistics
         needs_gram = self.recipe.needs_gram(planned=self.plan is not None)
@@ -145,16 +131,8 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        return self.ranks.of_first(
-            lambda: plan_model(
-                self.opened,
-                statistics,
-                self.recipe,
-                self.table,
-                windows=self.windows,
-                progress=self.progress,
-            )
-        )
+        make = partial(plan_model, self.opened, statistics, self.recipe, self.table)
+        return self.ranks.of_first(lambda: make(windows=self.windows, progress=self.progress))
 
     def refitting(self) -> Refitting | None:
         """The calibration windows on their way through the blocks, where these are fitted again."""
@@ -162,11 +140,11 @@ class Run:
         if not recipe.refits or self.windows is None:
             return None
         settings = RefitSettings(
-            recipe.sequential,
-            recipe.damping,
-            recipe.epochs if recipe.blockwise else 0,
-            recipe.learning_rate,
-            recipe.calibration.seed,
+            sequential=recipe.sequential,
+            damping=recipe.damping,
+            epochs=recipe.epochs if recipe.blockwise else 0,
+            learning_rate=recipe.learning_rate,
+            seed=recipe.calibration.seed,
         )
         return Refitting(self.opened.model, self.opened.layout, self.windows, settings)
 
@@ -175,18 +153,7 @@ class Run:
         model = self.opened.model
         return self.held_out.measure(model, progress=self.progress, ranks=self.ranks)
 
-    def become_pruned_(self, plan: PruningPlan) -> None:
-        """Give the model, whose FFNs were cut, the config and the class that reload it."""
-        recipe = plan.recipe
-        summary = {
-            "scorer": recipe.scorer,
-            "allocator": recipe.resolved_allocator,
-            "compensation": recipe.resolved_compensation,
-            "sparsity": round(plan.sparsity, 6),
-        }
-        become_pruned_(self.opened.model, self.opened.layout, summary)
-
-    def report(
+    def finish_(
         self,
         plan: PruningPlan,
         statistics: Statistics | None,
@@ -196,8 +163,15 @@ class Run:
         before: Perplexity | None,
         after: Perplexity | None,
     ) -> PruneReport:
-        """The record of this run, once the model is pruned."""
-        model = self.opened.model
+        """Give the model, whose FFNs were cut, the config and class that reload it; the record."""
+        model, recipe = self.opened.model, plan.recipe
+        summary = {
+            "scorer": recipe.scorer,
+            "allocator": recipe.resolved_allocator,
+            "compensation": recipe.resolved_compensation,
+            "sparsity": round(plan.sparsity, 6),
+        }
+        become_pruned_(model, self.opened.layout, summary)
         return PruneReport(
             name=self.opened.name,
             plan=plan,
@@ -218,8 +192,7 @@ class Run:
         def tokens(windows: torch.Tensor | None) -> str | None:
             return tokens_fingerprint(windows) if windows is not None else None
 
-        plan, statistics = self.plan, self.statistics
-        recipe = self.recipe.to_dict()
+        plan, statistics, recipe = self.plan, self.statistics, self.recipe.to_dict()
         del recipe["micro_batch"]  # what it asks for; the one in force counts
         return {
             "model": blocks.checkpoint_fingerprint(),

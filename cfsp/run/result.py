@@ -1,6 +1,6 @@
 """What a pruning run did and measured: the caller's result, and the record in recipe.yaml."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,8 @@ class PruneReport:
     refits: tuple[BlockRefit, ...]
     """Blocks that were fitted again after the cut; () where none were."""
     sizes: Footprints
-    """Channels, parameters, FLOPs and seconds, before and after."""
     table: LatencyTable | None
-    """The latency table that the seconds come from."""
+    """The latency table that the seconds of ``sizes`` come from."""
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
     stock: bool
@@ -65,15 +64,12 @@ class PruneReport:
             "perplexity_before": before.to_dict() if before is not None else None,
             "perplexity_after": after.to_dict() if after is not None else None,
             **({"fits": fits_to_dicts(self.fits)} if any(self.fits) else {}),
-            **({"refits": [refit.to_dict() for refit in self.refits]} if self.refits else {}),
+            **({"refits": list(map(asdict, self.refits))} if self.refits else {}),
         }
 
 
 def recipe_document(report: PruneReport) -> dict[str, Any]:
-    """The content of recipe.yaml: the recipe, everything that the run depends on, what it measured.
-
-    Times are left out, so that equal runs give equal documents.
-    """
+    """The content of recipe.yaml; times are left out, so that equal runs give equal documents."""
     statistics, result = report.statistics, report.to_dict()
     drop_times_(result)
     return {
