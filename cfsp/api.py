@@ -257,7 +257,8 @@ def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
     """Raise CfspError on every rank where a weight file is not what it should be."""
     problem = None
     try:
-        known = list(known_hashes(weight_files(model)).items())
+        files = weight_files(model)
+        known = list(known_hashes(files).items())
         check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
     except CfspError as error:
         problem = str(error)
