@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cfsp
-from cfsp.auto_classes import CLASS_PREFIX, FAMILIES, PRUNED_PREFIX
+from cfsp.auto_classes import CLASS_PREFIX, PRUNED_PREFIX
 from cfsp.cli.main import COMMANDS
 from cfsp.models import layouts, modeling_cfsp
 from cfsp.pruning.allocation import ALLOCATOR_SUMMARIES, ALLOCATORS
@@ -44,7 +44,12 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_what_is_written_down_twice_agrees() -> None:
-    assert set(FAMILIES) == set(layouts.LAYOUTS)
+    script = """
+import cfsp
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+print(*names)"""
+    known = python("-c", script).stdout.split()
+    assert {PRUNED_PREFIX + family for family in layouts.LAYOUTS} <= set(known)
     assert layouts.PRUNED_PREFIX == PRUNED_PREFIX == modeling_cfsp.MODEL_TYPE_PREFIX
     assert modeling_cfsp.PREFIX == CLASS_PREFIX
     assert list(ALLOCATORS) == list(ALLOCATOR_SUMMARIES)
