@@ -10,41 +10,25 @@ from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import BlockRefit
 
-Fits = Sequence[Sequence[FitRecord]]
-"""[block][FFN or expert]."""
+Rows = Sequence[tuple[str, str, str]]
+"""(title, before, after)."""
 
 
-def model_card(
-    plan: PruningPlan,
-    record: Mapping[str, Any],
-    sizes: Sequence[tuple[str, str, str]],
-    stock: bool,
-) -> str:
-    """README.md of a pruned model, Markdown with the hub's front matter.
-
-    Args:
-        plan: what every block kept.
-        record: what recipe.yaml holds.
-        sizes: (title, before, after) of what the model took and takes.
-        stock: whether it is an architecture of transformers itself.
-    """
+def model_card(plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool) -> str:
+    """README.md with the hub's front matter. ``record``: recipe.yaml; ``stock``: whether it is an
+    architecture of transformers itself."""
     name, result = record["provenance"]["model"], record["result"]
-    calibration = plan.recipe.calibration
-    counts = calibration.windows_by_dataset
+    front_matter = yaml.safe_dump({"base_model": name}, allow_unicode=True, width=math.inf)
+    counts = plan.recipe.calibration.windows_by_dataset
     several = ", ".join(f"`{dataset}` ({count})" for dataset, count in counts.items())
     return _render(
         "card.md",
-        base_model=yaml.safe_dump({"base_model": name}, allow_unicode=True, width=math.inf).rstrip(
-            "\n"
-        ),
+        base_model=front_matter.rstrip("\n"),
         name=name,
         plan=plan,
         sizes=sizes,
-        dense_widths=[block.intermediate_size for block in plan.blocks],
         perplexities=_perplexities("perplexity", result),
-        recipe=plan.recipe,
-        calibration=calibration,
-        datasets=several if len(counts) > 1 else f"`{calibration.dataset}`",
+        datasets=several if len(counts) > 1 else f"`{plan.recipe.calibration.dataset}`",
         fits=result.get("fits"),
         refits=result.get("refits"),
         stock=stock,
@@ -73,8 +57,8 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def _perplexities(title: str, result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(title, before, after) of all windows, then of each of several datasets."""
+def _perplexities(title: str, result: Mapping[str, Any]) -> Rows:
+    """Of all windows, then of each of several datasets."""
     before, after = result["perplexity_before"], result["perplexity_after"]
     if before is None or after is None:
         return []
@@ -95,11 +79,9 @@ def _error(value: float | None) -> str:
     return f"{value:.4g}" if value is not None else "not known"
 
 
-def fits_to_dicts(fits: Fits) -> list[dict[str, Any]]:
-    """Plain values of each block, means where it has several FFNs or experts.
-
-    ``applied`` of ``ffns`` have the fit, the others keep the columns that they had.
-    """
+def fits_to_dicts(fits: Sequence[Sequence[FitRecord]]) -> list[dict[str, Any]]:
+    """Plain values of each block, means over its FFNs or experts; ``applied`` of ``ffns`` have the
+    fit, the others keep the columns that they had."""
     return [
         {
             "block": number,
@@ -114,20 +96,19 @@ def fits_to_dicts(fits: Fits) -> list[dict[str, Any]]:
     ]
 
 
-def fits_summary(fits: Fits) -> str:
-    """One line for a terminal."""
+def fits_summary(fits: Sequence[Sequence[FitRecord]]) -> str:
+    """One line for a terminal; ``fits``: [block][FFN or expert]."""
     records = [record for block in fits for record in block]
     judged = [
-        (record.error_before, record.error_after if record.applied else record.error_before)
-        for record in records
-        if record.error_before is not None and record.error_after is not None
+        (fit.error_before, fit.error_after if fit.applied else fit.error_before)
+        for fit in records
+        if fit.error_before is not None and fit.error_after is not None
     ]
-    line = f"{sum(record.applied for record in records)} of {len(records)} FFNs fitted"
+    line = f"{sum(fit.applied for fit in records)} of {len(records)} FFNs fitted"
     return line + _change("their output", judged)
 
 
 def refits_summary(refits: Sequence[BlockRefit]) -> str:
-    """One line for a terminal."""
     judged = [(refit.errors[0], min(refit.errors)) for refit in refits if refit.errors]
     line = f"{sum(refit.kept > 0 for refit in refits)} of {len(refits)} fits kept"
     return line + _change("the blocks", judged)

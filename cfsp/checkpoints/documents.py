@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from ..models.layouts import PRUNED_PREFIX
 from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import load_plan, save_plan
 from ..pruning.refit import BlockRefit
-from .card import model_card, recovery_section
+from .card import Rows, model_card, recovery_section
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
+Parse = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class PrunedFolder:
-    """The documents of a pruned model that is to be recovered."""
+    """A pruned model to recover; ``record`` is its recipe.yaml, ``card`` its README.md."""
 
     folder: Path
     plan: PruningPlan
     record: Mapping[str, Any]
-    """recipe.yaml."""
     card: str
-    """README.md."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,10 @@ class Result:
     record: Mapping[str, Any]
     """recipe.yaml: ``recipe``, ``provenance``, ``result``, and ``recovery`` after one."""
     config: Mapping[str, Any]
-    """config.json."""
-    nbytes: int
-    """Bytes of the weight files."""
+    nbytes: int  # of the weight files
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
         return self.folder.resolve().name
 
     @property
@@ -88,7 +84,7 @@ class Result:
     @property
     def stock(self) -> bool:
         """Whether it is an architecture of transformers itself."""
-        return not str(self.config.get("model_type", "")).startswith(PRUNED_PREFIX)
+        return self.family == str(self.config.get("model_type", ""))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -126,11 +122,7 @@ def read_result(folder: str | Path) -> Result:
 
 
 def read_pruned(folder: Path) -> PrunedFolder:
-    """Read the documents of a pruned folder that is to be recovered.
-
-    Raises:
-        CfspError: not such a folder, or one of its documents is missing or not valid.
-    """
+    """Read what a recovery needs; CfspError where a document is missing or not valid."""
     for name in (PLAN, RECIPE, CARD):
         if not (folder / name).is_file():
             raise CfspError(f"{folder} is not a folder that cfsp prune wrote: no {name}")
@@ -138,21 +130,17 @@ def read_pruned(folder: Path) -> PrunedFolder:
     record = _read_mapping(folder / RECIPE, yaml.safe_load, wrong)
     if not isinstance(record.get("recovery", []), list):
         raise CfspError(f"{folder / RECIPE} {wrong}")
-    card = _read(folder / CARD, str)
-    return PrunedFolder(folder, load_plan(folder / PLAN), record, card)
+    return PrunedFolder(folder, load_plan(folder / PLAN), record, _read(folder / CARD, str))
 
 
-def _read_mapping(
-    file: Path, parse: Callable[[str], Any], wrong: str = "must be a mapping"
-) -> dict[str, Any]:
-    """A document; ``wrong``: what to say of one that is no mapping."""
+def _read_mapping(file: Path, parse: Parse, wrong: str = "must be a mapping") -> dict[str, Any]:
     document = _read(file, parse)
     if not isinstance(document, dict):
         raise CfspError(f"{file} {wrong}")
     return document
 
 
-def _read(file: Path, parse: Callable[[str], Any]) -> Any:
+def _read(file: Path, parse: Parse) -> Any:
     try:
         return parse(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -160,11 +148,7 @@ def _read(file: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def write_documents(
-    folder: Path,
-    plan: PruningPlan,
-    record: Mapping[str, Any],
-    sizes: Sequence[tuple[str, str, str]],
-    stock: bool,
+    folder: Path, plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool
 ) -> None:
     """plan.json, recipe.yaml and README.md of a pruned model; see :func:`card.model_card`."""
     save_plan(plan, folder / PLAN)
@@ -191,11 +175,7 @@ def drop_times_(result: dict[str, Any]) -> None:
 
 
 def read_evaluation(path: str | Path) -> list[dict[str, Any]]:
-    """The models of a file that holds what ``cfsp evaluate --json`` printed.
-
-    Raises:
-        CfspError: unreadable, or something else.
-    """
+    """The models of a file that holds what ``cfsp evaluate --json`` printed, or CfspError."""
     try:
         document = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

@@ -27,16 +27,13 @@ MODELING_FILE = Path(modeling_cfsp.__file__)
 def load(
     folder: str | Path, *, dtype: str = "auto", device: str = "auto", **options: Any
 ) -> PreTrainedModel:
-    """Load a pruned model for use.
+    """Load a pruned model for use, in eval mode.
 
     Args:
         folder: what ``cfsp prune`` wrote.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1".
         options: handed to ``from_pretrained``.
-
-    Returns:
-        The model in eval mode.
     """
     where = pick_device(device)
     if not (Path(folder) / "config.json").is_file():
@@ -54,11 +51,8 @@ def partial_path(out: Path) -> Path:
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise.
-
-    A run that can be resumed (see :mod:`cfsp.checkpoints.resume`) stays where it was stopped or the
-    disk failed it; one that was resumed, after any error.
-    """
+    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise. A run that
+    can be resumed stays if it was stopped or the disk failed; a resumed one, after any error."""
     check_out(out, overwrite, resume=resume)
     partial, old = partial_path(out), out.with_name(f"{out.name}.old")
     keep = resume
@@ -140,13 +134,13 @@ def write_tensors(
 
 
 def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """All tensors once (tied ones under their first name)."""
+    """Write all tensors once (tied ones under their first name)."""
     tensors = converted(model, saved_tensors(model))
     write_tensors(folder, tensor_infos(tensors), tensors.items())
 
 
 def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Config, weights, modeling file, generation config and tokenizer of a model."""
+    """Weights, config, modeling file, generation config and tokenizer of a model."""
     write_weights(model, folder)
     write_settings(model, tokenizer, folder)
 
@@ -154,22 +148,19 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Everything of a model's folder but the weights."""
     config = model.config.to_diff_dict()
+    for name in ("_name_or_path", "_model_name_or_path", "auto_map"):
+        config.pop(name, None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    for name in ("_name_or_path", "_model_name_or_path"):
-        config.pop(name, None)
     if not is_stock(model):
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
         prefix = modeling_cfsp.PREFIX  # a reloaded model's base is of the family's own class
-        base = prefix + type(model.base_model).__name__.removeprefix(prefix)
-        module = MODELING_FILE.stem
-        config["auto_map"] = {
-            "AutoConfig": f"{module}.{type(model.config).__name__}",
-            "AutoModel": f"{module}.{base}",
-            "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
+        classes = {
+            "AutoConfig": type(model.config).__name__,
+            "AutoModel": prefix + type(model.base_model).__name__.removeprefix(prefix),
+            "AutoModelForCausalLM": type(model).__name__,
         }
-    else:
-        config.pop("auto_map", None)
+        config["auto_map"] = {k: f"{MODELING_FILE.stem}.{name}" for k, name in classes.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_companions(model, tokenizer, folder)
 

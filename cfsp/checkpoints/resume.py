@@ -14,45 +14,33 @@ from ..io.files import write_json
 
 FORMAT = "cfsp-run-1"
 STATE_FOLDER = ".cfsp-run"
-
-
-def _manifest(partial: Path) -> Path:
-    return partial / STATE_FOLDER / "manifest.json"
-
-
-def _statistics(partial: Path) -> Path:
-    return partial / STATE_FOLDER / "statistics.safetensors"
+MANIFEST = f"{STATE_FOLDER}/manifest.json"
+STATISTICS = f"{STATE_FOLDER}/statistics.safetensors"
 
 
 def can_resume(partial: Path) -> bool:
     """Whether a folder holds a run that was begun."""
-    return _manifest(partial).is_file()
+    return (partial / MANIFEST).is_file()
 
 
 def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     """Refuse to continue a run of something else; a folder without a run is no objection.
 
-    Args:
-        partial: the folder of the run that was interrupted.
-        identity: plain values that say what this run does; equal ones give equal bytes.
-
-    Raises:
-        CfspError: names what differs.
+    ``identity``: plain values that say what this run does; equal ones give equal bytes.
     """
     if not can_resume(partial):
         return
-    file = _manifest(partial)
+    file = partial / MANIFEST
     try:
         manifest = json.loads(file.read_text())
         known = manifest["identity"] if manifest["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CfspError(f"cannot resume: {file}: {type(error).__name__}: {error}") from None
-    differing = sorted(
-        key for key in identity.keys() | known.keys() if identity.get(key) != known.get(key)
-    )
+    keys = sorted(identity.keys() | known.keys())
+    differing = ", ".join(key for key in keys if identity.get(key) != known.get(key))
     if differing:
         raise CfspError(
-            f"cannot resume {partial}: it was begun with another {', '.join(differing)}; "
+            f"cannot resume {partial}: it was begun with another {differing}; "
             "--overwrite without --resume begins anew"
         )
 
@@ -61,7 +49,7 @@ def begin(partial: Path, identity: dict[str, Any]) -> None:
     """Record which run fills a folder, unless :func:`check_resume` found it begun."""
     if not can_resume(partial):
         (partial / STATE_FOLDER).mkdir(exist_ok=True)
-        write_json(_manifest(partial), {"format": FORMAT, "identity": identity})
+        write_json(partial / MANIFEST, {"format": FORMAT, "identity": identity})
 
 
 def check_shared(partial: Path, ranks: Ranks) -> None:
@@ -83,20 +71,19 @@ def check_shared(partial: Path, ranks: Ranks) -> None:
 
 def kept_statistics(partial: Path) -> Statistics | None:
     """The calibration of a run that had finished its first pass."""
-    file = _statistics(partial)
+    file = partial / STATISTICS
     return load_statistics(file) if file.is_file() else None
 
 
 def kept_grams(partial: Path) -> GramFolder:
     """Where a run's Gram matrices go, beside its statistics."""
-    folder = gram_path(_statistics(partial))
+    folder = gram_path(partial / STATISTICS)
     folder.mkdir(exist_ok=True)
     return GramFolder(folder)
 
 
 def keep_statistics(partial: Path, statistics: Statistics) -> None:
-    """Keep the calibration for a later run."""
-    save_statistics(statistics, _statistics(partial))
+    save_statistics(statistics, partial / STATISTICS)
 
 
 def end(partial: Path) -> None:

@@ -18,10 +18,9 @@ PROBE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model says to fixed tokens, and the buffers with which it says so."""
+    """What a model says to fixed tokens, [1, 16, V], and the buffers with which it says so."""
 
     logits: torch.Tensor
-    """[1, 16, V]."""
     buffers: dict[str, torch.Tensor]
     """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
 
@@ -33,7 +32,6 @@ def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def take_probe(model: PreTrainedModel) -> Probe:
-    """The probe of a model in memory."""
     ids = probe_tokens(model).to(next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits.cpu()
     saved = model.state_dict().keys()
@@ -51,17 +49,10 @@ def ridden_probe(opened: OpenModel) -> torch.Tensor:
 
 
 def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedModel:
-    """Reload a written model and compare its logits, bit for bit, with those before it was saved.
+    """The written model, reloaded; RuntimeError, a defect, where a bit of its logits differs.
 
     A live model may carry buffers that a fresh load makes otherwise (``model.to(bfloat16)`` also
-    rounds the rotary frequencies). Then the comparison is repeated with its buffers, and a
-    warning says so.
-
-    Returns:
-        The reloaded model.
-
-    Raises:
-        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
+    rounds the rotary frequencies). Then the comparison is repeated with them, with a warning.
     """
     with quiet_loading():
         model = load(folder, device=str(device))
@@ -83,16 +74,7 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
 
 
 def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) -> None:
-    """:func:`verify` with one block in memory at a time.
-
-    Args:
-        folder: what was written.
-        expected: [1, 16, V], what the pruned blocks said before they were written.
-        device: to compute on.
-
-    Raises:
-        RuntimeError: any logit differs. Nothing that a user can mend: a defect.
-    """
+    """:func:`verify` with one block in memory at a time; ``expected``: logits [1, 16, V]."""
     with quiet_loading():
         opened = open_streamed(folder, device=str(device))
     if opened is None:

@@ -9,7 +9,7 @@ from ...errors import CfspError, unknown_name
 from ...models.loading import quiet_loading
 from ..folder import check_out, new_file, new_folder
 from . import gguf_model, nemotron_nas, padded
-from .source import ExportOptions, ExportSource, open_source
+from .source import Details, ExportOptions, ExportSource, open_source
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,8 @@ class Exporter:
 
     check: Callable[[ExportSource, ExportOptions], None]
     """Raises CfspError for a model that the format cannot hold, before any work."""
-    write: Callable[[ExportSource, ExportOptions, Path, bool], dict[str, Any]]
-    """(source, options, path, progress): writes, reads back, compares, and returns the details. The
-    source is used up."""
+    write: Callable[[ExportSource, ExportOptions, Path, bool], Details]
+    """Writes to a path, perhaps with a progress bar, reads back, compares; uses up the source."""
     options: frozenset[str] = frozenset()
     """Names of the :class:`ExportOptions` that the format takes."""
     suffix: str | None = None
@@ -32,7 +31,6 @@ EXPORTERS: dict[str, Exporter] = {
     "gguf": Exporter(gguf_model.check, gguf_model.write, frozenset({"type", "pre"}), ".gguf"),
     "padded": Exporter(padded.check, padded.write, frozenset({"multiple"})),
 }
-"""Format by name."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import CfspError
-from .gguf_tensors import GGUF_TYPES, GgufTensor, check_gguf_tensor, gguf_bytes, gguf_type
+from .gguf_tensors import GGUF_TYPES, STORED, GgufTensor, check_gguf_tensor, gguf_bytes
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
-from .source import ExportOptions, ExportSource, check_family, open_source, progress_bar
+from .source import Details, ExportOptions, ExportSource, check_family, open_source, progress_bar
 
 ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
@@ -24,10 +25,8 @@ ARCHITECTURES: dict[str, tuple[str, str | None]] = {
 }
 """Family -> llama.cpp's arch for one width, and the one that computes the same with a width per
 block."""
-NEIGHBOUR_PAIRS = ("llama", "deci")
-"""Archs that rotate neighbouring pairs of q and k, where transformers rotates halves."""
-DOWN_BIAS = ("llama", "deci")
-"""Archs with a bias on the down projection."""
+LLAMA_ARCHS = ("llama", "deci")
+"""They rotate neighbouring pairs of q and k, not halves, and may have a bias on down_proj."""
 ROPE_TYPES = ("default", "linear", "llama3")
 """Those that a factor per frequency says in full."""
 SAMPLING = {
@@ -44,7 +43,7 @@ PADDED_FIRST = "export it as padded first, and convert that folder"
 def architecture(source: ExportSource) -> str:
     """llama.cpp's arch for a model; CfspError where there is none."""
     one_width, per_block = ARCHITECTURES[source.family]
-    if len(set(source.widths)) == 1 and (not source.added_bias or one_width in DOWN_BIAS):
+    if len(set(source.widths)) == 1 and (not source.added_bias or one_width in LLAMA_ARCHS):
         return one_width
     if per_block is None:
         what = "a bias on down_proj" if source.added_bias else "a width per block"
@@ -69,22 +68,23 @@ def check(source: ExportSource, options: ExportOptions) -> None:
     check_tokenizer(source.opened.tokenizer, source.config.vocab_size, options.pre)
 
 
-def write(
-    source: ExportSource, options: ExportOptions, file: Path, progress: bool
-) -> dict[str, Any]:
+def write(source: ExportSource, options: ExportOptions, file: Path, progress: bool) -> Details:
     """Write one file. Details: ``architecture``, ``type``, ``pre`` of the tokenizer, and
     ``stored_as_f16``, the matrices whose rows have no whole number of Q8_0's blocks of 32."""
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
     arch = architecture(source)
-    chosen = options.type or gguf_type(source.opened.model.dtype)
+    types = {dtype: name for name, dtype in STORED.items()}
+    chosen = options.type or types[source.opened.model.dtype]
     planned = list(gguf_tensors(source, arch, chosen))
     writer = GGUFWriter(file, arch)
     try:
         write_parameters(writer, source, arch, chosen)
         pre = write_tokenizer(writer, source, options.pre)
         for tensor in planned:
-            writer.add_tensor_info(*tensor.info())
+            # A dtype other than uint8: the shape is in values then, not in bytes.
+            dtype, kind = np.dtype(np.float32), GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -94,22 +94,25 @@ def write(
                 bar.update(tensor.nbytes)
     finally:
         writer.close()
-    check_written(file, planned, open_source(source.path), arch)
+    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    if list(found) != [tensor.name for tensor in planned]:
+        raise RuntimeError("the file holds other tensors than were written")
+    for tensor, values in _with_values(planned, open_source(source.path), arch):
+        check_gguf_tensor(tensor, found[tensor.name], values)
     as_f16 = [t.name for t in planned if len(t.shape) > 1 and t.type != chosen]
     return {"architecture": arch, "type": chosen, "pre": pre, "stored_as_f16": as_f16}
 
 
 def gguf_tensors(source: ExportSource, arch: str, chosen: str) -> Iterator[GgufTensor]:
-    """What the file holds, in the order of :meth:`ExportSource.named_tensors`."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    """The tensors to write, in the order of :meth:`ExportSource.named_tensors`."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(MODEL_ARCH(number), len(source.widths))
-    for name, info in source.planned_tensors().items():
+    names = get_tensor_name_map(MODEL_ARCH[arch.upper()], len(source.widths))
+    for name, tensor in source.saved_tensors().items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise CfspError(f"llama.cpp's arch {arch} has no place for {name}")
-        yield GgufTensor.planned(name, found, info.shape, chosen)
+        yield GgufTensor.planned(name, found, tuple(tensor.shape), chosen)
     if source.config.rope_parameters["rope_type"] != "default":
         yield GgufTensor.planned("", "rope_freqs.weight", (source.config.head_dim // 2,), "F32")
 
@@ -124,17 +127,15 @@ def rope_factors(source: ExportSource) -> torch.Tensor:
 
 def neighbour_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows [heads * head_dim, ...] of q or k, from halves of each head to neighbouring pairs."""
-    halves = rows.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).reshape(rows.shape)
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
 def _with_values(
     planned: list[GgufTensor], source: ExportSource, arch: str
 ) -> Iterator[tuple[GgufTensor, torch.Tensor]]:
     """Each tensor with its values, in the order planned."""
-    config = source.config
+    config, held = source.config, source.named_tensors()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    held = source.named_tensors()
     for tensor in planned:
         if not tensor.source:
             yield tensor, rope_factors(source)
@@ -143,7 +144,7 @@ def _with_values(
         if name != tensor.source:
             raise RuntimeError(f"expected {tensor.source}, found {name}")
         projection = name.split(".")[-2]
-        if arch in NEIGHBOUR_PAIRS and projection in heads:
+        if arch in LLAMA_ARCHS and projection in heads:
             values = neighbour_pairs(values, heads[projection])
         yield tensor, values
 
@@ -151,8 +152,8 @@ def _with_values(
 def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) -> None:
     """The model's shape and numbers, and how it generates."""
     config, blocks, per_block = source.config, len(source.widths), arch == "deci"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_type("model")
     writer.add_name(source.opened.name)
     writer.add_file_type(GGUF_TYPES[chosen])
@@ -171,23 +172,8 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     generation = source.opened.model.generation_config
-    if getattr(generation, "do_sample", False):
-        for name, key in SAMPLING.items():
-            value = getattr(generation, name, None)
-            if value is not None:
-                getattr(writer, f"add_sampling_{key}")(value)
-
-
-def check_written(file: Path, planned: list[GgufTensor], source: ExportSource, arch: str) -> None:
-    """Read the file back; every tensor is the model's, to the precision of its type.
-
-    Raises:
-        RuntimeError: one is not. A defect.
-    """
-    from gguf import GGUFReader
-
-    found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    if list(found) != [tensor.name for tensor in planned]:
-        raise RuntimeError("the file holds other tensors than were written")
-    for tensor, values in _with_values(planned, source, arch):
-        check_gguf_tensor(tensor, found[tensor.name], values)
+    sampling = SAMPLING if getattr(generation, "do_sample", False) else {}
+    for name, key in sampling.items():
+        value = getattr(generation, name, None)
+        if value is not None:
+            getattr(writer, f"add_sampling_{key}")(value)

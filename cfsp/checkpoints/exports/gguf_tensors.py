@@ -12,20 +12,21 @@ from ...errors import CfspError
 GGUF_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
 """Type of a file's matrices -> its number in ``general.file_type``."""
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-Q8_0_VALUES, Q8_0_BYTES = 32, 34
+ROUNDING = {"F32": (0.0, 0.0), "F16": (2**-11, 2**-25), "BF16": (2**-8, 2**-134)}
+"""Half a unit in the last place: relative to a value, and of the smallest ones."""
+Q8_0_VALUES = 32  # of one scale
 ROWS_AT_A_TIME = 4096  # so that no fp32 copy of a whole tensor is made
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor to write."""
+    """A tensor to write, its shape as in torch."""
 
     source: str
     """Its name in the model; empty for one that the model does not hold."""
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
-    """As in torch."""
     type: str
 
     @classmethod
@@ -40,31 +41,14 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, without padding."""
-        count = math.prod(self.shape)
-        if self.type == "Q8_0":
-            return count // Q8_0_VALUES * Q8_0_BYTES
-        return count * STORED[self.type].itemsize
+        from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
-    def info(self) -> tuple[str, tuple[int, ...], np.dtype, int, Any]:
-        """Arguments of ``GGUFWriter.add_tensor_info``."""
-        from gguf import GGMLQuantizationType
-
-        # A dtype other than uint8: the shape is in values then, not in bytes.
         kind = GGMLQuantizationType[self.type]
-        return self.name, self.shape, np.dtype(np.float32), self.nbytes, kind
-
-
-def gguf_type(dtype: torch.dtype) -> str:
-    """The type that holds a dtype as it is."""
-    return next(name for name, stored in STORED.items() if stored == dtype)
+        return math.prod(quant_shape_to_byte_shape(self.shape, kind))
 
 
 def gguf_bytes(tensor: GgufTensor, values: torch.Tensor) -> np.ndarray:
-    """[nbytes] uint8, as they lie in the file.
-
-    Raises:
-        CfspError: a value that F16 cannot hold.
-    """
+    """[nbytes] uint8, as they lie in the file; CfspError for a value that F16 cannot hold."""
     parts = [_encoded(part, tensor.type).reshape(-1) for part in values.split(ROWS_AT_A_TIME)]
     if tensor.type == "F16" and any(np.isinf(part.view(np.float16)).any() for part in parts):
         raise CfspError(f"{tensor.source} has values above 65504, too large for F16; use BF16")
@@ -80,11 +64,8 @@ def _encoded(values: torch.Tensor, kind: str) -> np.ndarray:
 
 
 def check_gguf_tensor(tensor: GgufTensor, found: Any, values: torch.Tensor) -> None:
-    """Decode a tensor that was read back and compare it with the model's.
-
-    Raises:
-        RuntimeError: another shape or type, or a value off by more than the type's precision.
-    """
+    """RuntimeError where a tensor that was read back has another shape or type than the model's, or
+    a value that is off by more than the type's precision."""
     from gguf import quants
 
     shape = tuple(int(size) for size in reversed(found.shape))
@@ -99,13 +80,10 @@ def check_gguf_tensor(tensor: GgufTensor, found: Any, values: torch.Tensor) -> N
 
 
 def _error(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """The largest error that rounding to a type makes: half a unit in the last place."""
-    if kind == "F32":
-        return torch.zeros_like(values)
-    if kind == "F16":
-        return (values.abs() * 2**-11).clamp(min=2**-25)
-    if kind == "BF16":
-        return (values.abs() * 2**-8).clamp(min=2**-134)
+    """The largest error that rounding to a type makes."""
+    if kind in ROUNDING:
+        relative, least = ROUNDING[kind]
+        return (values.abs() * relative).clamp(min=least)
     # Half a step of the block's scale, and 127 steps times the rounding of the scale to F16.
     largest = values.unflatten(-1, (-1, Q8_0_VALUES)).abs().amax(-1, keepdim=True)
     error = largest * (1 / 254 + 2**-11) * 1.01 + 127 * 2**-25

@@ -26,20 +26,19 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 """(Steps, whether a whole word of the vocabulary is taken without merges) -> llama.cpp's name."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad")
-SPACE = "\u2581"  # SentencePiece's sign for a space
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, pre: str | None) -> None:
     """Raise CfspError for a tokenizer that llama.cpp does not have, or one of another model."""
     backend = _backend(tokenizer)
-    if backend["model"]["type"] != "BPE":
-        raise CfspError(f"gguf holds BPE tokenizers, not {backend['model']['type']}")
-    if not backend["model"]["merges"]:
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise CfspError(f"gguf holds BPE tokenizers, not {model['type']}")
+    if not model["merges"]:
         raise CfspError("llama.cpp reads no BPE tokenizer without merges; the model's has none")
     if pre is None:
         pre_tokenizer_name(backend)
-    tokens = 1 + max(backend["model"]["vocab"].values())
+    tokens = 1 + max(model["vocab"].values())
     if tokens > vocab_size:
         raise CfspError(f"the tokenizer has {tokens} tokens, the model only {vocab_size}")
 
@@ -52,11 +51,8 @@ def _backend(tokenizer: Any) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(backend: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer splits text: "default" for a SentencePiece-like one.
-
-    Raises:
-        CfspError: there is none known here.
-    """
+    """llama.cpp's name for how a tokenizer splits text: "default" for a SentencePiece-like one;
+    CfspError where none is known here."""
     if backend["model"].get("byte_fallback"):
         return "default"
     whole_words = bool(backend["model"].get("ignore_merges"))
@@ -88,12 +84,9 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def write_tokenizer(writer: Any, source: ExportSource, pre: str | None) -> str:
-    """Write vocabulary, merges or scores, special tokens and chat template; returns the name of the
-    pre-tokenizer.
-
-    ``gguf.SpecialVocab`` writes other bytes: it reads a saved tokenizer, says nothing of BOS where
-    there is no template, and takes no EOT from the generation config.
-    """
+    """Write it with special tokens and chat template; returns the name of the pre-tokenizer."""
+    # gguf.SpecialVocab writes other bytes: it reads a saved tokenizer, says nothing of BOS where
+    # there is no template, and takes no EOT from the generation config.
     tokenizer = source.opened.tokenizer
     backend = _backend(tokenizer)
     pre = pre or pre_tokenizer_name(backend)
@@ -151,14 +144,15 @@ def _prepends_space(backend: dict[str, Any]) -> bool:
     splits = _parts(backend.get("pre_tokenizer"), "pretokenizers")
     prepended = [step["prepend"] for step in normalizers if step["type"] == "Prepend"]
     schemes = [step.get("prepend_scheme") for step in splits if step["type"] == "Metaspace"]
-    return SPACE in prepended or any(scheme != "never" for scheme in schemes)
+    # "\u2581" is SentencePiece's sign for a space.
+    return "\u2581" in prepended or any(scheme != "never" for scheme in schemes)
 
 
 def _write_special_tokens(writer: Any, source: ExportSource) -> None:
     """Their numbers, and whether the tokenizer puts BOS before a text and EOS after it."""
     tokenizer, config = source.opened.tokenizer, source.config
     numbers = {}
-    for name in SPECIAL_TOKENS:
+    for name in ("bos", "eos", "unk", "sep", "pad"):
         known = (getattr(part, f"{name}_token_id", None) for part in (tokenizer, config))
         number = next((number for number in known if number is not None), None)
         if isinstance(number, int) and 0 <= number < config.vocab_size:

@@ -4,8 +4,8 @@ It loads wherever the dense model does and says the same, but is as large and as
 block makes it: zero channels are multiplied like any other.
 """
 
+import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,17 +19,10 @@ from ...models.opening import open_any
 from ...models.pruned_classes import become_pruned_, is_stock
 from ..folder import write_settings
 from ..verification import ridden_probe
-from .source import (
-    ExportOptions,
-    ExportSource,
-    check_written_weights,
-    open_source,
-    write_changed_weights,
-)
+from .source import Details, ExportOptions, ExportSource, write_changed_weights
 
 TOLERANCE = 1e-4
 """Of the probe's fp32 logits, relative to the largest: zeros change the order of the sums."""
-
 PER_BLOCK = ("blocks", "channels", "added_bias")
 """What ``cfsp_config`` says only of a model with a width per block."""
 
@@ -38,33 +31,30 @@ def check(source: ExportSource, options: ExportOptions) -> None:
     """Raise CfspError for what the stock class has no place for, and for a multiple below 1."""
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
-    layout, model = source.opened.layout, source.opened.model
+    layout, model, family = source.opened.layout, source.opened.model, source.family
     if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
         raise CfspError(
-            f"padded holds plain FFNs, not the experts of {source.family}; prune with --uniform"
+            f"padded holds plain FFNs, not the experts of {family}; prune with --uniform"
         )
-    default = CONFIG_MAPPING[source.family]()
+    default = CONFIG_MAPPING[family]()
     if not all(hasattr(default, ffn.width) for ffn in layout.ffns):
         raise CfspError(
-            f"the FFN width of {source.family} follows from its hidden size, so its own class has "
+            f"the FFN width of {family} follows from its hidden size, so its own class has "
             "no other; padded cannot hold it"
         )
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
-            f"{source.family} has no place for the bias that the compensation added to the down "
+            f"{family} has no place for the bias that the compensation added to the down "
             "projections; prune with --compensation none for this export"
         )
 
 
-def write(
-    source: ExportSource, options: ExportOptions, folder: Path, progress: bool
-) -> dict[str, Any]:
+def write(source: ExportSource, options: ExportOptions, folder: Path, progress: bool) -> Details:
     """Write a folder of the stock class. Details: ``width`` of every block; ``probe_difference``,
     the largest of the probe's fp32 logits from the exported model's, in absolute terms."""
     multiple = options.multiple or 1
-    width = -(-max(source.widths) // multiple) * multiple
-    opened, layout = source.opened, source.opened.layout
-    added_bias = source.added_bias
+    width = math.ceil(max(source.widths) / multiple) * multiple
+    opened, layout, added_bias = source.opened, source.opened.layout, source.added_bias
     summary = getattr(source.config, "cfsp_config", None) or {}
     summary = {name: value for name, value in summary.items() if name not in PER_BLOCK}
 
@@ -80,7 +70,6 @@ def write(
     if not is_stock(opened.model):
         raise RuntimeError("padding did not make the stock architecture")
     write_settings(opened.model, opened.tokenizer, folder)
-    check_written_weights(open_source(source.path), folder, grow_)
     return {"width": width, "probe_difference": probe_difference(source.path, folder)}
 
 
@@ -90,7 +79,8 @@ def pad_block_(block: nn.Module, layout: Layout, width: int) -> None:
     for ffn in layout.block_ffns(block):
         for name, axis in ffn.channels.items():
             if name in parameters:
-                set_parameter(block, name, _frozen(zero_padded(parameters[name], axis, width)))
+                padded = zero_padded(parameters[name], axis, width)
+                set_parameter(block, name, nn.Parameter(padded, requires_grad=False))
         set_width(block, f"{ffn.down}.weight", width)
 
 
@@ -109,24 +99,15 @@ def add_zero_biases_(block: nn.Module, layout: Layout) -> None:
     for ffn in layout.block_ffns(block):
         for path in (ffn.gate, ffn.up):
             weight = block.get_parameter(f"{path}.weight")
-            set_parameter(block, f"{path}.bias", _frozen(weight.new_zeros(len(weight))))
-
-
-def _frozen(data: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(data.detach(), requires_grad=False)
+            bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
+            set_parameter(block, f"{path}.bias", bias)
 
 
 def probe_difference(source: str | Path, folder: Path) -> float:
-    """Open both in fp32, block by block, and compare what they say to the probe's tokens.
-
-    Returns:
-        The largest absolute difference of a logit.
-
-    Raises:
-        RuntimeError: more than :data:`TOLERANCE` of the largest logit. A defect.
-    """
-    expected = ridden_probe(open_any(source, dtype="float32", device="cpu"))
-    found = ridden_probe(open_any(folder, dtype="float32", device="cpu"))
+    """The largest difference of the probe's logits, in fp32; RuntimeError, a defect, where it is
+    more than :data:`TOLERANCE` of the largest logit."""
+    opened = (open_any(model, dtype="float32", device="cpu") for model in (source, folder))
+    expected, found = map(ridden_probe, opened)
     worst = float((found - expected).abs().max())
     if not worst <= TOLERANCE * float(expected.abs().max()):
         raise RuntimeError(f"the padded model differs from the pruned one by {worst}")

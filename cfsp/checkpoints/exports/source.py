@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...errors import CfspError
-from ...io.safetensors import TensorInfo, read_index, read_tensors
+from ...io.safetensors import read_index, read_tensors
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
 from ...models.opening import OpenModel, open_any
@@ -20,6 +20,8 @@ from ..folder import write_tensors
 
 Change = Callable[[nn.Module], None]
 """Changes a block in place, the same for a block with and without values."""
+Details = dict[str, Any]
+"""What a format has to say of what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A model to export."""
+    """A model to export; ``widths``: FFN channels of every block."""
 
     path: str | Path
     opened: OpenModel
     widths: tuple[int, ...]
-    """FFN channels of every block."""
 
     @property
     def config(self) -> Any:
-        """Its transformers config."""
         return self.opened.model.config
 
     @property
@@ -61,48 +61,40 @@ class ExportSource:
         positions = self.config.max_position_embeddings
         return min(positions, getattr(self.config, "sliding_window", None) or positions)
 
-    def planned_tensors(self) -> dict[str, TensorInfo]:
-        """What a checkpoint holds, in the order of :meth:`named_tensors`."""
-        return tensor_infos(self._saved_tensors())
-
-    def _saved_tensors(self) -> dict[str, torch.Tensor]:
-        """By the names of checkpoints; where these differ, the model is in memory whole."""
-        tensors = saved_tensors(self.opened.model)
-        return converted(self.opened.model, tensors) if self._is_whole else tensors
-
     @property
     def _is_whole(self) -> bool:
         return isinstance(self.opened.blocks, LiveBlocks)
 
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """By the names of checkpoints; where these differ, the model is in memory whole."""
+        tensors = saved_tensors(self.opened.model)
+        return converted(self.opened.model, tensors) if self._is_whole else tensors
+
     def named_tensors(
         self, change_: Change = lambda block: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of everything a checkpoint holds, one block in memory at a time where it
-        can be, each after ``change_`` changed it in place."""
+        """(name, tensor) in the order of :meth:`saved_tensors`, one block in memory at a time where
+        that can be, each after ``change_`` changed it in place."""
         layout, model = self.opened.layout, self.opened.model
         if self._is_whole:
             for block in layout.find_blocks(model):
                 change_(block)
-            yield from self._saved_tensors().items()
+            yield from self.saved_tensors().items()
             return
-        tensors = saved_tensors(model).items()
+        tensors = self.saved_tensors().items()
         for inside, part in groupby(tensors, lambda item: layout.place_of(item[0]) is not None):
-            yield from self._block_tensors(change_) if inside else part
-
-    def _block_tensors(self, change_: Change) -> Iterator[tuple[str, torch.Tensor]]:
-        with self.opened.blocks.turns() as turns:
-            for number, block in turns:
-                change_(block)
-                for name, tensor in block.state_dict().items():
-                    yield self.opened.layout.prefix(number) + name, tensor
+            if not inside:
+                yield from part
+                continue
+            with self.opened.blocks.turns() as turns:
+                for number, block in turns:
+                    change_(block)
+                    for name, tensor in block.state_dict().items():
+                        yield layout.prefix(number) + name, tensor
 
 
 def open_source(model: str | Path) -> ExportSource:
-    """Open a model folder, hub id or GGUF file on the CPU, in the dtype that it is stored in.
-
-    Raises:
-        CfspError: not found, corrupt, unsupported architecture.
-    """
+    """Open a model folder, hub id or GGUF file on the CPU, in the dtype that it is stored in."""
     opened = open_any(model, device="cpu")
     return ExportSource(model, opened, opened.layout.intermediate_sizes(opened.model))
 
@@ -110,9 +102,8 @@ def open_source(model: str | Path) -> ExportSource:
 def check_family(source: ExportSource, families: Iterable[str], to: str, instead: str) -> None:
     """Raise CfspError unless the architecture is one that a format holds exactly."""
     if source.family not in families:
-        raise CfspError(
-            f"{to} holds {', '.join(families)} exactly, not {source.family!r}; {instead}"
-        )
+        known = ", ".join(families)
+        raise CfspError(f"{to} holds {known} exactly, not {source.family!r}; {instead}")
 
 
 def progress_bar(total: int, progress: bool) -> tqdm:
@@ -123,16 +114,12 @@ def progress_bar(total: int, progress: bool) -> tqdm:
 def write_changed_weights(
     source: ExportSource, folder: Path, change_: Change, progress: bool
 ) -> None:
-    """Write all tensors as safetensors, each block after it was changed at its turn.
-
-    The source's skeleton has the changed shapes afterwards.
-
-    Raises:
-        OSError: no space for a shard; nothing of it was written then.
+    """Write all tensors as safetensors, each block changed at its turn, and read them back; the
+    source's skeleton has the changed shapes afterwards. RuntimeError, a defect, if a bit differs.
     """
     for block in source.opened.layout.find_blocks(source.opened.model):
         change_(block)
-    planned = source.planned_tensors()
+    planned = tensor_infos(source.saved_tensors())
     with progress_bar(sum(info.nbytes for info in planned.values()), progress) as bar:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,16 +128,8 @@ def write_changed_weights(
                 bar.update(tensor.nbytes)
 
         write_tensors(folder, planned, tensors())
-
-
-def check_written_weights(source: ExportSource, folder: Path, change_: Change) -> None:
-    """Read every tensor back: it is the source's, changed as it was to be, bit for bit.
-
-    Raises:
-        RuntimeError: it is not so. A defect.
-    """
     left = read_index(folder)
-    for name, tensor in source.named_tensors(change_):
+    for name, tensor in open_source(source.path).named_tensors(change_):
         if not torch.equal(read_tensors({name: left.pop(name)})[name], tensor):
             raise RuntimeError(f"{name} differs from the exported model's after reading it back")
     if left:
