@@ -109,7 +109,7 @@ WORKER = """
 import json, pathlib, sys
 sys.path[:0] = sys.argv[1:]
 import cfsp_kernels
-from benchmarks.dispatch import measure
+from benchmarks.ops.dispatch import measure
 assert pathlib.Path(cfsp_kernels.__file__).parents[1].samefile(sys.argv[1])
 print(json.dumps(measure()))
 """

@@ -58,7 +58,7 @@ def test_the_gate_sees_spills_and_narrow_loads():
     """It would not pass anything: a tile of too many elements spills, a ragged one loads narrow."""
     code = """
 import dataclasses
-from benchmarks import compile_gate as gate
+from benchmarks.ops import compile_gate as gate
 from cfsp_kernels._configs import config_table
 config_table()["channel_statistics"]["big"] = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 1}
 case = next(c for c in gate.cases() if c.op == "channel_statistics")
