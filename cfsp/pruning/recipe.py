@@ -30,9 +30,7 @@ class Recipe:
         0.3, "Fraction of all FFN channels to remove, in [0, 1).", must_be=FRACTION
     )
     budget: str | None = setting(
-        None,
-        f"Budget of the whole model, instead of a sparsity: {FORM}.",
-        metavar="KIND=AMOUNT",
+        None, f"Budget of the whole model, instead of a sparsity: {FORM}.", metavar="KIND=AMOUNT"
     )
     scorer: str = setting(
         "cfsp-residual",
