@@ -73,11 +73,7 @@ def _cholesky(damped: torch.Tensor) -> torch.Tensor:
 
 def residual_norms(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """r_i = (H^-1)_ii ^ -1/2, [F] fp64: the root mean square of what ridge regression on all other
-    channels leaves of channel i, its own damping included. With much damping that of the channel
-    itself, times a constant.
-
-    Cost: F^3; two [F, F] fp64 beside the Gram matrix.
-    """
+    channels leaves of channel i, its own damping included. Cost: F^3; two [F, F] fp64."""
     return torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0])).diagonal().rsqrt()
 
 
@@ -181,8 +177,8 @@ def plain_error_curve(
 ) -> torch.Tensor:
     """tr(W_R G_RR W_R^T): the error where the kept columns stay as they are.
 
-    The sum over the removed corner of the entrywise product of W^T W and G, one row after the
-    other. Cost: 2 D F^2; three [F, F] fp64. Arguments and result as :func:`error_curve`.
+    The sum over the removed corner of the entrywise product of W^T W and G.
+    Cost: 2 D F^2; three [F, F] fp64. Arguments and result as :func:`error_curve`.
     """
     order = order.to(down.device).flip(0)
     weights = down[:, order].double()

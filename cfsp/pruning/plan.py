@@ -120,12 +120,11 @@ def make_plan(
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
-    groups = [group for block in statistics.blocks for group in block.groups]
-    block_of = [number for number, block in enumerate(statistics.blocks) for _ in block.groups]
-    sizes, experts = [g.channels for g in groups], tuple(g.experts for g in groups)
+    ffns = [(number, ffn) for number, block in enumerate(statistics.blocks) for ffn in block.groups]
+    sizes, experts = [ffn.channels for _, ffn in ffns], tuple(ffn.experts for _, ffn in ffns)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
     problem = AllocationProblem(
-        statistics.importance(recipe.importance)[block_of],
+        statistics.importance(recipe.importance)[[number for number, _ in ffns]],
         ranking.scores,
         budget.sparsity,
         experts,
@@ -176,8 +175,8 @@ def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def score_quantiles(scores: torch.Tensor) -> tuple[float, ...]:
-    """The finite scores [F] at 33 evenly spaced ranks, lowest first, to 5 digits; () without any:
-    how they are spread."""
+    """The spread of scores [F]: the finite ones at 33 evenly spaced ranks, lowest first, to 5
+    digits; () where none is."""
     ordered = scores[scores.isfinite()].sort().values
     if not len(ordered):
         return ()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -32,8 +31,6 @@ MOST_EXCHANGES = 3
 """Exchanges between a parent and its offspring, at most."""
 ATTEMPTS = 50
 """Draws of an offspring that was not measured before, at most."""
-Cut = Callable[[int, nn.Module, BlockPlan], None]
-"""Takes (number of the block, a copy of it, what it keeps): cuts the copy in place."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,9 @@ def width_search(
     :class:`CutBlocks`. The dense model is left as it was found; ``measure`` gives its loss as it
     stands. The search raises CfspError where the compensation lacks what it needs.
     """
-    compensation = recipe.resolved_compensation
 
     def cut(number: int, block: nn.Module, plan: BlockPlan) -> None:
-        known = statistics.blocks[number]
+        compensation, known = recipe.resolved_compensation, statistics.blocks[number]
         prune_block_(block, layout, plan, compensation, recipe.damping, known)
 
     def search(
@@ -168,9 +164,12 @@ class CutBlocks:
 
     A copy shares everything with its block but the matrices that a cut makes. Memory beside the
     model: as much as all dense FFNs, for copies in place and waiting, and a block while it is cut.
+    ``cut`` takes (number of the block, a copy of it, what it keeps) and cuts the copy in place.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, cut: Cut) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, cut: Callable[[int, nn.Module, BlockPlan], None]
+    ) -> None:
         self.model = model
         self.blocks: nn.ModuleList = layout.find_blocks(model)  # type: ignore[assignment]
         self.dense = list(self.blocks)
@@ -186,7 +185,7 @@ class CutBlocks:
 
     @contextmanager
     def in_place(self) -> Iterator[Callable[[PruningPlan], None]]:
-        """Gives what makes the model, in evaluation mode, that of a plan; dense again at the end."""
+        """Gives what makes the model, in evaluation mode, that of a plan; it ends as it was."""
 
         def put(plan: PruningPlan) -> None:
             for number, block_plan in enumerate(plan.blocks):
