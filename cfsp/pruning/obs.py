@@ -42,7 +42,8 @@ class Removal:
     @property
     def scores(self) -> torch.Tensor:
         """[F] fp64 on the CPU, in [0, 1]: the share of tr(W H W^T) that is lost when the channel is
-        the last one removed, and a little for its rank, so that no two are equal."""
+        the last one removed, and a little for its rank, so that no two are equal and the highest
+        are exactly what greedy removal leaves."""
         error, order = self.error.cpu(), self.order.cpu()
         share = error / error[-1] if error[-1] > 0 else error
         ranked = share.cummax(0).values + RANK_STEP * torch.arange(len(order))
@@ -73,7 +74,8 @@ def _cholesky(damped: torch.Tensor) -> torch.Tensor:
 
 def residual_norms(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """r_i = (H^-1)_ii ^ -1/2, [F] fp64: the root mean square of what ridge regression on all other
-    channels leaves of channel i, its own damping included. Cost: F^3; two [F, F] fp64."""
+    channels leaves of channel i, its own damping included. With much damping that of the channel
+    itself, times a constant. Cost: F^3; two [F, F] fp64 beside the Gram matrix."""
     return torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0])).diagonal().rsqrt()
 
 
@@ -151,7 +153,8 @@ def error_curve(
     matrix. The host waits for the device to check G and for the result.
 
     ``order`` [F] int64 is a permutation, the first to go first; ``widths`` int64 ascend in [0, F].
-    Errors are fp64 on the CPU, in units of the output squared, summed over D, per token.
+    The errors are fp64 on the CPU, in the units of the output squared, summed over D, per token.
+    That of width 0 is the energy tr(W G W^T).
     """
     order = order.to(down.device).flip(0)
     damped, added = _damped(gram, damping)
@@ -177,8 +180,8 @@ def plain_error_curve(
 ) -> torch.Tensor:
     """tr(W_R G_RR W_R^T): the error where the kept columns stay as they are.
 
-    The sum over the removed corner of the entrywise product of W^T W and G.
-    Cost: 2 D F^2; three [F, F] fp64. Arguments and result as :func:`error_curve`.
+    The sum over the removed corner of the entrywise product of W^T W and G, one row after the
+    other. Cost: 2 D F^2; three [F, F] fp64. Arguments and result as :func:`error_curve`.
     """
     order = order.to(down.device).flip(0)
     weights = down[:, order].double()
