@@ -12,22 +12,13 @@ import torch
 from .errors import CfspError
 
 
-def check_budget(
-    intermediate_sizes: Sequence[int],
-    budget: float,
-    multiple: int,
-    costs: Sequence[int] | None = None,
-) -> int:
-    """The cost to keep in all over the multiple, where some widths meet the budget.
-
-    Raises:
-        CfspError: none do; says which sparsities can be reached.
-    """
-    costs = costs or [1] * len(intermediate_sizes)
+def check_budget(sizes: Sequence[int], budget: float, multiple: int, costs: Sequence[int]) -> int:
+    """The cost to keep in all over the multiple; raises CfspError where no widths meet the budget
+    and says which sparsities can be reached."""
     wanted = round(budget / multiple)
-    least, most = reachable(intermediate_sizes, multiple, costs)
+    least, most = reachable(sizes, multiple, costs)
     if not least <= wanted <= most:
-        total = sum(map(mul, intermediate_sizes, costs))
+        total = sum(map(mul, sizes, costs))
         low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
@@ -36,15 +27,13 @@ def check_budget(
     return wanted
 
 
-def reachable(
-    intermediate_sizes: Sequence[int], multiple: int, costs: Sequence[int]
-) -> tuple[int, int]:
-    """What all FFNs cost at least and at most, over the multiple. Raises CfspError where an FFN
+def reachable(sizes: Sequence[int], multiple: int, costs: Sequence[int]) -> tuple[int, int]:
+    """What all FFNs cost at least and at most, over the multiple; raises CfspError where an FFN
     has fewer channels than that."""
-    room = [size // multiple for size in intermediate_sizes]
+    room = [size // multiple for size in sizes]
     if min(room) < 1:
         raise CfspError(
-            f"width_multiple {multiple} is more than the {min(intermediate_sizes)} channels of "
+            f"width_multiple {multiple} is more than the {min(sizes)} channels of "
             f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
         )
     return sum(costs), sum(map(mul, room, costs))
@@ -56,25 +45,23 @@ def _kind(costs: Sequence[int]) -> str:
 
 def apportion(
     ideal: torch.Tensor,
-    intermediate_sizes: Sequence[int],
+    sizes: Sequence[int],
     budget: float,
     multiple: int,
     importance: torch.Tensor,
     costs: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """Round ideal widths [L] to multiples, so that their sum is the budget to half a multiple.
+    """Round ideal widths [L] to multiples, so that their sum is the budget to half a multiple;
+    raises CfspError where no widths meet it.
 
     Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
     most by it, among equals to the one of more ``importance`` [L], then to the first. An FFN keeps
     at least one multiple and at most what it has. A multiple of an FFN with experts is one of each
     of them; the budget is met to half of the smallest step that can be made.
-
-    Raises:
-        CfspError: no widths meet the budget; says what could be.
     """
-    costs = costs or [1] * len(intermediate_sizes)
-    room = [size // multiple for size in intermediate_sizes]
-    wanted = check_budget(intermediate_sizes, budget, multiple, costs)
+    costs = costs or [1] * len(sizes)
+    room = [size // multiple for size in sizes]
+    wanted = check_budget(sizes, budget, multiple, costs)
     quotas = (ideal.double() / multiple).tolist()
     units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
     lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]

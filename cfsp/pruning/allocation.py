@@ -13,7 +13,6 @@ from .knapsack import least_error_choices
 REFERENCE_TOKENS = 131072
 """The released CFSP sums its importance over 128 windows of 1024 tokens. Ours is a mean; times
 this it equals theirs at that setting and does not change with the amount of calibration data."""
-
 SIGMOID_SCALE = 1e4
 """The released CFSP divides the centred importance by this before the sigmoid."""
 
@@ -35,17 +34,14 @@ class AllocationProblem:
     channel, so that channels themselves are the budget."""
     width_multiple: int = 1
     curves: tuple[ErrorCurve, ...] = ()
-    """Error curves of every FFN, scaled so that they may be added up; () where no allocator asks
-    for them."""
+    """Error curves of every FFN, to be added up; () where no allocator asks for them."""
 
     @property
     def expert_counts(self) -> tuple[int, ...]:
-        """Experts of every FFN, 1 for one without."""
         return self.experts or (1,) * len(self.scores)
 
     @property
     def width_costs(self) -> tuple[int, ...]:
-        """Cost of one channel of width in every FFN, in all its experts."""
         return self.costs or self.expert_counts
 
     @property
@@ -55,7 +51,6 @@ class AllocationProblem:
 
     @property
     def expert_sizes(self) -> list[int]:
-        """Channels of one expert of every FFN."""
         return [len(s) // count for s, count in zip(self.scores, self.expert_counts, strict=True)]
 
     @property
@@ -66,8 +61,7 @@ class AllocationProblem:
     @property
     def budget(self) -> float:
         """Cost to keep in all, before rounding."""
-        total = float((self.channel_costs * self.intermediate_sizes).sum())
-        return (1 - self.sparsity) * total
+        return (1 - self.sparsity) * float((self.channel_costs * self.intermediate_sizes).sum())
 
 
 def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
@@ -76,12 +70,11 @@ def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
 
 
 def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Fraction of channels that each block keeps, as the released CFSP has it.
+    """Fraction of channels [L] fp64 that each block keeps, of mean 1 - p, as the released CFSP has
+    it.
 
     s = sigmoid((I - mean I) / 1e4), keep = s / mean(s) * (1 - p). Where the largest keep would
     reach 1, s is contracted about its mean so that it becomes (1 - p) + p / 1.05.
-
-    The result [L] fp64 has the mean 1 - p; the importance is that of :func:`importance_shares`.
     Source: arXiv 2409.13199 and its released code.
     """
     share = importance_shares(importance_sum)
@@ -105,16 +98,13 @@ def cfsp_filled(problem: AllocationProblem) -> torch.Tensor:
     share = importance_shares(problem.importance * REFERENCE_TOKENS)
     sizes = problem.intermediate_sizes.double()
     costs = problem.channel_costs * sizes
-    keep, cut = torch.ones_like(share), torch.ones(len(share), dtype=torch.bool)
-    while bool(cut.any()):
-        left = problem.budget - costs[~cut].sum()
-        keep[cut] = share[cut] * (left / (costs * share)[cut].sum())
-        whole = cut & (keep >= 1)
-        if not bool(whole.any()):
-            break
-        keep[whole] = 1.0
-        cut &= ~whole
-    return keep * sizes
+    whole = torch.zeros(len(share), dtype=torch.bool)
+    while True:
+        left = problem.budget - costs[whole].sum()
+        keep = torch.where(whole, 1.0, share * (left / (costs * share)[~whole].sum()))
+        if torch.equal(keep >= 1, whole):
+            return keep * sizes
+        whole = keep >= 1
 
 
 def uniform(problem: AllocationProblem) -> torch.Tensor:
@@ -133,20 +123,18 @@ def global_threshold(problem: AllocationProblem) -> torch.Tensor:
         centred = score.double() - score.double().mean()
         standardised.append(centred / deviation if deviation > 0 else torch.zeros_like(centred))
     order = torch.sort(torch.cat(standardised), descending=True, stable=True).indices
-    block_of = torch.repeat_interleave(
-        torch.arange(len(problem.scores)), problem.intermediate_sizes
-    )[order]
+    count = len(problem.scores)
+    block_of = torch.arange(count).repeat_interleave(problem.intermediate_sizes)[order]
     costs = problem.channel_costs[block_of]
     kept = int((costs.cumsum(0) - costs / 2 < problem.budget).sum())
-    return torch.bincount(block_of[:kept], minlength=len(problem.scores)).double()
+    return torch.bincount(block_of[:kept], minlength=count).double()
 
 
 def knapsack(problem: AllocationProblem) -> torch.Tensor:
     """Least sum of errors over all FFNs under the budget, at multiples of the width multiple.
 
-    Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance; see
-    :func:`cfsp.pruning.knapsack.least_error_choices`. Sources: SPDY (arXiv 2201.13096), ZipLM
-    (arXiv 2302.04089).
+    Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance.
+    Sources: SPDY (arXiv 2201.13096), ZipLM (arXiv 2302.04089).
     """
     if not problem.curves:
         raise CfspError("allocator 'knapsack' needs error curves")
@@ -161,16 +149,15 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64) * torch.tensor(problem.expert_counts)
 
 
-def search_start(problem: AllocationProblem) -> torch.Tensor:
-    """Where a search begins: the knapsack's widths where there are error curves, else those of
-    :func:`cfsp_filled`."""
-    return (knapsack if problem.curves else cfsp_filled)(problem)
-
-
 def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
     most = size // multiple
     step = -(-most // CURVE_POINTS)
     return torch.tensor(sorted({1, *range(step, most, step), most})) * multiple
+
+
+def search_start(problem: AllocationProblem) -> torch.Tensor:
+    """Where a search begins: at the knapsack's widths where there are error curves."""
+    return (knapsack if problem.curves else cfsp_filled)(problem)
 
 
 ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
@@ -195,24 +182,17 @@ SEARCH = "search"
 """Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.search`."""
 
 
-def equal_widths(
-    intermediate_sizes: Sequence[int], sparsity: float, multiple: int
-) -> tuple[int, ...]:
-    """The same fraction of every FFN, to the nearest multiple: equal widths for equal sizes.
-
-    An FFN that is a number of times as large as the smallest one keeps as many times its width, as
-    the config of a family with shared experts has it.
-    """
+def equal_widths(sizes: Sequence[int], sparsity: float, multiple: int) -> tuple[int, ...]:
+    """The same fraction of every FFN, to the nearest multiple. One that is a number of times as
+    large as the smallest keeps as many times its width, as configs with shared experts have it."""
 
     def nearest(size: int) -> int:
         units = max(round((1 - sparsity) * size / multiple), 1)
         return min(units, size // multiple) * multiple
 
-    least = min(intermediate_sizes)
-    return tuple(
-        nearest(size) if size % least else size // least * nearest(least)
-        for size in intermediate_sizes
-    )
+    least = min(sizes)
+    kept = nearest(least)
+    return tuple(nearest(size) if size % least else size // least * kept for size in sizes)
 
 
 def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:

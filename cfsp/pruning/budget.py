@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from ..apportion import reachable
 from ..errors import CfspError
@@ -23,7 +24,6 @@ class ModelBudget:
 
     text: str
     kind: str
-    """params, flops or latency."""
     fraction: float | None
     """Fraction of all parameters, FLOPs or seconds to remove; None where ``parameters`` says."""
     parameters: int | None
@@ -45,8 +45,8 @@ class ModelBudget:
         return f"{1 - kept / total:.4f}"
 
     def check(self, kept: float, total: float, multiple: int) -> None:
-        """Raise CfspError where what stays is not what was asked for, as widths in multiples of
-        ``multiple`` come to it."""
+        """Raise CfspError where widths in multiples of ``multiple`` come too far from the request:
+        to ``kept``."""
         wanted = self.kept(total)
         off = abs(kept - wanted) / max(wanted, 1)
         if off > TOLERANCES[self.kind]:
@@ -59,13 +59,10 @@ class ModelBudget:
 
 
 def parse_model_budget(text: str) -> ModelBudget:
-    """Read "params=0.25", "params=6B", "flops=0.25@8x2048" or "latency=0.25@1x1024".
+    """Read "params=0.25", "params=6B", "flops=0.25@8x2048" (batch x length) or "latency=0.25".
 
     A number below 1 is a fraction to remove, any other the parameters to keep; K, M, B and T are
-    thousands to trillions. Behind the @ is batch x length.
-
-    Raises:
-        CfspError: anything else; says what is expected.
+    thousands to trillions. Anything else raises CfspError.
     """
     found = re.fullmatch(r"(\w+)=(\d*\.?\d+)([KMBT]?)(?:@(\d+)x(\d+))?", text.strip(), re.I)
     if found is None or found[1] not in KINDS:
@@ -84,8 +81,6 @@ def parse_model_budget(text: str) -> ModelBudget:
 
 
 Widths = tuple[int, ...]
-
-
 WidthFit = Callable[[Callable[[float], Widths], Sequence[int], int, bool], Widths]
 """The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
 
@@ -101,11 +96,7 @@ class ChannelBudget:
     """Of a latency: ``sparsity`` is then what it would be if channels were all that counted."""
 
     def widths(
-        self,
-        widths_at: Callable[[float], Widths],
-        sizes: Sequence[int],
-        multiple: int,
-        equal: bool = False,
+        self, widths_at: Callable[[float], Widths], sizes: Sequence[int], multiple: int, equal: bool
     ) -> Widths:
         """Widths under the budget, from what an allocator gives for a sparsity."""
         if self.fit is None:
@@ -121,13 +112,13 @@ def channel_budget(
     multiple: int,
     added: int = 0,
 ) -> ChannelBudget:
-    """The fraction of the channels' cost that has to go, so that the whole model meets its budget.
+    """The fraction of the channels' cost that has to go, so that the whole model meets its budget;
+    raises CfspError where no widths do.
 
-    ``total`` is the cost of the dense model; ``costs``, in the same unit, that of one channel of
-    width in every FFN, in all its experts; ``sizes`` are channels of one expert; ``added`` is what
-    pruning adds wherever it cuts: biases. CfspError where no widths meet the budget.
+    ``total``, of the dense model, and ``costs``, of one channel of width in all experts of every
+    FFN, are in one unit; ``sizes`` are of one expert; ``added`` is what pruning adds: biases.
     """
-    channels = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
+    channels = sum(map(mul, sizes, costs))
     fixed = total - channels + added
     wanted = budget.kept(total)
     least, most = (multiple * units + fixed for units in reachable(sizes, multiple, costs))

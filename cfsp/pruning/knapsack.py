@@ -12,20 +12,13 @@ CAPACITY_UNITS = 1 << 15
 def least_error_choices(
     errors: Sequence[np.ndarray], costs: Sequence[np.ndarray], capacity: int
 ) -> list[int]:
-    """Minimise the sum of errors under the capacity, by dynamic programming over it.
+    """Index of every item's choice, of least sum of errors, by dynamic programming over capacity.
 
-    Exact where the costs have a common divisor of at least capacity / 32768; else every cost is
-    rounded up to a unit of about that, and the choices are the best for the rounded ones. Among
-    equal sums each item, from the last, takes its earliest choice. Time: the sum over items of
-    choices times units of capacity.
-
-    Args:
-        errors: of every item, [choices] float64, finite.
-        costs: of every item, [choices] int64, 0 or more.
-        capacity: 0 or more; ValueError where it is below what the cheapest choices cost.
-
-    Returns:
-        Index of the choice of every item.
+    ``errors`` and ``costs`` [choices] of every item are finite float64, and int64 of 0 or more;
+    ValueError where the cheapest choices cost more than the capacity. Exact where the costs have a
+    common divisor of at least capacity / 32768; else every cost is rounded up to a unit of about
+    that, and the choices are the best for the rounded ones. Among equal sums each item, from the
+    last, takes its earliest choice. Time: the sum over items of choices times units of capacity.
     """
     least = [int(cost.min()) for cost in costs]
     spare = capacity - sum(least)

@@ -41,9 +41,9 @@ class Removal:
 
     @property
     def scores(self) -> torch.Tensor:
-        """Channel scores [F] fp64 on the CPU, in [0, 1]: the share of tr(W H W^T) that is lost when
-        the channel is the last one removed, and a little for its rank; distinct, so that the
-        ``width`` highest are exactly what the greedy removal leaves."""
+        """[F] fp64 on the CPU, in [0, 1]: the share of tr(W H W^T) that is lost when the channel is
+        the last one removed, and a little for its rank, so that no two are equal and the highest
+        are exactly what greedy removal leaves."""
         error, order = self.error.cpu(), self.order.cpu()
         share = error / error[-1] if error[-1] > 0 else error
         ranked = share.cummax(0).values + RANK_STEP * torch.arange(len(order))
@@ -75,10 +75,7 @@ def _cholesky(damped: torch.Tensor) -> torch.Tensor:
 def residual_norms(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """r_i = (H^-1)_ii ^ -1/2, [F] fp64: the root mean square of what ridge regression on all other
     channels leaves of channel i, its own damping included. With much damping that of the channel
-    itself, times a constant.
-
-    Cost: F^3; two [F, F] fp64 beside the Gram matrix.
-    """
+    itself, times a constant. Cost: F^3; two [F, F] fp64 beside the Gram matrix."""
     return torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0])).diagonal().rsqrt()
 
 
@@ -100,13 +97,13 @@ def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPI
     products = weights.T @ weights
     order, costs = [], []
     while len(labels):
-        steps = _steps(inverse, products, min(STEPS_PER_UPDATE, len(labels)))
-        order.append(labels[steps.picked])
-        costs.append(steps.cost)
-        stays = torch.ones_like(labels).index_fill_(0, steps.picked, 0)
-        left = stays.argsort(descending=True, stable=True)[: len(labels) - len(steps.picked)]
-        labels, c, e = labels[left], steps.c[:, left], steps.e[:, left]
-        inverse = _corner(inverse, left).addmm_((c * steps.pivot[:, None]).T, c, alpha=-1)
+        picked, cost, pivot, c, e = _steps(inverse, products, min(STEPS_PER_UPDATE, len(labels)))
+        order.append(labels[picked])
+        costs.append(cost)
+        stays = torch.ones_like(labels).index_fill_(0, picked, 0)
+        left = stays.argsort(descending=True, stable=True)[: len(labels) - len(picked)]
+        labels, c, e = labels[left], c[:, left], e[:, left]
+        inverse = _corner(inverse, left).addmm_((c * pivot[:, None]).T, c, alpha=-1)
         products = _corner(products, left).addmm_(e.T, c, alpha=-1).addmm_(c.T, e, alpha=-1)
     return Removal(torch.cat(order), torch.cat(costs).clamp_min(0).cumsum(0))
 
@@ -115,21 +112,11 @@ def _corner(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return matrix.index_select(0, index).index_select(1, index)
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Removals whose updates of whole matrices are still to be made."""
-
-    picked: torch.Tensor
-    """[k] int64."""
-    cost: torch.Tensor  # [k]
-    pivot: torch.Tensor
-    """[k], (H^-1)_ii when its turn came."""
-    c: torch.Tensor  # [k, n]
-    e: torch.Tensor  # [k, n]
-
-
-def _steps(inverse: torch.Tensor, products: torch.Tensor, count: int) -> _Steps:
-    """The next removals from n channels, [n, n] each of which stays as it is."""
+def _steps(
+    inverse: torch.Tensor, products: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The next ``count`` removals from n channels, whose updates of both [n, n] are still to be
+    made: picked [count] int64, cost, pivot (H^-1)_ii when its turn came, c [count, n] and e."""
     pivots, energy = inverse.diagonal().clone(), products.diagonal().clone()
     picked = torch.empty(count, dtype=torch.int64, device=inverse.device)
     cost, pivot = (inverse.new_empty(count) for _ in range(2))
@@ -146,7 +133,7 @@ def _steps(inverse: torch.Tensor, products: torch.Tensor, count: int) -> _Steps:
         pivots -= pivot[step] * c[step].square()
         energy -= 2 * c[step] * e[step]
         pivots[i], energy[i] = 1.0, torch.inf  # never again
-    return _Steps(picked, cost, pivot, c, e)
+    return picked, cost, pivot, c, e
 
 
 def error_curve(
@@ -175,8 +162,7 @@ def error_curve(
     del damped
     inverse = torch.eye(len(order), dtype=torch.float64, device=down.device)
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
-    added = added[order]
-    old = down[:, order].double()
+    added, old = added[order], down[:, order].double()
     new, energy = old.clone(), old.square().sum(0) * added
     lost, end, errors = energy.new_zeros(()), len(order), []
     for width in widths.flip(0).tolist():

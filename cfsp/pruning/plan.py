@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from ..calibration.curves import ErrorCurve, Ranking
-from ..calibration.statistics import BlockStatistics, Statistics
+from ..calibration.statistics import Statistics
 from ..errors import CfspError
 from ..models.channels import ChannelGroup
 from .allocation import AllocationProblem, allocate_widths, equal_widths
@@ -19,7 +19,6 @@ from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe
 
 QUANTILES = 33
-
 WidthSearch = Callable[
     [Callable[[Sequence[int]], "PruningPlan"], tuple[int, ...], AllocationProblem], tuple[int, ...]
 ]
@@ -95,14 +94,10 @@ class PruningPlan:
         for title in ("block", "importance", "channels", "kept", ""):
             table.add_column(title, justify="left" if title == "" else "right")
         for number, block in enumerate(self.blocks):
-            share = block.width / block.intermediate_size
-            table.add_row(
-                str(number),
-                f"{block.importance:.5f}",
-                str(block.intermediate_size),
-                f"{block.width} ({share:.1%})",
-                "█" * round(share * 24),
-            )
+            size = block.intermediate_size
+            share = block.width / size
+            kept, bar = f"{block.width} ({share:.1%})", "█" * round(share * 24)
+            table.add_row(str(number), f"{block.importance:.5f}", str(size), kept, bar)
         return table
 
 
@@ -115,28 +110,18 @@ def make_plan(
     search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
-    """Score, allocate, select.
+    """Score, allocate, select; raises CfspError where no widths meet the budget.
 
-    ``weights`` are called only for scorers that read weights, and for error curves. ``budget`` is
-    what the recipe's comes to in this model, see :mod:`cfsp.costs.budgets`; None: the recipe has
-    a sparsity. ``search`` is for allocator ``search``, see
-    :func:`cfsp.pruning.search.width_search`.
-
-    Raises:
-        CfspError: no widths meet the budget; Gram matrices that the scorer or the allocator needs
-            are not there.
+    ``weights`` as for :func:`rank`. ``budget`` is what the recipe's comes to in this model; None:
+    the recipe has a sparsity. ``search`` is for allocator ``search``.
     """
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
-    ffns = [
-        (number, group)
-        for number, block in enumerate(statistics.blocks)
-        for group in _groups(block)
-    ]
-    sizes, experts = zip(*((group.channels, group.experts) for _, group in ffns), strict=True)
+    ffns = [(number, ffn) for number, block in enumerate(statistics.blocks) for ffn in block.groups]
+    sizes, experts = [ffn.channels for _, ffn in ffns], tuple(ffn.experts for _, ffn in ffns)
     budget = budget or ChannelBudget(recipe.sparsity, experts)
     problem = AllocationProblem(
         statistics.importance(recipe.importance)[[number for number, _ in ffns]],
@@ -159,20 +144,15 @@ def make_plan(
     return plan_of(search(plan_of, widths, problem) if search is not None else widths)
 
 
-def _groups(block: BlockStatistics) -> tuple[ChannelGroup, ...]:
-    return block.groups or (ChannelGroup(len(block.sum)),)
-
-
 def _select(
     statistics: Statistics, ranking: Ranking, recipe: Recipe, widths: Sequence[int]
 ) -> PruningPlan:
     """The plan that gives every FFN its width."""
-    left = iter(zip(ranking.scores, widths, strict=True))
-    curves = iter(ranking.curves)
+    left, curves = iter(zip(ranking.scores, widths, strict=True)), iter(ranking.curves)
     importance = statistics.importance(recipe.importance).tolist()
     blocks = []
     for block, value in zip(statistics.blocks, importance, strict=True):
-        groups = _groups(block)
+        groups = block.groups
         ffns = list(islice(left, len(groups)))
         kept = tuple(
             torch.stack([select_channels(own, width) for own in scores.chunk(group.experts)])
@@ -184,13 +164,8 @@ def _select(
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """Indices of the ``width`` highest scores, [width] int64 in ascending order.
-
-    Equal scores go to the lower index.
-
-    Raises:
-        CfspError: a score is NaN, or the width is not in [1, F].
-    """
+    """Indices of the ``width`` highest scores [F], [width] int64 in ascending order; equal scores
+    go to the lower index. CfspError where a score is NaN, or the width is not in [1, F]."""
     if not 1 <= width <= len(scores):
         raise CfspError(f"width must be in [1, {len(scores)}], got {width}")
     if scores.isnan().any():
@@ -200,10 +175,8 @@ def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def score_quantiles(scores: torch.Tensor) -> tuple[float, ...]:
-    """The scores [F] at 33 evenly spaced ranks, lowest first, to 5 digits: how they are spread.
-
-    Scores that are not finite are left out; () where none is.
-    """
+    """The spread of scores [F]: the finite ones at 33 evenly spaced ranks, lowest first, to 5
+    digits; () where none is."""
     ordered = scores[scores.isfinite()].sort().values
     if not len(ordered):
         return ()

@@ -79,39 +79,37 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
 
 
 def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
+    at = f"plan, block {number}:"
     size, width = int(entry["intermediate_size"]), int(entry["width"])
     kept = sorted(from_ranges(entry["kept"]))
     if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
-        raise CfspError(
-            f"plan, block {number}: kept must be distinct channels in [0, {size - 1}], one or more"
-        )
+        raise CfspError(f"{at} kept must be distinct channels in [0, {size - 1}], one or more")
     if len(kept) != width:
-        raise CfspError(
-            f"plan, block {number}: width is {width} but kept names {len(kept)} channels"
-        )
-    groups = tuple(
-        ChannelGroup(int(ffn["intermediate_size"]), int(ffn["experts"]))
-        for ffn in entry.get("ffns", [])
-    ) or (ChannelGroup(size),)
+        raise CfspError(f"{at} width is {width} but kept names {len(kept)} channels")
+    ffns = entry.get("ffns", [])
+    groups = tuple(ChannelGroup(int(f["intermediate_size"]), int(f["experts"])) for f in ffns)
+    groups = groups or (ChannelGroup(size),)
+    for group in groups:
+        if min(group.experts, group.channels) < 1:
+            raise CfspError(
+                f"{at} each of its ffns must have 1 or more experts of 1 or more channels, "
+                f"got {group.experts} of {group.channels}"
+            )
     quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
     curves = tuple(from_pairs(text) for text in entry.get("error_curves", []))
-    importance = float(entry["importance"])
-    by_ffn = _by_ffn(number, torch.tensor(kept), groups)
-    block = BlockPlan(by_ffn, importance, groups, quantiles, curves)
+    by_ffn = _by_ffn(at, torch.tensor(kept), groups)
+    block = BlockPlan(by_ffn, float(entry["importance"]), groups, quantiles, curves)
     if block.intermediate_size != size:
-        total = block.intermediate_size
-        raise CfspError(f"plan, block {number}: its ffns have {total} channels in all")
+        raise CfspError(f"{at} its ffns have {block.intermediate_size} channels in all")
     sizes = [group.channels for group in groups]
     ends = [int(curve.widths[-1]) for curve in curves]
     if ends and ends != sizes:
-        raise CfspError(
-            f"plan, block {number}: its error curves end at widths {ends}, its FFNs have {sizes}"
-        )
+        raise CfspError(f"{at} its error curves end at widths {ends}, its FFNs have {sizes}")
     return block
 
 
 def _by_ffn(
-    number: int, flat: torch.Tensor, groups: Sequence[ChannelGroup]
+    at: str, flat: torch.Tensor, groups: Sequence[ChannelGroup]
 ) -> tuple[torch.Tensor, ...]:
     """What :attr:`BlockPlan.flat_kept` puts together."""
     found, start = [], 0
@@ -120,8 +118,8 @@ def _by_ffn(
         counts = torch.bincount(inside // group.channels, minlength=group.experts)
         if counts.min() < 1 or counts.min() != counts.max():
             raise CfspError(
-                f"plan, block {number}: every expert of an FFN must keep the same number of "
-                f"channels, one or more; got {counts.min()} to {counts.max()}"
+                f"{at} every expert of an FFN must keep the same number of channels, one or more; "
+                f"got {counts.min()} to {counts.max()}"
             )
         found.append(inside.view(group.experts, -1) % group.channels)
         start += group.total
@@ -130,22 +128,15 @@ def _by_ffn(
 
 def to_ranges(kept: torch.Tensor) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
-    ranges: list[list[int]] = []
-    for index in kept.tolist():
-        if ranges and index == ranges[-1][1] + 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
+    first, last = kept.diff(prepend=kept[:1] - 2) > 1, kept.diff(append=kept[-1:] + 2) > 1
+    ranges = zip(kept[first].tolist(), kept[last].tolist(), strict=True)
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
 def from_ranges(text: str) -> list[int]:
     """ "0-2,5" -> [0, 1, 2, 5]."""
-    indices: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        indices.extend(range(int(low), int(high or low) + 1))
-    return indices
+    ends = (part.strip().partition("-")[::2] for part in text.split(","))
+    return [index for low, high in ends for index in range(int(low), int(high or low) + 1)]
 
 
 def to_pairs(curve: ErrorCurve) -> str:
@@ -155,8 +146,7 @@ def to_pairs(curve: ErrorCurve) -> str:
 
 
 def from_pairs(text: str) -> ErrorCurve:
-    """What :func:`to_pairs` wrote; ValueError for anything else, and for widths that do not ascend
-    from 0."""
+    """What :func:`to_pairs` wrote; ValueError for anything else."""
     points = [pair.split(":") for pair in text.split()]
     widths = [int(width) for width, _ in points]
     if len(widths) < 2 or widths[0] != 0 or any(low >= high for low, high in pairwise(widths)):

@@ -22,7 +22,7 @@ from .allocation import NEEDS_CURVES, SEARCH
 from .compensation import ADD_BIAS, NEEDS_GRAM
 from .obs import error_curve, order_of, plain_error_curve
 from .recipe import Recipe
-from .scoring import SCORERS
+from .scoring import SCORERS, moments_of
 
 Weights = Callable[[int], Sequence[FFNWeights]]
 """Block number -> the matrices of its FFNs, of every expert."""
@@ -56,25 +56,25 @@ def rank(
     """Score the channels of every FFN; the ranking that the statistics have, where they have it.
 
     ``weights`` are called only for scorers that read weights, and for error curves; ``curves`` asks
-    for these whatever the allocator. A bar is shown only where Gram matrices are read; CfspError
-    where these are needed and not there.
+    for these whatever the allocator. CfspError where Gram matrices are needed and not there.
     """
     found = stored_ranking(statistics, recipe, curves=curves)
     if found is not None:
         return found
     curves = curves or _asks_for_curves(statistics, recipe)
-    scorer_reads = SCORERS[recipe.scorer].needs_gram
-    if scorer_reads or curves:
-        by_allocator = f"allocator {recipe.resolved_allocator!r}"
-        check_grams(statistics, f"scorer {recipe.scorer!r}" if scorer_reads else by_allocator)
-    shown = progress and (scorer_reads or curves)
-    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not shown)
+    scorer = SCORERS[recipe.scorer]
+    reads_grams = scorer.needs_gram or curves
+    if reads_grams:
+        allocator = f"allocator {recipe.resolved_allocator!r}"
+        check_grams(statistics, f"scorer {recipe.scorer!r}" if scorer.needs_gram else allocator)
     scores: list[torch.Tensor] = []
     errors: list[ErrorCurve] = []
+    shown = progress and reads_grams
+    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not shown)
     for number, block in enumerate(bar):
-        block_scores, block_errors = _rank_block(block, partial(weights, number), recipe, curves)
-        scores += block_scores
-        errors += block_errors
+        own_scores, own_errors = _rank_block(block, partial(weights, number), recipe, curves)
+        scores += own_scores
+        errors += own_errors
     made_by = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
     return Ranking(*made_by, tuple(scores), tuple(errors))
 
@@ -98,12 +98,10 @@ def with_ranking(
 def scaled_curves(
     ranking: Ranking, statistics: Statistics, recipe: Recipe
 ) -> tuple[ErrorCurve, ...]:
-    """The ranking's curves as an allocator may add them up; see
-    :func:`cfsp.calibration.curves.weighted`."""
+    """The ranking's curves as an allocator may add them up, see :func:`weighted`."""
     if not ranking.curves:
         return ()
-    blocks = enumerate(statistics.blocks)
-    block_of = [number for number, block in blocks for _ in block.groups or [None]]
+    block_of = [number for number, block in enumerate(statistics.blocks) for _ in block.groups]
     mse, cosine = (statistics.importance(metric).tolist() for metric in ("mse", "cosine"))
     return weighted(
         ranking.curves,
@@ -128,8 +126,8 @@ def _rank_block(
         scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))
         if curves:
             errors.append(_curve(part, own().down, scores[-1], recipe))
-    counts = [group.experts for group in block.groups] or [1]
-    ranges = [slice(*ends) for ends in pairwise([0, *accumulate(counts)])]
+    ends = accumulate((group.experts for group in block.groups), initial=0)
+    ranges = [slice(*pair) for pair in pairwise(ends)]
     tokens = [part.tokens for part in parts]
     return (
         [torch.cat(scores[ffn]) for ffn in ranges],
@@ -143,11 +141,9 @@ def _curve(
 ) -> ErrorCurve:
     """The error of one FFN or expert when the lowest scores go, after the recipe's compensation:
     without the mean where that puts it back."""
-    if statistics.gram is None:
-        raise ValueError("an error curve needs the Gram matrices of the block")
     compensation, widths = recipe.resolved_compensation, curve_widths(len(scores))
-    gram = statistics.gram.fit(down.device).moments(centred=compensation in ADD_BIAS)
-    order = order_of(scores)
+    centred, order = compensation in ADD_BIAS, order_of(scores)
+    gram = moments_of(statistics, down, "an error curve", centred=centred)
     if compensation in NEEDS_GRAM:
         errors = error_curve(down, gram, order, widths, recipe.damping)
     else:

@@ -30,9 +30,7 @@ class Recipe:
         0.3, "Fraction of all FFN channels to remove, in [0, 1).", must_be=FRACTION
     )
     budget: str | None = setting(
-        None,
-        f"Budget of the whole model, instead of a sparsity: {FORM}.",
-        metavar="KIND=AMOUNT",
+        None, f"Budget of the whole model, instead of a sparsity: {FORM}.", metavar="KIND=AMOUNT"
     )
     scorer: str = setting(
         "cfsp-residual",
@@ -121,15 +119,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.budget is not None:
-            parse_model_budget(self.budget)
-            if self.sparsity != type(self).sparsity:
-                raise CfspError(
-                    f"budget {self.budget} and sparsity {self.sparsity} exclude each other"
-                )
+        budget = self.model_budget
+        if budget is not None and self.sparsity != type(self).sparsity:
+            raise CfspError(f"budget {self.budget} and sparsity {self.sparsity} exclude each other")
         if self.uniform and self.allocator not in (None, "uniform"):
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
-        if self.searches and self.budget is not None and self.budget.startswith("latency"):
+        if self.searches and budget is not None and budget.kind == "latency":
             raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
         if self.searches and self.search_windows > self.calibration.samples:
             raise CfspError(
@@ -195,16 +190,11 @@ class Recipe:
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe of a mapping such as :meth:`Recipe.to_dict` gives; missing keys are defaults.
-
-    Raises:
-        CfspError: an unknown key or a value out of range.
-    """
+    CfspError for an unknown key or a value out of range."""
     values = dict(values)
     calibration = values.pop("calibration", None) or {}
-    for name, kind, given in (
-        ("recipe", Recipe, values),
-        ("calibration", Calibration, calibration),
-    ):
+    parts = (("recipe", Recipe, values), ("calibration", Calibration, calibration))
+    for name, kind, given in parts:
         if not isinstance(given, dict):
             raise CfspError(f"{name} must be a mapping, got {type(given).__name__}")
         fields = [field.name for field in dataclasses.fields(kind)]

@@ -1,8 +1,7 @@
-"""Channel scores [F] of one block: pure functions of its statistics and, where needed, weights."""
+"""Scores [F] of one FFN's channels: pure functions of its statistics and, where needed, weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -10,20 +9,13 @@ from cfsp_kernels import channel_importance
 
 from ..calibration.statistics import BlockStatistics
 from ..models.channels import FFNWeights
-from .least_squares import DAMPING
 from .obs import removal_order, residual_norms
 
 Weights = Callable[[], FFNWeights]
 """Gives the matrices of one FFN. A score that does not call it reads no weights, and nothing loads
 them for it."""
-
-
-class ScoreFunction(Protocol):
-    """(statistics, weights, damping of least squares) -> scores [F] fp64 on the CPU."""
-
-    def __call__(
-        self, statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
-    ) -> torch.Tensor: ...
+ScoreFunction = Callable[[BlockStatistics, Weights, float], torch.Tensor]
+"""(statistics, weights, damping of least squares) -> scores [F] fp64 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +28,9 @@ class Scorer:
     summary: str
     reads_weights: bool = True
     needs_gram: bool = False
-    """Whether it reads the Gram matrices in the statistics."""
 
 
-def activation_norm(
-    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
-) -> torch.Tensor:
+def activation_norm(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """n_i, the L2 norm of the channel's activation. Reads no weights.
 
     It is the score of the released CFSP too (three_w_one_wa with b = c = 1): the mean over j of
@@ -51,40 +40,36 @@ def activation_norm(
     return statistics.norm
 
 
-def _kernel_score(
-    name: str, statistic: str | None = None, matrices: tuple[str, ...] = ("down",)
-) -> ScoreFunction:
-    """A score of ``cfsp_kernels.channel_importance``."""
+def _kernel_score(name: str, statistic: str = "", *matrices: str) -> ScoreFunction:
+    """A score of :func:`channel_importance`; of down alone, where no matrix is named."""
 
-    def score(
-        statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
-    ) -> torch.Tensor:
+    def score(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
         ffn = weights()
-        given = {matrix: getattr(ffn, matrix) for matrix in matrices}
-        if statistic is not None:
-            value = getattr(statistics, "norm" if statistic == "norms" else statistic)
+        given = {matrix: getattr(ffn, matrix) for matrix in matrices or ("down",)}
+        if statistic:
+            value = statistics.norm if statistic == "norms" else statistics.variance
             given[statistic] = value.to(ffn.down.device)
         return channel_importance(name, **given).double().cpu()
 
     return score
 
 
-def _moments(statistics: BlockStatistics, down: torch.Tensor, scorer: str) -> torch.Tensor:
-    """[F, F] X^T X / T over the fitting tokens, on the device of ``down``."""
+def moments_of(
+    statistics: BlockStatistics, down: torch.Tensor, reader: str, *, centred: bool = False
+) -> torch.Tensor:
+    """[F, F] X^T X / T over the fitting tokens, or the covariance, on the device of ``down``."""
     if statistics.gram is None:
-        raise ValueError(f"scorer {scorer} needs the Gram matrices of the block")
-    return statistics.gram.fit(down.device).moments()
+        raise ValueError(f"{reader} needs the Gram matrices of the block")
+    return statistics.gram.fit(down.device).moments(centred)
 
 
-def obs(statistics: BlockStatistics, weights: Weights, damping: float = DAMPING) -> torch.Tensor:
+def obs(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """When greedy removal takes the channel, see :func:`cfsp.pruning.obs.removal_order`."""
     down = weights().down
-    return removal_order(down, _moments(statistics, down, "obs"), damping).scores
+    return removal_order(down, moments_of(statistics, down, "scorer obs"), damping).scores
 
 
-def cfsp_output(
-    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
-) -> torch.Tensor:
+def cfsp_output(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
     to that of what it adds to the output."""
     magnitude = channel_importance("magnitude", down=weights().down).double().cpu()
@@ -96,25 +81,22 @@ RESIDUAL_DAMPING = 2.0
 buys the calibration's own text at the price of all others."""
 
 
-def cfsp_residual(
-    statistics: BlockStatistics, weights: Weights, damping: float = DAMPING
-) -> torch.Tensor:
+def cfsp_residual(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """r_i ||W_down[:, i]||^1/2 with what the other channels leave of the activation, see
     :func:`cfsp.pruning.obs.residual_norms`, in place of its norm."""
     down = weights().down
-    moments = _moments(statistics, down, "cfsp-residual")
+    moments = moments_of(statistics, down, "scorer cfsp-residual")
     magnitude = channel_importance("magnitude", down=down).double()
     return (residual_norms(moments, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
 
 
 EVERY_MATRIX = ("gate", "up", "down")
-
 SCORERS: dict[str, Scorer] = {
     "cfsp": Scorer(
         activation_norm, "cfsp", "none", "released CFSP; equals the activation norm", False
     ),
     "cfsp-eq8": Scorer(
-        _kernel_score("eq8", "norms", EVERY_MATRIX),
+        _kernel_score("eq8", "norms", *EVERY_MATRIX),
         "cfsp",
         "none",
         "Eq. 8 of the paper at second hand: down normalised over channels",
@@ -133,7 +115,7 @@ SCORERS: dict[str, Scorer] = {
         needs_gram=True,
     ),
     "cfsp-balanced": Scorer(
-        _kernel_score("balanced", "norms", EVERY_MATRIX),
+        _kernel_score("balanced", "norms", *EVERY_MATRIX),
         "cfsp",
         "none",
         "gate, up and down all normalised over channels, so that no term is constant",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -32,9 +31,6 @@ MOST_EXCHANGES = 3
 """Exchanges between a parent and its offspring, at most."""
 ATTEMPTS = 50
 """Draws of an offspring that was not measured before, at most."""
-
-Cut = Callable[[int, nn.Module, BlockPlan], None]
-"""Takes (number of the block, a copy of it, what it keeps): cuts the copy in place."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,34 @@ def search_widths(
     fewer being likelier, and keeps the best of all. No widths are measured twice. Source: the
     level-switch mutation of EvoPress (arXiv 2410.14649), here with a (1 + offspring) strategy.
 
-    ``evaluate`` gives the loss of widths, NaN for infinite, and is called at most
-    ``1 + generations * offspring`` times. ``costs`` are those of one channel of width in every FFN
-    (None: 1); what ``start`` costs is kept exactly. The same arguments give the same calls and the
-    same result.
+    ``evaluate`` gives the loss of widths, NaN for infinite, at most ``1 + generations * offspring``
+    times; ``costs`` are of one channel of width in every FFN (None: 1). The same arguments give
+    the same calls.
     """
     costs = costs or [1] * len(sizes)
     generator = random.Random(seed)
+    smallest = max(1, min(sizes) // multiple // EXCHANGE_FRACTION) * multiple
     losses: dict[Widths, float] = {}
+
+    def exchanged(widths: Widths) -> Widths:
+        """One exchange on; the same where the pair that was drawn has no room for it."""
+        if len(widths) < 2:
+            return widths
+        giver, taker = generator.sample(range(len(widths)), 2)
+        amount = smallest * generator.choice(EXCHANGE_SIZES)
+        shared = math.lcm(costs[giver], costs[taker])
+        changed = list(widths)
+        changed[giver] -= amount * (shared // costs[giver])
+        changed[taker] += amount * (shared // costs[taker])
+        fits = changed[giver] >= multiple and changed[taker] <= sizes[taker] // multiple * multiple
+        return tuple(changed) if fits else widths
 
     def new_child(parent: Widths) -> Widths | None:
         """Widths a few exchanges away that were not measured yet; None where none was met."""
         for _ in range(ATTEMPTS):
             child = parent
             for _ in range(min(generator.randint(1, MOST_EXCHANGES) for _ in range(2))):
-                child = _exchanged(child, sizes, multiple, costs, generator)
+                child = exchanged(child)
             if child not in losses:
                 return child
         return None
@@ -101,28 +110,6 @@ def search_widths(
     return SearchResult(best, losses[best], start_loss, len(losses))
 
 
-def _exchanged(
-    widths: Widths,
-    sizes: Sequence[int],
-    multiple: int,
-    costs: Sequence[int],
-    generator: random.Random,
-) -> Widths:
-    """Widths after one random exchange that keeps what all cost; the same where the pair that was
-    drawn has no room for it."""
-    if len(widths) < 2:
-        return widths
-    giver, taker = generator.sample(range(len(widths)), 2)
-    least = max(1, min(sizes) // multiple // EXCHANGE_FRACTION) * multiple
-    amount = least * generator.choice(EXCHANGE_SIZES)
-    shared = math.lcm(costs[giver], costs[taker])
-    changed = list(widths)
-    changed[giver] -= amount * (shared // costs[giver])
-    changed[taker] += amount * (shared // costs[taker])
-    fits = changed[giver] >= multiple and changed[taker] <= sizes[taker] // multiple * multiple
-    return tuple(changed) if fits else widths
-
-
 def width_search(
     model: PreTrainedModel,
     layout: Layout,
@@ -134,24 +121,21 @@ def width_search(
 ) -> WidthSearch:
     """A search that measures every candidate as it would be saved, compensation and all.
 
-    Time: a measurement for each of ``1 + search_generations * search_offspring`` candidates, and a
-    cut for each new width of a block. Memory: see :class:`CutBlocks`. The dense model is left as it
-    was found; ``measure`` gives its loss as it stands, such as its perplexity. When the search is
-    run it raises CfspError where the compensation lacks what it needs.
+    Time: a measurement for each candidate, and a cut for each new width of a block. Memory: see
+    :class:`CutBlocks`. The dense model is left as it was found; ``measure`` gives its loss as it
+    stands. The search raises CfspError where the compensation lacks what it needs.
     """
-    compensation = recipe.resolved_compensation
 
     def cut(number: int, block: nn.Module, plan: BlockPlan) -> None:
-        known = statistics.blocks[number]
+        compensation, known = recipe.resolved_compensation, statistics.blocks[number]
         prune_block_(block, layout, plan, compensation, recipe.damping, known)
 
     def search(
         plan_of: Callable[[Sequence[int]], PruningPlan], start: Widths, problem: AllocationProblem
     ) -> Widths:
         check_compensation(plan_of(start), statistics)
-        bar = tqdm(
-            total=recipe.search_candidates, desc="search", unit="model", disable=not progress
-        )
+        total = recipe.search_candidates
+        bar = tqdm(total=total, desc="search", unit="model", disable=not progress)
         with bar, CutBlocks(model, layout, cut).in_place() as put:
 
             def evaluate(widths: Widths) -> float:
@@ -178,59 +162,54 @@ def width_search(
 class CutBlocks:
     """Puts cut copies of blocks into a model in memory, each cut once for each width.
 
-    A copy shares everything with its block but the matrices that a cut makes. Scores are fixed, so
-    a block of given widths is always the same. Memory beside the model: up to as much as all dense
-    FFNs, for the copies in place and those that wait, and one block while it is cut.
+    A copy shares everything with its block but the matrices that a cut makes. Memory beside the
+    model: as much as all dense FFNs, for copies in place and waiting, and a block while it is cut.
+    ``cut`` takes (number of the block, a copy of it, what it keeps) and cuts the copy in place.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, cut: Cut) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, cut: Callable[[int, nn.Module, BlockPlan], None]
+    ) -> None:
         self.model = model
         self.blocks: nn.ModuleList = layout.find_blocks(model)  # type: ignore[assignment]
         self.dense = list(self.blocks)
         self.cut = cut
-        self.room = sum(
-            block.get_parameter(name).nbytes
-            for block in self.dense
-            for name in layout.weight_names(block)
-        )
-        self.kept: OrderedDict[tuple[int, Widths], nn.Module] = OrderedDict()
-        self.bytes = 0
+        ffns = ((block, name) for block in self.dense for name in layout.weight_names(block))
+        self.room = sum(block.get_parameter(name).nbytes for block, name in ffns)
+        self.kept: OrderedDict[tuple[int, Widths], tuple[nn.Module, int]] = OrderedDict()
+        """Each with the bytes that it does not share with its block, the last used at the end."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(own for _, own in self.kept.values())
 
     @contextmanager
     def in_place(self) -> Iterator[Callable[[PruningPlan], None]]:
-        """While it lasts, the model is in evaluation mode, and the function it gives makes it that
-        of a plan; afterwards the model is the dense one."""
+        """Gives what makes the model, in evaluation mode, that of a plan; it ends as it was."""
+
+        def put(plan: PruningPlan) -> None:
+            for number, block_plan in enumerate(plan.blocks):
+                self.blocks[number] = self._cut_block(number, block_plan)
+
         training = self.model.training
         self.model.eval()
         try:
-            yield self._apply
+            yield put
         finally:
             for number, block in enumerate(self.dense):
                 self.blocks[number] = block
             self.kept.clear()
-            self.bytes = 0
             self.model.train(training)
-
-    def _apply(self, plan: PruningPlan) -> None:
-        for number, block_plan in enumerate(plan.blocks):
-            self.blocks[number] = self._cut_block(number, block_plan)
 
     def _cut_block(self, number: int, plan: BlockPlan) -> nn.Module:
         key = (number, plan.ffn_widths)
-        block = self.kept.get(key)
-        if block is None:
+        if key not in self.kept:
             dense = self.dense[number]
-            shared: list[torch.Tensor] = [*dense.parameters(), *dense.buffers()]
-            block = copy.deepcopy(dense, {id(tensor): tensor for tensor in shared})
+            shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+            block = copy.deepcopy(dense, dict(shared))
             self.cut(number, block, plan)
-            self.kept[key] = block
-            self.bytes += self._own_bytes(number, block)
+            self.kept[key] = block, sum(p.nbytes for p in block.parameters() if id(p) not in shared)
         self.kept.move_to_end(key)
         while self.bytes > self.room and len(self.kept) > 1:
-            (old_number, _), old = self.kept.popitem(last=False)
-            self.bytes -= self._own_bytes(old_number, old)
-        return block
-
-    def _own_bytes(self, number: int, block: nn.Module) -> int:
-        shared = {id(parameter) for parameter in self.dense[number].parameters()}
-        return sum(p.nbytes for p in block.parameters() if id(p) not in shared)
+            self.kept.popitem(last=False)
+        return self.kept[key][0]

@@ -108,6 +108,9 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
         ({"error_curves": ["0:1 8:0"] * 2}, r"end at widths \[8, 8\], its FFNs have \[8\]"),
         ({"error_curves": ["0:1 8:0 3:1"]}, "must ascend from 0: '0:1 8:0 3:1'"),
         ({"error_curves": ["0:1 8"]}, "not a valid plan"),
+        ({"ffns": [{"experts": 0, "intermediate_size": 8}]}, "1 or more channels, got 0 of 8"),
+        ({"ffns": [{"experts": -1, "intermediate_size": 8}]}, "1 or more channels, got -1 of 8"),
+        ({"ffns": [{"experts": 1, "intermediate_size": 0}]}, "1 or more channels, got 1 of 0"),
     ],
 )
 def test_a_broken_edit_is_one_clear_error(

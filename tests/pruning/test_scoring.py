@@ -5,6 +5,7 @@ import torch
 
 from cfsp.calibration.statistics import BlockStatistics
 from cfsp.models.channels import FFNWeights
+from cfsp.pruning.least_squares import DAMPING
 from cfsp.pruning.scoring import SCORERS
 
 F, D, TOKENS = 40, 24, 64
@@ -38,7 +39,7 @@ def test_the_released_score_is_the_activation_norm_up_to_a_constant(
             score = released_score(ffn, norm)
             assert torch.allclose(score / norm, torch.full_like(norm, 3 / D), rtol=1e-12)
             assert torch.equal(score.argsort(), norm.argsort())
-    assert torch.equal(SCORERS["cfsp"].score(statistics, lambda: weights), norm)
+    assert torch.equal(SCORERS["cfsp"].score(statistics, lambda: weights, DAMPING), norm)
 
 
 def test_scores_that_need_no_weights_read_none(
@@ -48,9 +49,9 @@ def test_scores_that_need_no_weights_read_none(
         raise AssertionError("weights were read")
 
     for name in ("cfsp", "activation-norm"):
-        assert SCORERS[name].score(block[0], refuse).shape == (F,)
+        assert SCORERS[name].score(block[0], refuse, DAMPING).shape == (F,)
     with pytest.raises(AssertionError, match="weights were read"):
-        SCORERS["wanda-sp"].score(block[0], refuse)
+        SCORERS["wanda-sp"].score(block[0], refuse, DAMPING)
 
 
 def test_scores_match_their_formulas(
@@ -76,7 +77,7 @@ def test_scores_match_their_formulas(
         + relative * (up.abs() / up.abs().sum(0)).sum(1),
     }
     for name, value in expected.items():
-        score = SCORERS[name].score(statistics, lambda: weights)
+        score = SCORERS[name].score(statistics, lambda: weights, DAMPING)
         assert torch.allclose(score, value, rtol=1e-6), name
     assert set(expected) | {"cfsp", "obs", "cfsp-residual"} == set(
         SCORERS
