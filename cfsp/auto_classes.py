@@ -2,9 +2,8 @@
 
 transformers keeps tables of names, such as ``{"llama": "LlamaConfig"}``, and imports
 ``transformers.models.llama`` when it needs the class. Every family gets a pruned one beside it in
-these tables right after transformers makes them, and its module is made when it is asked for:
-nothing is imported for a family until a checkpoint of it is loaded. At the moment that the tables
-are made nothing more could be: transformers makes them in the middle of importing its own models.
+these tables right after transformers makes them, in the middle of importing its own models; the
+pruned family's module is made when it is asked for, once a checkpoint of it is loaded.
 """
 
 import sys
@@ -25,7 +24,7 @@ TABLES = {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     ),
 }
-"""The tables of each module of transformers. The first module is imported before the second."""
+"""The tables of each module of transformers, in the order in which it imports them."""
 
 
 class _Family(ModuleType):
@@ -45,9 +44,10 @@ def name_families(module: ModuleType) -> None:
     """Add the pruned families to the tables of a module of transformers."""
     for table in TABLES[module.__name__]:
         names = getattr(module, table)
-        for family in [family for family in names if not family.startswith(PRUNED_PREFIX)]:
-            if isinstance(names[family], str):  # some families have several models
-                names.setdefault(PRUNED_PREFIX + family, CLASS_PREFIX + names[family])
+        for family, stock in list(names.items()):
+            # Some families have several models.
+            if isinstance(stock, str) and not family.startswith(PRUNED_PREFIX):
+                names.setdefault(PRUNED_PREFIX + family, CLASS_PREFIX + stock)
 
 
 class _Finder(MetaPathFinder, Loader):

@@ -1,8 +1,6 @@
 """A setting told once: its dataclass field carries the default, the help, choices and bounds.
 
-:func:`check` validates by them, the command line makes its options from them, and docs/api.md shows
-them.
-"""
+:func:`check`, the options of the command line and docs/api.md all come from it."""
 
 import dataclasses
 import math
@@ -18,10 +16,9 @@ _KEY = "setting"
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number must be."""
+    """What a number must be; ``text`` in the words of an error: "1 or more"."""
 
     text: str
-    """In the words of an error: "1 or more"."""
     holds: Callable[[Any], bool]
 
 
@@ -30,12 +27,12 @@ NOT_NEGATIVE = Bound("0 or more", lambda value: 0 <= value < math.inf)
 
 
 def at_least(least: int) -> Bound:
-    """The bound of a count."""
+    """Of a count."""
     return Bound(f"{least} or more", lambda value: not value < least)
 
 
 def positive(words: str = "above 0") -> Bound:
-    """The bound of a finite number above 0."""
+    """Of a finite number above 0."""
     return Bound(words, lambda value: 0 < value < math.inf)
 
 
@@ -62,8 +59,7 @@ class Setting:
 def setting(default: Value, help: str, **more: Any) -> Value:
     """A dataclass field with this default and :class:`Setting`; typed as its default, as
     :func:`dataclasses.field` is."""
-    about = Setting(help, **more)
-    return dataclasses.field(default=default, metadata=about.metadata())
+    return dataclasses.field(default=default, metadata=Setting(help, **more).metadata())
 
 
 def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
@@ -72,10 +68,8 @@ def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
 
 
 def check(settings: Any) -> None:
-    """Raise CfspError for the first field of a dataclass whose value breaks its own rules.
-
-    None is valid where it is the default.
-    """
+    """Raise CfspError for the first field of a dataclass whose value breaks its own rules; None is
+    valid where it is the default."""
     for field in dataclasses.fields(settings):
         about, value = setting_of(field), getattr(settings, field.name)
         if about is None or (value is None and field.default is None):
