@@ -3,7 +3,8 @@
 transformers keeps tables of names, such as ``{"llama": "LlamaConfig"}``, and imports
 ``transformers.models.llama`` when it needs the class. Every family gets a pruned one beside it in
 these tables right after transformers makes them, in the middle of importing its own models; the
-pruned family's module is made when it is asked for, once a checkpoint of it is loaded.
+pruned family's module is made when it is asked for, once a checkpoint of it is loaded. What needs
+transformers is imported inside functions, for the same reason.
 """
 
 import sys
@@ -28,7 +29,7 @@ TABLES = {
 
 
 class _Family(ModuleType):
-    """What transformers imports for a pruned family: registers it when a class is asked for."""
+    """The module of a pruned family: registers the family when a class of it is asked for."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(CLASS_PREFIX):
@@ -55,11 +56,11 @@ class _Finder(MetaPathFinder, Loader):
     modules of pruned families."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.startswith(FAMILY_PREFIX):
-            return ModuleSpec(fullname, self)
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in TABLES else None
+        if name.startswith(FAMILY_PREFIX):
+            return ModuleSpec(name, self)
+        spec = PathFinder.find_spec(name, path, target) if name in TABLES else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

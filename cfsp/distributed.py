@@ -52,11 +52,9 @@ class Ranks:
         """Whether this is the rank that sums in order of ranks end at."""
         return self.rank == self.size - 1
 
-    def share(self, count: int) -> slice:
-        """Which of ``count`` equal pieces of work are this rank's."""
-        return self._share(self.rank, count)
-
-    def _share(self, rank: int, count: int) -> slice:
+    def share(self, count: int, rank: int | None = None) -> slice:
+        """Which of ``count`` equal pieces of work are this rank's, or another's."""
+        rank = self.rank if rank is None else rank
         return slice(-(-count * rank // self.size), -(-count * (rank + 1) // self.size))
 
     def weighted_share(self, weights: Sequence[int]) -> list[int]:
@@ -117,7 +115,7 @@ class Ranks:
         if self.size > 1:
             with _exchange() as dist:
                 for rank in range(self.size):
-                    part = rows[self._share(rank, len(rows))]
+                    part = rows[self.share(len(rows), rank)]
                     if len(part):
                         dist.broadcast(part, rank, group=self.group)
         return rows
@@ -131,7 +129,7 @@ class Ranks:
         return max(self._everyones(value))
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is up on any rank."""
+        """Whether the flag is up on any rank."""
         return any(self._everyones(flag))
 
     def _everyones(self, value: Value) -> list[Value]:

@@ -38,10 +38,9 @@ def positive(words: str = "above 0") -> Bound:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field beside its name, type and default."""
+    """What is known of a field beside its name, type and default; ``help`` in full sentences."""
 
     help: str
-    """Full sentences, for the command line and docs/api.md."""
     choices: Collection[str] = ()
     """The valid values; a mapping tells each in one line."""
     must_be: Bound | None = None
@@ -52,7 +51,6 @@ class Setting:
     """What errors call the field, where that is not its name."""
 
     def metadata(self) -> dict[str, Any]:
-        """For :func:`dataclasses.field`."""
         return {_KEY: self}
 
 
@@ -63,7 +61,6 @@ def setting(default: Value, help: str, **more: Any) -> Value:
 
 
 def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
-    """What a field was given by :func:`setting`; None for any other."""
     return field.metadata.get(_KEY)
 
 

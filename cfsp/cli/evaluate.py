@@ -1,7 +1,6 @@
 """Measure perplexity, speed and tasks of models, side by side."""
 
 import argparse
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -64,16 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"perplexity {first['perplexity']:.4f} over {first['windows']} windows of "
             f"{first['seqlen']} ({first['tokens']:,} predicted tokens, {first['seconds']:.1f} s)"
         )
-    else:
-        Console().print(_table(found))
-
-
-def _table(found: list[dict[str, Any]]) -> Table:
-    """A row for every measure, a column for every model; speeds with their ratio to the first."""
-    shown = evaluation_table(found, ())
-    table = Table("")
+        return
+    shown, table = evaluation_table(found, ()), Table("")
     for label in shown["labels"]:
         table.add_column(label, justify="right", overflow="fold")
     for measure in shown["measures"]:
         table.add_row(measure["title"], *measure["texts"])
-    return table
+    Console().print(table)

@@ -16,10 +16,7 @@ from ..settings import Setting, setting_of
 MODEL = "Hub id, local folder or .gguf file"
 ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
 """What the value of an option is called, by its type."""
-JOB_OPTIONS = (
-    *("out", "eval_dataset", "eval_windows"),
-    *("device", "max_memory", "overwrite", "resume"),
-)
+JOB_OPTIONS = ("out", "eval_dataset", "eval_windows", "device", "max_memory", "overwrite", "resume")
 """Options of prune and recover that are parameters of their functions."""
 
 
@@ -134,9 +131,7 @@ def print_perplexities(before: Perplexity | None, after: Perplexity | None) -> N
     """A line, and one for each dataset where they are several; nothing where none was measured."""
     if before is None or after is None:
         return
-    print(
-        f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
-        f"({before.dataset}, {before.windows} windows of {before.seqlen})"
-    )
+    text = f"({before.dataset}, {before.windows} windows of {before.seqlen})"
+    print(f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} {text}")
     for name, was, now in perplexities_by_dataset(before, after):
         print(f"perplexity of {name}: {was:.2f} -> {now:.2f}")

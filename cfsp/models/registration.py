@@ -26,18 +26,16 @@ def register() -> None:
 
 
 def register_family(model_type: str) -> None:
-    """The same for one family of transformers."""
     stock = CONFIG_MAPPING[model_type]
     config = pruned_class(stock)
+    model = pruned_class(MODEL_MAPPING[stock])
+    causal_lm = pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     config.register_for_auto_class()
-    for auto, models in (
-        (AutoModel, MODEL_MAPPING),
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    ):
-        model = pruned_class(models[stock])
-        auto.register(config, model, exist_ok=True)
-        model.register_for_auto_class(auto.__name__)
+    model.register_for_auto_class("AutoModel")
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")
 
 
 def pruned_class(stock: type) -> Any:
