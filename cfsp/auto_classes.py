@@ -18,12 +18,10 @@ PRUNED_PREFIX = "cfsp_"
 """A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 CLASS_PREFIX = "CFSP"
 FAMILY_PREFIX = f"transformers.models.{PRUNED_PREFIX}"
+AUTO = "transformers.models.auto"
 TABLES = {
-    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES",),
-    "transformers.models.auto.modeling_auto": (
-        "MODEL_MAPPING_NAMES",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    ),
+    f"{AUTO}.configuration_auto": ("CONFIG_MAPPING_NAMES",),
+    f"{AUTO}.modeling_auto": ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
 }
 """The tables of each module of transformers, in the order in which it imports them."""
 

@@ -84,11 +84,8 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
     def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
-        """Zeros like ``like`` plus every part of rank 0, then every part of rank 1, and so on.
-
-        Each rank adds its own, on the CPU, to what the one before it hands on: the additions of one
-        process in its order, hence its bits. Only one tensor travels from rank to rank.
-        """
+        """Zeros like ``like`` plus every part, on the CPU, in order of ranks: the additions of one
+        process, hence its bits. Each rank adds its own to what the one before it hands on."""
         total = self.running_sum(parts, like)
         if self.size > 1:
             with _exchange() as dist:
@@ -97,9 +94,7 @@ class Ranks:
 
     def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
-
-        Ranks work on several sums at a time: one has handed on the first when it turns to the next.
-        """
+        Ranks work on several at a time: one has handed on the first when it turns to the next."""
         total = like.new_zeros(like.shape, device="cpu")
         with _exchange() as dist:
             if not self.first:
@@ -203,11 +198,8 @@ def own_rank() -> int:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`.
-
-    Where the program has already initialised torch.distributed, its ranks are these, with a group
-    of their own. Raises CfspError where the others cannot be reached.
-    """
+    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`. Where
+    the program has initialised torch.distributed, they are its ranks, in a group of their own."""
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return
