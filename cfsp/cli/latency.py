@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model,
         batch=int(found[1]),
         length=int(found[2]),
+        dtype=arguments.dtype or Recipe.dtype,
         progress=not arguments.quiet,
-        **given(arguments, ("dtype", "device", "again")),
+        **given(arguments, ("device", "again")),
     )
     if out is not None:
         save_table(table, out)
