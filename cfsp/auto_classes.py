@@ -2,9 +2,9 @@
 
 transformers keeps tables of names, such as ``{"llama": "LlamaConfig"}``, and imports
 ``transformers.models.llama`` when it needs the class. Every family gets a pruned one beside it in
-these tables right after transformers makes them, and its module is made when it is asked for:
-nothing is imported for a family until a checkpoint of it is loaded. At the moment that the tables
-are made nothing more could be: transformers makes them in the middle of importing its own models.
+these tables right after transformers makes them, in the middle of importing its own models; the
+pruned family's module is made when it is asked for, once a checkpoint of it is loaded. What needs
+transformers is imported inside functions, for the same reason.
 """
 
 import sys
@@ -18,18 +18,16 @@ PRUNED_PREFIX = "cfsp_"
 """A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 CLASS_PREFIX = "CFSP"
 FAMILY_PREFIX = f"transformers.models.{PRUNED_PREFIX}"
+AUTO = "transformers.models.auto"
 TABLES = {
-    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES",),
-    "transformers.models.auto.modeling_auto": (
-        "MODEL_MAPPING_NAMES",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    ),
+    f"{AUTO}.configuration_auto": ("CONFIG_MAPPING_NAMES",),
+    f"{AUTO}.modeling_auto": ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
 }
-"""The tables of each module of transformers. The first module is imported before the second."""
+"""The tables of each module of transformers, in the order in which it imports them."""
 
 
 class _Family(ModuleType):
-    """What transformers imports for a pruned family: registers it when a class is asked for."""
+    """The module of a pruned family: registers the family when a class of it is asked for."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith(CLASS_PREFIX):
@@ -45,9 +43,10 @@ def name_families(module: ModuleType) -> None:
     """Add the pruned families to the tables of a module of transformers."""
     for table in TABLES[module.__name__]:
         names = getattr(module, table)
-        for family in [family for family in names if not family.startswith(PRUNED_PREFIX)]:
-            if isinstance(names[family], str):  # some families have several models
-                names.setdefault(PRUNED_PREFIX + family, CLASS_PREFIX + names[family])
+        for family, stock in list(names.items()):
+            # Some families have several models.
+            if isinstance(stock, str) and not family.startswith(PRUNED_PREFIX):
+                names.setdefault(PRUNED_PREFIX + family, CLASS_PREFIX + stock)
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -55,11 +54,11 @@ class _Finder(MetaPathFinder, Loader):
     modules of pruned families."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.startswith(FAMILY_PREFIX):
-            return ModuleSpec(fullname, self)
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in TABLES else None
+        if name.startswith(FAMILY_PREFIX):
+            return ModuleSpec(name, self)
+        spec = PathFinder.find_spec(name, path, target) if name in TABLES else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .errors import CfspError, RankLost
@@ -18,9 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup, Store
 
-PATIENCE = timedelta(
-    days=7
-)  # a dead rank closes its connections; one that waits for a disk is slow
+# A dead rank closes its connections; one that waits for a disk is slow.
+PATIENCE = timedelta(days=7)
 Value = TypeVar("Value")
 
 
@@ -51,27 +52,23 @@ class Ranks:
         """Whether this is the rank that sums in order of ranks end at."""
         return self.rank == self.size - 1
 
-    def share(self, count: int) -> slice:
-        """Which of ``count`` equal pieces of work are this rank's."""
-        return self._share(self.rank, count)
-
-    def _share(self, rank: int, count: int) -> slice:
+    def share(self, count: int, rank: int | None = None) -> slice:
+        """Which of ``count`` equal pieces of work are this rank's, or another's."""
+        rank = self.rank if rank is None else rank
         return slice(-(-count * rank // self.size), -(-count * (rank + 1) // self.size))
 
     def weighted_share(self, weights: Sequence[int]) -> list[int]:
         """The positions of this rank's pieces of work, of about the same total for every rank."""
-        total, before, found = max(1, sum(weights)), 0, []
-        for position, weight in enumerate(weights):
-            owner = self.size * (2 * before + weight) // (2 * total)  # where its middle lies
-            if min(owner, self.size - 1) == self.rank:
-                found.append(position)
-            before += weight
-        return found
+        total = max(1, sum(weights))
+        middles = (
+            2 * end - weight for weight, end in zip(weights, accumulate(weights), strict=True)
+        )
+        owners = (min(self.size * middle // (2 * total), self.size - 1) for middle in middles)
+        return [position for position, owner in enumerate(owners) if owner == self.rank]
 
     def device(self, name: str) -> str:
-        """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank,
-        which becomes the current one. Raises CfspError for more ranks than GPUs on this machine.
-        """
+        """This rank's own device: "auto" and "cuda" are the GPU of its local rank, which becomes
+        the current one. Raises CfspError for more ranks than GPUs on this machine."""
         if self.size == 1 or name not in ("auto", "cuda"):
             return name
         import torch
@@ -87,34 +84,20 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
     def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
-        """Zeros plus every part of rank 0, plus every part of rank 1, and so on, one by one.
-
-        Each rank adds its own to what the one before it hands on: the additions of one process in
-        its order, hence its bits. Only one tensor travels from rank to rank.
-
-        Args:
-            parts: this rank's, of the shape and dtype of ``like``, on the CPU.
-            like: shape and dtype of the sum.
-        """
+        """Zeros like ``like`` plus every part, on the CPU, in order of ranks: the additions of one
+        process, hence its bits. Each rank adds its own to what the one before it hands on."""
         total = self.running_sum(parts, like)
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 dist.broadcast(total, self.size - 1, group=self.group)
         return total
 
     def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
-
-        Ranks work on several sums at a time: one has handed on the first when it turns to the next.
-        """
-        import torch
-        import torch.distributed as dist
-
-        total = torch.zeros_like(like, device="cpu")
-        with _exchange():
-            if self.rank > 0:
+        Ranks work on several at a time: one has handed on the first when it turns to the next."""
+        total = like.new_zeros(like.shape, device="cpu")
+        with _exchange() as dist:
+            if not self.first:
                 dist.recv(total, self.rank - 1, group=self.group)
             for part in parts:
                 total += part
@@ -125,11 +108,9 @@ class Ranks:
     def fill_(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Give every rank all rows, in place, where each has those of its :meth:`share`."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 for rank in range(self.size):
-                    part = rows[self._share(rank, len(rows))]
+                    part = rows[self.share(len(rows), rank)]
                     if len(part):
                         dist.broadcast(part, rank, group=self.group)
         return rows
@@ -143,37 +124,28 @@ class Ranks:
         return max(self._everyones(value))
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is up on any rank."""
+        """Whether the flag is up on any rank."""
         return any(self._everyones(flag))
 
     def _everyones(self, value: Value) -> list[Value]:
-        """The value of every rank, in order."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        found: list[Value] = [value] * self.size
-        with _exchange():
-            dist.all_gather_object(found, value, group=self.group)
+        found = [value] * self.size
+        if self.size > 1:
+            with _exchange() as dist:
+                dist.all_gather_object(found, value, group=self.group)
         return found
 
     def of_first(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, a plain value; the others wait for it."""
-        if self.size == 1:
-            return make()
-        import torch.distributed as dist
-
         values = [make()] if self.first else [None]
-        with _exchange():
-            dist.broadcast_object_list(values, 0, group=self.group)
+        if self.size > 1:
+            with _exchange() as dist:
+                dist.broadcast_object_list(values, 0, group=self.group)
         return cast(Value, values[0])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 dist.barrier(self.group)
 
     def check(self, problem: str | None) -> None:
@@ -185,12 +157,8 @@ class Ranks:
     def check_same(self, identity: Mapping[str, object]) -> None:
         """Raise CfspError on every rank where one does not have rank 0's values; names which."""
         reference = self.of_first(lambda: dict(identity))
-        differing = sorted(key for key in reference if reference[key] != identity[key])
-        self.check(
-            f"rank {self.rank} has another {', '.join(differing)} than rank 0"
-            if differing
-            else None
-        )
+        other = ", ".join(sorted(key for key in reference if reference[key] != identity[key]))
+        self.check(f"rank {self.rank} has another {other} than rank 0" if other else None)
 
     def speaks(self) -> bool:
         """Whether this rank is the one that tells the user why the job ends: the first that asks;
@@ -207,10 +175,12 @@ ALONE = Ranks()
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
-    """gloo says only that a connection failed, and as a RuntimeError."""
+def _exchange() -> Iterator[ModuleType]:
+    """torch.distributed; gloo says only that a connection failed, and as a RuntimeError."""
+    import torch.distributed as dist
+
     try:
-        yield
+        yield dist
     except RuntimeError as error:
         where, _, reason = str(error).partition("] ")  # [file of gloo:line] reason. Advice.
         raise RankLost((reason or where).partition(". ")[0]) from error
@@ -228,14 +198,8 @@ def own_rank() -> int:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`.
-
-    Where the program has already initialised torch.distributed, its ranks are these, with a group
-    of their own.
-
-    Raises:
-        CfspError: the others cannot be reached.
-    """
+    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`. Where
+    the program has initialised torch.distributed, they are its ranks, in a group of their own."""
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
         return

@@ -1,8 +1,6 @@
 """A setting told once: its dataclass field carries the default, the help, choices and bounds.
 
-:func:`check` validates by them, the command line makes its options from them, and docs/api.md shows
-them.
-"""
+:func:`check`, the options of the command line and docs/api.md all come from it."""
 
 import dataclasses
 import math
@@ -18,10 +16,9 @@ _KEY = "setting"
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number must be."""
+    """What a number must be; ``text`` in the words of an error: "1 or more"."""
 
     text: str
-    """In the words of an error: "1 or more"."""
     holds: Callable[[Any], bool]
 
 
@@ -30,21 +27,20 @@ NOT_NEGATIVE = Bound("0 or more", lambda value: 0 <= value < math.inf)
 
 
 def at_least(least: int) -> Bound:
-    """The bound of a count."""
+    """Of a count."""
     return Bound(f"{least} or more", lambda value: not value < least)
 
 
 def positive(words: str = "above 0") -> Bound:
-    """The bound of a finite number above 0."""
+    """Of a finite number above 0."""
     return Bound(words, lambda value: 0 < value < math.inf)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field beside its name, type and default."""
+    """What is known of a field beside its name, type and default; ``help`` in full sentences."""
 
     help: str
-    """Full sentences, for the command line and docs/api.md."""
     choices: Collection[str] = ()
     """The valid values; a mapping tells each in one line."""
     must_be: Bound | None = None
@@ -55,27 +51,22 @@ class Setting:
     """What errors call the field, where that is not its name."""
 
     def metadata(self) -> dict[str, Any]:
-        """For :func:`dataclasses.field`."""
         return {_KEY: self}
 
 
 def setting(default: Value, help: str, **more: Any) -> Value:
     """A dataclass field with this default and :class:`Setting`; typed as its default, as
     :func:`dataclasses.field` is."""
-    about = Setting(help, **more)
-    return dataclasses.field(default=default, metadata=about.metadata())
+    return dataclasses.field(default=default, metadata=Setting(help, **more).metadata())
 
 
 def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
-    """What a field was given by :func:`setting`; None for any other."""
     return field.metadata.get(_KEY)
 
 
 def check(settings: Any) -> None:
-    """Raise CfspError for the first field of a dataclass whose value breaks its own rules.
-
-    None is valid where it is the default.
-    """
+    """Raise CfspError for the first field of a dataclass whose value breaks its own rules; None is
+    valid where it is the default."""
     for field in dataclasses.fields(settings):
         about, value = setting_of(field), getattr(settings, field.name)
         if about is None or (value is None and field.default is None):

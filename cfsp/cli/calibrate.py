@@ -4,7 +4,7 @@ import argparse
 
 from ..api import calibrate
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
-from .options import MODEL, add_device, add_output, check_new, print_json
+from .options import MODEL, add_device, add_output, check_new, given, print_json
 from .prune import add_calibration, recipe_of
 
 EXAMPLES = """\
@@ -14,7 +14,6 @@ cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --dataset wiki
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp calibrate``."""
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--out", required=True, metavar="STATS.safetensors", help="The new file")
     add_device(parser)
@@ -29,17 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Calibrate, save, print a summary."""
     out = check_new(arguments.out, arguments.overwrite)
     statistics = calibrate(
         arguments.model,
         recipe=recipe_of(arguments),
-        gram=arguments.gram,
         gram_folder=out.with_name(f"{out.name}.grams.new"),
-        device=arguments.device,
-        max_memory=arguments.max_memory,
         progress=not arguments.quiet,
         ranks=arguments.group,
+        **given(arguments, ("gram", "device", "max_memory")),
     )
     if not arguments.group.first:
         return
@@ -48,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         "statistics": str(out),
         "blocks": len(statistics.blocks),
         "tokens": statistics.blocks[0].tokens,
-        "importance": {
-            metric: statistics.importance(metric).tolist() for metric in INFLUENCE_METRICS
-        },
+        "importance": {name: statistics.importance(name).tolist() for name in INFLUENCE_METRICS},
     }
     if not print_json(arguments, summary):
         print(f"{out}: {summary['blocks']} blocks, {summary['tokens']:,} tokens")

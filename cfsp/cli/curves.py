@@ -18,14 +18,9 @@ cfsp curves HuggingFaceTB/SmolLM2-135M --statistics stats.safetensors --scorer c
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp curves``."""
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument(
-        "--statistics",
-        required=True,
-        metavar="FILE",
-        help="Written by `cfsp calibrate`; is added to",
-    )
+    text = "Written by `cfsp calibrate`; is added to"
+    parser.add_argument("--statistics", required=True, metavar="FILE", help=text)
     add_device(parser)
     group = parser.add_argument_group("method", "What the curves are of.")
     add_fields(group, Recipe, OPTIONS, {"scorer": SCORER})
@@ -33,20 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make the curves, where they are not there, and write the statistics anew."""
+    file = arguments.statistics
     recipe = Recipe(scorer=arguments.scorer or SCORER, allocator="knapsack")
     recipe = dataclasses.replace(recipe, **given(arguments, OPTIONS))
-    statistics = load_statistics(arguments.statistics)
+    statistics = load_statistics(file)
     opened = open_any(arguments.model, None, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
     known = stored_ranking(statistics, recipe) is not None
     if not known:
-        ranked = with_ranking(
-            statistics, opened.blocks.ffn_weights, recipe, progress=not arguments.quiet
-        )
-        save_statistics(ranked, arguments.statistics)
+        weights, progress = opened.blocks.ffn_weights, not arguments.quiet
+        save_statistics(with_ranking(statistics, weights, recipe, progress=progress), file)
     summary = {
-        "statistics": arguments.statistics,
+        "statistics": file,
         "scorer": recipe.scorer,
         "compensation": recipe.resolved_compensation,
         "damping": recipe.damping,
@@ -54,4 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if not print_json(arguments, summary):
         added = "has them already" if known else "error curves added"
-        print(f"{arguments.statistics}: {recipe.scorer}, {summary['compensation']}: {added}")
+        print(f"{file}: {recipe.scorer}, {summary['compensation']}: {added}")

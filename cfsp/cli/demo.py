@@ -38,28 +38,20 @@ NEW_TOKENS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp demo``."""
     parser.add_argument("--out", default="cfsp-demo", help="The folder (default: %(default)s)")
     add_device(parser)
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run the demo and print what came of it."""
-    demo = run_demo(
-        Path(arguments.out),
-        overwrite=arguments.overwrite,
-        device=arguments.device,
-        progress=not arguments.quiet,
-    )
+    out, overwrite, device = Path(arguments.out), arguments.overwrite, arguments.device
+    demo = run_demo(out, overwrite=overwrite, device=device, progress=not arguments.quiet)
     if not print_json(arguments, demo.result.report.to_dict()):
         print_demo(demo, Console())
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation and how fast it came."""
-
     text: str
     tokens: int
     tokens_per_second: float
@@ -67,8 +59,6 @@ class Continuation:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made and measured."""
-
     result: PruneResult
     before: Continuation
     after: Continuation
@@ -76,17 +66,13 @@ class DemoResult:
 
 
 def demo_model() -> Path:
-    """The GGUF file of SmolLM2-135M in the installed package.
-
-    Raises:
-        CfspError: the package is not installed; says how to.
-    """
+    """The GGUF file of SmolLM2-135M in the installed package; CfspError tells how to install it."""
     spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise CfspError(f"the demo's model is not installed; install it with: {INSTALL}")
-    return files[0]
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if files:
+        return files[0]
+    raise CfspError(f"the demo's model is not installed; install it with: {INSTALL}")
 
 
 def dense_folder(folder: Path) -> Path:
@@ -131,9 +117,8 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
     dense = dense_folder(out / NAME)
     result = prune(
         dense,
-        None,
-        RECIPE,
-        pruned_folder,
+        recipe=RECIPE,
+        out=pruned_folder,
         eval_windows=EVALUATION_WINDOWS,
         device=device,
         overwrite=overwrite,
@@ -142,10 +127,8 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
     )
     with quiet_loading():
         opened = open_model(dense, device=device)
-    before, after = generate_side_by_side(
-        (opened.model, result.model), opened.tokenizer, PROMPT, NEW_TOKENS
-    )
-    picture = out / "widths.png"
+    models, picture = (opened.model, result.model), out / "widths.png"
+    before, after = generate_side_by_side(models, opened.tokenizer, PROMPT, NEW_TOKENS)
     plot_widths(result.plan, picture, f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed")
     return DemoResult(result, before, after, picture)
 
@@ -156,16 +139,17 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     before, after = report.perplexity_before, report.perplexity_after
     if before is None or after is None:
         raise ValueError("the demo measures perplexity")
+    perplexities, continuations = (before, after), (demo.before, demo.after)
     table = Table(title=f"{NAME}, {demo.result.plan.sparsity:.0%} of FFN channels removed")
     for title in ("", "before", "after"):
-        table.add_column(title, justify="left" if title == "" else "right", overflow="fold")
-    for row in report.sizes.rows():
+        table.add_column(title, justify="right" if title else "left", overflow="fold")
+    for row in (
+        *report.sizes.rows(),
+        ("perplexity (held out)", *(f"{p.perplexity:.2f}" for p in perplexities)),
+        ("tokens/s, reading", *(f"{p.tokens / p.seconds:.0f}" for p in perplexities)),
+        ("tokens/s, writing", *(f"{c.tokens_per_second:.1f}" for c in continuations)),
+    ):
         table.add_row(*row)
-    table.add_row("perplexity (held out)", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
-    reading = [f"{measured.tokens / measured.seconds:.0f}" for measured in (before, after)]
-    writing = [f"{written.tokens_per_second:.1f}" for written in (demo.before, demo.after)]
-    table.add_row("tokens/s, reading", *reading)
-    table.add_row("tokens/s, writing", *writing)
     console.print(table)
     console.print(f"[bold]{PROMPT}[/bold]")
     console.print(f"  before: {demo.before.text.strip()!r}", markup=False)

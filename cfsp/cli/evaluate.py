@@ -1,7 +1,6 @@
 """Measure perplexity, speed and tasks of models, side by side."""
 
 import argparse
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,33 +16,28 @@ EXAMPLES = """\
 cfsp evaluate HuggingFaceTB/SmolLM2-135M pruned
 cfsp evaluate HuggingFaceTB/SmolLM2-135M pruned --windows 0 --speed --batch 8 --json
 """
-WORKLOAD = tuple(vars(Generation()))
+GENERATION = vars(Generation())
+OPTIONS = (
+    *("dataset", "seqlen", "windows", "bos", "dtype", "device", "speed"),
+    *(*GENERATION, "task_path", "limit"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp evaluate``."""
     parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL)
     add_device(parser)
     add_fields(parser, Recipe, ("dtype",))
     group = parser.add_argument_group("perplexity", "On held-out text, over whole windows.")
-    group.add_argument(
-        "--dataset",
-        metavar="NAME|PATH",
-        default=Calibration.dataset,
-        help="One dataset, its held-out part, or a file (default: %(default)s)",
-    )
+    add = group.add_argument
+    text = "One dataset, its held-out part, or a file (default: %(default)s)"
+    add("--dataset", metavar="NAME|PATH", default=Calibration.dataset, help=text)
     add_fields(group, Calibration, ("seqlen", "bos"))
-    group.add_argument(
-        "--windows", type=int, metavar="N", help="Only the first N; 0: none (default: all)"
-    )
+    add("--windows", type=int, metavar="N", help="Only the first N; 0: none (default: all)")
     group = parser.add_argument_group("speed", "Of generation, the models taking turns.")
-    group.add_argument(
-        "--speed", action="store_true", help="Time prefill and decode; holds all models in memory"
-    )
-    for name, value in vars(Generation()).items():
-        group.add_argument(
-            flag(name), type=int, metavar="N", default=value, help="(default: %(default)s)"
-        )
+    add = group.add_argument
+    add("--speed", action="store_true", help="Time prefill and decode; holds all models in memory")
+    for name, value in GENERATION.items():
+        add(flag(name), type=int, metavar="N", default=value, help="(default: %(default)s)")
     group = parser.add_argument_group("tasks", "Of the lm-evaluation-harness, extra `eval`.")
     group.add_argument("--tasks", metavar="NAME,NAME", help="Tasks or groups")
     group.add_argument("--task-path", metavar="DIR", help="Folder of task files of your own")
@@ -52,19 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure every model, then print one JSON object, a line or a table."""
     found = evaluate(
         arguments.models,
         tasks=[name for name in (arguments.tasks or "").split(",") if name],
         progress=not arguments.quiet,
         ranks=arguments.group,
-        **given(
-            arguments,
-            (
-                *("dataset", "seqlen", "windows", "bos", "dtype", "device", "speed"),
-                *(*WORKLOAD, "task_path", "limit"),
-            ),
-        ),
+        **given(arguments, OPTIONS),
     )
     if not arguments.group.first:
         return
@@ -76,17 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"perplexity {first['perplexity']:.4f} over {first['windows']} windows of "
             f"{first['seqlen']} ({first['tokens']:,} predicted tokens, {first['seconds']:.1f} s)"
         )
-    else:
-        Console().print(_table(found))
-
-
-def _table(found: list[dict[str, Any]]) -> Table:
-    """A row for every measure, a column for every model; speeds with their ratio to the first."""
-    shown = evaluation_table(found, ())
-    table = Table()
-    table.add_column("")
+        return
+    shown, table = evaluation_table(found, ()), Table("")
     for label in shown["labels"]:
         table.add_column(label, justify="right", overflow="fold")
     for measure in shown["measures"]:
         table.add_row(measure["title"], *measure["texts"])
-    return table
+    Console().print(table)

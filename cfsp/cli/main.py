@@ -1,8 +1,8 @@
 """The command line: one line and exit code 2 for a user's mistake, never a traceback.
 
 A command's module is imported when the command is chosen: ``cfsp --help`` needs none of them, nor
-torch. Each has ``add_arguments(parser)``, ``run(arguments)``, EXAMPLES, and as its docstring what
-``cfsp COMMAND --help`` says first.
+torch. Each has ``add_arguments(parser)``, ``run(arguments)``, which calls the public function and
+prints what came of it, EXAMPLES, and as its docstring what ``cfsp COMMAND --help`` says first.
 """
 
 import argparse
@@ -69,7 +69,6 @@ class _Command(_Parser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
     parser = _Parser(prog="cfsp", description="Structured FFN pruning after one calibration pass.")
     parser.add_argument("--version", action="version", version=f"cfsp {__version__}")
     commands = parser.add_subparsers(

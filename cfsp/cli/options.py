@@ -16,6 +16,8 @@ from ..settings import Setting, setting_of
 MODEL = "Hub id, local folder or .gguf file"
 ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
 """What the value of an option is called, by its type."""
+JOB_OPTIONS = ("out", "eval_dataset", "eval_windows", "device", "max_memory", "overwrite", "resume")
+"""Options of prune and recover that are parameters of their functions."""
 
 
 def flag(name: str) -> str:
@@ -26,11 +28,8 @@ def flag(name: str) -> str:
 def add_fields(
     group: Any, kind: type, names: Sequence[str], defaults: Mapping[str, str] | None = None
 ) -> None:
-    """An option for each of these fields of a dataclass, from its setting.
-
-    An option that is not given is None. ``defaults`` says what holds then, where that is not the
-    default of the field.
-    """
+    """An option for each of these fields of a dataclass, from its setting; None where not given.
+    ``defaults`` says what holds then, where that is not the default of the field."""
     for field in dataclasses.fields(kind):
         if field.name not in names:
             continue
@@ -59,69 +58,50 @@ def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
 
 
 def add_output(
     parser: argparse.ArgumentParser, *, quiet: bool = True, overwrite: bool = True
 ) -> None:
-    """``--json``, with ``--quiet`` and ``--overwrite``."""
     group = parser.add_argument_group("output", "What is printed, and what may be replaced.")
+    add = group.add_argument
     if quiet:
-        group.add_argument("--quiet", action="store_true", help="No estimate, no progress bars")
-    group.add_argument(
-        "--json", action="store_true", help="One JSON object as the last line of stdout"
-    )
+        add("--quiet", action="store_true", help="No estimate, no progress bars")
+    add("--json", action="store_true", help="One JSON object as the last line of stdout")
     if overwrite:
-        group.add_argument("--overwrite", action="store_true", help="Replace what --out names")
+        add("--overwrite", action="store_true", help="Replace what --out names")
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    """``--resume``."""
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue a run of this command that was interrupted; --overwrite begins anew",
-    )
+    text = "Continue a run of this command that was interrupted; --overwrite begins anew"
+    parser.add_argument("--resume", action="store_true", help=text)
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """``--eval-dataset`` and ``--eval-windows``."""
-    group = parser.add_argument_group(
-        "evaluation", "Perplexity on held-out text, before and after."
-    )
-    group.add_argument(
+    about = "Perplexity on held-out text, before and after."
+    add = parser.add_argument_group("evaluation", about).add_argument
+    add(
         "--eval-dataset",
         metavar="NAME|PATH[:WEIGHT],...",
         help="Text to measure on (default: the held-out parts of --dataset; builtin where these "
         "are all files)",
     )
-    group.add_argument(
-        "--eval-windows",
-        type=int,
-        metavar="N",
-        default=EVALUATION_WINDOWS,
-        help="0 skips it (default: %(default)s)",
-    )
+    text = "0 skips it (default: %(default)s)"
+    add("--eval-windows", type=int, metavar="N", default=EVALUATION_WINDOWS, help=text)
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> Any:
     """``--dry-run`` with ``--hardware`` and ``--tflops``; returns their group."""
-    group = parser.add_argument_group(
-        "dry run", "What a run would take, from the config alone; weights are not read."
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="Print memory, bytes, FLOPs and seconds; run nothing"
-    )
-    group.add_argument(
-        "--hardware",
-        metavar="|".join(HARDWARE),
-        help="Estimate for this hardware (default: this machine)",
-    )
-    group.add_argument(
-        "--tflops", type=float, metavar="X", help="1e12 FLOP/s that a device sustains"
-    )
+    about = "What a run would take, from the config alone; weights are not read."
+    group = parser.add_argument_group("dry run", about)
+    add = group.add_argument
+    text = "Print memory, bytes, FLOPs and seconds; run nothing"
+    add("--dry-run", action="store_true", help=text)
+    text = "Estimate for this hardware (default: this machine)"
+    add("--hardware", metavar="|".join(HARDWARE), help=text)
+    add("--tflops", type=float, metavar="X", help="1e12 FLOP/s that a device sustains")
     return group
 
 
@@ -134,15 +114,10 @@ def check_no_dry_run(arguments: argparse.Namespace, command: str, options: Seque
 
 
 def check_new(out: str | Path, overwrite: bool) -> Path:
-    """The path of a file to write.
-
-    Raises:
-        CfspError: it exists and is not to be replaced.
-    """
-    out = Path(out)
-    if out.exists() and not overwrite:
+    """The path of a file to write; raises CfspError where it exists and is not to be replaced."""
+    if Path(out).exists() and not overwrite:
         raise CfspError(f"output {out} exists; --overwrite replaces it")
-    return out
+    return Path(out)
 
 
 def print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:
@@ -156,9 +131,7 @@ def print_perplexities(before: Perplexity | None, after: Perplexity | None) -> N
     """A line, and one for each dataset where they are several; nothing where none was measured."""
     if before is None or after is None:
         return
-    print(
-        f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} "
-        f"({before.dataset}, {before.windows} windows of {before.seqlen})"
-    )
+    text = f"({before.dataset}, {before.windows} windows of {before.seqlen})"
+    print(f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} {text}")
     for name, was, now in perplexities_by_dataset(before, after):
         print(f"perplexity of {name}: {was:.2f} -> {now:.2f}")

@@ -21,7 +21,6 @@ cfsp plan HuggingFaceTB/SmolLM2-135M --statistics stats.safetensors --out plan.j
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp plan``."""
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--out", metavar="PLAN.json", help="Save the plan")
     add_device(parser)
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plan, save, print."""
     if not arguments.statistics:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
     recipe = recipe_of(arguments)

@@ -14,11 +14,8 @@ from ..errors import CfspError, RankLost, Stopped
 
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come. The first lets a run end in order, a second ends the process.
-
-    Not where ``torchrun`` started it: it hands on what each process may have received already,
-    and kills those that do not end within 30 s.
-    """
+    """Whether SIGTERM has come. The first lets a run end in order, a second ends the process: not
+    under ``torchrun``, which hands on what each may have received already and kills after 30 s."""
     came = Event()
     if current_thread() is not main_thread():
         yield came.is_set

@@ -15,57 +15,31 @@ from ..errors import CfspError
 from ..models.layouts import unsupported
 from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
-from .options import (
-    MODEL,
-    add_device,
-    add_dry_run,
-    add_fields,
-    add_measuring,
-    add_output,
-    add_resume,
-    check_no_dry_run,
-    flag,
-    given,
-    print_json,
-    print_perplexities,
-)
+from . import options
 from .process import sigterm
 
 EXAMPLES = """\
 cfsp prune HuggingFaceTB/SmolLM2-135M --out pruned --sparsity 0.3
 cfsp prune meta-llama/Llama-3.1-8B --budget params=6B --dry-run --hardware h100
 """
-GROUPS = {
-    "amount": ("How much is removed.", ("width_multiple", "uniform")),
-    "method": (
-        "How channels are chosen, and what makes up for them.",
-        (
-            *("scorer", "allocator", "compensation"),
-            *("importance", "error_scale", "importance_exponent"),
-        ),
-    ),
-    "fit": (
-        "How the weights that stay are fitted.",
-        ("damping", "sequential", "epochs", "learning_rate"),
-    ),
-    "search": (
-        "How far allocator search goes.",
-        ("search_generations", "search_offspring", "search_windows", "search_seed"),
-    ),
-}
-CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
-RECIPE_OPTIONS = tuple(
-    field.name for field in dataclasses.fields(Recipe) if field.name != "calibration"
+AMOUNT = ("width_multiple", "uniform")
+METHOD = (
+    *("scorer", "allocator", "compensation"),
+    *("importance", "error_scale", "importance_exponent"),
 )
+FIT = ("damping", "sequential", "epochs", "learning_rate")
+SEARCH = ("search_generations", "search_offspring", "search_windows", "search_seed")
+CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
+RECIPE_OPTIONS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "calibration")
 DRY_RUN_OPTIONS = ("hardware", "tflops", "disk_gbps", "ranks", "nodes")
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """The options of a calibration, and how its forward calls run."""
     group = parser.add_argument_group("calibration", "The text that the model is calibrated on.")
-    add_fields(group, Calibration, CALIBRATION_OPTIONS)
+    options.add_fields(group, Calibration, CALIBRATION_OPTIONS)
     group = parser.add_argument_group("machine", "Where and how the model runs.")
-    add_fields(group, Recipe, ("dtype", "micro_batch"))
+    options.add_fields(group, Recipe, ("dtype", "micro_batch"))
     group.add_argument(
         "--max-memory",
         metavar="20GiB|device=20GiB,host=8GiB",
@@ -75,23 +49,25 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def add_recipe(parser: argparse.ArgumentParser) -> Any:
     """The options of a plan; returns the group of what is known already."""
-    for title, (text, names) in GROUPS.items():
-        group = parser.add_argument_group(title, text)
-        if title == "amount":
-            amount: Any = group.add_mutually_exclusive_group()
-            add_fields(amount, Recipe, ("sparsity", "budget"))
-            group.add_argument(
-                "--latency-table",
-                metavar="TABLE.json",
-                help="Written by `cfsp latency`, perhaps on another machine, for "
-                "--budget latency=0.25 (default: measured on --device, once)",
-            )
-        add_fields(group, Recipe, names)
+    group = parser.add_argument_group("amount", "How much is removed.")
+    options.add_fields(group.add_mutually_exclusive_group(), Recipe, ("sparsity", "budget"))
+    group.add_argument(
+        "--latency-table",
+        metavar="TABLE.json",
+        help="Written by `cfsp latency`, perhaps on another machine, for --budget latency=0.25 "
+        "(default: measured on --device, once)",
+    )
+    options.add_fields(group, Recipe, AMOUNT)
+    text = "How channels are chosen, and what makes up for them."
+    options.add_fields(parser.add_argument_group("method", text), Recipe, METHOD)
+    text = "How the weights that stay are fitted."
+    options.add_fields(parser.add_argument_group("fit", text), Recipe, FIT)
+    text = "How far allocator search goes."
+    options.add_fields(parser.add_argument_group("search", text), Recipe, SEARCH)
     group = parser.add_argument_group("input", "What is known already.")
     group.add_argument("--recipe", metavar="FILE.yaml", help="Start from this recipe's settings")
-    group.add_argument(
-        "--statistics", metavar="FILE", help="Written by `cfsp calibrate`; no new calibration"
-    )
+    text = "Written by `cfsp calibrate`; no new calibration"
+    group.add_argument("--statistics", metavar="FILE", help=text)
     return group
 
 
@@ -99,26 +75,23 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Defaults, then the recipe file, then what the command line says."""
     path = getattr(arguments, "recipe", None)
     recipe = load_recipe(path) if path else Recipe()
-    calibration = given(arguments, CALIBRATION_OPTIONS)
+    calibration = options.given(arguments, CALIBRATION_OPTIONS)
     if calibration and getattr(arguments, "statistics", None):
-        option = next(iter(calibration))
-        raise CfspError(f"--statistics fixes the calibration; drop --{option}")
-    choices = given(arguments, RECIPE_OPTIONS)
+        raise CfspError(f"--statistics fixes the calibration; drop --{next(iter(calibration))}")
+    choices = options.given(arguments, RECIPE_OPTIONS)
     if "budget" in choices:  # what the file says of the other gives way
         choices["sparsity"] = Recipe.sparsity
     elif "sparsity" in choices:
         choices["budget"] = None
-    return dataclasses.replace(
-        recipe, **choices, calibration=dataclasses.replace(recipe.calibration, **calibration)
-    )
+    choices["calibration"] = dataclasses.replace(recipe.calibration, **calibration)
+    return dataclasses.replace(recipe, **choices)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp prune``."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL)
     parser.add_argument("--out", metavar="DIR", help="The new folder; needed but for --dry-run")
-    add_device(parser)
-    add_resume(parser)
+    options.add_device(parser)
+    options.add_resume(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -128,22 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = add_recipe(parser)
     group.add_argument("--plan", metavar="PLAN.json", help="Apply a saved, perhaps edited plan")
     add_calibration(parser)
-    add_measuring(parser)
-    group = add_dry_run(parser)
-    group.add_argument(
-        "--disk-gbps", type=float, metavar="X", help="1e9 bytes/s of the disk of each machine"
-    )
-    group.add_argument(
-        "--ranks", type=int, metavar="N", help="Processes, each with its own device (default: 1)"
-    )
-    group.add_argument(
-        "--nodes", type=int, metavar="N", help="Machines that they run on (default: 1)"
-    )
-    add_output(parser)
+    options.add_measuring(parser)
+    add = options.add_dry_run(parser).add_argument
+    add("--disk-gbps", type=float, metavar="X", help="1e9 bytes/s of the disk of each machine")
+    add("--ranks", type=int, metavar="N", help="Processes, each with its own device (default: 1)")
+    add("--nodes", type=int, metavar="N", help="Machines that they run on (default: 1)")
+    options.add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prune, or print what it would take."""
     if arguments.dry_run:
         if arguments.plan or arguments.statistics:
             raise CfspError("--dry-run estimates a whole run; drop --plan and --statistics")
@@ -151,52 +117,33 @@ def run(arguments: argparse.Namespace) -> None:
             raise CfspError("--dry-run is for one process; --ranks says how many a run will have")
         dry_run(arguments, recipe_of(arguments))
         return
-    check_no_dry_run(arguments, "prune", DRY_RUN_OPTIONS)
+    options.check_no_dry_run(arguments, "prune", DRY_RUN_OPTIONS)
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
-        for name in given(arguments, ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)):
-            raise CfspError(f"--plan fixes the recipe; drop {flag(name)}")
+        for name in options.given(arguments, ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)):
+            raise CfspError(f"--plan fixes the recipe; drop {options.flag(name)}")
+    passed_on = (*options.JOB_OPTIONS, "statistics", "latency_table", "verify")
     with sigterm() as stop:
         result = prune(
             arguments.model,
             recipe=recipe_of(arguments),
-            out=arguments.out,
-            statistics=arguments.statistics,
             plan=plan,
-            eval_dataset=arguments.eval_dataset,
-            eval_windows=arguments.eval_windows,
-            device=arguments.device,
-            latency_table=arguments.latency_table,
-            max_memory=arguments.max_memory,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            verify=arguments.verify,
             stop=stop,
             progress=not arguments.quiet,
             ranks=arguments.group,
+            **options.given(arguments, passed_on),
         )
     if not arguments.group.first:
         return
-    if not print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
+    if not options.print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
         _print_result(result)
 
 
 def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """Print the estimate; then fail where the run itself would.
-
-    Raises:
-        CfspError: an architecture that cannot be pruned, too little memory; besides bad arguments.
-    """
-    found = estimate(
-        arguments.model,
-        recipe,
-        eval_windows=arguments.eval_windows,
-        max_memory=arguments.max_memory,
-        latency_table=arguments.latency_table,
-        device=arguments.device,
-        **given(arguments, DRY_RUN_OPTIONS),
-    )
-    if not print_json(arguments, found.to_dict()):
+    """Print the estimate; then fail where the run itself would."""
+    names = ("eval_windows", "max_memory", "latency_table", "device", *DRY_RUN_OPTIONS)
+    found = estimate(arguments.model, recipe, **options.given(arguments, names))
+    if not options.print_json(arguments, found.to_dict()):
         Console().print(found.table())
     if not found.supported:
         raise unsupported(found.architecture)
@@ -212,5 +159,5 @@ def _print_result(result: PruneResult) -> None:
         print(f"least squares: {fits_summary(report.fits)}")
     if report.refits:
         print(f"blocks fitted again: {refits_summary(report.refits)}")
-    print_perplexities(report.perplexity_before, report.perplexity_after)
+    options.print_perplexities(report.perplexity_before, report.perplexity_after)
     print(f"saved, reloaded and compared: {result.out}")

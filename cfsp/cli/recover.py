@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from rich.console import Console
 
@@ -10,19 +9,7 @@ from ..costs.hardware import parse_memory
 from ..errors import CfspError
 from ..recovery import Distillation, Recovery, RecoveryResult, recover
 from ..recovery.estimate import estimate_recovery
-from .options import (
-    add_device,
-    add_dry_run,
-    add_fields,
-    add_measuring,
-    add_output,
-    add_resume,
-    check_no_dry_run,
-    flag,
-    given,
-    print_json,
-    print_perplexities,
-)
+from . import options
 from .process import sigterm
 
 EXAMPLES = """\
@@ -33,92 +20,70 @@ SETTINGS = tuple(f.name for f in dataclasses.fields(Recovery) if f.name != "dist
 WEIGHTS = tuple(f.name for f in dataclasses.fields(Distillation) if f.name != "teacher")
 TEXT = ("dataset", "seqlen", "seed", "bos")
 MEMORY = ("micro_batch", "gradient_checkpointing")
+DRY_RUN_OPTIONS = ("hardware", "tflops")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``cfsp recover``."""
-    parser.add_argument("model", metavar="DIR", help="Folder that cfsp prune or recover wrote")
-    parser.add_argument("--out", metavar="DIR2", help="The new folder; needed but for --dry-run")
-    parser.add_argument(
-        "--keep-adapter", action="store_true", help="Keep the adapters too, in DIR2/adapter"
-    )
-    add_device(parser)
-    add_resume(parser)
+    add = parser.add_argument
+    add("model", metavar="DIR", help="Folder that cfsp prune or recover wrote")
+    add("--out", metavar="DIR2", help="The new folder; needed but for --dry-run")
+    add("--keep-adapter", action="store_true", help="Keep the adapters too, in DIR2/adapter")
+    options.add_device(parser)
+    options.add_resume(parser)
     group = parser.add_argument_group("training", "What is trained, and how.")
-    training = [name for name in SETTINGS if name not in (*TEXT, *MEMORY)]
-    add_fields(group, Recovery, training)
-    add_fields(parser.add_argument_group("text", "What it is trained on."), Recovery, TEXT)
+    options.add_fields(group, Recovery, [name for name in SETTINGS if name not in (*TEXT, *MEMORY)])
+    options.add_fields(parser.add_argument_group("text", "What it is trained on."), Recovery, TEXT)
     group = parser.add_argument_group("distillation", "Learning from another model too.")
-    add_fields(group, Distillation, ("teacher", *WEIGHTS))
+    options.add_fields(group, Distillation, ("teacher", *WEIGHTS))
     group = parser.add_argument_group("memory", "What keeps training in a device's memory.")
-    add_fields(group, Recovery, MEMORY)
+    options.add_fields(group, Recovery, MEMORY)
     group.add_argument("--max-memory", metavar="20GiB", help="(default: a GPU's free memory)")
-    add_measuring(parser)
-    add_dry_run(parser)
-    add_output(parser)
+    options.add_measuring(parser)
+    options.add_dry_run(parser)
+    options.add_output(parser)
 
 
 def settings_of(arguments: argparse.Namespace) -> Recovery:
-    """What the command line says of a recovery."""
-    weights = given(arguments, WEIGHTS)
+    weights = options.given(arguments, WEIGHTS)
     if weights and not arguments.teacher:
-        raise CfspError(f"{flag(next(iter(weights)))} needs --teacher MODEL")
+        raise CfspError(f"{options.flag(next(iter(weights)))} needs --teacher MODEL")
     distillation = Distillation(arguments.teacher, **weights) if arguments.teacher else None
-    return Recovery(**given(arguments, SETTINGS), distillation=distillation)
+    return Recovery(**options.given(arguments, SETTINGS), distillation=distillation)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, or print what it would take."""
     settings = settings_of(arguments)
     if arguments.dry_run:
         _dry_run(arguments, settings)
         return
-    check_no_dry_run(arguments, "recover", ("hardware", "tflops"))
+    options.check_no_dry_run(arguments, "recover", DRY_RUN_OPTIONS)
     with sigterm() as stop:
         result = recover(
             arguments.model,
-            arguments.out,
-            settings,
-            eval_dataset=arguments.eval_dataset,
-            eval_windows=arguments.eval_windows,
-            device=arguments.device,
-            max_memory=arguments.max_memory,
-            keep_adapter=arguments.keep_adapter,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
+            settings=settings,
             stop=stop,
             progress=not arguments.quiet,
+            **options.given(arguments, (*options.JOB_OPTIONS, "keep_adapter")),
         )
     values = {"out": str(result.out), "settings": result.report.settings.to_dict()}
-    if not print_json(arguments, {**values, **result.report.to_dict()}):
+    if not options.print_json(arguments, {**values, **result.report.to_dict()}):
         _print_result(result)
 
 
 def _dry_run(arguments: argparse.Namespace, settings: Recovery) -> None:
-    found = estimate_recovery(
-        Path(arguments.model),
-        settings,
-        eval_windows=arguments.eval_windows,
-        max_memory=arguments.max_memory,
-        device=arguments.device,
-        hardware=arguments.hardware,
-        tflops=arguments.tflops,
-    )
-    if not print_json(arguments, found.to_dict()):
+    values = options.given(arguments, ("eval_windows", "max_memory", "device", *DRY_RUN_OPTIONS))
+    found = estimate_recovery(arguments.model, settings, **values)
+    if not options.print_json(arguments, found.to_dict()):
         Console().print(found.table())
     found.check(parse_memory(arguments.max_memory))
 
 
 def _print_result(result: RecoveryResult) -> None:
-    report = result.report
+    report, uniform = result.report, ""
     if report.ranks:
         print(f"ranks by {report.settings.allocation}: {' '.join(map(str, report.ranks))}")
-    print(
-        f"parameters trained: {report.trained_parameters:,} "
-        f"(uniform ranks: {report.uniform_parameters:,})"
-        if report.ranks
-        else f"parameters trained: {report.trained_parameters:,}"
-    )
+        uniform = f" (uniform ranks: {report.uniform_parameters:,})"
+    print(f"parameters trained: {report.trained_parameters:,}{uniform}")
     print(f"loss: {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in {len(report.losses)} steps")
-    print_perplexities(report.perplexity_before, report.perplexity_after)
+    options.print_perplexities(report.perplexity_before, report.perplexity_after)
     print(f"saved, reloaded and compared: {result.out}")

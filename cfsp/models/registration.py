@@ -26,7 +26,6 @@ def register() -> None:
 
 
 def register_family(model_type: str) -> None:
-    """The same for one family of transformers."""
     stock = CONFIG_MAPPING[model_type]
     config = pruned_class(stock)
     model = pruned_class(MODEL_MAPPING[stock])

@@ -15,25 +15,11 @@ from ..models.blockwise import default_micro_batch
 from ..settings import Bound, Setting, at_least, check, positive, setting
 
 AS_PRUNED = "as the model was pruned"
-
-
-@dataclass(frozen=True)
-class SizeDefaults:
-    """What suits models of a size, where the user says nothing."""
-
-    below: float
-    """Parameters of the pruned model."""
-    batch_size: int
-    learning_rates: dict[str, float]
-    """By method."""
-
-
-DEFAULTS_BY_SIZE = (
-    SizeDefaults(1e9, 8, {"lora": 3e-4, "ffn": 3e-5}),
-    SizeDefaults(10e9, 16, {"lora": 3e-4, "ffn": 3e-5}),
-    SizeDefaults(math.inf, 32, {"lora": 1e-4, "ffn": 1e-5}),
-)
-"""The first row that a model is small enough for."""
+COUNT, POSITIVE = at_least(1), positive()
+RATES, LOW_RATES = {"lora": 3e-4, "ffn": 3e-5}, {"lora": 1e-4, "ffn": 1e-5}
+DEFAULTS_BY_SIZE = ((1e9, 8, RATES), (10e9, 16, RATES), (math.inf, 32, LOW_RATES))
+"""(parameters, batch size, learning rate by method): for pruned models of fewer parameters than the
+first, where the user says nothing; the first row that fits."""
 
 CPU_TOKENS = 1024
 """Tokens of a micro-batch that is not given, on a CPU. Shorter passes are slower per token, longer
@@ -74,26 +60,19 @@ class Distillation:
             raise CfspError(f"loss weights must be 0 or more and not all 0, got {weights}")
 
 
+METHODS = {"lora": "low-rank adapters, merged at the end", "ffn": "all parameters of the FFNs"}
+ALLOCATIONS = {
+    "importance": "by the coarse importance of the block",
+    "uniform": "the same in all, with as many parameters",
+}
+
+
 @dataclass(frozen=True)
 class Recovery:
     """How to train. Two runs of the same settings on the same model and CPU give the same bits."""
 
-    method: str = setting(
-        "lora",
-        "What is trained.",
-        choices={
-            "lora": "low-rank adapters, merged at the end",
-            "ffn": "all parameters of the FFNs",
-        },
-    )
-    allocation: str = setting(
-        "importance",
-        "Ranks of the blocks.",
-        choices={
-            "importance": "by the coarse importance of the block",
-            "uniform": "the same in all, with as many parameters",
-        },
-    )
+    method: str = setting("lora", "What is trained.", choices=METHODS)
+    allocation: str = setting("importance", "Ranks of the blocks.", choices=ALLOCATIONS)
     targets: str = setting(
         "ffn",
         "Which projections get adapters. Models with routed experts can have them in the "
@@ -103,11 +82,9 @@ class Recovery:
     rank: int = setting(
         8,
         "Rank of uniform adapters; with importance, the one whose number of parameters is met.",
-        must_be=at_least(1),
+        must_be=COUNT,
     )
-    scaling: float = setting(
-        2.0, "LoRA's alpha over the rank, of every adapter.", must_be=positive()
-    )
+    scaling: float = setting(2.0, "LoRA's alpha over the rank, of every adapter.", must_be=POSITIVE)
     dataset: str | None = setting(
         None,
         "Text to train on, as for calibration.",
@@ -119,20 +96,20 @@ class Recovery:
         None, "Whether windows start with a BOS token.", choices=BOS_CHOICES, unset=AS_PRUNED
     )
     seed: int = setting(0, "Seed of windows, adapters and dropout.")
-    steps: int = setting(200, "Steps of the optimiser.", must_be=at_least(1))
+    steps: int = setting(200, "Steps of the optimiser.", must_be=COUNT)
     batch_size: int | None = setting(
-        None, "Windows per step.", must_be=at_least(1), unset="by size, 8 to 32"
+        None, "Windows per step.", must_be=COUNT, unset="by size, 8 to 32"
     )
     learning_rate: float | None = setting(
         None,
         "Peak of a cosine schedule that begins with a warm-up of a twentieth of the steps.",
-        must_be=positive(),
+        must_be=POSITIVE,
         unset="by size, 3e-4 or 1e-4; ffn: a tenth",
     )
     micro_batch: int | None = setting(
         None,
         "Windows per forward pass, a divisor of the batch size.",
-        must_be=at_least(1),
+        must_be=COUNT,
         unset=f"about 8192 tokens on a GPU, {CPU_TOKENS} on a CPU",
     )
     gradient_checkpointing: str = setting(
@@ -155,35 +132,23 @@ class Recovery:
     def resolved(
         self, calibration: Calibration, parameters: int, device: torch.device
     ) -> "Recovery":
-        """With a value for everything that was left open.
-
-        Args:
-            calibration: of the pruning recipe.
-            parameters: of the pruned model.
-            device: that trains it.
-
-        Raises:
-            CfspError: a micro-batch that does not divide the batch, or too short windows.
-        """
-        of_size = next(row for row in DEFAULTS_BY_SIZE if parameters < row.below)
-        seqlen = self.seqlen or calibration.seqlen
-        batch_size = self.batch_size or of_size.batch_size
-        most = min(batch_size, default_micro_batch(device, seqlen, CPU_TOKENS))
-        divisor = next(count for count in range(most, 0, -1) if batch_size % count == 0)
-        found = dataclasses.replace(
+        """With a value for everything that was left open, for a pruned model of ``parameters``.
+        Raises CfspError for a micro-batch that does not divide the batch."""
+        batch, rates = next(row[1:] for row in DEFAULTS_BY_SIZE if parameters < row[0])
+        seqlen, batch = self.seqlen or calibration.seqlen, self.batch_size or batch
+        most = min(batch, default_micro_batch(device, seqlen, CPU_TOKENS))
+        micro_batch = self.micro_batch or max(n for n in range(1, most + 1) if batch % n == 0)
+        if batch % micro_batch:
+            raise CfspError(f"micro_batch {micro_batch} does not divide batch_size {batch}")
+        return dataclasses.replace(
             self,
             dataset=self.dataset or calibration.dataset,
             seqlen=seqlen,
             bos=self.bos or calibration.bos,
-            batch_size=batch_size,
-            learning_rate=self.learning_rate or of_size.learning_rates[self.method],
-            micro_batch=self.micro_batch or divisor,
+            batch_size=batch,
+            learning_rate=self.learning_rate or rates[self.method],
+            micro_batch=micro_batch,
         )
-        if batch_size % (found.micro_batch or 1):
-            raise CfspError(
-                f"micro_batch {found.micro_batch} does not divide batch_size {batch_size}"
-            )
-        return found
 
     @property
     def text(self) -> Calibration:
