@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import CfspError, RankLost
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup, Store
 
-PATIENCE = timedelta(
-    days=7
-)  # a dead rank closes its connections; one that waits for a disk is slow
+# A dead rank closes its connections; one that waits for a disk is slow.
+PATIENCE = timedelta(days=7)
 Value = TypeVar("Value")
 
 
@@ -89,18 +88,12 @@ class Ranks:
     def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
         """Zeros plus every part of rank 0, plus every part of rank 1, and so on, one by one.
 
-        Each rank adds its own to what the one before it hands on: the additions of one process in
-        its order, hence its bits. Only one tensor travels from rank to rank.
-
-        Args:
-            parts: this rank's, of the shape and dtype of ``like``, on the CPU.
-            like: shape and dtype of the sum.
+        Each rank adds its ``parts``, on the CPU and like ``like``, to what the one before it hands
+        on: the additions of one process in its order, hence its bits.
         """
         total = self.running_sum(parts, like)
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 dist.broadcast(total, self.size - 1, group=self.group)
         return total
 
@@ -109,11 +102,8 @@ class Ranks:
 
         Ranks work on several sums at a time: one has handed on the first when it turns to the next.
         """
-        import torch
-        import torch.distributed as dist
-
-        total = torch.zeros_like(like, device="cpu")
-        with _exchange():
+        total = like.new_zeros(like.shape, device="cpu")
+        with _exchange() as dist:
             if self.rank > 0:
                 dist.recv(total, self.rank - 1, group=self.group)
             for part in parts:
@@ -125,9 +115,7 @@ class Ranks:
     def fill_(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Give every rank all rows, in place, where each has those of its :meth:`share`."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 for rank in range(self.size):
                     part = rows[self._share(rank, len(rows))]
                     if len(part):
@@ -150,10 +138,8 @@ class Ranks:
         """The value of every rank, in order."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
-        found: list[Value] = [value] * self.size
-        with _exchange():
+        found = [value] * self.size
+        with _exchange() as dist:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -161,19 +147,15 @@ class Ranks:
         """What rank 0 makes, a plain value; the others wait for it."""
         if self.size == 1:
             return make()
-        import torch.distributed as dist
-
         values = [make()] if self.first else [None]
-        with _exchange():
+        with _exchange() as dist:
             dist.broadcast_object_list(values, 0, group=self.group)
         return cast(Value, values[0])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
+            with _exchange() as dist:
                 dist.barrier(self.group)
 
     def check(self, problem: str | None) -> None:
@@ -186,11 +168,8 @@ class Ranks:
         """Raise CfspError on every rank where one does not have rank 0's values; names which."""
         reference = self.of_first(lambda: dict(identity))
         differing = sorted(key for key in reference if reference[key] != identity[key])
-        self.check(
-            f"rank {self.rank} has another {', '.join(differing)} than rank 0"
-            if differing
-            else None
-        )
+        problem = f"rank {self.rank} has another {', '.join(differing)} than rank 0"
+        self.check(problem if differing else None)
 
     def speaks(self) -> bool:
         """Whether this rank is the one that tells the user why the job ends: the first that asks;
@@ -207,10 +186,13 @@ ALONE = Ranks()
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
-    """gloo says only that a connection failed, and as a RuntimeError."""
+def _exchange() -> Iterator[Any]:
+    """torch.distributed, whose RuntimeError becomes RankLost: gloo says only that a connection
+    failed."""
+    import torch.distributed as dist
+
     try:
-        yield
+        yield dist
     except RuntimeError as error:
         where, _, reason = str(error).partition("] ")  # [file of gloo:line] reason. Advice.
         raise RankLost((reason or where).partition(". ")[0]) from error
@@ -228,13 +210,8 @@ def own_rank() -> int:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`.
-
-    Where the program has already initialised torch.distributed, its ranks are these, with a group
-    of their own.
-
-    Raises:
-        CfspError: the others cannot be reached.
+    """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`. Where
+    the program has initialised torch.distributed, its ranks are these, with a group of their own.
     """
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE

@@ -1,6 +1,6 @@
 """Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,7 +71,8 @@ class ExpertsFFN(FFN):
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
         experts = len(down)
-        activate = self._activate(block, fused)
+        activation = self.gated_activation(block) if fused else None
+        act = getattr(module, self.activation)
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -81,7 +82,12 @@ class ExpertsFFN(FFN):
             offsets = expert_offsets(chosen, experts)
             both = grouped_linear(hidden_states[tokens], gate_up, offsets)
             totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
-            product = activate(*both.chunk(2, dim=-1), offsets, totals)
+            gate, up = both.chunk(2, dim=-1)
+            if activation is not None:
+                product, _ = swiglu_statistics(gate, up, activation, offsets=offsets, totals=totals)
+            else:
+                product = act(gate) * up
+                channel_statistics(product, offsets=offsets, totals=totals)
             observer.add(product, Routing(offsets, chosen, tokens))
             output = grouped_linear(product, down, offsets)
             output = output * top_k_weights.flatten()[order, None]
@@ -90,22 +96,6 @@ class ExpertsFFN(FFN):
             return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
         return forward_instead([module], [forward])
-
-    def _activate(self, block: nn.Module, fused: bool) -> Callable[..., torch.Tensor]:
-        """(gate, up, offsets, totals) -> their product, whose statistics are added to totals."""
-        name = self.gated_activation(block) if fused else None
-        act = getattr(self.module(block), self.activation)
-
-        def activate(
-            gate: torch.Tensor, up: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor
-        ) -> torch.Tensor:
-            if name is not None:
-                return swiglu_statistics(gate, up, name, offsets=offsets, totals=totals)[0]
-            product = act(gate) * up
-            channel_statistics(product, offsets=offsets, totals=totals)
-            return product
-
-        return activate
 
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None

@@ -43,12 +43,9 @@ class Layout:
                 yield number, block, ffn
 
     def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
-        """The FFNs that a block has. Its channels are theirs, one FFN after the other.
-
-        Raises:
-            CfspError: it has none.
-        """
-        found = tuple(ffn for ffn in self.ffns if ffn.is_in(block))
+        """The FFNs that a block has, at least one; its channels are theirs, one after the other."""
+        names = {name for name, _ in block.named_parameters()}
+        found = tuple(ffn for ffn in self.ffns if names.issuperset(ffn.weight_names))
         if not found:
             expected = ", ".join(ffn.down for ffn in self.ffns)
             raise CfspError(

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from . import modeling_cfsp
-from .layouts import LAYOUTS, PRUNED_PREFIX
+from .layouts import LAYOUTS
 
 
 def register() -> None:
@@ -42,11 +42,3 @@ def register_family(model_type: str) -> None:
 def pruned_class(stock: type) -> Any:
     """The class with per-block widths of a class of transformers."""
     return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
-
-
-def register_pruned(model_type: object) -> None:
-    """Register the family of a pruned checkpoint; of anything else, nothing."""
-    if isinstance(model_type, str) and model_type.startswith(PRUNED_PREFIX):
-        family = model_type.removeprefix(PRUNED_PREFIX)
-        if family in CONFIG_MAPPING:
-            register_family(family)
