@@ -93,11 +93,7 @@ def read_ahead(
     blocks: Sequence[Mapping[str, StoredTensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
     """The weights of block after block in ``dtype`` on ``device``, each valid until the next is
-    asked for; reading begins at once.
-
-    Raises, at a block's turn:
-        CfspError: its shard cannot be read.
-    """
+    asked for; reading begins at once, and what fails is raised at the turn of its block."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     nbytes = max((sum(aligned(x.nbytes) for x in block.values()) for block in blocks), default=0)
     buffers = [_Buffer(nbytes, device, stream) for _ in blocks[:BUFFERS]]

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors, read_index
 from .blocks import StoredBlocks
-from .detection import detect_layout
-from .layouts import Layout, known_layout
+from .detection import layout_of
+from .layouts import Layout
 from .loading import load_config, make_skeleton, pick_dtype, quiet_loading
 from .opening import OpenModel
 from .tensors import saved_tensors, tensor_infos
@@ -27,6 +27,7 @@ class Description:
     stored: Tensors
     """What the checkpoint holds under the model's own names."""
     layout: Layout | None
+    """None where it cannot be pruned."""
     blocks: str
     """Path of the blocks."""
     streamed: bool
@@ -43,13 +44,8 @@ def describe_opened(opened: OpenModel) -> Description:
 
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
-    """A hub id, folder, config file or GGUF file of any causal LM of transformers.
-
-    ``whole``: it will be loaded whole, whatever the checkpoint allows.
-
-    Raises:
-        CfspError: no config, or one that transformers cannot build a model of.
-    """
+    """A hub id, folder, config file or GGUF file of any causal LM of transformers; ``whole``: it
+    will be loaded whole, whatever the checkpoint allows."""
     config, path = load_config(model), Path(model)
     gguf = path.suffix == ".gguf"
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
@@ -57,7 +53,10 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     precision = pick_dtype(dtype, config, stored, gguf=gguf)
     with quiet_loading():
         skeleton = make_skeleton(config, precision)
-    layout = _layout(skeleton)
+    try:
+        layout: Layout | None = layout_of(skeleton)
+    except CfspError:
+        layout = None
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     known = {name: info for name, info in stored.items() if name in own}
@@ -71,20 +70,9 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     return Description(name, skeleton, known, layout, blocks, not whole)
 
 
-def _layout(skeleton: PreTrainedModel) -> Layout | None:
-    try:
-        return known_layout(skeleton.config.model_type) or detect_layout(skeleton)
-    except CfspError:
-        return None
-
-
 def block_path(model: PreTrainedModel) -> str:
     """The path of the decoder blocks: the longest list of modules in the base model that is not
-    itself in a list (experts are).
-
-    Raises:
-        CfspError: there is none.
-    """
+    itself in a list (experts are)."""
     lists = {
         name: len(module)
         for name, module in model.base_model.named_modules()

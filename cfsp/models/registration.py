@@ -28,9 +28,8 @@ def register() -> None:
 def register_family(model_type: str) -> None:
     """The same for one family of transformers."""
     stock = CONFIG_MAPPING[model_type]
-    config = pruned_class(stock)
-    model = pruned_class(MODEL_MAPPING[stock])
-    causal_lm = pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    stocks = (stock, MODEL_MAPPING[stock], MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    config, model, causal_lm = map(pruned_class, stocks)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

@@ -49,10 +49,4 @@ def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, tied ones under each of their names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: info.shape for name, info in tensor_infos(parameters).items()}
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {k: tuple(p.shape) for k, p in model.named_parameters(remove_duplicate=False)}
