@@ -69,8 +69,7 @@ class Ranks:
 
     def device(self, name: str) -> str:
         """The name of this rank's own device: "auto" and "cuda" are the GPU of its local rank,
-        which becomes the current one. Raises CfspError for more ranks than GPUs on this machine.
-        """
+        which becomes the current one. Raises CfspError for more ranks than GPUs."""
         if self.size == 1 or name not in ("auto", "cuda"):
             return name
         import torch
@@ -98,10 +97,8 @@ class Ranks:
         return total
 
     def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
-        """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
-
-        Ranks work on several sums at a time: one has handed on the first when it turns to the next.
-        """
+        """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on
+        before it turned to the next sum: ranks work on several at a time."""
         total = like.new_zeros(like.shape, device="cpu")
         with _exchange() as dist:
             if self.rank > 0:

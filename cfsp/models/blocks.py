@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..io.block_reader import read_ahead
-from ..io.safetensors import StoredTensor, read_tensors
+from ..io.safetensors import StoredTensor, first_values, read_tensors
 from .channels import FFNWeights
-from .fingerprints import checkpoint_fingerprint, model_fingerprint
+from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
 from .surgery import empty_, set_parameters_
 
@@ -94,7 +94,10 @@ class StoredBlocks:
 
     def checkpoint_fingerprint(self) -> str:
         """Identifies the stored blocks by every tensor's name, shape and first values."""
-        return checkpoint_fingerprint(self.tensors)
+        return samples_fingerprint(
+            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
+            for name, stored in sorted(self.tensors.items())
+        )
 
 
 Blocks = LiveBlocks | StoredBlocks

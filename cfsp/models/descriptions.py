@@ -35,12 +35,10 @@ class Description:
 
 def describe_opened(opened: OpenModel) -> Description:
     """A model that was opened for a run."""
-    blocks, layout = opened.blocks, opened.layout
-    stored: Tensors = tensor_infos(saved_tensors(opened.model))
-    streamed = isinstance(blocks, StoredBlocks)
-    if isinstance(blocks, StoredBlocks):
-        stored = {**stored, **blocks.tensors}
-    return Description(opened.name, opened.model, stored, layout, layout.blocks, streamed)
+    model, layout = opened.model, opened.layout
+    on_disk = opened.blocks.tensors if isinstance(opened.blocks, StoredBlocks) else {}
+    stored = {**tensor_infos(saved_tensors(model)), **on_disk}
+    return Description(opened.name, model, stored, layout, layout.blocks, bool(on_disk))
 
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:

@@ -28,11 +28,8 @@ from .surgery import forward_instead, parameter
 
 @dataclass(frozen=True)
 class ExpertsFFN(FFN):
-    """Gated experts of one width: gate and up [E, 2F, D], gate first, and down [E, D, F].
-
-    ``up`` and ``down`` are the paths of parameters; the module that has them is called with the
-    hidden states [T, D], and for every token the numbers [T, K] and the shares [T, K] of its
-    experts.
+    """Gated experts of one width: parameters ``up`` [E, 2F, D], gate first, and ``down`` [E, D, F]
+    of a module called with hidden states [T, D], and [T, K] numbers and shares of their experts.
     """
 
     up: str = "mlp.experts.gate_up_proj"
@@ -62,12 +59,8 @@ class ExpertsFFN(FFN):
     def observed(
         self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
-        """See :meth:`FFN.observed`: each expert's statistics are of its own tokens.
-
-        All experts of a micro-batch take a few launches, as in transformers' own forward with
-        grouped matrix products, whose output this gives; none of them waits for the device,
-        unless rows are no whole 16 bytes, which grouped products ask for.
-        """
+        """See :meth:`FFN.observed`: each expert's statistics are of its own tokens. The output is
+        that of transformers' grouped matrix products; no launch waits for the device."""
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
         experts = len(down)
@@ -118,11 +111,9 @@ class ExpertsFFN(FFN):
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """x [T, in], one expert's rows after the other's, times the weights [E, out, in] of each.
-
-    ``offsets``: [E + 1] int32, where the rows of each begin; those after the last expert's are
-    anything in the result [T, out].
-    """
+    """x [T, in] times the weights [E, out, in] of each expert, whose rows begin at ``offsets``
+    [E + 1] int32; those after the last expert's are anything in the result [T, out]."""
+    # Grouped products need rows of whole 16 bytes; without them, this waits for the device.
     whole = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
     if whole and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)):
         return grouped_mm(x, weight.mT, offs=offsets[1:])

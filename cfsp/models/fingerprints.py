@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -21,21 +20,15 @@ def versions(
     device: torch.device | str = "cpu", packages: Sequence[str] = PACKAGES
 ) -> dict[str, str]:
     """Versions of what computed a result, and the device it ran on."""
-    found = {"python": platform.python_version(), **_package_versions(tuple(packages))}
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     device = torch.device(device)
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     else:
         found["device"] = f"{device.type} ({platform.machine()})"
-    return found
-
-
-@cache
-def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
     return found
 
 
@@ -75,12 +68,4 @@ def model_fingerprint(
         for number, block in enumerate(layout.find_blocks(model))
         for name in layout.weight_names(block)
         for weight in [block.get_parameter(name)]
-    )
-
-
-def checkpoint_fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
-    """Identifies tensors on disk by every one's name, shape and first values."""
-    return samples_fingerprint(
-        (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
-        for name, stored in sorted(tensors.items())
     )

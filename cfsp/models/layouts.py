@@ -62,10 +62,8 @@ class Layout:
     def ffn_weights(
         self, block: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[FFNWeights, ...]:
-        """The matrices of every FFN of a block, of every expert of each.
-
-        ``parameters``: their values by name, where the block itself is without.
-        """
+        """The matrices of every FFN of a block, of every expert of each; ``parameters``: by name,
+        where the block itself is without values."""
         if parameters is None:
             parameters = dict(block.named_parameters())
         return tuple(

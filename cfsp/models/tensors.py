@@ -11,17 +11,14 @@ from ..io.safetensors import TensorInfo
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds, in order: tied tensors once.
-
-    They are known by their memory, and on meta, where there is none, by what the model says.
-    """
+    """What a checkpoint of the model holds, in order: tied tensors once, known by their memory, and
+    on meta, where there is none, by what the model says."""
     tied = getattr(model, "all_tied_weights_keys", {})
     seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         memory = tensor.data_ptr()
-        is_second = memory in seen if memory else name in tied
-        if not is_second:
+        if not (memory in seen if memory else name in tied):
             seen.add(memory)
             tensors[name] = tensor.detach()
     return tensors
@@ -34,10 +31,8 @@ def saved_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names and in the shapes of its family's checkpoints.
-
-    Most families' are those of their modules; experts are apart there.
-    """
+    """Tensors of a model under the names and in the shapes of its family's checkpoints: those of
+    its modules, but for experts, which are apart there."""
     found = revert_weight_conversion(model, dict(tensors))
     return tensors if found.keys() == tensors.keys() else found
 
