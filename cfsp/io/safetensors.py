@@ -119,13 +119,12 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+        shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
     except OSError as error:
         raise CfspError(f"cannot read {index}: {error.strerror}") from None
-    except CfspError:
-        raise
     except MALFORMED as error:
         raise CfspError(f"{index} is corrupt: {type(error).__name__}: {error}") from None
+    headers = {shard: read_header(file) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise CfspError(f"{folder / shard} lacks {name}, which {index.name} says it holds")
