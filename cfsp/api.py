@@ -276,9 +276,9 @@ def _check(
     """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
     model, layout, fingerprint = opened.model, opened.layout, opened.blocks.fingerprint()
     if plan is None:
-        check_recipe(model, layout, recipe, table)
+        check_recipe(opened.described, recipe, table)
     else:
-        check_biases(model, layout, recipe.resolved_compensation)
+        check_biases(opened.described, recipe.resolved_compensation)
         check_plan(plan, model, layout, fingerprint)
     if statistics is not None:
         check_statistics(statistics, model, layout, fingerprint)

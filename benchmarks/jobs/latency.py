@@ -48,7 +48,7 @@ def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[An
     left = copy.deepcopy(model)
     opened = adopt(left, None)
     recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
-    plan = even_plan(left, opened.layout, recipe, table)
+    plan = even_plan(opened.described, recipe, table)
     for block, of_plan in zip(opened.layout.find_blocks(left), plan.blocks, strict=True):
         prune_block_(block, opened.layout, of_plan, "none", 0.0, None)
     return left, table.predicted(plan.widths)

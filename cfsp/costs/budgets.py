@@ -4,17 +4,14 @@ channels, and whether any plan can meet them."""
 from operator import mul
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..apportion import apportion, check_budget
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
 from ..models.channels import check_expert_width
-from ..models.layouts import Layout
+from ..models.descriptions import Description
 from ..models.loading import check_seqlen
 from ..models.pruned_classes import parameter_shapes, stock_model
-from ..models.tensors import saved_parameters, tensor_infos
 from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
@@ -22,20 +19,18 @@ from ..pruning.compensation import ADD_BIAS
 from ..pruning.plan import BlockPlan, PruningPlan, WidthSearch, make_plan
 from ..pruning.ranking import Weights
 from ..pruning.recipe import Recipe
-from .flops import ModelCosts
-from .footprint import footprints, model_costs
+from .flops import ModelCosts, model_costs
+from .footprint import footprints
 from .latency import LatencyLimit, LatencyTable
 
 
-def _channel_costs(
-    model: PreTrainedModel, layout: Layout, costs: ModelCosts, kind: str
-) -> tuple[int, ...]:
+def _channel_costs(described: Description, costs: ModelCosts, kind: str) -> tuple[int, ...]:
     """What one channel of width costs in every FFN, in all its experts: "params" with biases, or
     "flops" of one token, which goes through a few of the experts."""
     found = []
-    for number, _, ffn in layout.ffns_of(model):
-        block, cost = costs.blocks[number], 0.0
-        for name, axis in ffn.channels.items():
+    for placed in described.ffns:
+        block, cost = costs.blocks[placed.block], 0.0
+        for name, axis in placed.ffn.channels.items():
             if name in block.tensors:
                 info = block.tensors[name]
                 whole = info.numel if kind == "params" else block.matrix_flops.get(name, 0.0)
@@ -44,24 +39,21 @@ def _channel_costs(
     return tuple(found)
 
 
-def _added_parameters(model: PreTrainedModel, layout: Layout, recipe: Recipe) -> int:
+def _added_parameters(described: Description, recipe: Recipe) -> int:
     """Biases that the compensation gives to FFNs without one."""
     if recipe.resolved_compensation not in ADD_BIAS:
         return 0
-    added = 0
-    for _, block, ffn in layout.ffns_of(model):
-        present = dict(block.named_parameters())
-        if ffn.down_bias is not None and ffn.down_bias not in present:
-            name = f"{ffn.down}.weight"
-            added += present[name].shape[1 - ffn.channels[name].dimension]
+    added, present = 0, described.parameters
+    for placed in described.ffns:
+        ffn, name = placed.ffn, f"{placed.ffn.down}.weight"
+        if ffn.down_bias is not None and placed.prefix + ffn.down_bias not in present:
+            added += present[placed.prefix + name].shape[1 - ffn.channels[name].dimension]
     return added
 
 
-def _resolve(
-    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None
-) -> ChannelBudget:
+def _resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
     """What a recipe's sparsity or budget comes to in the FFN channels of a model."""
-    groups = [ffn.group(block) for _, block, ffn in layout.ffns_of(model)]
+    groups = [placed.group for placed in described.ffns]
     budget = recipe.model_budget
     if budget is None:
         return ChannelBudget(recipe.sparsity, tuple(group.experts for group in groups))
@@ -72,12 +64,12 @@ def _resolve(
             raise CfspError(text)
         limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
         return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
-    costs = model_costs(model, layout, tensor_infos(saved_parameters(model)))
-    per_channel = _channel_costs(model, layout, costs, budget.kind)
+    costs = model_costs(described, described.parameters)
+    per_channel = _channel_costs(described, costs, budget.kind)
     if budget.kind == "params":
-        added = _added_parameters(model, layout, recipe)
+        added = _added_parameters(described, recipe)
         return channel_budget(budget, costs.parameters, sizes, per_channel, multiple, added)
-    check_seqlen(model, budget.length)
+    check_seqlen(described.model, budget.length)
     return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
 
 
@@ -85,27 +77,25 @@ def plan_within(
     statistics: Statistics,
     weights: Weights,
     recipe: Recipe,
-    model: PreTrainedModel,
-    layout: Layout,
+    described: Description,
     table: LatencyTable | None = None,
     *,
     search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
     """:func:`cfsp.pruning.plan.make_plan` under the recipe's budget of this very model."""
-    budget = _resolve(model, layout, recipe, table)
+    budget = _resolve(described, recipe, table)
     plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
-    _check_met(model, layout, plan, table)
+    _check_met(described, plan, table)
     return plan
 
 
 def even_plan(
-    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
+    described: Description, recipe: Recipe, table: LatencyTable | None = None
 ) -> PruningPlan:
     """A plan of about equal widths; the output of any other of this sparsity is as large."""
-    blocks = [layout.groups(block) for block in layout.find_blocks(model)]
-    sizes = [group.channels for block in blocks for group in block]
-    budget, multiple = _resolve(model, layout, recipe, table), recipe.width_multiple
+    sizes = [placed.group.channels for placed in described.ffns]
+    budget, multiple = _resolve(described, recipe, table), recipe.width_multiple
     total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes))
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
@@ -118,58 +108,54 @@ def even_plan(
 
     widths = iter(budget.widths(widths_at, sizes, multiple, equal=recipe.uniform))
     plans = []
-    for block in blocks:
+    for block in described.groups:
         kept = tuple(torch.arange(next(widths)).expand(g.experts, -1) for g in block)
         plans.append(BlockPlan(kept, 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
-    _check_met(model, layout, plan, table)
+    _check_met(described, plan, table)
     return plan
 
 
-def _check_met(
-    model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None
-) -> None:
+def _check_met(described: Description, plan: PruningPlan, table: LatencyTable | None) -> None:
     """Raise CfspError where a plan is not what its recipe's budget asks for."""
     budget = plan.recipe.model_budget
     if budget is None:
         return
-    found = footprints(model, layout, plan, table)
+    found = footprints(described, plan, table)
     unit = {"params": "parameters", "flops": "flops", "latency": "seconds"}[budget.kind]
     kept, total = (getattr(side, unit) for side in (found.after, found.before))
     budget.check(kept, total, plan.recipe.width_multiple)
 
 
-def check_recipe(
-    model: PreTrainedModel, layout: Layout, recipe: Recipe, table: LatencyTable | None = None
-) -> None:
+def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | None = None) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
-    check_biases(model, layout, recipe.resolved_compensation)
-    for _, block, ffn in layout.ffns_of(model):
-        check_expert_width(recipe.width_multiple, ffn.group(block).experts)
-    plan = even_plan(model, layout, recipe, table)
+    check_biases(described, recipe.resolved_compensation)
+    for placed in described.ffns:
+        check_expert_width(recipe.width_multiple, placed.group.experts)
+    plan = even_plan(described, recipe, table)
     if recipe.uniform:
-        _check_stock(model, layout, plan)
+        _check_stock(described, plan)
 
 
-def check_biases(model: nn.Module, layout: Layout, compensation: str) -> None:
+def check_biases(described: Description, compensation: str) -> None:
     """Raise CfspError where a compensation adds a bias to a projection that can have none."""
-    for _, _, ffn in layout.ffns_of(model) if compensation in ADD_BIAS else ():
-        if ffn.down_bias is None:
+    for placed in described.ffns if compensation in ADD_BIAS else ():
+        if placed.ffn.down_bias is None:
             raise CfspError(
-                f"compensation {compensation!r} adds a bias, and {ffn.down} can have none: "
+                f"compensation {compensation!r} adds a bias, and {placed.ffn.down} can have none: "
                 "use compensation 'none'"
             )
 
 
-def _check_stock(model: PreTrainedModel, layout: Layout, plan: PruningPlan) -> None:
+def _check_stock(described: Description, plan: PruningPlan) -> None:
     """Raise CfspError where the family's own class builds no model of the widths to be."""
-    dense = model.state_dict()
+    dense = described.tensors
     widths: list[dict[str, int]] = [{} for _ in plan.blocks]
     planned = (width for block in plan.blocks for width in block.ffn_widths)
-    for (number, _, ffn), width in zip(layout.ffns_of(model), planned, strict=True):
-        widths[number][ffn.width] = width
-    built = parameter_shapes(stock_model(model, widths))
-    for name, info in planned_tensors(dense, model, layout, plan).items():
+    for placed, width in zip(described.ffns, planned, strict=True):
+        widths[placed.block][placed.ffn.width] = width
+    built = parameter_shapes(stock_model(described.model, widths))
+    for name, info in planned_tensors(dense, described.ffns, plan).items():
         if (name in built or name not in dense) and built.get(name) != info.shape:
             stock = list(built[name]) if name in built else "nothing"
             raise CfspError(

@@ -13,11 +13,10 @@ from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.safetensors import TensorInfo, Tensors
 from ..io.shard_writer import MAX_SHARD_BYTES, pack_shards
 from ..models.blockwise import default_micro_batch
-from ..models.descriptions import Description, describe, describe_opened
+from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
-from ..models.tensors import saved_parameters, saved_tensors, tensor_infos
 from ..pruning.allocation import NEEDS_CURVES, SEARCH
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import NEEDS_GRAM
@@ -27,7 +26,7 @@ from ..pruning.scoring import SCORERS
 from .budgets import even_plan
 from .estimates import Estimate
 from .fit_costs import GramCosts, RefitCosts, SearchCosts
-from .flops import ModelCosts, costs_of
+from .flops import ModelCosts, model_costs
 from .footprint import Footprints, footprints
 from .hardware import (
     Hardware,
@@ -87,23 +86,22 @@ def _pruned(
 ) -> tuple[Tensors, Footprints | None]:
     """What the pruned checkpoint will hold, and the sizes where the layout is known. Without a
     plan all widths are about equal: the result of any other plan is as large."""
-    model, layout, recipe = described.model, described.layout, request.recipe
-    tensors = saved_tensors(model)
-    if layout is None:
-        return _cut(dense, tensor_infos(tensors), described.blocks, recipe.sparsity), None
-    plan = request.plan or even_plan(model, layout, recipe, request.table)
-    sizes = footprints(model, layout, plan, request.table)
-    return planned_tensors(tensors, model, layout, plan), sizes
+    recipe, tensors = request.recipe, described.tensors
+    if described.layout is None:
+        return _cut(dense, tensors, described.blocks, recipe.sparsity), None
+    plan = request.plan or even_plan(described, recipe, request.table)
+    sizes = footprints(described, plan, request.table)
+    return planned_tensors(tensors, described.ffns, plan), sizes
 
 
 def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> GramCosts | None:
-    recipe, layout, planned = request.recipe, described.layout, request.plan is not None
+    recipe, planned = request.recipe, request.plan is not None
     read = request.prunes and recipe.needs_gram(planned=planned) is not None
-    if layout is None or not (request.gram or read):
+    if described.layout is None or not (request.gram or read):
         return None
     curves = recipe.resolved_allocator in (*NEEDS_CURVES, SEARCH)
     return GramCosts(
-        blocks=[layout.groups(block) for block in layout.find_blocks(described.model)],
+        blocks=described.groups,
         hidden_size=dense.hidden_size,
         active_experts=dense.blocks[-1].active_experts,
         sparsity=recipe.sparsity,
@@ -144,13 +142,7 @@ def _estimate(
     described: Description, request: Request, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
     model, recipe = described.model, request.recipe
-    if request.prunes and described.layout is None and recipe.budget is not None:
-        raise unsupported(model.config.model_type)
-
-    def costs(of: Tensors, itemsize: int = model.dtype.itemsize) -> ModelCosts:
-        return costs_of(model.config, of, described.blocks, itemsize)
-
-    dense = costs(tensor_infos(saved_parameters(model)))
+    dense = model_costs(described, described.parameters)
     left, sizes = _pruned(described, request, dense) if request.prunes else (None, None)
     gram = _gram_costs(described, request, dense)
     if gram is not None and request.windows:
@@ -161,8 +153,8 @@ def _estimate(
     reads_weights = SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram
     run = Workload(
         dense=dense,
-        stored=costs(described.stored, max(stored, key=stored.count)),
-        pruned=costs(left) if left is not None else None,
+        stored=model_costs(described, described.stored, max(stored, key=stored.count)),
+        pruned=model_costs(described, left) if left is not None else None,
         output_bytes=sum(len(shard.header()) + shard.nbytes for shard in shards),
         windows=request.windows,
         evaluation_windows=request.evaluation_windows,
@@ -210,7 +202,7 @@ def estimate_opened(
     """The estimate for an opened model on this machine, with the largest micro-batch up to the
     default that the budget allows; unless ``measure``, compute takes no time."""
     hardware = this_machine(model_device(opened.model), opened.model.dtype, measure=measure)
-    return _estimate(describe_opened(opened), request, hardware, budget)
+    return _estimate(opened.described, request, hardware, budget)
 
 
 def estimate(
@@ -253,6 +245,8 @@ def estimate(
     budget = parse_memory(max_memory)
     described = describe(model, recipe.dtype, whole=recipe.searches)
     skeleton, layout = described.model, described.layout
+    if layout is None and recipe.budget is not None:
+        raise unsupported(skeleton.config.model_type)
     check_seqlen(skeleton, recipe.calibration.seqlen)
     machine = choose_hardware(hardware, device, skeleton.dtype, tflops, disk_gbps)
     where = pick_device(device if hardware is None else "cpu")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors
+from ..models.descriptions import Description
 from ..models.layouts import Layout
 
 ATTENTION = ("attn", "attention")
@@ -231,3 +232,11 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
     parts = [part for _, part in sorted(grouped.items())]
     costs = [BlockCosts(part, hidden_size, active, composed) for part in parts]
     return ModelCosts(parameters, outer, costs, attention, hidden_size, vocab_size, itemsize)
+
+
+def model_costs(
+    described: Description, tensors: Tensors, itemsize: int | None = None
+) -> ModelCosts:
+    """:func:`costs_of` a model that holds these tensors: its own, or what is left of them."""
+    model = described.model
+    return costs_of(model.config, tensors, described.blocks, itemsize or model.dtype.itemsize)

@@ -3,15 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from ..io.safetensors import Tensors
-from ..models.layouts import Layout
-from ..models.tensors import saved_parameters, tensor_infos
+from ..models.descriptions import Description
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.compaction import planned_tensors
 from ..pruning.plan import PruningPlan
-from .flops import ModelCosts, costs_of
+from .flops import model_costs
 from .latency import LatencyTable
 
 
@@ -60,25 +57,21 @@ def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, 
     return title, form.format(before), f"{form.format(after)} ({after / before:.1%})"
 
 
-def model_costs(model: PreTrainedModel, layout: Layout, tensors: Tensors) -> ModelCosts:
-    return costs_of(model.config, tensors, layout.blocks, model.dtype.itemsize)
-
-
 def footprints(
-    model: PreTrainedModel, layout: Layout, plan: PruningPlan, table: LatencyTable | None = None
+    described: Description, plan: PruningPlan, table: LatencyTable | None = None
 ) -> Footprints:
     """What a plan makes of a model, at the batch and length of the table or else the budget."""
-    limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    limit = getattr(described.model.config, "max_position_embeddings", None) or LENGTH
     shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
-    tensors = saved_parameters(model)
 
     def footprint(channels: int, held: Tensors, seconds: float | None) -> Footprint:
-        costs = model_costs(model, layout, held)
+        costs = model_costs(described, held)
         flops = costs.flops(length) * batch * length
         return Footprint(channels, costs.parameters, flops, seconds)
 
-    dense, pruned = tensor_infos(tensors), planned_tensors(tensors, model, layout, plan)
+    dense = described.parameters
+    pruned = planned_tensors(dense, described.ffns, plan)
     channels = sum(block.intermediate_size for block in plan.blocks)
     widths = [width for block in plan.blocks for width in block.ffn_widths]
     before = footprint(channels, dense, table.dense_seconds if table else None)

@@ -1,6 +1,8 @@
-"""Models as their configs and the headers of their weights tell: no weights are read."""
+"""Models as their configs and the headers of their weights tell: shapes, no values."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -9,36 +11,64 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors, read_index
-from .blocks import StoredBlocks
+from .channels import ChannelGroup
 from .detection import layout_of
+from .ffn import FFN
 from .layouts import Layout
 from .loading import load_config, make_skeleton, pick_dtype, quiet_loading
-from .opening import OpenModel
 from .tensors import saved_tensors, tensor_infos
 
 
 @dataclass(frozen=True)
+class PlacedFFN:
+    """An FFN of one block of a model."""
+
+    block: int
+    prefix: str
+    """What the names of the block's parameters begin with in the model."""
+    ffn: FFN
+    group: ChannelGroup
+
+
+@dataclass(frozen=True)
 class Description:
-    """What is known of a model before a run."""
+    """What is known of a model before a run: nothing below reads it again."""
 
     name: str
     model: PreTrainedModel
     """On meta, or live."""
-    stored: Tensors
-    """What the checkpoint holds under the model's own names."""
     layout: Layout | None
     """None where it cannot be pruned."""
     blocks: str
     """Path of the blocks."""
+    tensors: Tensors
+    """What a checkpoint of it holds, tied tensors once."""
+    stored: Tensors
+    """What its own checkpoint holds under the model's names."""
     streamed: bool
 
+    @cached_property
+    def parameters(self) -> Tensors:
+        """The parameters among ``tensors``."""
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: info for name, info in self.tensors.items() if name in names}
 
-def describe_opened(opened: OpenModel) -> Description:
-    """A model that was opened for a run."""
-    model, layout = opened.model, opened.layout
-    on_disk = opened.blocks.tensors if isinstance(opened.blocks, StoredBlocks) else {}
-    stored = {**tensor_infos(saved_tensors(model)), **on_disk}
-    return Description(opened.name, model, stored, layout, layout.blocks, bool(on_disk))
+    @cached_property
+    def ffns(self) -> tuple[PlacedFFN, ...]:
+        """The FFNs of all blocks in order; () where the layout is not known."""
+        layout = self.layout
+        if layout is None:
+            return ()
+        return tuple(
+            PlacedFFN(number, layout.prefix(number), ffn, ffn.group(block))
+            for number, block, ffn in layout.ffns_of(self.model)
+        )
+
+    @cached_property
+    def groups(self) -> tuple[tuple[ChannelGroup, ...], ...]:
+        """The channels of each FFN of every block."""
+        blocks = groupby(self.ffns, key=lambda placed: placed.block)
+        return tuple(tuple(placed.group for placed in own) for _, own in blocks)
 
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
@@ -65,7 +95,7 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
     whole = whole or gguf or quantised or renamed or (path / "adapter_config.json").exists()
     name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
-    return Description(name, skeleton, known, layout, blocks, not whole)
+    return Description(name, skeleton, layout, blocks, own, known, not whole)
 
 
 def block_path(model: PreTrainedModel) -> str:

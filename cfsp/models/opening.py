@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from ..errors import CfspError
 from ..io.safetensors import StoredTensor, read_index, read_tensors
 from .blocks import Blocks, LiveBlocks, StoredBlocks
+from .descriptions import Description
 from .detection import layout_of
 from .layouts import Layout
 from .loading import (
@@ -27,6 +29,7 @@ from .loading import (
     pretrained,
 )
 from .surgery import set_buffers_, set_parameters_
+from .tensors import saved_tensors, tensor_infos
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -43,6 +46,16 @@ class OpenModel:
     """What the user called it: hub id, folder or file name; for a live module, its config's."""
     blocks: Blocks
     """Where the weights of its blocks are."""
+
+    @cached_property
+    def described(self) -> Description:
+        """Its shapes, as they are when first asked for."""
+        layout, tensors = self.layout, tensor_infos(saved_tensors(self.model))
+        on_disk = self.blocks.tensors if isinstance(self.blocks, StoredBlocks) else {}
+        stored = {**tensors, **on_disk}
+        return Description(
+            self.name, self.model, layout, layout.blocks, tensors, stored, bool(on_disk)
+        )
 
 
 def open_any(

@@ -24,12 +24,6 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def saved_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters among :func:`saved_tensors`."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in saved_tensors(model).items() if name in names}
-
-
 def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a model under the names and in the shapes of its family's checkpoints: those of
     its modules, but for experts, which are apart there."""

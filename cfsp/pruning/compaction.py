@@ -1,7 +1,7 @@
 """Compact tensors into a live model: block by block, in place."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, repeat
 
 import torch
@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from ..calibration.statistics import BlockStatistics, Statistics, check_grams
 from ..errors import CfspError
-from ..io.safetensors import Room, TensorInfo
+from ..io.safetensors import Room, TensorInfo, Tensors
 from ..models.channels import CutDown, check_expert_width
+from ..models.descriptions import PlacedFFN
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .compensation import (
@@ -130,27 +131,26 @@ def prune_model_(
 
 
 def planned_tensors(
-    tensors: Mapping[str, torch.Tensor], model: nn.Module, layout: Layout, plan: PruningPlan
+    tensors: Tensors, ffns: Sequence[PlacedFFN], plan: PruningPlan
 ) -> dict[str, TensorInfo]:
-    """What the pruned model's checkpoint holds, in order, from ``tensors``, the dense one's; only
-    shapes and dtypes are read."""
+    """What is left, in order, of ``tensors`` of the dense model, with the biases that are added."""
     adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
     widths = (width for block in plan.blocks for width in block.ffn_widths)
     cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
     new: dict[str, str] = {}  # the bias that comes after a weight
-    for (number, _, ffn), width in zip(layout.ffns_of(model), widths, strict=True):
-        prefix = layout.prefix(number)
+    for placed, width in zip(ffns, widths, strict=True):
+        prefix, ffn = placed.prefix, placed.ffn
         for name, axis in ffn.channels.items():
             cut[prefix + name] = (axis.dimension, axis.copies * width)
         if adds_bias and ffn.down_bias is not None:
             new[f"{prefix}{ffn.down}.weight"] = prefix + ffn.down_bias
     found: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
-        shape = list(tensor.shape)
+    for name, info in tensors.items():
+        shape = list(info.shape)
         if name in cut:
             dimension, size = cut[name]
             shape[dimension] = size
-        found[name] = TensorInfo(tensor.dtype, tuple(shape))
+        found[name] = TensorInfo(info.dtype, tuple(shape))
         if (bias := new.get(name)) is not None and bias not in tensors:
-            found[bias] = TensorInfo(tensor.dtype, tuple(tensor.shape[:1]))
+            found[bias] = TensorInfo(info.dtype, info.shape[:1])
     return found

@@ -113,7 +113,7 @@ def prune_to_shards_(
     check_plan(plan, model, layout, opened.blocks.fingerprint())
     check_compensation(plan, statistics)
     dense = saved_tensors(model)
-    planned = planned_tensors(dense, model, layout, plan)
+    planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
     finished = ranks.of_first(lambda: finished_shards(folder, shards))
     left = [shard for shard in shards if shard.name not in finished]

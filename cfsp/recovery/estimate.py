@@ -12,7 +12,7 @@ from rich.console import Group
 
 from ..checkpoints.documents import read_pruned
 from ..costs.estimates import RunEstimate, format_count, format_seconds, make_table
-from ..costs.flops import FP32, ModelCosts, costs_of
+from ..costs.flops import FP32, ModelCosts, model_costs
 from ..costs.hardware import Hardware, MemoryBudget, choose_hardware, parse_memory, resident_bytes
 from ..costs.workload import TEXT_BYTES, Stage, allocator_bytes
 from ..evaluation.quality import EVALUATION_WINDOWS
@@ -21,7 +21,6 @@ from ..io.safetensors import TensorInfo
 from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
-from ..models.tensors import saved_parameters
 from .lora_ranks import what_is_trained
 from .settings import Recovery
 
@@ -106,9 +105,8 @@ class RecoveryEstimate(RunEstimate):
 
 def _costs(described: Description, dtype: torch.dtype) -> ModelCosts:
     """The costs of a model whose parameters are all of one dtype."""
-    parameters = saved_parameters(described.model)
-    tensors = {name: TensorInfo(dtype, tuple(x.shape)) for name, x in parameters.items()}
-    return costs_of(described.model.config, tensors, described.blocks, dtype.itemsize)
+    tensors = {name: TensorInfo(dtype, x.shape) for name, x in described.parameters.items()}
+    return model_costs(described, tensors, dtype.itemsize)
 
 
 def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: bool) -> int:

@@ -13,7 +13,6 @@ from ..checkpoints.documents import PLAN, PrunedFolder, read_pruned
 from ..costs.hardware import MemoryBudget, resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.held_out import HeldOut, held_out_text
-from ..models.descriptions import describe_opened
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import quiet_loading
 from ..models.opening import OpenModel, open_model
@@ -113,8 +112,8 @@ def make_job(
     held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
     teacher = _teacher(opened, settings, device)
     estimate = estimate_training(
-        describe_opened(opened),
-        describe_opened(teacher) if teacher is not None else None,
+        opened.described,
+        teacher.described if teacher is not None else None,
         settings,
         trained.parameters,
         len(held_out.tokens) if held_out.tokens is not None else 0,

@@ -109,7 +109,7 @@ def _cut(
     """
     opened, held_out, ranks = run.opened, run.held_out, run.ranks
     model, modules = opened.model, opened.layout.find_blocks(opened.model)
-    sizes = footprints(model, opened.layout, plan, run.table)
+    sizes = footprints(opened.described, plan, run.table)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
     tokens = held_out.tokens if held_out.tokens is not None else own_probe[:0]

@@ -28,7 +28,7 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     plan = run.planned(statistics)
     training, device = model.training, model_device(model)
     model.eval()
-    sizes, before = footprints(model, layout, plan, run.table), run.measured()
+    sizes, before = footprints(run.opened.described, plan, run.table), run.measured()
     if run.ranks.any(run.stop()):
         raise Stopped
     refitting = run.refitting()

@@ -80,8 +80,9 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
+    described = opened.described
     return plan_within(
-        statistics, weights, recipe, model, layout, table, search=search, progress=progress
+        statistics, weights, recipe, described, table, search=search, progress=progress
     )
 
 

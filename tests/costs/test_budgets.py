@@ -61,11 +61,11 @@ def pruned(
 ) -> tuple[PreTrainedModel, PruningPlan, Footprints]:
     """A copy of a model, cut to the recipe's budget."""
     plan = planned(statistics, model, recipe)
-    layout = adopt(model, None).layout
-    found = footprints(model, layout, plan)
+    opened = adopt(model, None)
+    found = footprints(opened.described, plan)
     copy = build(model.config.model_type, "eager", **MODELS[model.config.model_type])
     copy.load_state_dict(model.state_dict())
-    prune_model_(copy, layout, plan, statistics, progress=False)
+    prune_model_(copy, opened.layout, plan, statistics, progress=False)
     return copy, plan, found
 
 
@@ -138,7 +138,7 @@ def test_one_width_for_all_meets_the_budget_or_says_that_it_cannot(calibrated) -
     with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take --width-multiple \d"):
         planned(statistics, model, coarse)
     with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take --width-multiple \d"):
-        check_recipe(model, adopt(model, None).layout, coarse)
+        check_recipe(adopt(model, None).described, coarse)
 
 
 SMOLLM2 = {
