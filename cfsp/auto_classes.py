@@ -81,11 +81,10 @@ class _Finder(MetaPathFinder, Loader):
 def know_pruned_models() -> None:
     """Let the Auto classes of transformers know pruned models, imported before or later."""
     configs, models = TABLES
+    sys.meta_path.insert(0, _Finder())
+    if configs in sys.modules:
+        name_families(sys.modules[configs])
     if models in sys.modules:  # what it derives from the tables is made: each family in full
         from .models.registration import register
 
         register()
-        return
-    sys.meta_path.insert(0, _Finder())
-    if configs in sys.modules:
-        name_families(sys.modules[configs])

@@ -25,11 +25,8 @@ def aligned(nbytes: int) -> int:
 
 
 class Arena:
-    """Memory that is taken once and that tensors are carved from, one behind the other.
-
-    New memory costs several times what reading a file into old memory does: the system hands it
-    out page by page and clears each page first.
-    """
+    """Memory that is taken once and that tensors are carved from, one behind the other: new memory
+    costs several times what reading a file into old does, as the system clears its pages."""
 
     def __init__(self, nbytes: int, device: torch.device, *, pinned: bool = False) -> None:
         """``nbytes``: the sum of :func:`aligned` over the tensors. ``pinned``: for a GPU."""
@@ -59,7 +56,7 @@ class _Buffer:
         self.stream = stream
         """CUDA stream that carries blocks to the device; None on a CPU."""
         self.host = Arena(nbytes, torch.device("cpu"), pinned=stream is not None)
-        self.device = torch.empty(nbytes if stream else 0, dtype=torch.uint8, device=device)
+        self.device = Arena(nbytes, device) if stream is not None else None
         self.arrived: Any = None
         """CUDA event: the block is in device memory, and host memory is free again."""
         self.left: Any = None
@@ -71,21 +68,16 @@ class _Buffer:
             self.arrived.synchronize()
         self.host.clear()
         tensors = read_tensors(stored, self.host.take)
-        if self.stream is None:
+        if self.device is None:
             return tensors
         with torch.cuda.stream(self.stream):
             if self.left is not None:
                 self.stream.wait_event(self.left)
             filled = self.host.taken
-            self.device[:filled].copy_(self.host.memory[:filled], non_blocking=True)
+            self.device.memory[:filled].copy_(self.host.memory[:filled], non_blocking=True)
             self.arrived = self.stream.record_event()
-        return {name: self._on_device(tensor) for name, tensor in tensors.items()}
-
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The place in device memory of a tensor carved from host memory."""
-        start = tensor.data_ptr() - self.host.memory.data_ptr()
-        part = self.device[start : start + tensor.nbytes]
-        return part.view(tensor.dtype).view(tensor.shape)
+        self.device.clear()  # what is carved anew in the same order lies where the host's does
+        return {name: self.device.take(x.shape, x.dtype) for name, x in stored.items()}
 
 
 @contextmanager
@@ -93,11 +85,7 @@ def read_ahead(
     blocks: Sequence[Mapping[str, StoredTensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
     """The weights of block after block in ``dtype`` on ``device``, each valid until the next is
-    asked for; reading begins at once.
-
-    Raises, at a block's turn:
-        CfspError: its shard cannot be read.
-    """
+    asked for; reading begins at once, and what fails is raised at the turn of its block."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     nbytes = max((sum(aligned(x.nbytes) for x in block.values()) for block in blocks), default=0)
     buffers = [_Buffer(nbytes, device, stream) for _ in blocks[:BUFFERS]]

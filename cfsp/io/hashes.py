@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,13 +19,8 @@ HASHERS = min(8, os.cpu_count() or 1)
 def sha256_of(
     files: Sequence[Path], *, from_disk: bool = False, progress: bool = True
 ) -> list[str]:
-    """Hexadecimal SHA-256 of files, read side by side.
-
-    ``from_disk``: drop them from the page cache first, where the system takes that advice.
-
-    Raises:
-        CfspError: one cannot be read.
-    """
+    """Hexadecimal SHA-256 of files, read side by side; ``from_disk``: drop them from the page cache
+    first, where the system takes that advice."""
     total = sum(file.stat().st_size for file in files if file.exists())
     bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress)
 
@@ -57,14 +52,9 @@ def _listed(folder: Path) -> dict[str, str]:
     return {match[2]: match[1] for match in found if match is not None}
 
 
-def known_hashes(files: Iterable[Path]) -> dict[Path, str]:
+def known_hashes(files: Sequence[Path]) -> dict[Path, str]:
     """What is known of files: by ``SHA256SUMS`` beside them, else by the hub's cache, where a large
-    file is a link to a blob that has its hash as a name.
-
-    Raises:
-        CfspError: nothing is known of one of them, or the list cannot be read.
-    """
-    files = list(files)
+    file is a link to a blob that has its hash as a name."""
     lists = {folder: _listed(folder) for folder in {file.parent for file in files}}
     known: dict[Path, str] = {}
     for file in files:

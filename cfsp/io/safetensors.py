@@ -85,11 +85,8 @@ def _entry(file: Path, base: int, entry: dict[str, Any]) -> StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor of a safetensors file.
-
-    Raises:
-        CfspError: unreadable, truncated, or not a safetensors file; names it.
-    """
+    """Name -> place of every tensor of a safetensors file; raises CfspError for one that cannot be
+    read, is truncated, or something else."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -115,23 +112,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor of a model folder, of one file or of several shards.
-
-    Raises:
-        CfspError: no weights, a shard is missing or corrupt, or lacks what the index says.
-    """
+    """Name -> place of every tensor of a model folder, of one file or of several shards; raises
+    CfspError where a file is missing or corrupt, or lacks what the index says."""
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file() or not index.is_file():
         return read_header(single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+        shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
     except OSError as error:
         raise CfspError(f"cannot read {index}: {error.strerror}") from None
-    except CfspError:
-        raise
     except MALFORMED as error:
         raise CfspError(f"{index} is corrupt: {type(error).__name__}: {error}") from None
+    headers = {shard: read_header(file) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise CfspError(f"{folder / shard} lacks {name}, which {index.name} says it holds")
@@ -176,12 +169,7 @@ def read_tensors(
     tensors: Mapping[str, StoredTensor], room: Room = _new_room
 ) -> dict[str, torch.Tensor]:
     """Read tensors into CPU memory, as stored; several threads read, each file is opened once.
-
-    ``room`` gives the contiguous memory of a tensor.
-
-    Raises:
-        CfspError: a file cannot be read or became shorter.
-    """
+    ``room`` gives the contiguous memory of a tensor."""
     found = {name: room(stored.shape, stored.dtype) for name, stored in tensors.items()}
     descriptors: dict[Path, int] = {}
     chunks: list[tuple[Path, int, memoryview, int]] = []
@@ -193,13 +181,12 @@ def read_tensors(
             for done in range(0, len(view), READ_BYTES):
                 part = view[done : done + READ_BYTES]
                 chunks.append((stored.file, descriptors[stored.file], part, stored.start + done))
-        if len(chunks) <= 1 or sum(stored.nbytes for stored in tensors.values()) < READ_BYTES:
+        if sum(len(view) for _, _, view, _ in chunks) <= READ_BYTES:
             for chunk in chunks:
                 _read_chunk(*chunk)
         else:
             with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
-                for reading in [pool.submit(_read_chunk, *chunk) for chunk in chunks]:
-                    reading.result()
+                list(pool.map(lambda chunk: _read_chunk(*chunk), chunks))
     except OSError as error:
         raise CfspError(f"cannot read {error.filename}: {error.strerror}") from None
     finally:

@@ -144,10 +144,7 @@ class _OpenShard:
 
 class ShardWriter:
     """Writes the tensors of planned shards, in any order; a shard has its name when it is whole.
-
-    A context manager: on the way out of an error, unfinished shards vanish. What belongs to a shard
-    in ``others`` is not written: it is there already, or another process writes it.
-    """
+    Unfinished ones vanish on the way out of an error; those in ``others`` are not written."""
 
     def __init__(
         self, folder: Path, shards: Iterable[Shard], others: frozenset[str] = frozenset()
@@ -171,12 +168,8 @@ class ShardWriter:
             raise RuntimeError(f"tensors that were never written: {', '.join(unfinished[:3])}")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor to its place; the last of a shard finishes it.
-
-        Raises:
-            OSError: no space for the shard; raised before any of its bytes is written.
-            RuntimeError: not the shape or dtype that was planned. A defect.
-        """
+        """Write one tensor to its place; the last of a shard finishes it. Raises OSError before the
+        first byte of a shard that there is no space for."""
         shard = self.shard_of[name]
         planned, given = shard.tensors[name], TensorInfo(tensor.dtype, tuple(tensor.shape))
         if planned != given:

@@ -1,16 +1,16 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
 from collections.abc import Container, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..io.block_reader import read_ahead
-from ..io.safetensors import StoredTensor, read_tensors
+from ..io.safetensors import StoredTensor, first_values, read_tensors
 from .channels import FFNWeights
-from .fingerprints import checkpoint_fingerprint, model_fingerprint, stored_fingerprint
+from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
 from .surgery import empty_, set_parameters_
 
@@ -38,16 +38,13 @@ class LiveBlocks:
         return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
 
     def fingerprint(self) -> str:
-        """See :func:`cfsp.models.fingerprints.model_fingerprint`."""
+        """The same for a model in memory and on disk: see :func:`model_fingerprint`."""
         return model_fingerprint(self.model, self.layout)
 
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """The blocks of a skeleton, without weights but for the one whose turn it is.
-
-    The next block is read while one has its turn: two are in memory at a time.
-    """
+    """The blocks of a skeleton: one has weights, during its turn, while the next is being read."""
 
     model: nn.Module
     """Parameters of blocks on meta; everything else in memory, on its device."""
@@ -70,20 +67,15 @@ class StoredBlocks:
     def turns(
         self, wanted: Container[int] | None = None
     ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block with its weights) of every wanted block in order; they go when the next
-        comes, whose weights take their memory. None: of all; others are not read.
-
-        Raises, at a block's turn:
-            CfspError: its shard cannot be read.
-        """
+        """As of LiveBlocks; a block's weights go when the next ones come, which take their memory.
+        Raises CfspError at the turn of a block whose shard cannot be read."""
         blocks = _wanted(self.layout.find_blocks(self.model), wanted)
         stored = [self._stored(number) for number, _ in blocks]
-        with read_ahead(stored, self.dtype, self.device) as weights:
-            turns = _turns(blocks, weights)
-            try:
-                yield turns
-            finally:
-                turns.close()
+        with (
+            read_ahead(stored, self.dtype, self.device) as weights,
+            closing(_turns(blocks, weights)) as turns,
+        ):
+            yield turns
 
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
@@ -97,12 +89,15 @@ class StoredBlocks:
         return self.layout.ffn_weights(block, placed)
 
     def fingerprint(self) -> str:
-        """That of the model in memory, from a few values of each matrix."""
-        return stored_fingerprint(self.model, self.layout, self.tensors, self.dtype)
+        """See :func:`model_fingerprint`: a few values of each matrix are read."""
+        return model_fingerprint(self.model, self.layout, self.tensors, self.dtype)
 
     def checkpoint_fingerprint(self) -> str:
         """Identifies the stored blocks by every tensor's name, shape and first values."""
-        return checkpoint_fingerprint(self.tensors)
+        return samples_fingerprint(
+            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
+            for name, stored in sorted(self.tensors.items())
+        )
 
 
 Blocks = LiveBlocks | StoredBlocks

@@ -57,8 +57,7 @@ def record_block_calls(
     model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor, micro_batch: int
 ) -> BlockCalls:
     """Embed windows [N, S] int64, perhaps none, and record what each block of a causal LM is called
-    with; blocks take the hidden states first.
-    """
+    with; blocks take the hidden states first."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
     embedded: list[torch.Tensor] = []
@@ -97,11 +96,8 @@ def run_block(
     calls: BlockCalls,
     observe: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Run one block once over every micro-batch and leave its outputs in ``calls.hidden``.
-
-    ``observe(micro-batch number, block input, block output)`` sees both before the input is
-    overwritten.
-    """
+    """Run one block once over every micro-batch and leave its outputs in ``calls.hidden``, whose
+    input ``observe(micro-batch number, input, output)`` still sees."""
     for index, states in calls.micro_batches():
         args, kwargs = calls.arguments[number][index]
         output = hidden_states_of(block(states, *args, **kwargs))
@@ -110,10 +106,8 @@ def run_block(
 
 
 class RidingWindows:
-    """Windows that go through the blocks as these come into memory, one window per call.
-
-    What comes out is what the model gives when it is run on each window alone.
-    """
+    """Windows that go through the blocks as these come into memory, one per call: to the same
+    logits as when the model is run on each alone."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[nn.Module], windows: torch.Tensor

@@ -104,15 +104,12 @@ class ChannelAxis:
     copies: int = 1
     """How often all channels come in turn: 2 where gate and up are one matrix."""
 
-    def index(self, kept: torch.Tensor, channels: int) -> torch.Tensor:
-        """Positions of the kept channels, [copies * width]."""
-        return torch.cat([kept + copy * channels for copy in range(self.copies)])
-
     def cut(
         self, tensor: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """A vector or matrix with only the kept channels [width] int64; in ``out``, a matrix."""
-        index = self.index(kept.to(tensor.device), tensor.shape[self.dimension] // self.copies)
+        kept, channels = kept.to(tensor.device), tensor.shape[self.dimension] // self.copies
+        index = torch.cat([kept + copy * channels for copy in range(self.copies)])
         if tensor.dim() == 1:
             return tensor[index]
         return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index, out=out)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors, read_index
 from .channels import ChannelGroup
-from .detection import detect_layout
+from .detection import layout_of
 from .ffn import FFN
-from .layouts import Layout, known_layout
+from .layouts import Layout
 from .loading import load_config, make_skeleton, pick_dtype, quiet_loading
 from .tensors import saved_tensors, tensor_infos
 
@@ -38,6 +38,7 @@ class Description:
     model: PreTrainedModel
     """On meta, or live."""
     layout: Layout | None
+    """None where it cannot be pruned."""
     blocks: str
     """Path of the blocks."""
     tensors: Tensors
@@ -71,13 +72,8 @@ class Description:
 
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
-    """A hub id, folder, config file or GGUF file of any causal LM of transformers.
-
-    ``whole``: it will be loaded whole, whatever the checkpoint allows.
-
-    Raises:
-        CfspError: no config, or one that transformers cannot build a model of.
-    """
+    """A hub id, folder, config file or GGUF file of any causal LM of transformers; ``whole``: it
+    will be loaded whole, whatever the checkpoint allows."""
     config, path = load_config(model), Path(model)
     gguf = path.suffix == ".gguf"
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
@@ -85,7 +81,10 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     precision = pick_dtype(dtype, config, stored, gguf=gguf)
     with quiet_loading():
         skeleton = make_skeleton(config, precision)
-    layout = _layout(skeleton)
+    try:
+        layout: Layout | None = layout_of(skeleton)
+    except CfspError:
+        layout = None
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     known = {name: info for name, info in stored.items() if name in own}
@@ -99,20 +98,9 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     return Description(name, skeleton, layout, blocks, own, known, not whole)
 
 
-def _layout(skeleton: PreTrainedModel) -> Layout | None:
-    try:
-        return known_layout(skeleton.config.model_type) or detect_layout(skeleton)
-    except CfspError:
-        return None
-
-
 def block_path(model: PreTrainedModel) -> str:
     """The path of the decoder blocks: the longest list of modules in the base model that is not
-    itself in a list (experts are).
-
-    Raises:
-        CfspError: there is none.
-    """
+    itself in a list (experts are)."""
     lists = {
         name: len(module)
         for name, module in model.base_model.named_modules()

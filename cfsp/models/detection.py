@@ -10,11 +10,16 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .ffn import FFN, FUSED_ACTIVATIONS
-from .layouts import Layout, unsupported
+from .layouts import Layout, known_layout, unsupported
 from .modeling_cfsp import set_parameter
 
 TRIAL_CHANNELS = 8
 TOLERANCE = 1e-4
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of a model, which may be on meta: the one written down, or what it shows."""
+    return known_layout(model.config.model_type) or detect_layout(model)
 
 
 def detect_layout(model: PreTrainedModel) -> Layout:
@@ -23,10 +28,7 @@ def detect_layout(model: PreTrainedModel) -> Layout:
     A gated FFN is a module with three Linear children, two [F, D] and one [D, F], that gives
     down(act(gate(x)) * up(x)) on random input, cut to a few channels of random weights: as it
     would after pruning. Statistics are then taken at its down projection, whatever comes before.
-    No values of the model are read: it may be on meta.
-
-    Raises:
-        CfspError: anything else; says what was found.
+    No values of the model are read. Raises CfspError for anything else and says what was found.
     """
     module = type(model).__module__
     ours = module == set_parameter.__module__  # a pruned model, whose family is of transformers

@@ -1,6 +1,6 @@
 """Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,11 +28,8 @@ from .surgery import forward_instead, parameter
 
 @dataclass(frozen=True)
 class ExpertsFFN(FFN):
-    """Gated experts of one width: gate and up [E, 2F, D], gate first, and down [E, D, F].
-
-    ``up`` and ``down`` are the paths of parameters; the module that has them is called with the
-    hidden states [T, D], and for every token the numbers [T, K] and the shares [T, K] of its
-    experts.
+    """Gated experts of one width: parameters ``up`` [E, 2F, D], gate first, and ``down`` [E, D, F]
+    of a module called with hidden states [T, D], and [T, K] numbers and shares of their experts.
     """
 
     up: str = "mlp.experts.gate_up_proj"
@@ -62,16 +59,13 @@ class ExpertsFFN(FFN):
     def observed(
         self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
-        """See :meth:`FFN.observed`: each expert's statistics are of its own tokens.
-
-        All experts of a micro-batch take a few launches, as in transformers' own forward with
-        grouped matrix products, whose output this gives; none of them waits for the device,
-        unless rows are no whole 16 bytes, which grouped products ask for.
-        """
+        """See :meth:`FFN.observed`: each expert's statistics are of its own tokens. The output is
+        that of transformers' grouped matrix products; no launch waits for the device."""
         module = self.module(block)
         gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
         experts = len(down)
-        activate = self._activate(block, fused)
+        activation = self.gated_activation(block) if fused else None
+        act = getattr(module, self.activation)
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -81,7 +75,12 @@ class ExpertsFFN(FFN):
             offsets = expert_offsets(chosen, experts)
             both = grouped_linear(hidden_states[tokens], gate_up, offsets)
             totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
-            product = activate(*both.chunk(2, dim=-1), offsets, totals)
+            gate, up = both.chunk(2, dim=-1)
+            if activation is not None:
+                product, _ = swiglu_statistics(gate, up, activation, offsets=offsets, totals=totals)
+            else:
+                product = act(gate) * up
+                channel_statistics(product, offsets=offsets, totals=totals)
             observer.add(product, Routing(offsets, chosen, tokens))
             output = grouped_linear(product, down, offsets)
             output = output * top_k_weights.flatten()[order, None]
@@ -90,22 +89,6 @@ class ExpertsFFN(FFN):
             return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
         return forward_instead([module], [forward])
-
-    def _activate(self, block: nn.Module, fused: bool) -> Callable[..., torch.Tensor]:
-        """(gate, up, offsets, totals) -> their product, whose statistics are added to totals."""
-        name = self.gated_activation(block) if fused else None
-        act = getattr(self.module(block), self.activation)
-
-        def activate(
-            gate: torch.Tensor, up: torch.Tensor, offsets: torch.Tensor, totals: torch.Tensor
-        ) -> torch.Tensor:
-            if name is not None:
-                return swiglu_statistics(gate, up, name, offsets=offsets, totals=totals)[0]
-            product = act(gate) * up
-            channel_statistics(product, offsets=offsets, totals=totals)
-            return product
-
-        return activate
 
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
@@ -128,11 +111,9 @@ class ExpertsFFN(FFN):
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """x [T, in], one expert's rows after the other's, times the weights [E, out, in] of each.
-
-    ``offsets``: [E + 1] int32, where the rows of each begin; those after the last expert's are
-    anything in the result [T, out].
-    """
+    """x [T, in] times the weights [E, out, in] of each expert, whose rows begin at ``offsets``
+    [E + 1] int32; those after the last expert's are anything in the result [T, out]."""
+    # Grouped products need rows of whole 16 bytes; without them, this waits for the device.
     whole = all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
     if whole and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)):
         return grouped_mm(x, weight.mT, offs=offsets[1:])

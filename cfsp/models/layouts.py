@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..auto_classes import PRUNED_PREFIX
 from ..errors import CfspError
 from .channels import ChannelGroup, FFNWeights
 from .experts import ExpertsFFN
@@ -43,12 +44,9 @@ class Layout:
                 yield number, block, ffn
 
     def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
-        """The FFNs that a block has. Its channels are theirs, one FFN after the other.
-
-        Raises:
-            CfspError: it has none.
-        """
-        found = tuple(ffn for ffn in self.ffns if ffn.is_in(block))
+        """The FFNs that a block has, at least one; its channels are theirs, one after the other."""
+        names = {name for name, _ in block.named_parameters()}
+        found = tuple(ffn for ffn in self.ffns if names.issuperset(ffn.weight_names))
         if not found:
             expected = ", ".join(ffn.down for ffn in self.ffns)
             raise CfspError(
@@ -64,10 +62,8 @@ class Layout:
     def ffn_weights(
         self, block: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[FFNWeights, ...]:
-        """The matrices of every FFN of a block, of every expert of each.
-
-        ``parameters``: their values by name, where the block itself is without.
-        """
+        """The matrices of every FFN of a block, of every expert of each; ``parameters``: by name,
+        where the block itself is without values."""
         if parameters is None:
             parameters = dict(block.named_parameters())
         return tuple(
@@ -119,9 +115,6 @@ LAYOUTS: dict[str, Layout] = {
     "gpt2": _ungated("transformer.h", "mlp.c_fc", "mlp.c_proj", "n_inner", "Conv1D"),
 }
 """``model_type`` of a transformers config -> its layout."""
-
-PRUNED_PREFIX = "cfsp_"
-"""A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 
 TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
 """Classes of blocks that return their hidden states in a tuple."""

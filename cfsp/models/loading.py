@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -16,15 +17,11 @@ from ..errors import CfspError
 from ..io.safetensors import Tensors, read_header
 from .detection import detect_layout
 from .layouts import Layout, known_layout, unsupported
-from .registration import register_pruned
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU where there is one.
-
-    Raises:
-        CfspError: no such device here.
-    """
+    """The device of a name; "auto" is the first GPU where there is one. Raises CfspError for one
+    that is not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -80,42 +77,18 @@ def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def load_config(model: str | Path) -> Any:
-    """The config of a hub id, folder, config file or GGUF file; a pruned family that is not
-    registered yet becomes so."""
-    name, options = pretrained(model)
-    if options:
-        require_gguf()
-        return load_part(name, AutoConfig, **options)
-    path = Path(model)
+    """The config of a hub id, folder, config file or GGUF file."""
+    (name, options), path = pretrained(model), Path(model)
+    if options and find_spec("gguf") is None:
+        raise CfspError("reading GGUF needs the package 'gguf': pip install gguf")
     if path.is_dir() and not (path / "config.json").is_file():
         raise CfspError(f"{path} is not a model folder: no config.json")
-    values = load_part(name, _ConfigValues)
-    register_pruned(values.get("model_type"))
-    return load_part(name, AutoConfig)
-
-
-class _ConfigValues:
-    """config.json as it is, for :func:`load_part`."""
-
-    @staticmethod
-    def from_pretrained(name: str) -> dict[str, Any]:
-        return PreTrainedConfig.get_config_dict(name)[0]
-
-
-def require_gguf() -> None:
-    """Raise CfspError where the package that reads GGUF files is not installed."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise CfspError("reading GGUF needs the package 'gguf': pip install gguf") from None
+    return load_part(name, AutoConfig, **options)
 
 
 def find_layout(config: Any) -> Layout:
-    """The layout of an architecture: the one written down, or what a skeleton of it shows.
-
-    Raises:
-        CfspError: an architecture that is not supported; says why.
-    """
+    """The layout of an architecture: the one written down, or what a skeleton of it shows. Raises
+    CfspError for one that is not supported, and says why."""
     layout = known_layout(config.model_type)
     if layout is not None:
         return layout

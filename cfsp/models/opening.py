@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import StoredTensor, Tensors, read_index, read_tensors
+from ..io.safetensors import StoredTensor, read_index, read_tensors
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
-from .detection import detect_layout
-from .layouts import Layout, known_layout
+from .detection import layout_of
+from .layouts import Layout
 from .loading import (
     check_folder,
     find_layout,
@@ -50,12 +50,12 @@ class OpenModel:
     @cached_property
     def described(self) -> Description:
         """Its shapes, as they are when first asked for."""
-        tensors: Tensors = tensor_infos(saved_tensors(self.model))
-        layout, blocks, stored = self.layout, self.blocks, tensors
-        streamed = isinstance(blocks, StoredBlocks)
-        if isinstance(blocks, StoredBlocks):
-            stored = {**tensors, **blocks.tensors}
-        return Description(self.name, self.model, layout, layout.blocks, tensors, stored, streamed)
+        layout, tensors = self.layout, tensor_infos(saved_tensors(self.model))
+        on_disk = self.blocks.tensors if isinstance(self.blocks, StoredBlocks) else {}
+        stored = {**tensors, **on_disk}
+        return Description(
+            self.name, self.model, layout, layout.blocks, tensors, stored, bool(on_disk)
+        )
 
 
 def open_any(
@@ -66,18 +66,8 @@ def open_any(
     *,
     whole: bool = False,
 ) -> OpenModel:
-    """A live model as it is; one given by name block by block where that can be.
-
-    Args:
-        model: what :func:`open_model` takes, or a live causal LM of transformers.
-        tokenizer: instead of the model's own; a live model has none.
-        dtype: for a model given by name, see :func:`open_model`.
-        device: the same.
-        whole: load all of it in any case.
-
-    Raises:
-        CfspError: as :func:`adopt` and :func:`open_model` do.
-    """
+    """A live model as it is; one given by name as by :func:`open_model`, but block by block where
+    it can be and is not wanted ``whole``. ``tokenizer``: instead of the model's own."""
     if isinstance(model, nn.Module):
         return adopt(model, tokenizer)
     streamed = None if whole else open_streamed(model, dtype, device)
@@ -86,14 +76,10 @@ def open_any(
 
 
 def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
-    """A live module as an OpenModel.
-
-    Raises:
-        CfspError: not a transformers model, or an unsupported architecture.
-    """
+    """A live module as an OpenModel."""
     if not isinstance(model, PreTrainedModel):
         raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
-    layout = known_layout(model.config.model_type) or detect_layout(model)
+    layout = layout_of(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if Path(name).exists():  # a local path says nothing elsewhere
         name = Path(name).resolve().name
@@ -152,13 +138,8 @@ def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
 def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel | None:
     """Open a model folder or hub id of which only one block at a time will be in memory.
 
-    Returns:
-        The skeleton with everything but its blocks in memory; or None where the checkpoint does
-        not hold the model's parameters one for one under their own names, as floats: quantised,
-        with an adapter, of an older naming, in GGUF or pickled. Such a model is loaded whole.
-
-    Raises:
-        CfspError: not found, corrupt, incomplete, unsupported architecture.
+    None where the checkpoint does not hold the model's parameters one for one under their own
+    names, as floats: quantised, with an adapter, of an older naming, in GGUF or pickled.
     """
     where = pick_device(device)
     folder = local_folder(model)
@@ -177,15 +158,17 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     found = _matched(folder, skeleton, tensors)
     if found is None:
         return None
-    in_blocks = {
-        name: stored for name, stored in found.items() if layout.place_of(name) is not None
-    }
+    in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
     outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
     set_parameters_(skeleton, {k: value.to(precision).to(where) for k, value in outer.items()})
     skeleton.tie_weights()
     buffers = skeleton.named_buffers(remove_duplicate=False)
     set_buffers_(skeleton, {name: buffer.to(where) for name, buffer in buffers})
-    skeleton.generation_config = _generation_config(str(folder))
+    # As from_pretrained finds it: its own file, or what the model's config says.
+    options: dict[str, Any] = {}
+    if not (folder / "generation_config.json").is_file():
+        options = {"config_file_name": "config.json", "_from_model_config": True}
+    skeleton.generation_config = load_part(str(folder), GenerationConfig, **options)
     tokenizer = load_part(str(folder), AutoTokenizer)
     name = folder.name if Path(model).exists() else str(model)
     blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
@@ -223,11 +206,8 @@ def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
 def _matched(
     folder: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor] | None:
-    """The stored tensor of every parameter; None where transformers would convert or rename.
-
-    Raises:
-        CfspError: nothing in the checkpoint could be the missing tensor, or shapes differ.
-    """
+    """The stored tensor of every parameter; None where transformers would convert or rename. Raises
+    CfspError where nothing could be a missing tensor, or shapes differ."""
     tied = model.all_tied_weights_keys
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied}
     missing = sorted(wanted.keys() - tensors.keys())
@@ -254,21 +234,8 @@ def _matched(
     return found
 
 
-def _generation_config(folder: str) -> GenerationConfig:
-    """As ``from_pretrained`` finds it: its own file, or what the model's config says."""
-    if (Path(folder) / "generation_config.json").is_file():
-        return load_part(folder, GenerationConfig)
-    return load_part(
-        folder, GenerationConfig, config_file_name="config.json", _from_model_config=True
-    )
-
-
 def weight_files(model: str | Path) -> list[Path]:
-    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder.
-
-    Raises:
-        CfspError: it has no such files, or one without a header that can be read.
-    """
+    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder."""
     if Path(model).suffix == ".gguf":
         return [Path(model)]
     folder = local_folder(model)

@@ -3,7 +3,6 @@
 from collections.abc import Set
 from typing import Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .layouts import PRUNED_PREFIX, Layout
@@ -11,15 +10,24 @@ from .loading import make_skeleton
 from .registration import pruned_class, register_family
 from .tensors import parameter_shapes
 
+OF_PRUNED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+    "cfsp_config",
+)
+"""What a config says of a model's class and its pruning."""
+
 
 def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
-    """Give a model whose FFNs were cut the config and classes that reload it, in place.
-
-    Where the family's own class builds exactly these parameters, with smaller widths in its
-    config, it is that class; anything else becomes one of :mod:`cfsp.models.modeling_cfsp`, with
-    ``per_layer_config``.
-    """
-    widths = _block_widths(model, layout)
+    """Give a model whose FFNs were cut the config and classes that reload it, in place: those of
+    its family where they build exactly these parameters, else those of ``modeling_cfsp``."""
+    widths = [
+        {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
+        for block in layout.find_blocks(model)
+    ]
     stock = stock_model(model, widths, cfsp_config=summary)
     config, stock_type = stock.config, type(stock.config)
     own, stock_own = (parameter_shapes(m) for m in (model, stock))
@@ -47,10 +55,8 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
 def stock_model(
     model: PreTrainedModel, widths: list[dict[str, int]], **more: Any
 ) -> PreTrainedModel:
-    """What a model's family builds, on meta, where every width is the largest of the blocks'.
-
-    ``widths``: of every block, under the names of the config; ``more``: values of the config.
-    """
+    """What a model's family builds, on meta, where every width is the largest of the blocks' (under
+    the names of the config); ``more``: values of the config."""
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = stock_type()
     # A width that the family has no value for follows from others there.
@@ -60,27 +66,10 @@ def stock_model(
 
 
 def _values(model: PreTrainedModel, widths: list[dict[str, int]]) -> dict[str, Any]:
-    """A model's config without what says that it was pruned, with the largest widths."""
-    values = model.config.to_dict()
-    for key in (
-        "model_type",
-        "architectures",
-        "auto_map",
-        "per_layer_config",
-        "allow_global_per_layer_attribute_access",
-        "cfsp_config",
-    ):
-        values.pop(key, None)
+    """A model's config with the largest widths, as its family would say it."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in OF_PRUNED}
     names = {name for block in widths for name in block}
     return {**values, **{name: max(block.get(name, 0) for block in widths) for name in names}}
-
-
-def _block_widths(model: nn.Module, layout: Layout) -> list[dict[str, int]]:
-    """Widths of every block under the names that the config has for them."""
-    return [
-        {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
-        for block in layout.find_blocks(model)
-    ]
 
 
 def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from . import modeling_cfsp
-from .layouts import LAYOUTS, PRUNED_PREFIX
+from .layouts import LAYOUTS
 
 
 def register() -> None:
@@ -27,9 +27,8 @@ def register() -> None:
 
 def register_family(model_type: str) -> None:
     stock = CONFIG_MAPPING[model_type]
-    config = pruned_class(stock)
-    model = pruned_class(MODEL_MAPPING[stock])
-    causal_lm = pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    stocks = (stock, MODEL_MAPPING[stock], MODEL_FOR_CAUSAL_LM_MAPPING[stock])
+    config, model, causal_lm = map(pruned_class, stocks)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
@@ -41,11 +40,3 @@ def register_family(model_type: str) -> None:
 def pruned_class(stock: type) -> Any:
     """The class with per-block widths of a class of transformers."""
     return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
-
-
-def register_pruned(model_type: object) -> None:
-    """Register the family of a pruned checkpoint; of anything else, nothing."""
-    if isinstance(model_type, str) and model_type.startswith(PRUNED_PREFIX):
-        family = model_type.removeprefix(PRUNED_PREFIX)
-        if family in CONFIG_MAPPING:
-            register_family(family)

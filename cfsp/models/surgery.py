@@ -23,18 +23,16 @@ def forward_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable]) 
                 module.forward = own
 
 
-def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a module these parameters, as they are, without a copy."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
-
-
 def set_buffers_(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
     """Give a module these buffers, as they are, without a copy."""
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, buffer)
+
+
+def set_parameters_(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these parameters, frozen, without a copy."""
+    set_buffers_(module, {k: nn.Parameter(t, requires_grad=False) for k, t in tensors.items()})
 
 
 def empty_(module: nn.Module) -> None:

@@ -11,27 +11,22 @@ from ..io.safetensors import TensorInfo
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the model holds, in order: tied tensors once.
-
-    They are known by their memory, and on meta, where there is none, by what the model says.
-    """
+    """What a checkpoint of the model holds, in order: tied tensors once, known by their memory, and
+    on meta, where there is none, by what the model says."""
     tied = getattr(model, "all_tied_weights_keys", {})
     seen: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         memory = tensor.data_ptr()
-        is_second = memory in seen if memory else name in tied
-        if not is_second:
+        if not (memory in seen if memory else name in tied):
             seen.add(memory)
             tensors[name] = tensor.detach()
     return tensors
 
 
 def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names and in the shapes of its family's checkpoints.
-
-    Most families' are those of their modules; experts are apart there.
-    """
+    """Tensors of a model under the names and in the shapes of its family's checkpoints: those of
+    its modules, but for experts, which are apart there."""
     found = revert_weight_conversion(model, dict(tensors))
     return tensors if found.keys() == tensors.keys() else found
 
@@ -43,10 +38,4 @@ def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, tied ones under each of their names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: info.shape for name, info in tensor_infos(parameters).items()}
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {k: tuple(p.shape) for k, p in model.named_parameters(remove_duplicate=False)}

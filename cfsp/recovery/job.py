@@ -16,7 +16,7 @@ from ..evaluation.held_out import HeldOut, held_out_text
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import quiet_loading
 from ..models.opening import OpenModel, open_model
-from ..models.tensors import count_parameters, saved_tensors
+from ..models.tensors import saved_tensors
 from .distillation import check_teacher
 from .estimate import RecoveryEstimate, estimate_training
 from .lora_ranks import Trained, what_is_trained
@@ -106,7 +106,7 @@ def make_job(
     if where.index:
         raise CfspError(f"device {device}: training uses the first GPU; CUDA_VISIBLE_DEVICES picks")
     recipe = pruned.plan.recipe
-    settings = settings.resolved(recipe.calibration, count_parameters(model), where)
+    settings = settings.resolved(recipe.calibration, model.num_parameters(), where)
     trained = what_is_trained(pruned.plan, model, opened.layout, settings)
     windows = calibration_windows(model, opened.tokenizer, settings.text)
     held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
