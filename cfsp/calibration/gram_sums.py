@@ -95,20 +95,21 @@ def products_held(split: Split, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class GramWriter:
-    """Takes what the files of a calibration hold; a thread of the last rank writes it. The other
-    ranks have no writer."""
+    """Takes what the files of a calibration hold; a thread of the last rank writes it."""
 
     folder: GramFolder
-    writer: ShardWriter | None
+    shards: ShardWriter
     behind: ThreadPoolExecutor
+    writes: bool
+    """Whether this is the last rank."""
     pending: deque[Future[None]] = field(default_factory=deque)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Have a tensor written, on the CPU and left alone from now on. Raises CfspError where this
         one or one before it found no space, or no permission."""
-        if self.writer is not None:
+        if self.writes:
             self.wait(PENDING - 1)
-            self.pending.append(self.behind.submit(self.writer.write, name, tensor))
+            self.pending.append(self.behind.submit(self.shards.write, name, tensor))
 
     def wait(self, left: int = 0) -> None:
         """Until at most so many tensors wait to be written. Raises as :meth:`put` does."""
@@ -116,21 +117,8 @@ class GramWriter:
             try:
                 self.pending.popleft().result()
             except OSError as error:
-                raise CfspError(
-                    f"cannot write Gram matrices: {self.folder.path}: {error}"
-                ) from None
-
-
-def _problem(folder: GramFolder, need: int, ranks: Ranks) -> str | None:
-    if not folder.path.is_dir():
-        return f"rank {ranks.rank} does not see the folder {folder.path}"
-    free = shutil.disk_usage(folder.path).free
-    if need <= free:
-        return None
-    return (
-        f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
-        f"{format_bytes(free)} free: {WITHOUT}"
-    )
+                where = self.folder.path
+                raise CfspError(f"cannot write Gram matrices: {where}: {error}") from None
 
 
 @contextmanager
@@ -140,24 +128,30 @@ def gram_writer(
     """What writes the Gram matrices of a calibration, whose blocks have FFNs and experts of these
     ``sizes``; at the end all are on the disk, for every rank. After an error, files that are not
     whole vanish. Raises CfspError where a rank does not see the folder, or the disk has no room."""
-    ranks.check(_problem(folder, sum(file_bytes(own, windows) for own in sizes), ranks))
+    check_ranks(ranks.size)
+    need, problem = sum(file_bytes(own, windows) for own in sizes), None
+    if not folder.path.is_dir():
+        problem = f"rank {ranks.rank} does not see the folder {folder.path}"
+    elif need > (free := shutil.disk_usage(folder.path).free):
+        problem = (
+            f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+            f"{format_bytes(free)} free: {WITHOUT}"
+        )
+    ranks.check(problem)
     if not held_out_windows(windows):
         warnings.warn(
             "a single calibration window leaves none to hold out: nothing will tell whether a "
             "compensation lowers the error",
             stacklevel=4,
         )
-    files = [
-        planned_file(folder.file(block).name, block, own, windows)
-        for block, own in enumerate(sizes)
-    ]
+    files = [planned_file(folder.file(n), n, own, windows) for n, own in enumerate(sizes)]
     with (
-        ShardWriter(folder.path, files if ranks.last else ()) as writer,
+        ShardWriter(folder.path, files) as shards,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
     ):
-        found = GramWriter(folder, writer if ranks.last else None, behind)
-        yield found
-        found.wait()
+        writer = GramWriter(folder, shards, behind, ranks.last)
+        yield writer
+        writer.wait()
     ranks.barrier()
 
 
@@ -166,9 +160,7 @@ class _Sum:
     what was added up, on others each of their chunks."""
 
     def __init__(self, group: ChannelGroup, device: torch.device, ranks: Ranks) -> None:
-        self.group = group
-        self.device = device
-        self.ranks = ranks
+        self.group, self.device, self.ranks = group, device, ranks
         self.chunk = -1
         self.rows: list[torch.Tensor] = []
         """[T, F] each, of the chunk at work."""

@@ -18,7 +18,7 @@ from ..models.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .curves import Ranking, ranking_of
-from .grams import WITHOUT, GramFolder, StoredGram, check_files, check_replaceable, link_files
+from .grams import WITHOUT, GramFolder, StoredGram, check_replaceable
 
 FORMAT = "cfsp-statistics-3"
 READABLE = (FORMAT, "cfsp-statistics-2")
@@ -170,7 +170,10 @@ def check_grams(statistics: Statistics, what: str) -> None:
             f"{what} needs Gram matrices, which the statistics lack: calibrate "
             f"again without --no-gram; {WITHOUT}"
         )
-    check_files([block.grams for block in statistics.blocks])
+    for number, block in enumerate(statistics.blocks):
+        stored = block.grams[0].folder.header(number)
+        for gram in block.grams:
+            gram.checked(stored)
 
 
 def gram_path(path: Path) -> Path:
@@ -185,19 +188,29 @@ def _save_grams(statistics: Statistics, path: Path) -> None:
         return
     check_replaceable(target)
     old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
+    for folder in (old, partial):
+        shutil.rmtree(folder, ignore_errors=True)
     if source is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
-            link_files(source, partial, len(statistics.blocks))
+            for number in range(len(statistics.blocks)):
+                _link(source.file(number), partial)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     if source is not None:
         os.replace(partial, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(file: Path, folder: Path) -> None:
+    """Put a file into a folder too, as a link where the disk allows it."""
+    try:
+        os.link(file, folder / file.name)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(file, folder / file.name)
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
@@ -270,8 +283,8 @@ def load_statistics(path: str | Path) -> Statistics:
             for number, made_by in enumerate(header.get("rankings", ())):
                 prefix = f"ranking.{number:04d}."
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                own = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-                rankings.append(ranking_of(made_by, own))
+                tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                rankings.append(ranking_of(made_by, tensors))
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
     return Statistics(blocks, header["model_fingerprint"], header["provenance"], tuple(rankings))
