@@ -166,19 +166,16 @@ class _Sum:
         """[T, F] each, of the chunk at work."""
         self.experts: list[torch.Tensor] = []
         """[T] each, the expert of every row, or E where it is of no interest here."""
-        self.ordered = True
-        """Whether the rows of the chunk lie one expert after the other."""
         self.tokens = torch.zeros(group.experts, dtype=torch.int64, device=device)
         self.products: list[torch.Tensor] = []
         """[E, F, F] fp32 each."""
         self.sums: list[torch.Tensor] = []
         """[E, 2, F] fp64 each: sum, and sum of squares, which nobody asks for."""
 
-    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None, ordered: bool) -> None:
+    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None = None) -> None:
         if chunk != self.chunk:
             self.end_chunk()
             self.chunk = chunk
-        self.ordered = ordered and not self.rows
         self.rows.append(x)
         if experts is not None:
             self.experts.append(experts)
@@ -194,11 +191,8 @@ class _Sum:
             self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
         if self.experts:
-            experts = torch.cat(self.experts)
-            if not self.ordered:
-                experts, order = experts.sort(stable=True)
-                x = x[order]
-            offsets = expert_offsets(experts, count)
+            experts, order = torch.cat(self.experts).sort(stable=True)
+            x, offsets = x[order], expert_offsets(experts, count)
         else:
             offsets, product, total = None, product[0], total[0]
         gram(x, offsets=offsets, out=product)
@@ -244,12 +238,12 @@ class GramSums:
             if start == end:
                 continue
             if routing is None:
-                self.found[ffn][part].add(chunk, x[start:end], None, ordered=True)
+                self.found[ffn][part].add(chunk, x[start:end])
                 continue
             of_nobody = self.groups[ffn].experts
             inside = (routing.tokens >= start) & (routing.tokens < end)
             experts = routing.experts.clamp(max=of_nobody).where(inside, of_nobody)
-            self.found[ffn][part].add(chunk, x, experts, ordered=not (fitted and held))
+            self.found[ffn][part].add(chunk, x, experts)
 
     def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes. Raises

@@ -16,6 +16,7 @@ the error of the block's output on windows that it was not fitted on.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from ..models.layouts import Layout, hidden_states_of
 from .block_cache import BlockCache
 from .least_squares import solve_damped
 
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
 EPOCHS = 2
 LEARNING_RATE = 0.005
 WARM_UP_STEPS = 20
@@ -40,20 +44,6 @@ SEEDS_PER_BLOCK = 1000  # more than anyone's epochs
 
 Values = Mapping[str, torch.Tensor]
 """Values of parameters of a block, by name."""
-
-
-@dataclass(frozen=True)
-class RefitSettings:
-    """How blocks are fitted again."""
-
-    sequential: bool
-    damping: float
-    """Damping of the closed form, relative to the mean square of each channel."""
-    epochs: int
-    """Passes of Adam over the fitting windows, one step for each window; 0: none."""
-    learning_rate: float
-    """Step relative to the root mean square of each weight matrix."""
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -79,11 +69,10 @@ class Refitting:
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, windows: torch.Tensor, settings: RefitSettings
+        self, model: nn.Module, layout: Layout, windows: torch.Tensor, recipe: "Recipe"
     ) -> None:
-        self.layout = layout
+        self.layout, self.recipe = layout, recipe
         self.blocks = layout.find_blocks(model)
-        self.settings = settings
         self.dense = record_block_calls(model, self.blocks, windows, micro_batch=1)
         self.pruned = self.dense.hidden.clone()
         self.refits: list[BlockRefit] = []
@@ -109,11 +98,11 @@ class Refitting:
         parameters = self._parameters(number)
         self._cache = BlockCache(self.blocks[number], parameters, lambda: self._run(number, 0))
         known: tuple[float, ...] = ()
-        if self.settings.sequential:
+        if self.recipe.sequential:
             solved = self._solve_(number, parameters)
             self.refits.append(solved)
             known = solved.errors[solved.kept :][:1]
-        if self.settings.epochs:
+        if self.recipe.blockwise:
             self.refits.append(self._train_(number, parameters, known))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
@@ -185,7 +174,7 @@ class Refitting:
         finally:
             hook.remove()
         product += product.tril(-1).T
-        return solve_damped(product.double(), across, self.settings.damping)
+        return solve_damped(product.double(), across, self.recipe.damping)
 
     def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
         """Adam on copies in fp32; ``known``: the error before, where it was measured."""
@@ -204,16 +193,16 @@ class Refitting:
 
     def _epochs(self, number: int, masters: Values, parameters: Values) -> Iterator[int]:
         """Adam with a cosine schedule; hands over after each epoch, 1, 2, ..."""
-        settings, windows = self.settings, len(self.fitted)
+        recipe, windows = self.recipe, len(self.fitted)
         groups = []
         for master in masters.values():
             root_mean_square = float(master.detach().square().mean().sqrt())
-            groups.append({"params": [master], "rate": settings.learning_rate * root_mean_square})
+            groups.append({"params": [master], "rate": recipe.learning_rate * root_mean_square})
         adam = torch.optim.Adam(groups, betas=BETAS)
         frozen = {name: p.detach() for name, p in self.blocks[number].named_parameters()}
-        step, steps = 0, settings.epochs * windows
-        for epoch in range(1, settings.epochs + 1):
-            seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
+        step, steps = 0, recipe.epochs * windows
+        for epoch in range(1, recipe.epochs + 1):
+            seed = recipe.calibration.seed + SEEDS_PER_BLOCK * number + epoch
             order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
             for index in order.tolist():
                 cosine = 0.5 * (1 + math.cos(math.pi * (step / steps)))
