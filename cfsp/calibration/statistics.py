@@ -59,20 +59,17 @@ class BlockStatistics:
         if len(self.expert_tokens) < 2:
             return (self,)
         sizes = sizes_of(self.groups)
-        parts = zip(
-            self.expert_tokens, self.sum.split(sizes), self.sum_of_squares.split(sizes), strict=True
-        )
+        sums, squares = self.sum.split(sizes), self.sum_of_squares.split(sizes)
         return tuple(
-            replace(
-                self,
-                tokens=tokens,
-                sum=part,
-                sum_of_squares=squares,
-                groups=(),
-                expert_tokens=(),
-                grams=self.grams[number : number + 1],
+            BlockStatistics(
+                tokens,
+                self.windows,
+                sums[ffn],
+                squares[ffn],
+                self.influence,
+                grams=self.grams[ffn : ffn + 1],
             )
-            for number, (tokens, part, squares) in enumerate(parts)
+            for ffn, tokens in enumerate(self.expert_tokens)
         )
 
     @property
@@ -144,22 +141,32 @@ def statistics_fingerprint(statistics: Statistics) -> str:
     return digest.hexdigest()
 
 
+def check_model(
+    what: str,
+    sizes: tuple[int, ...],
+    made_with: str,
+    model: nn.Module,
+    layout: Layout,
+    fingerprint: str | None,
+) -> None:
+    """Raise CfspError where ``what``, made with FFNs of these sizes and this fingerprint, is of
+    another model; ``fingerprint`` is the model's, where its weights are not in memory."""
+    own = layout.intermediate_sizes(model)
+    if sizes != own:
+        raise CfspError(
+            f"{what} another model: {len(sizes)} blocks with up to {max(sizes)} channels, the "
+            f"model has {len(own)} with up to {max(own)}"
+        )
+    if made_with != (fingerprint or model_fingerprint(model, layout)):
+        raise CfspError(f"{what} another model: same shapes, different weights")
+
+
 def check_statistics(
     statistics: Statistics, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the statistics were made with another model.
-
-    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
-    """
-    sizes = layout.intermediate_sizes(model)
-    if statistics.intermediate_sizes != sizes:
-        raise CfspError(
-            f"the statistics are of another model: {len(statistics.blocks)} blocks with up to "
-            f"{max(statistics.intermediate_sizes)} channels, the model has {len(sizes)} with up "
-            f"to {max(sizes)}"
-        )
-    if statistics.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
-        raise CfspError("the statistics are of another model: same shapes, different weights")
+    """Raise CfspError where the statistics were made with another model; see check_model."""
+    sizes, made_with = statistics.intermediate_sizes, statistics.model_fingerprint
+    check_model("the statistics are of", sizes, made_with, model, layout, fingerprint)
 
 
 def check_grams(statistics: Statistics, what: str) -> None:
@@ -259,8 +266,8 @@ def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -
         groups=tuple(ChannelGroup(*group) for group in header["groups"][number]),
         expert_tokens=tuple(header["expert_tokens"][number]),
         grams=tuple(
-            StoredGram(folder, number, ffn, channels, (fitted, held_out), digest)
-            for ffn, (channels, (fitted, held_out), digest) in enumerate(grams)
+            StoredGram(folder, number, ffn, channels, tuple(tokens), digest)
+            for ffn, (channels, tokens, digest) in enumerate(grams)
         ),
     )
 

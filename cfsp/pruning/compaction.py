@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.statistics import BlockStatistics, Statistics, check_grams
+from ..calibration.statistics import BlockStatistics, Statistics, check_grams, check_model
 from ..errors import CfspError
 from ..io.safetensors import Room, TensorInfo
 from ..models.channels import CutDown, check_expert_width
-from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .compensation import (
     ADD_BIAS,
@@ -34,20 +33,14 @@ TOKENS_PER_CHANNEL = 4
 def check_plan(
     plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the plan is for another model; ``fingerprint``: of one whose weights
-    are not in memory."""
-    sizes = layout.intermediate_sizes(model)
-    planned = tuple(block.intermediate_size for block in plan.blocks)
-    if planned != sizes:
-        raise CfspError(
-            f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
-            f"channels, the model has {len(sizes)} with up to {max(sizes)}"
-        )
+    """Raise CfspError where the plan is for another model, as :func:`check_statistics` does, or
+    has widths at which experts cannot run."""
+    sizes = tuple(block.intermediate_size for block in plan.blocks)
+    made_with = plan.model_fingerprint
+    check_model("the plan is for", sizes, made_with, model, layout, fingerprint)
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
-    if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
-        raise CfspError("the plan is for another model: same shapes, different weights")
 
 
 def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
