@@ -29,18 +29,15 @@ class BlockProgress:
     """Keeps a bar's postfix at the block that has its turn and the speed of reading so far."""
 
     def __init__(self, bar: tqdm, blocks: int) -> None:
-        self.bar = bar
-        self.blocks = blocks
-        self.bytes_read = 0
+        self.bar, self.blocks, self.bytes_read = bar, blocks, 0
 
     def turn(self, number: int, stored_bytes: int) -> None:
         """A block's turn has come, whose reading took ``stored_bytes`` from disk."""
         self.bytes_read += stored_bytes
-        elapsed = self.bar.format_dict["elapsed"]
-        speed = ""
+        elapsed, shown = self.bar.format_dict["elapsed"], f"block {number + 1}/{self.blocks}"
         if self.bytes_read and elapsed:
-            speed = f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
-        self.bar.set_postfix_str(f"block {number + 1}/{self.blocks}{speed}")
+            shown += f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
+        self.bar.set_postfix_str(shown)
 
 
 class _BlockCollector:
@@ -95,8 +92,7 @@ class _BlockCollector:
         """The statistics of block ``number`` over all ranks."""
         split, ranks = self.split, self.ranks
         influences = ranks.fill_(self.influences.cpu())
-        broken = (~influences.isfinite().all(1)).nonzero()
-        if len(broken):
+        if len(broken := (~influences.isfinite().all(1)).nonzero()):
             first = int(broken[0]) * split.micro_batch
             last = min(first + split.micro_batch, split.windows) - 1
             where = f"window {first}" if first == last else f"windows {first} to {last}"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -62,7 +63,6 @@ class Split:
 
     @property
     def micro_batches(self) -> int:
-        """The number of micro-batches."""
         return -(-self.windows // self.micro_batch)
 
     @property
@@ -184,11 +184,10 @@ class _Sum:
         """Add up what was kept."""
         if not self.rows:
             return
-        count, size = self.group.experts, self.group.channels
+        count, size, device = self.group.experts, self.group.channels, self.device
         if not (self.ranks.first and self.products):
-            shape = (count, size, size)
-            self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
-            self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
+            self.products.append(torch.zeros(count, size, size, device=device))
+            self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
         if self.experts:
             experts, order = torch.cat(self.experts).sort(stable=True)
@@ -221,13 +220,10 @@ class GramSums:
     def __init__(
         self, groups: Sequence[ChannelGroup], split: Split, device: torch.device, ranks: Ranks
     ) -> None:
-        self.groups = groups
-        self.split = split
+        self.groups, self.split = groups, split
         self.first = ranks.share(split.micro_batches).start
-        self.found = [
-            {part: _Sum(group, device, ranks) for part in parts_of(held_out_windows(split.windows))}
-            for group in groups
-        ]
+        parts = parts_of(held_out_windows(split.windows))
+        self.found = [{part: _Sum(group, device, ranks) for part in parts} for group in groups]
 
     def add(self, ffn: int, index: int, x: torch.Tensor, routing: Routing | None) -> None:
         """Add the activation [T, F] of an FFN, or of all its experts, in a micro-batch, which is
@@ -237,13 +233,13 @@ class GramSums:
         for part, start, end in ((FIT, 0, fitted), (HELD_OUT, fitted, fitted + held)):
             if start == end:
                 continue
+            own = self.found[ffn][part]
             if routing is None:
-                self.found[ffn][part].add(chunk, x[start:end])
-                continue
-            of_nobody = self.groups[ffn].experts
-            inside = (routing.tokens >= start) & (routing.tokens < end)
-            experts = routing.experts.clamp(max=of_nobody).where(inside, of_nobody)
-            self.found[ffn][part].add(chunk, x, experts)
+                own.add(chunk, x[start:end])
+            else:
+                of_nobody = self.groups[ffn].experts
+                inside = (routing.tokens >= start) & (routing.tokens < end)
+                own.add(chunk, x, routing.experts.clamp(max=of_nobody).where(inside, of_nobody))
 
     def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes. Raises
@@ -255,11 +251,11 @@ class GramSums:
                 number, size = len(written), group.channels
                 sums = {part: of_part[expert] for part, of_part in totals.items()}
                 for part, (tokens, total) in sums.items():
-                    writer.put(tensor_name(block, number, part, "tokens"), torch.tensor([tokens]))
-                    writer.put(tensor_name(block, number, part, "sum"), total)
-                    for name, start, end in panels(size):
-                        panel = found[part].panel(expert, start, end)
-                        writer.put(tensor_name(block, number, part, name), panel)
+                    name = partial(tensor_name, block, number, part)
+                    writer.put(name("tokens"), torch.tensor([tokens]))
+                    writer.put(name("sum"), total)
+                    for panel, start, end in panels(size):
+                        writer.put(name(panel), found[part].panel(expert, start, end))
                 held = sums[HELD_OUT][0] if HELD_OUT in sums else 0
                 digest = gram_digest({part: sums[part] for part in parts_of(held)})
                 counts = sums[FIT][0], held

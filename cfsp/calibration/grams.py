@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,16 +92,14 @@ def temporary_folder(path: Path | None = None) -> GramFolder:
     (``TMPDIR``). Gram matrices that a killed process left in it go at once. Raises CfspError where
     it cannot be made, or holds something else."""
     try:
-        if path is None:
-            path = Path(tempfile.mkdtemp(prefix="cfsp-grams-"))
-        else:
+        if path is not None:
             check_replaceable(path)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
+        folder = GramFolder(path or Path(tempfile.mkdtemp(prefix="cfsp-grams-")))
     except OSError as error:
         raise CfspError(f"cannot write Gram matrices: {error}") from None
-    folder = GramFolder(path)
-    weakref.finalize(folder, shutil.rmtree, path, ignore_errors=True)
+    weakref.finalize(folder, shutil.rmtree, folder.path, ignore_errors=True)
     return folder
 
 
@@ -120,11 +119,11 @@ def planned_file(file: Path, block: int, sizes: Sequence[int], windows: int) -> 
     sums, triangles = {}, {}
     for ffn, channels in enumerate(sizes):
         for part in parts_of(held_out_windows(windows)):
-            sums[tensor_name(block, ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
-            sums[tensor_name(block, ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
+            name = partial(tensor_name, block, ffn, part)
+            sums[name("tokens")] = TensorInfo(torch.int64, (1,))
+            sums[name("sum")] = TensorInfo(torch.float64, (channels,))
             for panel, start, end in panels(channels):
-                info = TensorInfo(torch.float32, (end - start, end))
-                triangles[tensor_name(block, ffn, part, panel)] = info
+                triangles[name(panel)] = TensorInfo(torch.float32, (end - start, end))
     return Shard(file.name, {**sums, **triangles})
 
 

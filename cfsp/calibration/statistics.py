@@ -230,8 +230,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     for number, block in enumerate(blocks):
         tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
     for number, ranking in enumerate(statistics.rankings):
-        for name, value in ranking.tensors().items():
-            tensors[f"ranking.{number:04d}.{name}"] = value
+        tensors.update({f"ranking.{number:04d}.{k}": t for k, t in ranking.tensors().items()})
     header = {
         "format": FORMAT,
         "tokens": [block.tokens for block in blocks],

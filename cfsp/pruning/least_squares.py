@@ -104,8 +104,7 @@ def fit_down(
 
     Solved in fp64 on the device of ``down``. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs for K kept and R
     removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes. ``damping`` is raised
-    tenfold, at most 5 times, where the moments have no Cholesky factor. ``bias`` removes the means
-    first.
+    tenfold, at most 5 times, where there is no Cholesky factor. ``bias`` removes the means first.
     """
     if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None

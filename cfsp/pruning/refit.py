@@ -14,7 +14,7 @@ the error of the block's output on windows that it was not fitted on.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class Refitting:
         fitted = len(windows) - held_out_windows(len(windows))
         self.fitted, self.held_out = range(fitted), range(fitted, len(windows))
         self._change = 0.0
-        self._cache: BlockCache | None = None
+        self._cache: BlockCache
 
     def run_dense(self, number: int) -> None:
         """Take the dense windows through a block that is not cut yet: they are its targets."""
@@ -97,21 +97,19 @@ class Refitting:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
         parameters = self._parameters(number)
         self._cache = BlockCache(self.blocks[number], parameters, lambda: self._run(number, 0))
-        known: tuple[float, ...] = ()
+        errors = [self._error(number, parameters)] if self.held_out else []
         if self.recipe.sequential:
-            solved = self._solve_(number, parameters)
+            solved = self._solve_(number, parameters, errors)
             self.refits.append(solved)
-            known = solved.errors[solved.kept :][:1]
+            errors = list(solved.errors[solved.kept :][:1])
         if self.recipe.blockwise:
-            self.refits.append(self._train_(number, parameters, known))
+            self.refits.append(self._train_(number, parameters, errors))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
-        self._cache = None
+        del self._cache
 
     def _output(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D]: the pruned block's output for a window, with these parameters."""
-        if self._cache is None:
-            return self._run(number, index, values)
         return self._cache.run(index, lambda: self._run(number, index, values))
 
     def _run(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
@@ -138,20 +136,19 @@ class Refitting:
         names = [name for ffn in ffns for name in (*ffn.channels, ffn.down_bias)]
         return {name: named[name] for name in names if name in named}
 
-    def _solve_(self, number: int, parameters: Values) -> BlockRefit:
-        """Change the down projections in closed form, each after the ones before it."""
-        judged = bool(self.held_out)
-        errors = [self._error(number, parameters)] if judged else []
-        old = {}
+    def _solve_(self, number: int, parameters: Values, before: Sequence[float]) -> BlockRefit:
+        """Change the down projections in closed form, each after the ones before it; ``before``:
+        the error, where it is judged by any."""
+        errors, old = list(before), {}
         for ffn in self.layout.block_ffns(self.blocks[number]):
             down, change = parameters[f"{ffn.down}.weight"], self._regressed(number, ffn)
             old[down] = down.data.clone()
             if change is not None:
                 transposed = ffn.channels[f"{ffn.down}.weight"].dimension == 0
                 down.data += (change.T if transposed else change).to(down.dtype)
-        if judged:
+        if before:
             errors.append(self._error(number, parameters))
-        better = not judged or errors[1] < errors[0]
+        better = not before or errors[1] < errors[0]
         if not better:
             for down, values in old.items():
                 down.data.copy_(values)
@@ -176,16 +173,14 @@ class Refitting:
         product += product.tril(-1).T
         return solve_damped(product.double(), across, self.recipe.damping)
 
-    def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
-        """Adam on copies in fp32; ``known``: the error before, where it was measured."""
+    def _train_(self, number: int, parameters: Values, before: Sequence[float]) -> BlockRefit:
+        """Adam on copies in fp32; ``before`` as for the closed form."""
         masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
-        judged, errors, kept = bool(self.held_out), list(known), 0
-        if judged and not known:
-            errors.append(self._error(number, parameters))
+        errors, kept = list(before), 0
         for epoch in self._epochs(number, masters, parameters):
-            if judged:
+            if before:
                 errors.append(self._error(number, _cast(masters, parameters)))
-            if not judged or errors[epoch] < errors[kept]:
+            if not before or errors[epoch] < errors[kept]:
                 kept = epoch
                 for name, master in masters.items():
                     parameters[name].data.copy_(master.data)
