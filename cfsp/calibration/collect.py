@@ -157,12 +157,10 @@ def collect_statistics(
     the device, for the block at work, [F, F] fp32 twice, on ranks other than the first as often as
     each has eighths of the windows, and once more; and the activations of an eighth, twice.
 
-    ``micro_batch`` are windows per call (None: :func:`default_micro_batch`), ``weights`` those of
-    the blocks (None: the model's), ``grams`` is a folder that all ranks see. ``fused`` uses the
-    fused SwiGLU statistics where the FFN allows it, which are the same numbers. Raises Stopped
-    where ``stop``, asked before each block, says so on any rank, and CfspError where a block gives
-    NaN or infinite activations, a rank has another model, text or version than the first, or Gram
-    matrices find no space or another number of ranks than 1, 2, 4 or 8.
+    ``fused`` takes the fused SwiGLU statistics where the FFN allows it: the same numbers. ``grams``
+    is a folder that all ranks see. Raises Stopped where ``stop``, asked before each block, says so
+    on any rank; CfspError for NaN or infinite activations, for ranks with another model, text or
+    version than the first, and for Gram matrices without space.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape

@@ -38,7 +38,6 @@ class Ranking:
     compensation: str
     """The compensation that the curves count on."""
     damping: float
-    """The damping of least squares."""
     scores: tuple[torch.Tensor, ...]
     """Scores of every FFN, [experts * F] fp64."""
     curves: tuple[ErrorCurve, ...] = ()

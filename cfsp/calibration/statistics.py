@@ -171,12 +171,10 @@ def check_statistics(
 
 def check_grams(statistics: Statistics, what: str) -> None:
     """Raise CfspError where ``what`` needs Gram matrices that the statistics lack, or whose files
-    are missing or damaged."""
+    are missing, damaged or of another calibration."""
     if not all(block.grams for block in statistics.blocks):
-        raise CfspError(
-            f"{what} needs Gram matrices, which the statistics lack: calibrate "
-            f"again without --no-gram; {WITHOUT}"
-        )
+        lack = f"{what} needs Gram matrices, which the statistics lack"
+        raise CfspError(f"{lack}: calibrate again without --no-gram; {WITHOUT}")
     for number, block in enumerate(statistics.blocks):
         stored = block.grams[0].folder.header(number)
         for gram in block.grams:
@@ -249,11 +247,10 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
-    except (CfspError, OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, CfspError):
-            raise
+    except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot write statistics {path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -> BlockStatistics:

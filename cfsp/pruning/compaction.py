@@ -35,8 +35,7 @@ def check_plan(
 ) -> None:
     """Raise CfspError where the plan is for another model, as :func:`check_statistics` does, or
     has widths at which experts cannot run."""
-    sizes = tuple(block.intermediate_size for block in plan.blocks)
-    made_with = plan.model_fingerprint
+    sizes, made_with = tuple(b.intermediate_size for b in plan.blocks), plan.model_fingerprint
     check_model("the plan is for", sizes, made_with, model, layout, fingerprint)
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:
@@ -81,9 +80,8 @@ def prune_block_(
         kept: torch.Tensor, expert: int, weight: torch.Tensor, out: torch.Tensor | None
     ) -> CutDown:
         stays = kept[expert].to(weight.device)
-        cut, record = COMPENSATIONS[compensation](
-            DownProjection(weight, stays, next(known), damping, out)
-        )
+        down = DownProjection(weight, stays, next(known), damping, out)
+        cut, record = COMPENSATIONS[compensation](down)
         if record is not None:
             records.append(record)
         return cut
