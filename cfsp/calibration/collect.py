@@ -1,10 +1,10 @@
 """One dense forward pass over the calibration tokens, with statistics of every block."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..models.blockwise import default_micro_batch, record_block_calls, run_bloc
 from ..models.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
-from .gram_sums import GramSums, GramWriter, Split, check_ranks, gram_writer
+from .gram_sums import GramSums, GramWriter, Split, gram_writer
 from .grams import GramFolder, held_out_windows
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 
@@ -29,30 +29,15 @@ class BlockProgress:
     """Keeps a bar's postfix at the block that has its turn and the speed of reading so far."""
 
     def __init__(self, bar: tqdm, blocks: int) -> None:
-        self.bar = bar
-        self.blocks = blocks
-        self.bytes_read = 0
+        self.bar, self.blocks, self.bytes_read = bar, blocks, 0
 
     def turn(self, number: int, stored_bytes: int) -> None:
         """A block's turn has come, whose reading took ``stored_bytes`` from disk."""
         self.bytes_read += stored_bytes
-        elapsed = self.bar.format_dict["elapsed"]
-        speed = ""
+        elapsed, shown = self.bar.format_dict["elapsed"], f"block {number + 1}/{self.blocks}"
         if self.bytes_read and elapsed:
-            speed = f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
-        self.bar.set_postfix_str(f"block {number + 1}/{self.blocks}{speed}")
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the blocks of one pass have in common."""
-
-    split: Split
-    device: torch.device
-    ranks: Ranks
-    grams: bool
-    """Whether Gram matrices are wanted."""
-    bar: tqdm
+            shown += f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
+        self.bar.set_postfix_str(shown)
 
 
 class _BlockCollector:
@@ -62,44 +47,52 @@ class _BlockCollector:
     those of the ranks before them.
     """
 
-    def __init__(self, groups: tuple[ChannelGroup, ...], common: _Pass) -> None:
-        self.groups = groups
-        self.common = common
-        split, ranks, device = common.split, common.ranks, common.device
-        ends = accumulate(group.total for group in groups)
-        self.ffns = [
-            _FFNCollector(self, number, slice(end - group.total, end))
-            for number, (group, end) in enumerate(zip(groups, ends, strict=True))
-        ]
-        self.zeros = torch.zeros(2, sum(sizes_of(groups)), dtype=torch.float64, device=device)
-        self.sums: dict[int, torch.Tensor] = {}
+    def __init__(
+        self,
+        groups: tuple[ChannelGroup, ...],
+        split: Split,
+        ranks: Ranks,
+        device: torch.device,
+        writer: GramWriter | None,
+        bar: tqdm,
+    ) -> None:
+        self.groups, self.split, self.ranks = groups, split, ranks
+        self.writer, self.bar = writer, bar
+        sizes = sizes_of(groups)
+        self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
+        self.sums: dict[int, torch.Tensor] = defaultdict(self.zeros.clone)
         """[2, F] fp64 of each micro-batch, on the first rank of all: sum and sum of squares."""
-        shape = (split.micro_batches, len(INFLUENCE_METRICS))
-        self.influences = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(len(sizes), dtype=torch.int64, device=device)
+        """Tokens so far of each FFN, and of each expert of those that have some."""
+        self.influences = torch.zeros(
+            split.micro_batches, len(INFLUENCE_METRICS), dtype=torch.float64, device=device
+        )
         self.own_influences = self.influences[ranks.share(split.micro_batches)]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(groups, split, device, ranks) if common.grams else None
+        self.grams = GramSums(groups, split, device, ranks) if writer is not None else None
 
-    def totals(self) -> torch.Tensor:
-        """The sums that the running micro-batch adds to."""
-        key = 0 if self.common.ranks.first else self.seen
-        if key not in self.sums:
-            self.sums[key] = self.zeros.clone()
-        return self.sums[key]
+    def observers(self) -> "list[_Observer]":
+        """What each FFN hands its activation to."""
+        tokens = self.tokens.split([group.experts for group in self.groups])
+        return [_Observer(self, ffn, own) for ffn, own in enumerate(tokens)]
+
+    def totals(self, ffn: int) -> torch.Tensor:
+        """[2, F of the FFN], the sums that the running micro-batch adds to."""
+        sums = self.sums[0 if self.ranks.first else self.seen]
+        return sums.split([group.total for group in self.groups], dim=1)[ffn]
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """A micro-batch is through, with these hidden states [b, S, D] around the block."""
         self.seen += 1
         block_influence(before, after, out=self.own_influences[index])
-        self.common.bar.update(before.shape[:-1].numel())
+        self.bar.update(before.shape[:-1].numel())
 
-    def result(self, number: int, writer: GramWriter | None) -> BlockStatistics:
+    def result(self, number: int) -> BlockStatistics:
         """The statistics of block ``number`` over all ranks."""
-        split, ranks = self.common.split, self.common.ranks
+        split, ranks = self.split, self.ranks
         influences = ranks.fill_(self.influences.cpu())
-        broken = (~influences.isfinite().all(1)).nonzero()
-        if len(broken):
+        if len(broken := (~influences.isfinite().all(1)).nonzero()):
             first = int(broken[0]) * split.micro_batch
             last = min(first + split.micro_batch, split.windows) - 1
             where = f"window {first}" if first == last else f"windows {first} to {last}"
@@ -108,9 +101,8 @@ class _BlockCollector:
                 "check the weights of this block, or use another dtype"
             )
         sums = ranks.ordered_sum([part.cpu() for part in self.sums.values()], self.zeros)
-        seen = torch.cat([ffn.tokens.cpu() for ffn in self.ffns])
-        expert_tokens = ranks.ordered_sum([seen], seen)
-        if not expert_tokens.any():
+        tokens = ranks.ordered_sum([self.tokens.cpu()], self.tokens)
+        if not tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
             tokens=split.windows * split.seqlen,
@@ -119,40 +111,28 @@ class _BlockCollector:
             sum_of_squares=sums[1].clone(),
             influence=influences.sum(0),
             groups=self.groups,
-            expert_tokens=tuple(expert_tokens.tolist()),
-            grams=self.grams.write(writer, number) if self.grams and writer else (),
+            expert_tokens=tuple(tokens.tolist()),
+            grams=self.grams.write(self.writer, number) if self.grams and self.writer else (),
         )
 
 
-class _FFNCollector:
+@dataclass(frozen=True)
+class _Observer:
     """The :class:`cfsp.models.channels.Observer` of one FFN, or of all its experts."""
 
-    def __init__(self, block: _BlockCollector, number: int, channels: slice) -> None:
-        self.block = block
-        self.number = number
-        self.channels = channels
-        experts = block.groups[number].experts
-        self.tokens = torch.zeros(experts, dtype=torch.int64, device=block.common.device)
-        """[E], those of every expert so far."""
+    block: _BlockCollector
+    ffn: int
+    tokens: torch.Tensor
+    """[E] int64, those of every expert so far."""
 
     def totals(self) -> torch.Tensor:
-        return self.block.totals()[:, self.channels]
+        return self.block.totals(self.ffn)
 
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         rows = x.flatten(0, -2)
-        self.tokens += len(rows) if routing is None else routing.offsets.diff()
+        self.tokens.add_(len(rows) if routing is None else routing.offsets.diff())
         if self.block.grams is not None:
-            self.block.grams.add(self.number, self.block.seen, rows, routing)
-
-
-def _warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
-    idle = [number for number, block in enumerate(blocks) for n in block.expert_tokens if n == 0]
-    if idle:
-        warnings.warn(
-            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
-            "tells their channels apart; calibrate on more, or other, text",
-            stacklevel=3,
-        )
+            self.block.grams.add(self.ffn, self.block.seen, rows, routing)
 
 
 def collect_statistics(
@@ -169,28 +149,18 @@ def collect_statistics(
     ranks: Ranks = ALONE,
     grams: GramFolder | None = None,
 ) -> Statistics:
-    """One dense forward pass over each block, with statistics of its FFN and its influence.
+    """One dense forward pass over each block of a causal LM, left as it was found, with statistics
+    of its FFN and its influence on [N, S] int64 ``windows``; the same on every rank.
 
     Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
     ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices, on
     the device, for the block at work, [F, F] fp32 twice, on ranks other than the first as often as
     each has eighths of the windows, and once more; and the activations of an eighth, twice.
 
-    Args:
-        model: a causal LM on its device; left as it was found.
-        windows: [N, S] int64 calibration tokens.
-        micro_batch: windows per forward call; None: see :func:`default_micro_batch`.
-        fused: use the fused SwiGLU statistics where the FFN allows it; the numbers are the same.
-        weights: where the blocks' weights are; None: in the model.
-        stop: asked before each block.
-        ranks: all get the same result, which does not depend on how many they are.
-        grams: collect Gram matrices too, in this folder, which all ranks see.
-
-    Raises:
-        CfspError: a block gives NaN or infinite activations; names it and the window. Ranks with
-            another model, text or version than the first. With Gram matrices: no space for them,
-            or another number of ranks than 1, 2, 4 or 8.
-        Stopped: ``stop`` said so, on any rank.
+    ``fused`` takes the fused SwiGLU statistics where the FFN allows it: the same numbers. ``grams``
+    is a folder that all ranks see. Raises Stopped where ``stop``, asked before each block, says so
+    on any rank; CfspError for NaN or infinite activations, for ranks with another model, text or
+    version than the first, and for Gram matrices without space.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
@@ -208,7 +178,6 @@ def collect_statistics(
     ranks.check_same(identity)
     writing: AbstractContextManager[GramWriter | None] = nullcontext()
     if grams is not None:
-        check_ranks(ranks.size)
         sizes = [sizes_of(layout.groups(block)) for block in blocks]
         writing = gram_writer(grams, sizes, count, ranks)
     training = model.training
@@ -222,20 +191,26 @@ def collect_statistics(
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
         with bar, writing as writer, needed as turns:
-            common = _Pass(split, device, ranks, writer is not None, bar)
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                collector = _BlockCollector(layout.groups(block), common)
+                groups, ffns = layout.groups(block), layout.block_ffns(block)
+                collector = _BlockCollector(groups, split, ranks, device, writer, bar)
                 with ExitStack() as observed:
-                    for ffn, observer in zip(layout.block_ffns(block), collector.ffns, strict=True):
+                    for ffn, observer in zip(ffns, collector.observers(), strict=True):
                         observed.enter_context(ffn.observed(block, observer, fused))
                     run_block(block, number, calls, collector.add_states)
-                results.append(collector.result(number, writer))
+                results.append(collector.result(number))
     finally:
         model.train(training)
-    _warn_of_idle_experts(results)
+    idle = [number for number, found in enumerate(results) for n in found.expert_tokens if n == 0]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
+            "tells their channels apart; calibrate on more, or other, text",
+            stacklevel=2,
+        )
     return Statistics(
         tuple(results),
         str(identity["model"]),

@@ -38,7 +38,6 @@ class Ranking:
     compensation: str
     """The compensation that the curves count on."""
     damping: float
-    """The damping of least squares."""
     scores: tuple[torch.Tensor, ...]
     """Scores of every FFN, [experts * F] fp64."""
     curves: tuple[ErrorCurve, ...] = ()
@@ -81,9 +80,8 @@ def of_experts(
 ) -> ErrorCurve:
     """The curve of an FFN's experts, which have one width, over all tokens of the block: each
     expert's output counts where the router sent tokens to it, before its gate."""
-    shares = [
-        curve.errors * (count / block_tokens) for curve, count in zip(curves, tokens, strict=True)
-    ]
+    pairs = zip(curves, tokens, strict=True)
+    shares = [curve.errors * (count / block_tokens) for curve, count in pairs]
     return replace(curves[0], errors=torch.stack(shares).sum(0))
 
 
@@ -104,9 +102,7 @@ def weighted(
     exponent: float,
 ) -> tuple[ErrorCurve, ...]:
     """Curves, one for each FFN, that may be added up over FFNs: in a scale of ERROR_SCALES, times
-    the importance [FFNs] of the FFN's block to the power of the exponent.
-
-    ``hidden``: :func:`hidden_energy` of each FFN's block.
+    importance to the power of the exponent. Importance and hidden energy are of each FFN's block.
     """
     energies = {
         "output": [float(curve.errors[0]) for curve in curves],

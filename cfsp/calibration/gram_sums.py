@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -62,7 +63,6 @@ class Split:
 
     @property
     def micro_batches(self) -> int:
-        """The number of micro-batches."""
         return -(-self.windows // self.micro_batch)
 
     @property
@@ -95,20 +95,21 @@ def products_held(split: Split, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class GramWriter:
-    """Takes what the files of a calibration hold; a thread of the last rank writes it. The other
-    ranks have no writer."""
+    """Takes what the files of a calibration hold; a thread of the last rank writes it."""
 
     folder: GramFolder
-    writer: ShardWriter | None
+    shards: ShardWriter
     behind: ThreadPoolExecutor
+    writes: bool
+    """Whether this is the last rank."""
     pending: deque[Future[None]] = field(default_factory=deque)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Have a tensor written, on the CPU and left alone from now on. Raises CfspError where this
         one or one before it found no space, or no permission."""
-        if self.writer is not None:
+        if self.writes:
             self.wait(PENDING - 1)
-            self.pending.append(self.behind.submit(self.writer.write, name, tensor))
+            self.pending.append(self.behind.submit(self.shards.write, name, tensor))
 
     def wait(self, left: int = 0) -> None:
         """Until at most so many tensors wait to be written. Raises as :meth:`put` does."""
@@ -116,21 +117,8 @@ class GramWriter:
             try:
                 self.pending.popleft().result()
             except OSError as error:
-                raise CfspError(
-                    f"cannot write Gram matrices: {self.folder.path}: {error}"
-                ) from None
-
-
-def _problem(folder: GramFolder, need: int, ranks: Ranks) -> str | None:
-    if not folder.path.is_dir():
-        return f"rank {ranks.rank} does not see the folder {folder.path}"
-    free = shutil.disk_usage(folder.path).free
-    if need <= free:
-        return None
-    return (
-        f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
-        f"{format_bytes(free)} free: {WITHOUT}"
-    )
+                where = self.folder.path
+                raise CfspError(f"cannot write Gram matrices: {where}: {error}") from None
 
 
 @contextmanager
@@ -140,24 +128,30 @@ def gram_writer(
     """What writes the Gram matrices of a calibration, whose blocks have FFNs and experts of these
     ``sizes``; at the end all are on the disk, for every rank. After an error, files that are not
     whole vanish. Raises CfspError where a rank does not see the folder, or the disk has no room."""
-    ranks.check(_problem(folder, sum(file_bytes(own, windows) for own in sizes), ranks))
+    check_ranks(ranks.size)
+    need, problem = sum(file_bytes(own, windows) for own in sizes), None
+    if not folder.path.is_dir():
+        problem = f"rank {ranks.rank} does not see the folder {folder.path}"
+    elif need > (free := shutil.disk_usage(folder.path).free):
+        problem = (
+            f"Gram matrices take {format_bytes(need)} of disk, {folder.path} has "
+            f"{format_bytes(free)} free: {WITHOUT}"
+        )
+    ranks.check(problem)
     if not held_out_windows(windows):
         warnings.warn(
             "a single calibration window leaves none to hold out: nothing will tell whether a "
             "compensation lowers the error",
             stacklevel=4,
         )
-    files = [
-        planned_file(folder.file(block).name, block, own, windows)
-        for block, own in enumerate(sizes)
-    ]
+    files = [planned_file(folder.file(n), n, own, windows) for n, own in enumerate(sizes)]
     with (
-        ShardWriter(folder.path, files if ranks.last else ()) as writer,
+        ShardWriter(folder.path, files) as shards,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
     ):
-        found = GramWriter(folder, writer if ranks.last else None, behind)
-        yield found
-        found.wait()
+        writer = GramWriter(folder, shards, behind, ranks.last)
+        yield writer
+        writer.wait()
     ranks.barrier()
 
 
@@ -166,27 +160,22 @@ class _Sum:
     what was added up, on others each of their chunks."""
 
     def __init__(self, group: ChannelGroup, device: torch.device, ranks: Ranks) -> None:
-        self.group = group
-        self.device = device
-        self.ranks = ranks
+        self.group, self.device, self.ranks = group, device, ranks
         self.chunk = -1
         self.rows: list[torch.Tensor] = []
         """[T, F] each, of the chunk at work."""
         self.experts: list[torch.Tensor] = []
         """[T] each, the expert of every row, or E where it is of no interest here."""
-        self.ordered = True
-        """Whether the rows of the chunk lie one expert after the other."""
         self.tokens = torch.zeros(group.experts, dtype=torch.int64, device=device)
         self.products: list[torch.Tensor] = []
         """[E, F, F] fp32 each."""
         self.sums: list[torch.Tensor] = []
         """[E, 2, F] fp64 each: sum, and sum of squares, which nobody asks for."""
 
-    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None, ordered: bool) -> None:
+    def add(self, chunk: int, x: torch.Tensor, experts: torch.Tensor | None = None) -> None:
         if chunk != self.chunk:
             self.end_chunk()
             self.chunk = chunk
-        self.ordered = ordered and not self.rows
         self.rows.append(x)
         if experts is not None:
             self.experts.append(experts)
@@ -195,18 +184,14 @@ class _Sum:
         """Add up what was kept."""
         if not self.rows:
             return
-        count, size = self.group.experts, self.group.channels
+        count, size, device = self.group.experts, self.group.channels, self.device
         if not (self.ranks.first and self.products):
-            shape = (count, size, size)
-            self.products.append(torch.zeros(shape, dtype=torch.float32, device=self.device))
-            self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=self.device))
+            self.products.append(torch.zeros(count, size, size, device=device))
+            self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=device))
         product, total, x = self.products[-1], self.sums[-1], torch.cat(self.rows)
         if self.experts:
-            experts = torch.cat(self.experts)
-            if not self.ordered:
-                experts, order = experts.sort(stable=True)
-                x = x[order]
-            offsets = expert_offsets(experts, count)
+            experts, order = torch.cat(self.experts).sort(stable=True)
+            x, offsets = x[order], expert_offsets(experts, count)
         else:
             offsets, product, total = None, product[0], total[0]
         gram(x, offsets=offsets, out=product)
@@ -235,13 +220,10 @@ class GramSums:
     def __init__(
         self, groups: Sequence[ChannelGroup], split: Split, device: torch.device, ranks: Ranks
     ) -> None:
-        self.groups = groups
-        self.split = split
+        self.groups, self.split = groups, split
         self.first = ranks.share(split.micro_batches).start
-        self.found = [
-            {part: _Sum(group, device, ranks) for part in parts_of(held_out_windows(split.windows))}
-            for group in groups
-        ]
+        parts = parts_of(held_out_windows(split.windows))
+        self.found = [{part: _Sum(group, device, ranks) for part in parts} for group in groups]
 
     def add(self, ffn: int, index: int, x: torch.Tensor, routing: Routing | None) -> None:
         """Add the activation [T, F] of an FFN, or of all its experts, in a micro-batch, which is
@@ -251,13 +233,13 @@ class GramSums:
         for part, start, end in ((FIT, 0, fitted), (HELD_OUT, fitted, fitted + held)):
             if start == end:
                 continue
+            own = self.found[ffn][part]
             if routing is None:
-                self.found[ffn][part].add(chunk, x[start:end], None, ordered=True)
-                continue
-            of_nobody = self.groups[ffn].experts
-            inside = (routing.tokens >= start) & (routing.tokens < end)
-            experts = routing.experts.clamp(max=of_nobody).where(inside, of_nobody)
-            self.found[ffn][part].add(chunk, x, experts, ordered=not (fitted and held))
+                own.add(chunk, x[start:end])
+            else:
+                of_nobody = self.groups[ffn].experts
+                inside = (routing.tokens >= start) & (routing.tokens < end)
+                own.add(chunk, x, routing.experts.clamp(max=of_nobody).where(inside, of_nobody))
 
     def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes. Raises
@@ -269,11 +251,11 @@ class GramSums:
                 number, size = len(written), group.channels
                 sums = {part: of_part[expert] for part, of_part in totals.items()}
                 for part, (tokens, total) in sums.items():
-                    writer.put(tensor_name(block, number, part, "tokens"), torch.tensor([tokens]))
-                    writer.put(tensor_name(block, number, part, "sum"), total)
-                    for name, start, end in panels(size):
-                        panel = found[part].panel(expert, start, end)
-                        writer.put(tensor_name(block, number, part, name), panel)
+                    name = partial(tensor_name, block, number, part)
+                    writer.put(name("tokens"), torch.tensor([tokens]))
+                    writer.put(name("sum"), total)
+                    for panel, start, end in panels(size):
+                        writer.put(name(panel), found[part].panel(expert, start, end))
                 held = sums[HELD_OUT][0] if HELD_OUT in sums else 0
                 digest = gram_digest({part: sums[part] for part in parts_of(held)})
                 counts = sums[FIT][0], held

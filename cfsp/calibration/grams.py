@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,6 +71,13 @@ class GramFolder:
         """The file of one block."""
         return self.path / f"block-{block:04d}.safetensors"
 
+    def header(self, block: int) -> dict[str, StoredTensor]:
+        """What the file of a block holds. Raises CfspError where it is missing or damaged."""
+        try:
+            return read_header(self.file(block))
+        except CfspError as error:
+            raise CfspError(f"Gram matrices: {error}; calibrate again") from None
+
 
 def check_replaceable(path: Path) -> None:
     """Raise CfspError where a folder holds anything but Gram matrices."""
@@ -84,16 +92,14 @@ def temporary_folder(path: Path | None = None) -> GramFolder:
     (``TMPDIR``). Gram matrices that a killed process left in it go at once. Raises CfspError where
     it cannot be made, or holds something else."""
     try:
-        if path is None:
-            path = Path(tempfile.mkdtemp(prefix="cfsp-grams-"))
-        else:
+        if path is not None:
             check_replaceable(path)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
+        folder = GramFolder(path or Path(tempfile.mkdtemp(prefix="cfsp-grams-")))
     except OSError as error:
         raise CfspError(f"cannot write Gram matrices: {error}") from None
-    folder = GramFolder(path)
-    weakref.finalize(folder, shutil.rmtree, path, ignore_errors=True)
+    weakref.finalize(folder, shutil.rmtree, folder.path, ignore_errors=True)
     return folder
 
 
@@ -108,22 +114,22 @@ def tensor_name(block: int, ffn: int, part: str, what: str) -> str:
     return f"block.{block:04d}.ffn.{ffn:04d}.{part}.{what}"
 
 
-def planned_file(name: str, block: int, sizes: Sequence[int], windows: int) -> Shard:
+def planned_file(file: Path, block: int, sizes: Sequence[int], windows: int) -> Shard:
     """What the file of a block holds, its FFNs and experts having ``sizes`` channels."""
     sums, triangles = {}, {}
     for ffn, channels in enumerate(sizes):
         for part in parts_of(held_out_windows(windows)):
-            sums[tensor_name(block, ffn, part, "tokens")] = TensorInfo(torch.int64, (1,))
-            sums[tensor_name(block, ffn, part, "sum")] = TensorInfo(torch.float64, (channels,))
+            name = partial(tensor_name, block, ffn, part)
+            sums[name("tokens")] = TensorInfo(torch.int64, (1,))
+            sums[name("sum")] = TensorInfo(torch.float64, (channels,))
             for panel, start, end in panels(channels):
-                info = TensorInfo(torch.float32, (end - start, end))
-                triangles[tensor_name(block, ffn, part, panel)] = info
-    return Shard(name, {**sums, **triangles})
+                triangles[name(panel)] = TensorInfo(torch.float32, (end - start, end))
+    return Shard(file.name, {**sums, **triangles})
 
 
 def file_bytes(sizes: Sequence[int], windows: int) -> int:
     """Size of the file of a block."""
-    shard = planned_file("", 0, sizes, windows)
+    shard = planned_file(Path(), 0, sizes, windows)
     return len(shard.header()) + shard.nbytes
 
 
@@ -151,21 +157,20 @@ class StoredGram:
 
     def fit(self, device: torch.device | str = "cpu") -> Gram:
         """Over the windows that a compensation is fitted on. Raises CfspError where the file is
-        missing, damaged or of another calibration."""
+        missing, damaged or of another calibration, as :meth:`held_out` does."""
         _read_ahead(self.folder.file(self.block + 1))
         return self._read(FIT, device)
 
     def held_out(self, device: torch.device | str = "cpu") -> Gram | None:
-        """Over the windows that a compensation is judged by; None where there are none. Raises as
-        :meth:`fit` does."""
+        """Over the windows that a compensation is judged by; None where there are none."""
         return self._read(HELD_OUT, device) if self.tokens[1] else None
 
     def _read(self, part: str, device: torch.device | str) -> Gram:
-        stored = _header(self.folder.file(self.block))
+        stored = self.folder.header(self.block)
         tokens, total = self.checked(stored)[part]
         product = torch.empty(self.channels, self.channels, device=device)
         for name, start, end in panels(self.channels):
-            found = stored.get(self._name(part, name))
+            found = stored.get(tensor_name(self.block, self.ffn, part, name))
             if found is None or found.shape != (end - start, end) or found.dtype != torch.float32:
                 raise self._other()
             panel = read_tensors({name: found})[name].to(device)
@@ -177,21 +182,16 @@ class StoredGram:
 
     def checked(self, stored: Mapping[str, StoredTensor]) -> dict[str, TokensAndSum]:
         """What the block's file says of every part. Raises CfspError for another calibration's."""
-        parts = parts_of(self.tokens[1])
-        names = [self._name(part, what) for part in parts for what in ("tokens", "sum")]
-        if any(name not in stored for name in names):
-            raise self._other()
-        values = read_tensors({name: stored[name] for name in names})
-        sums = {
-            part: (int(values[self._name(part, "tokens")][0]), values[self._name(part, "sum")])
-            for part in parts
-        }
+        sums: dict[str, TokensAndSum] = {}
+        for part in parts_of(self.tokens[1]):
+            names = [tensor_name(self.block, self.ffn, part, what) for what in ("tokens", "sum")]
+            if not stored.keys() >= set(names):
+                raise self._other()
+            tokens, total = read_tensors({name: stored[name] for name in names}).values()
+            sums[part] = int(tokens[0]), total
         if gram_digest(sums) != self.digest:
             raise self._other()
         return sums
-
-    def _name(self, part: str, what: str) -> str:
-        return tensor_name(self.block, self.ffn, part, what)
 
     def _other(self) -> CfspError:
         file = self.folder.file(self.block)
@@ -207,31 +207,3 @@ def _read_ahead(file: Path) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
-
-
-def _header(file: Path) -> dict[str, StoredTensor]:
-    try:
-        return read_header(file)
-    except CfspError as error:
-        raise CfspError(f"Gram matrices: {error}; calibrate again") from None
-
-
-def check_files(blocks: Sequence[Sequence[StoredGram]]) -> None:
-    """Raise CfspError where the file of a block's Gram matrices is missing, cut short or of
-    another calibration."""
-    for grams in filter(None, blocks):
-        stored = _header(grams[0].folder.file(grams[0].block))
-        for gram in grams:
-            gram.checked(stored)
-
-
-def link_files(source: GramFolder, target: Path, blocks: int) -> None:
-    """Put the files of a calibration into a new folder too, as links where the disk allows it."""
-    target.mkdir(parents=True)
-    for block in range(blocks):
-        file = source.file(block)
-        copy = target / file.name
-        try:
-            os.link(file, copy)
-        except OSError:  # another disk, or a file system without hard links
-            shutil.copyfile(file, copy)

@@ -20,10 +20,7 @@ def parse_mixture(text: str) -> dict[str, float]:
 
     What exists is never split: the longest run of parts that is a name or a path, with or without
     a weight, is one dataset. What is unknown goes through as it is, for a recipe may be read where
-    its files are not.
-
-    Raises:
-        CfspError: an empty or repeated name, or a weight that is not above 0 and finite.
+    its files are not. CfspError for an empty or repeated name, or a weight not above 0 and finite.
     """
     if not isinstance(text, str):
         raise CfspError(f"dataset must be text such as wikitext2:3,c4:1, got {text!r}")
@@ -42,6 +39,8 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def _entries(parts: list[str]) -> Iterator[tuple[str, float]]:
+    """Each dataset with its weight; parts that are unknown are one as long as they follow each
+    other."""
     unknown: list[str] = []
     while parts:
         runs = ((count, _known(",".join(parts[:count]))) for count in range(len(parts), 0, -1))
@@ -80,10 +79,7 @@ def format_mixture(mixture: Mixture) -> str:
 
 def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str, int]:
     """Windows of each dataset, by weight: the largest-remainder method, at least one each.
-
-    Raises:
-        CfspError: fewer windows than datasets; ``what`` is the setting to blame.
-    """
+    CfspError for fewer windows than datasets; ``what`` is the setting to blame."""
     if windows < len(mixture):
         raise CfspError(
             f"{what} must be {len(mixture)} or more, one for each dataset of "
@@ -114,13 +110,8 @@ def windows_of_each(
     bos: str,
     cut: Callable[[torch.Tensor, int, int | None], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Windows [count, S] of every dataset, each tokenised on its own.
-
-    ``cut``: (tokens of a dataset, number of windows, token that they start with) -> windows.
-
-    Raises:
-        CfspError: unknown or unreadable dataset, or one with too few tokens.
-    """
+    """Windows [count, S] of every dataset, which ``cut`` makes from its tokens, their number and
+    the token that they start with. CfspError for a dataset that is unknown or has too few."""
     for dataset in counts:
         check_dataset(dataset)
     start = bos_token(tokenizer, bos)

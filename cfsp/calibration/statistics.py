@@ -18,7 +18,7 @@ from ..models.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .curves import Ranking, ranking_of
-from .grams import WITHOUT, GramFolder, StoredGram, check_files, check_replaceable, link_files
+from .grams import WITHOUT, GramFolder, StoredGram, check_replaceable
 
 FORMAT = "cfsp-statistics-3"
 READABLE = (FORMAT, "cfsp-statistics-2")
@@ -59,20 +59,17 @@ class BlockStatistics:
         if len(self.expert_tokens) < 2:
             return (self,)
         sizes = sizes_of(self.groups)
-        parts = zip(
-            self.expert_tokens, self.sum.split(sizes), self.sum_of_squares.split(sizes), strict=True
-        )
+        sums, squares = self.sum.split(sizes), self.sum_of_squares.split(sizes)
         return tuple(
-            replace(
-                self,
-                tokens=tokens,
-                sum=part,
-                sum_of_squares=squares,
-                groups=(),
-                expert_tokens=(),
-                grams=self.grams[number : number + 1],
+            BlockStatistics(
+                tokens,
+                self.windows,
+                sums[ffn],
+                squares[ffn],
+                self.influence,
+                grams=self.grams[ffn : ffn + 1],
             )
-            for number, (tokens, part, squares) in enumerate(parts)
+            for ffn, tokens in enumerate(self.expert_tokens)
         )
 
     @property
@@ -144,33 +141,44 @@ def statistics_fingerprint(statistics: Statistics) -> str:
     return digest.hexdigest()
 
 
+def check_model(
+    what: str,
+    sizes: tuple[int, ...],
+    made_with: str,
+    model: nn.Module,
+    layout: Layout,
+    fingerprint: str | None,
+) -> None:
+    """Raise CfspError where ``what``, made with FFNs of these sizes and this fingerprint, is of
+    another model; ``fingerprint`` is the model's, where its weights are not in memory."""
+    own = layout.intermediate_sizes(model)
+    if sizes != own:
+        raise CfspError(
+            f"{what} another model: {len(sizes)} blocks with up to {max(sizes)} channels, the "
+            f"model has {len(own)} with up to {max(own)}"
+        )
+    if made_with != (fingerprint or model_fingerprint(model, layout)):
+        raise CfspError(f"{what} another model: same shapes, different weights")
+
+
 def check_statistics(
     statistics: Statistics, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the statistics were made with another model.
-
-    ``fingerprint`` is the model's, where its weights are not in memory to make it from.
-    """
-    sizes = layout.intermediate_sizes(model)
-    if statistics.intermediate_sizes != sizes:
-        raise CfspError(
-            f"the statistics are of another model: {len(statistics.blocks)} blocks with up to "
-            f"{max(statistics.intermediate_sizes)} channels, the model has {len(sizes)} with up "
-            f"to {max(sizes)}"
-        )
-    if statistics.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
-        raise CfspError("the statistics are of another model: same shapes, different weights")
+    """Raise CfspError where the statistics were made with another model; see check_model."""
+    sizes, made_with = statistics.intermediate_sizes, statistics.model_fingerprint
+    check_model("the statistics are of", sizes, made_with, model, layout, fingerprint)
 
 
 def check_grams(statistics: Statistics, what: str) -> None:
     """Raise CfspError where ``what`` needs Gram matrices that the statistics lack, or whose files
-    are missing or damaged."""
+    are missing, damaged or of another calibration."""
     if not all(block.grams for block in statistics.blocks):
-        raise CfspError(
-            f"{what} needs Gram matrices, which the statistics lack: calibrate "
-            f"again without --no-gram; {WITHOUT}"
-        )
-    check_files([block.grams for block in statistics.blocks])
+        lack = f"{what} needs Gram matrices, which the statistics lack"
+        raise CfspError(f"{lack}: calibrate again without --no-gram; {WITHOUT}")
+    for number, block in enumerate(statistics.blocks):
+        stored = block.grams[0].folder.header(number)
+        for gram in block.grams:
+            gram.checked(stored)
 
 
 def gram_path(path: Path) -> Path:
@@ -185,19 +193,29 @@ def _save_grams(statistics: Statistics, path: Path) -> None:
         return
     check_replaceable(target)
     old, partial = (target.with_name(f"{target.name}.{end}") for end in ("old", "partial"))
+    for folder in (old, partial):
+        shutil.rmtree(folder, ignore_errors=True)
     if source is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
-            link_files(source, partial, len(statistics.blocks))
+            for number in range(len(statistics.blocks)):
+                _link(source.file(number), partial)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     if source is not None:
         os.replace(partial, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(file: Path, folder: Path) -> None:
+    """Put a file into a folder too, as a link where the disk allows it."""
+    try:
+        os.link(file, folder / file.name)
+    except OSError:  # another disk, or a file system without hard links
+        shutil.copyfile(file, folder / file.name)
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
@@ -210,8 +228,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     for number, block in enumerate(blocks):
         tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
     for number, ranking in enumerate(statistics.rankings):
-        for name, value in ranking.tensors().items():
-            tensors[f"ranking.{number:04d}.{name}"] = value
+        tensors.update({f"ranking.{number:04d}.{k}": t for k, t in ranking.tensors().items()})
     header = {
         "format": FORMAT,
         "tokens": [block.tokens for block in blocks],
@@ -230,11 +247,10 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
         _save_grams(statistics, path)
         os.replace(partial, path)
-    except (CfspError, OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, CfspError):
-            raise
+    except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot write statistics {path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -> BlockStatistics:
@@ -246,8 +262,8 @@ def _block(file: Any, header: dict[str, Any], number: int, folder: GramFolder) -
         groups=tuple(ChannelGroup(*group) for group in header["groups"][number]),
         expert_tokens=tuple(header["expert_tokens"][number]),
         grams=tuple(
-            StoredGram(folder, number, ffn, channels, (fitted, held_out), digest)
-            for ffn, (channels, (fitted, held_out), digest) in enumerate(grams)
+            StoredGram(folder, number, ffn, channels, tuple(tokens), digest)
+            for ffn, (channels, tokens, digest) in enumerate(grams)
         ),
     )
 
@@ -270,8 +286,8 @@ def load_statistics(path: str | Path) -> Statistics:
             for number, made_by in enumerate(header.get("rankings", ())):
                 prefix = f"ranking.{number:04d}."
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                own = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-                rankings.append(ranking_of(made_by, own))
+                tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                rankings.append(ranking_of(made_by, tensors))
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
     return Statistics(blocks, header["model_fingerprint"], header["provenance"], tuple(rankings))

@@ -95,25 +95,20 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_text(dataset: str, purpose: str) -> str:
-    """One string: a named dataset's split for ``purpose``, or the whole of a local file (.txt,
-    .parquet, .json, .jsonl or .arrow) or of a folder that ``datasets`` saved.
-
-    Raises:
-        CfspError: unknown name, unreadable file, or a file with no column of text.
-    """
+    """One string: a named dataset's split for ``purpose``, or the whole of a local file or of a
+    folder that ``datasets`` saved. CfspError where it is unknown, unreadable or without text."""
     check_dataset(dataset)
-    named = DATASETS.get(dataset)
     try:
-        texts = named(purpose) if named is not None else _local_texts(Path(dataset))
+        named = dataset in DATASETS
+        texts = DATASETS[dataset](purpose) if named else _local_texts(Path(dataset))
     except CfspError:
         raise
     except ImportError as error:
         raise CfspError(f"dataset {dataset!r} needs the package {error.name!r}") from None
     except Exception as error:  # datasets and its readers raise of many kinds
         reason = " ".join(str(error).split())[:300]
-        raise CfspError(f"cannot load dataset {dataset!r}: {type(error).__name__}: {reason}") from (
-            error
-        )
+        message = f"cannot load dataset {dataset!r}: {type(error).__name__}: {reason}"
+        raise CfspError(message) from error
     return SEPARATORS[purpose].join(texts)
 
 
@@ -139,10 +134,8 @@ def _local_texts(path: Path) -> list[str]:
 
 
 def bos_token(tokenizer: Any, bos: str) -> int | None:
-    """The token that every window starts with, or None.
-
-    "auto" asks the tokenizer: whether it puts its BOS before text of its own accord.
-    """
+    """The token that every window starts with, or None. "auto" asks the tokenizer whether it puts
+    its BOS before text of its own accord."""
     token = tokenizer.bos_token_id
     if bos == "never" or (bos == "auto" and token is None):
         return None
@@ -167,12 +160,8 @@ def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
 def random_windows(
     tokens: torch.Tensor, samples: int, seqlen: int, seed: int, bos: int | None = None
 ) -> torch.Tensor:
-    """Calibration windows [samples, seqlen] at random starts, as the released CFSP draws them.
-    With a BOS, a window is that token and the ``seqlen - 1`` tokens at its start.
-
-    Raises:
-        CfspError: too few tokens for a window.
-    """
+    """Calibration windows [samples, seqlen] at random starts, as the released CFSP draws them; a
+    BOS is the first of the ``seqlen`` tokens. CfspError for too few tokens."""
     if len(tokens) < seqlen + 2:
         raise CfspError(
             f"the calibration text has {len(tokens)} tokens; "
@@ -188,10 +177,7 @@ def consecutive_windows(
     tokens: torch.Tensor, seqlen: int, limit: int | None = None, bos: int | None = None
 ) -> torch.Tensor:
     """Evaluation windows [n, seqlen]: non-overlapping, from the start; a short rest is dropped.
-
-    Raises:
-        CfspError: too few tokens for one window, or for ``limit`` of them.
-    """
+    CfspError for too few tokens for one window, or for ``limit`` of them."""
     if limit is not None and limit < 1:
         raise CfspError(f"windows must be 1 or more, got {limit}")
     length = seqlen if bos is None else seqlen - 1

@@ -45,11 +45,8 @@ class Calibration:
 def calibration_windows(
     model: PreTrainedModel, tokenizer: Any, settings: Calibration
 ) -> torch.Tensor:
-    """Token windows [samples, seqlen] that a calibration runs on.
-
-    Raises:
-        CfspError: seqlen beyond the model's positions, unknown dataset, too few tokens.
-    """
+    """Token windows [samples, seqlen] that a calibration runs on. CfspError where seqlen is beyond
+    the model's positions, a dataset is unknown or has too few tokens."""
     check_seqlen(model, settings.seqlen)
     if tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
@@ -57,11 +54,8 @@ def calibration_windows(
 
 
 def calibration_tokens(tokenizer: Any, settings: Calibration) -> torch.Tensor:
-    """Calibration windows [samples, seqlen] of all datasets, mixed evenly.
-
-    Each dataset gives the first of the windows that it gives alone with the same seed, so that they
-    do not depend on the others. Raises as :func:`windows_of_each` does.
-    """
+    """Calibration windows [samples, seqlen], mixed evenly; each dataset gives the first of those
+    that it gives alone with the same seed, so that they do not depend on the others."""
 
     def cut(tokens: torch.Tensor, count: int, bos: int | None) -> torch.Tensor:
         return random_windows(tokens, count, settings.seqlen, settings.seed, bos)

@@ -24,11 +24,9 @@ Run = Callable[[], torch.Tensor]
 
 
 class BlockCache:
-    """Runs a block over windows, the modules before its FFN once for each.
-
-    Memory: at most :data:`MOST_KEPT` times the hidden states of the windows that it ran over.
-    Of the block only ``changing``, parameters of its FFNs, may change; ``run`` is of window 0.
-    """
+    """Runs a block over windows, the modules before its FFN once for each: in memory are at most
+    :data:`MOST_KEPT` times the hidden states. Of the block only ``changing``, parameters of its
+    FFNs, may change; ``run`` is of window 0."""
 
     def __init__(self, block: nn.Module, changing: Collection[str], run: Run) -> None:
         self.kept: tuple[nn.Module, ...] = ()
@@ -77,8 +75,7 @@ def _traced(
     """What the block gives; the outputs of its modules before its FFN, in the order of their calls;
     and those of these modules whose outputs it reads itself: () where that is not certain.
 
-    Followed are the children with parameters that give a tensor of floating point; their outputs
-    are leaves of the graph of the block's.
+    Followed are children with parameters that give floating point, as leaves of the block's graph.
     """
     children = [c for c in block.children() if any(True for _ in c.parameters())]
     ffns = {block.get_submodule(name.partition(".")[0]) for name in changing}
@@ -90,8 +87,7 @@ def _traced(
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             calls.append(module)
-            output = own(*args, **kwargs)
-            states = hidden_states_of(output)
+            states = hidden_states_of(output := own(*args, **kwargs))
             followed = isinstance(states, torch.Tensor) and states.is_floating_point()
             if not followed or not ffns.isdisjoint(calls):
                 return output
@@ -103,9 +99,8 @@ def _traced(
 
     with torch.enable_grad(), forward_instead(children, [stand_in(c) for c in children]):
         output = run()
-    if any(calls.count(module) > 1 for module in outputs):
-        return output, outputs, ()
-    ids = _leaves(output)
+    once = all(calls.count(module) == 1 for module in outputs)
+    ids = _leaves(output) if once else set()
     read = tuple(m for m, found in outputs.items() if id(hidden_states_of(found)) in ids)
     return output, outputs, read
 

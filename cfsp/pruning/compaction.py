@@ -1,19 +1,19 @@
-"""Compact tensors into a live model: block by block, in place."""
+"""Cut a model to its plan, block by block, in place."""
 
 import warnings
-from collections.abc import Sequence
-from itertools import islice, repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.statistics import BlockStatistics, Statistics, check_grams
+from ..calibration.statistics import BlockStatistics, Statistics, check_grams, check_model
 from ..errors import CfspError
 from ..io.safetensors import Room, TensorInfo, Tensors
 from ..models.channels import CutDown, check_expert_width
 from ..models.descriptions import PlacedFFN
-from ..models.fingerprints import model_fingerprint
 from ..models.layouts import Layout
 from .compensation import (
     ADD_BIAS,
@@ -24,8 +24,9 @@ from .compensation import (
     FitRecord,
 )
 from .plan import BlockPlan, PruningPlan
-from .refit import Refitting
 
+Visit = Callable[[int], None]
+"""Takes windows through the block of this number, before or after it is cut."""
 TOKENS_PER_CHANNEL = 4
 """Below it least squares fit noise too."""
 
@@ -33,20 +34,13 @@ TOKENS_PER_CHANNEL = 4
 def check_plan(
     plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
 ) -> None:
-    """Raise CfspError where the plan is for another model; ``fingerprint``: of one whose weights
-    are not in memory."""
-    sizes = layout.intermediate_sizes(model)
-    planned = tuple(block.intermediate_size for block in plan.blocks)
-    if planned != sizes:
-        raise CfspError(
-            f"the plan is for another model: {len(planned)} blocks with up to {max(planned)} "
-            f"channels, the model has {len(sizes)} with up to {max(sizes)}"
-        )
+    """Raise CfspError where the plan is for another model, as :func:`check_statistics` does, or
+    has widths at which experts cannot run."""
+    sizes, made_with = tuple(b.intermediate_size for b in plan.blocks), plan.model_fingerprint
+    check_model("the plan is for", sizes, made_with, model, layout, fingerprint)
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
-    if plan.model_fingerprint != (fingerprint or model_fingerprint(model, layout)):
-        raise CfspError("the plan is for another model: same shapes, different weights")
 
 
 def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
@@ -82,25 +76,43 @@ def prune_block_(
     those of compensations that fit, one for each FFN and expert."""
     known = iter(statistics.ffns() if statistics is not None else repeat(None))
     records: list[FitRecord] = []
+
+    def compensate(
+        kept: torch.Tensor, expert: int, weight: torch.Tensor, out: torch.Tensor | None
+    ) -> CutDown:
+        stays = kept[expert].to(weight.device)
+        down = DownProjection(weight, stays, next(known), damping, out)
+        cut, record = COMPENSATIONS[compensation](down)
+        if record is not None:
+            records.append(record)
+        return cut
+
     for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):
-        own = list(islice(known, len(kept)))
-
-        def compensate(
-            expert: int,
-            weight: torch.Tensor,
-            out: torch.Tensor | None,
-            kept: torch.Tensor = kept,
-            own: Sequence[BlockStatistics | None] = own,
-        ) -> CutDown:
-            stays = kept[expert].to(weight.device)
-            down = DownProjection(weight, stays, own[expert], damping, out)
-            cut, record = COMPENSATIONS[compensation](down)
-            if record is not None:
-                records.append(record)
-            return cut
-
-        ffn.cut_(block, kept, compensate, room)
+        ffn.cut_(block, kept, partial(compensate, kept), room)
     return tuple(records)
+
+
+def cut_blocks_(
+    turns: Iterable[tuple[int, nn.Module]],
+    layout: Layout,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    before: Sequence[Visit],
+    after: Sequence[Visit],
+    room: Callable[[], Room | None] = lambda: None,
+) -> Iterator[tuple[int, nn.Module, tuple[FitRecord, ...]]]:
+    """Cut every block at its turn, see :func:`prune_block_`, between the visits ``before`` and
+    ``after``; ``room`` is called once for each."""
+    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
+    for number, block in turns:
+        for visit in before:
+            visit(number)
+        kept = plan.blocks[number]
+        known = statistics.blocks[number] if statistics is not None else None
+        records = prune_block_(block, layout, kept, compensation, damping, known, room())
+        for visit in after:
+            visit(number)
+        yield number, block, records
 
 
 def prune_model_(
@@ -108,26 +120,17 @@ def prune_model_(
     layout: Layout,
     plan: PruningPlan,
     statistics: Statistics | None = None,
+    before: Sequence[Visit] = (),
+    after: Sequence[Visit] = (),
     *,
-    refitting: Refitting | None = None,
     progress: bool = True,
 ) -> tuple[tuple[FitRecord, ...], ...]:
-    """:func:`prune_block_` of every block of a live model, each then fitted again by ``refitting``.
-    Raises CfspError, before anything is changed, where plan or statistics do not fit."""
-    check_plan(plan, model, layout)
+    """Cut every block of a live model; the records are by block. Raises CfspError, before anything
+    is changed, where the plan's compensation lacks what it needs."""
     check_compensation(plan, statistics)
-    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
-    blocks, records = layout.find_blocks(model), []
-    bar = tqdm(blocks, desc="prune", unit="block", disable=not progress)
-    for number, block in enumerate(bar):
-        kept = plan.blocks[number]
-        known = statistics.blocks[number] if statistics is not None else None
-        if refitting is not None:
-            refitting.run_dense(number)
-        records.append(prune_block_(block, layout, kept, compensation, damping, known))
-        if refitting is not None:
-            refitting.run_pruned(number)
-    return tuple(records)
+    blocks = tqdm(layout.find_blocks(model), desc="prune", unit="block", disable=not progress)
+    cut = cut_blocks_(enumerate(blocks), layout, plan, statistics, before, after)
+    return tuple(records for _, _, records in cut)
 
 
 def planned_tensors(

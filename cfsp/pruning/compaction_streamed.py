@@ -27,14 +27,12 @@ from ..io.shard_writer import (
     pack_shards,
     write_index,
 )
-from ..models.blockwise import RidingWindows
 from ..models.layouts import Layout
 from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
-from .compaction import check_compensation, check_plan, planned_tensors, prune_block_
+from .compaction import Visit, check_compensation, cut_blocks_, planned_tensors
 from .compensation import FitRecord
 from .plan import PruningPlan
-from .refit import Refitting
 
 Tensors = dict[str, torch.Tensor]
 
@@ -96,21 +94,19 @@ def prune_to_shards_(
     statistics: Statistics | None,
     folder: Path,
     *,
-    before: Sequence[RidingWindows] = (),
-    after: Sequence[RidingWindows] = (),
-    refitting: Refitting | None = None,
+    before: Sequence[Visit] = (),
+    after: Sequence[Visit] = (),
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
-) -> dict[int, tuple[FitRecord, ...]]:
+) -> tuple[tuple[FitRecord, ...], ...]:
     """Write the bytes that a pruned live model's shards would be; the records are by block read.
 
     Each rank writes some of the shards, those that ``folder`` lacks, and reads only their blocks
-    where it has no windows ``before`` or ``after`` the cut. Each stops on its own, once the shards
-    that are being written are finished. Raises OSError before a shard for which there is no space.
+    where there are no visits. Each stops on its own, once the shards that are being written are
+    finished. Raises OSError before a shard for which there is no space.
     """
-    layout, model = opened.layout, opened.model
-    check_plan(plan, model, layout, opened.blocks.fingerprint())
+    layout, model, blocks = opened.layout, opened.model, opened.blocks
     check_compensation(plan, statistics)
     dense = saved_tensors(model)
     planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
@@ -119,11 +115,9 @@ def prune_to_shards_(
     left = [shard for shard in shards if shard.name not in finished]
     mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
-    riding = refitting or any(len(windows.windows) for windows in (*before, *after))
-    wanted = None if riding else blocks_of(mine, layout)
+    wanted = None if before or after else blocks_of(mine, layout)
     device = model.get_input_embeddings().weight.device
     aside = _Aside(_largest_block(planned, layout), device)
-    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
     total = sum(shard.nbytes for shard in shards)
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)
     shown = BlockProgress(bar, len(plan.blocks))
@@ -131,7 +125,7 @@ def prune_to_shards_(
         bar,
         ShardWriter(folder, shards, others) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
-        opened.blocks.turns(wanted) as turns,
+        blocks.turns(wanted) as turns,
     ):
         # Tensors before and after the blocks, so that shards are filled and finished in turn.
         outside = {name: t for name, t in dense.items() if layout.place_of(name) is None}
@@ -142,24 +136,19 @@ def prune_to_shards_(
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
             return behind.submit(_write_all, writer, tensors, ready)
 
+        def show(number: int) -> None:
+            shown.turn(number, blocks.stored_bytes(number))
+
+        def room() -> Room | None:
+            writing.result()  # at most one block waits to be written
+            return aside.room()
+
         writing = write(head)
         stop_after: int | None = None
-        records: dict[int, tuple[FitRecord, ...]] = {}
-        for number, block in turns:
-            shown.turn(number, opened.blocks.stored_bytes(number))
-            for windows in before:
-                windows.ride(number)
-            if refitting is not None:
-                refitting.run_dense(number)
-            known = statistics.blocks[number] if statistics is not None else None
-            writing.result()  # at most one block waits to be written
-            records[number] = prune_block_(
-                block, layout, plan.blocks[number], compensation, damping, known, aside.room()
-            )
-            if refitting is not None:
-                refitting.run_pruned(number)
-            for windows in after:
-                windows.ride(number)
+        records: list[tuple[FitRecord, ...]] = []
+        cut = cut_blocks_(turns, layout, plan, statistics, [show, *before], after, room)
+        for number, block, found in cut:
+            records.append(found)
             prefix = layout.prefix(number)
             pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
             writing = write(pruned, ready)
@@ -174,4 +163,4 @@ def prune_to_shards_(
         write(tail).result()
     if ranks.first:
         write_index(folder, shards)
-    return records
+    return tuple(records)

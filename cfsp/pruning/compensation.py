@@ -68,9 +68,7 @@ def none(down: DownProjection) -> Compensated:
 
 def bias(down: DownProjection) -> Compensated:
     """A bias that puts the mean of what was removed back: W[:, removed] @ mean(x)[removed].
-
-    Source: FLAP, arXiv 2312.11983.
-    """
+    Source: FLAP, arXiv 2312.11983."""
     if down.statistics is None:
         raise ValueError("bias compensation needs the statistics of the block")
     mean = down.statistics.mean.to(down.weight.device, copy=True)
@@ -99,7 +97,7 @@ def least_squares(down: DownProjection, *, bias: bool = False) -> Compensated:
         if held_out is not None:
             fitted = [(fit.weight, fit.bias)] if fit is not None else []
             before, *judged = output_errors(weight, down.kept, [(plain, None), *fitted], held_out)
-            after = judged[0] if judged else None
+            after = next(iter(judged), None)
     better = fit is not None and (before is None or (after is not None and after < before))
     used = fit.damping if fit is not None else down.damping
     record = FitRecord(better, before, after, used, tokens, stored.channels)
@@ -124,7 +122,7 @@ COMPENSATION_SUMMARIES = {
 }
 BLOCKWISE = frozenset({"blockwise"})
 """Compensations after which all weights of the FFN are fitted again, see :mod:`pruning.refit`."""
-NEEDS_GRAM = frozenset({"least-squares", "least-squares-bias"}) | BLOCKWISE
-NEEDS_STATISTICS = NEEDS_GRAM | {"bias"}
+NEEDS_STATISTICS = frozenset(COMPENSATIONS) - {"none"}
+NEEDS_GRAM = NEEDS_STATISTICS - {"bias"}
 ADD_BIAS = frozenset({"bias", "least-squares-bias"})
 """Compensations after which the down projection has a bias."""

@@ -66,11 +66,9 @@ def ridge_of(moments: torch.Tensor) -> torch.Tensor:
     return own.clamp_min(QUIET * float(own.mean()))
 
 
-def _factor(
-    moments: torch.Tensor, damping: float
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Cholesky factor of the moments, damped in place, their ridge, and the damping that it took;
-    None where there is no factor, or the moments are zero or not finite."""
+def _factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor, float] | None:
+    """Cholesky factor of the moments, damped in place, and the damping that it took; None where
+    there is no factor, or the moments are zero or not finite."""
     ridge, diagonal = ridge_of(moments), moments.diagonal().clone()
     if not 0 < float(ridge.mean()) < torch.inf:
         return None
@@ -78,7 +76,7 @@ def _factor(
         moments.diagonal().copy_(diagonal + damping * ridge)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if not failed and bool(factor.diagonal().isfinite().all()):
-            return factor, ridge, damping
+            return factor, damping
         damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
     return None
 
@@ -100,15 +98,13 @@ def fit_down(
     damping: float = DAMPING,
     *,
     bias: bool = False,
-    pull: float = 1.0,
 ) -> Fit | None:
     """The kept columns [K] int64, ascending, of a down projection [D, F] fp16, bf16 or fp32, fitted
     to the dense output; None where the activations are all zero or not finite.
 
     Solved in fp64 on the device of ``down``. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs for K kept and R
     removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes. ``damping`` is raised
-    tenfold, at most 5 times, where the moments have no Cholesky factor. ``bias`` removes the means
-    first. The second term pulls towards ``pull`` W_K; 0 is ordinary ridge regression.
+    tenfold, at most 5 times, where there is no Cholesky factor. ``bias`` removes the means first.
     """
     if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None
@@ -116,7 +112,7 @@ def fit_down(
     found = _factor(moments, damping)
     if found is None:
         return None
-    factor, ridge, used = found
+    factor, used = found
     del moments, found  # as large as the factor
     removed = removed_channels(kept, down.shape[1])
     across = _moments(gram, removed, kept, bias)
@@ -126,10 +122,7 @@ def fit_down(
         rows = down[start : start + ROWS].double()
         old = rows[:, kept]
         target = rows[:, removed] @ across
-        if pull != 1:
-            target -= (1 - pull) * used * ridge * old
-        new = old + torch.cholesky_solve(target.T, factor).T
-        weight[start : start + ROWS] = new
+        weight[start : start + ROWS] = old + torch.cholesky_solve(target.T, factor).T
         if added is not None:
             rows[:, kept] -= weight[start : start + ROWS].double()
             added[start : start + ROWS] = rows @ gram.sum / gram.tokens

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from rich.table import Table
@@ -11,7 +11,7 @@ from rich.table import Table
 from ..calibration.curves import ErrorCurve, Ranking
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
-from ..models.channels import ChannelGroup
+from ..models.channels import ChannelGroup, sizes_of
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budget import ChannelBudget
 from .least_squares import removed_channels
@@ -57,12 +57,11 @@ class BlockPlan:
     @property
     def flat_kept(self) -> torch.Tensor:
         """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
-        flat, start = [], 0
-        for group, kept in zip(self.groups, self.kept, strict=True):
-            first = start + torch.arange(group.experts)[:, None] * group.channels
-            flat.append((first + kept).flatten())
-            start += group.total
-        return torch.cat(flat)
+        experts = (channels for kept in self.kept for channels in kept)
+        starts = accumulate(sizes_of(self.groups), initial=0)
+        return torch.cat(
+            [start + channels for channels, start in zip(experts, starts, strict=False)]
+        )
 
     @property
     def removed(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_plan(path: str | Path) -> PruningPlan:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CfspError(f"{path} is not a plan of this version ({FORMAT})")
     try:
-        blocks = tuple(_block_from_dict(*entry) for entry in enumerate(document["blocks"]))
+        blocks = tuple(starmap(_block_from_dict, enumerate(document["blocks"])))
         recipe = recipe_from_dict(document["recipe"])
         return PruningPlan(blocks, document["model_fingerprint"], recipe)
     except CfspError:
@@ -54,7 +54,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
         "format": FORMAT,
         "model_fingerprint": plan.model_fingerprint,
         "recipe": plan.recipe.to_dict(),
-        "blocks": [_block_to_dict(number, block) for number, block in enumerate(plan.blocks)],
+        "blocks": list(starmap(_block_to_dict, enumerate(plan.blocks))),
     }
 
 
@@ -69,8 +69,7 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
     }
     if len(block.groups) > 1 or block.groups[0].experts > 1:
         entry["ffns"] = [
-            {"experts": group.experts, "intermediate_size": group.channels}
-            for group in block.groups
+            {"experts": g.experts, "intermediate_size": g.channels} for g in block.groups
         ]
     entry["score_quantiles"] = " ".join(f"{value:.5g}" for value in block.score_quantiles)
     if block.error_curves:

@@ -14,8 +14,9 @@ the error of the block's output on windows that it was not fitted on.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from ..models.layouts import Layout, hidden_states_of
 from .block_cache import BlockCache
 from .least_squares import solve_damped
 
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
 EPOCHS = 2
 LEARNING_RATE = 0.005
 WARM_UP_STEPS = 20
@@ -40,20 +44,6 @@ SEEDS_PER_BLOCK = 1000  # more than anyone's epochs
 
 Values = Mapping[str, torch.Tensor]
 """Values of parameters of a block, by name."""
-
-
-@dataclass(frozen=True)
-class RefitSettings:
-    """How blocks are fitted again."""
-
-    sequential: bool
-    damping: float
-    """Damping of the closed form, relative to the mean square of each channel."""
-    epochs: int
-    """Passes of Adam over the fitting windows, one step for each window; 0: none."""
-    learning_rate: float
-    """Step relative to the root mean square of each weight matrix."""
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -79,18 +69,17 @@ class Refitting:
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, windows: torch.Tensor, settings: RefitSettings
+        self, model: nn.Module, layout: Layout, windows: torch.Tensor, recipe: "Recipe"
     ) -> None:
-        self.layout = layout
+        self.layout, self.recipe = layout, recipe
         self.blocks = layout.find_blocks(model)
-        self.settings = settings
         self.dense = record_block_calls(model, self.blocks, windows, micro_batch=1)
         self.pruned = self.dense.hidden.clone()
         self.refits: list[BlockRefit] = []
         fitted = len(windows) - held_out_windows(len(windows))
         self.fitted, self.held_out = range(fitted), range(fitted, len(windows))
         self._change = 0.0
-        self._cache: BlockCache | None = None
+        self._cache: BlockCache
 
     def run_dense(self, number: int) -> None:
         """Take the dense windows through a block that is not cut yet: they are its targets."""
@@ -108,21 +97,19 @@ class Refitting:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
         parameters = self._parameters(number)
         self._cache = BlockCache(self.blocks[number], parameters, lambda: self._run(number, 0))
-        known: tuple[float, ...] = ()
-        if self.settings.sequential:
-            solved = self._solve_(number, parameters)
+        errors = [self._error(number, parameters)] if self.held_out else []
+        if self.recipe.sequential:
+            solved = self._solve_(number, parameters, errors)
             self.refits.append(solved)
-            known = solved.errors[solved.kept :][:1]
-        if self.settings.epochs:
-            self.refits.append(self._train_(number, parameters, known))
+            errors = list(solved.errors[solved.kept :][:1])
+        if self.recipe.blockwise:
+            self.refits.append(self._train_(number, parameters, errors))
         for index in range(len(self.pruned)):
             self.pruned[index : index + 1] = self._output(number, index)
-        self._cache = None
+        del self._cache
 
     def _output(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D]: the pruned block's output for a window, with these parameters."""
-        if self._cache is None:
-            return self._run(number, index, values)
         return self._cache.run(index, lambda: self._run(number, index, values))
 
     def _run(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
@@ -149,20 +136,19 @@ class Refitting:
         names = [name for ffn in ffns for name in (*ffn.channels, ffn.down_bias)]
         return {name: named[name] for name in names if name in named}
 
-    def _solve_(self, number: int, parameters: Values) -> BlockRefit:
-        """Change the down projections in closed form, each after the ones before it."""
-        judged = bool(self.held_out)
-        errors = [self._error(number, parameters)] if judged else []
-        old = {}
+    def _solve_(self, number: int, parameters: Values, before: Sequence[float]) -> BlockRefit:
+        """Change the down projections in closed form, each after the ones before it; ``before``:
+        the error, where it is judged by any."""
+        errors, old = list(before), {}
         for ffn in self.layout.block_ffns(self.blocks[number]):
             down, change = parameters[f"{ffn.down}.weight"], self._regressed(number, ffn)
             old[down] = down.data.clone()
             if change is not None:
                 transposed = ffn.channels[f"{ffn.down}.weight"].dimension == 0
                 down.data += (change.T if transposed else change).to(down.dtype)
-        if judged:
+        if before:
             errors.append(self._error(number, parameters))
-        better = not judged or errors[1] < errors[0]
+        better = not before or errors[1] < errors[0]
         if not better:
             for down, values in old.items():
                 down.data.copy_(values)
@@ -185,18 +171,16 @@ class Refitting:
         finally:
             hook.remove()
         product += product.tril(-1).T
-        return solve_damped(product.double(), across, self.settings.damping)
+        return solve_damped(product.double(), across, self.recipe.damping)
 
-    def _train_(self, number: int, parameters: Values, known: tuple[float, ...]) -> BlockRefit:
-        """Adam on copies in fp32; ``known``: the error before, where it was measured."""
+    def _train_(self, number: int, parameters: Values, before: Sequence[float]) -> BlockRefit:
+        """Adam on copies in fp32; ``before`` as for the closed form."""
         masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
-        judged, errors, kept = bool(self.held_out), list(known), 0
-        if judged and not known:
-            errors.append(self._error(number, parameters))
+        errors, kept = list(before), 0
         for epoch in self._epochs(number, masters, parameters):
-            if judged:
+            if before:
                 errors.append(self._error(number, _cast(masters, parameters)))
-            if not judged or errors[epoch] < errors[kept]:
+            if not before or errors[epoch] < errors[kept]:
                 kept = epoch
                 for name, master in masters.items():
                     parameters[name].data.copy_(master.data)
@@ -204,16 +188,16 @@ class Refitting:
 
     def _epochs(self, number: int, masters: Values, parameters: Values) -> Iterator[int]:
         """Adam with a cosine schedule; hands over after each epoch, 1, 2, ..."""
-        settings, windows = self.settings, len(self.fitted)
+        recipe, windows = self.recipe, len(self.fitted)
         groups = []
         for master in masters.values():
             root_mean_square = float(master.detach().square().mean().sqrt())
-            groups.append({"params": [master], "rate": settings.learning_rate * root_mean_square})
+            groups.append({"params": [master], "rate": recipe.learning_rate * root_mean_square})
         adam = torch.optim.Adam(groups, betas=BETAS)
         frozen = {name: p.detach() for name, p in self.blocks[number].named_parameters()}
-        step, steps = 0, settings.epochs * windows
-        for epoch in range(1, settings.epochs + 1):
-            seed = settings.seed + SEEDS_PER_BLOCK * number + epoch
+        step, steps = 0, recipe.epochs * windows
+        for epoch in range(1, recipe.epochs + 1):
+            seed = recipe.calibration.seed + SEEDS_PER_BLOCK * number + epoch
             order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
             for index in order.tolist():
                 cosine = 0.5 * (1 + math.cos(math.pi * (step / steps)))

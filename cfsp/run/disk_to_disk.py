@@ -116,16 +116,18 @@ def _cut(
     own = tokens[ranks.share(len(tokens))]
     dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
     refitting, stopped = run.refitting(), False
-    fits: dict[int, tuple[FitRecord, ...]] = {}
+    before, after = ([w.ride for w in x if len(w.windows)] for x in ([dense], [pruned, probe]))
+    if refitting is not None:
+        before, after = [*before, refitting.run_dense], [refitting.run_pruned, *after]
+    fits: tuple[tuple[FitRecord, ...], ...] = ()
     try:
         fits = prune_to_shards_(
             opened,
             plan,
             statistics,
             folder,
-            before=[dense],
-            after=[pruned, probe],
-            refitting=refitting,
+            before=before,
+            after=after,
             stop=run.stop,
             progress=run.progress,
             ranks=ranks,
@@ -134,8 +136,7 @@ def _cut(
         stopped = True
     if ranks.any(stopped):
         raise Stopped
-    before, after = (held_out.measure_ridden(riding, ranks) for riding in (dense, pruned))
+    measured = [held_out.measure_ridden(riding, ranks) for riding in (dense, pruned)]
     logits = next(probe.logits(), torch.empty(0)).cpu()
     known = statistics.without_grams() if statistics is not None else None
-    records = tuple(fits.values())
-    return partial(run.finish_, plan, known, sizes, records, refitting, before, after), logits
+    return partial(run.finish_, plan, known, sizes, fits, refitting, *measured), logits

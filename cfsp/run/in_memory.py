@@ -32,7 +32,8 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     if run.ranks.any(run.stop()):
         raise Stopped
     refitting = run.refitting()
-    fits = prune_model_(model, layout, plan, statistics, refitting=refitting, progress=run.progress)
+    visits = ([refitting.run_dense], [refitting.run_pruned]) if refitting is not None else ((), ())
+    fits = prune_model_(model, layout, plan, statistics, *visits, progress=run.progress)
     report = run.finish_(plan, statistics, sizes, fits, refitting, before, run.measured())
     if out is not None and run.ranks.first:
         model = _published(run, report, out, given)

@@ -27,7 +27,7 @@ from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import plan_to_dict
 from ..pruning.recipe import Recipe
-from ..pruning.refit import RefitSettings, Refitting
+from ..pruning.refit import Refitting
 from ..pruning.search import width_search
 from .result import PruneReport
 
@@ -137,17 +137,9 @@ class Run:
 
     def refitting(self) -> Refitting | None:
         """The calibration windows on their way through the blocks, where these are fitted again."""
-        recipe = self.recipe
-        if not recipe.refits or self.windows is None:
+        if not self.recipe.refits or self.windows is None:
             return None
-        settings = RefitSettings(
-            sequential=recipe.sequential,
-            damping=recipe.damping,
-            epochs=recipe.epochs if recipe.blockwise else 0,
-            learning_rate=recipe.learning_rate,
-            seed=recipe.calibration.seed,
-        )
-        return Refitting(self.opened.model, self.opened.layout, self.windows, settings)
+        return Refitting(self.opened.model, self.opened.layout, self.windows, self.recipe)
 
     def measured(self) -> Perplexity | None:
         """Perplexity of the model in memory on the held-out text, where there is any."""

@@ -16,6 +16,7 @@ from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import CfspError, Stopped
 from cfsp.io import shard_writer
+from cfsp.pruning import compaction
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.run import job
 
@@ -191,9 +192,9 @@ def test_sigterm_ends_the_command_in_order(
             os.kill(os.getpid(), number)
         cut(*given)
 
-    cut = second_pass.prune_block_
+    cut = compaction.prune_block_
     with monkeypatch.context() as patch:
-        patch.setattr(second_pass, "prune_block_", terminated)
+        patch.setattr(compaction, "prune_block_", terminated)
         capsys.readouterr()
         assert main(arguments) == 143
     assert signal.getsignal(signal.SIGTERM) is before

@@ -171,7 +171,7 @@ def four(here: Here) -> Driven:
         "signal": "SIGTERM", "to": "itself",
     }  # fmt: skip
     stop_in_pass_2 = {
-        **stop_in_pass_1, "module": "pruning.compaction_streamed", "function": "prune_block_",
+        **stop_in_pass_1, "module": "pruning.compaction", "function": "prune_block_",
         "call": 1,
     }  # fmt: skip
     kill = {**stop_in_pass_2, "rank": 3, "signal": "SIGKILL"}
@@ -336,7 +336,7 @@ def test_a_killed_rank_ends_the_others_and_one_process_resumes(here: Here, four:
 
 def test_sigterm_to_torchrun_stops_all_ranks_in_order(here: Here) -> None:
     event = {
-        "rank": 1, "module": "pruning.compaction_streamed", "function": "prune_block_", "call": 1,
+        "rank": 1, "module": "pruning.compaction", "function": "prune_block_", "call": 1,
         "signal": "SIGTERM", "to": "torchrun",
     }  # fmt: skip
     arguments = here.prune(here.llama, "terminated", LLAMA)

@@ -11,7 +11,8 @@ from cfsp.models.blockwise import record_block_calls
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning import block_cache
 from cfsp.pruning.block_cache import MOST_KEPT, BlockCache
-from cfsp.pruning.refit import RefitSettings, Refitting
+from cfsp.pruning.recipe import Recipe
+from cfsp.pruning.refit import Refitting
 
 from ..models.test_families import ALL, make
 
@@ -122,7 +123,10 @@ def test_fitting_gives_the_bits_that_whole_blocks_give(
     for most in (MOST_KEPT, 0):
         monkeypatch.setattr(block_cache, "MOST_KEPT", most)
         model, layout = make(name).to(dtype), LAYOUTS[name]
-        refits = Refitting(model, layout, windows, RefitSettings(True, 0.1, 2, 0.01, 0))
+        recipe = Recipe(
+            compensation="blockwise", sequential=True, damping=0.1, epochs=2, learning_rate=0.01
+        )
+        refits = Refitting(model, layout, windows, recipe)
         for number in range(2):
             refits.run_dense(number)
             with torch.no_grad():

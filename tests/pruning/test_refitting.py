@@ -18,7 +18,7 @@ from cfsp.models.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.refit import RefitSettings, Refitting, check_refits
+from cfsp.pruning.refit import Refitting, check_refits
 
 from ..conftest import make_tiny, make_tokenizer
 from ..models.test_families import make
@@ -70,8 +70,8 @@ def test_each_way_lowers_the_error_of_what_comes_out(name: str, dtype: torch.dty
 def test_the_closed_form_is_ridge_regression_on_what_the_block_lacks() -> None:
     model, windows = make_tiny(), torch.randint(0, 256, (10, 24))
     layout = LAYOUTS["llama"]
-    settings = RefitSettings(True, 0.1, 0, 0.01, 0)
-    refits = Refitting(model, layout, windows, settings)
+    recipe = cfsp.Recipe(compensation="none", sequential=True, damping=0.1)
+    refits = Refitting(model, layout, windows, recipe)
     states = refits.pruned.clone()
     refits.run_dense(0)
     block = layout.find_blocks(model)[0]
@@ -154,9 +154,8 @@ def test_from_disk_to_disk_it_is_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_window_of_its_own_is_held_out_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = torch.randint(0, 256, (12, 24))
-    refits = Refitting(
-        make_tiny(), LAYOUTS["llama"], windows, RefitSettings(False, 0.1, 1, 0.01, 0)
-    )
+    recipe = cfsp.Recipe(compensation="blockwise", epochs=1)
+    refits = Refitting(make_tiny(), LAYOUTS["llama"], windows, recipe)
     assert (refits.fitted, refits.held_out) == (range(11), range(11, 12))
     asked = []
     plain = Refitting._output
@@ -173,7 +172,8 @@ def test_a_window_of_its_own_is_held_out_of_the_fit(monkeypatch: pytest.MonkeyPa
 
 def test_a_single_window_is_fitted_unjudged() -> None:
     windows = torch.randint(0, 256, (1, 24))
-    refits = Refitting(make_tiny(), LAYOUTS["llama"], windows, RefitSettings(True, 0.1, 2, 0.01, 0))
+    recipe = cfsp.Recipe(compensation="blockwise", sequential=True, epochs=2)
+    refits = Refitting(make_tiny(), LAYOUTS["llama"], windows, recipe)
     refits.run_dense(0)
     with torch.no_grad():
         refits.blocks[0].mlp.down_proj.weight *= 0.5
@@ -202,8 +202,7 @@ def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     blocks = layout.find_blocks(model)
     plan = BlockPlan((torch.arange(24)[None],), 0.0, (ChannelGroup(48),))
     epochs = recipe.epochs if recipe.blockwise else 0
-    settings = RefitSettings(recipe.sequential, 0.1, epochs, 0.01, 0)
-    refits = Refitting(model, layout, torch.randint(0, 256, (20, 32)), settings)
+    refits = Refitting(model, layout, torch.randint(0, 256, (20, 32)), recipe)
     dense = shapes(model)
     with FlopCounterMode(display=False) as counter:
         for number, block in enumerate(blocks):
