@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..auto_classes import PRUNED_PREFIX
 from ..errors import CfspError
 from .channels import ChannelGroup, FFNWeights
 from .experts import ExpertsFFN
@@ -115,6 +114,9 @@ LAYOUTS: dict[str, Layout] = {
     "gpt2": _ungated("transformer.h", "mlp.c_fc", "mlp.c_proj", "n_inner", "Conv1D"),
 }
 """``model_type`` of a transformers config -> its layout."""
+
+PRUNED_PREFIX = "cfsp_"
+"""A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 
 TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
 """Classes of blocks that return their hidden states in a tuple."""

@@ -16,7 +16,6 @@ from .allocation import ALLOCATOR_SUMMARIES, NEEDS_CURVES, SEARCH
 from .budget import FORM, ModelBudget, parse_model_budget
 from .compensation import BLOCKWISE, COMPENSATION_SUMMARIES, NEEDS_GRAM
 from .least_squares import DAMPING
-from .refit import EPOCHS, LEARNING_RATE
 from .scoring import SCORERS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -60,13 +59,13 @@ class Recipe:
         "Refit each block once more to its dense output, on what the pruned blocks before it give.",
     )
     epochs: int = setting(
-        EPOCHS,
+        2,
         "Passes of Adam over the calibration windows, for each block, where the compensation is "
         "blockwise.",
         must_be=at_least(1),
     )
     learning_rate: float = setting(
-        LEARNING_RATE,
+        0.005,
         "Step of that Adam, relative to the root mean square of each matrix.",
         must_be=positive("more than 0"),
     )

@@ -16,7 +16,6 @@ the error of the block's output on windows that it was not fitted on.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,12 +31,8 @@ from ..models.ffn import FFN
 from ..models.layouts import Layout, hidden_states_of
 from .block_cache import BlockCache
 from .least_squares import solve_damped
+from .recipe import Recipe
 
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
-EPOCHS = 2
-LEARNING_RATE = 0.005
 WARM_UP_STEPS = 20
 BETAS = (0.9, 0.95)
 SEEDS_PER_BLOCK = 1000  # more than anyone's epochs
@@ -69,7 +64,7 @@ class Refitting:
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, windows: torch.Tensor, recipe: "Recipe"
+        self, model: nn.Module, layout: Layout, windows: torch.Tensor, recipe: Recipe
     ) -> None:
         self.layout, self.recipe = layout, recipe
         self.blocks = layout.find_blocks(model)
