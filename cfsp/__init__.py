@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from .costs.latency import LatencyTable
     from .evaluation.quality import Perplexity, perplexity
     from .evaluation.side_by_side import evaluate
+    from .models.opening import open_model
     from .models.registration import register
     from .pruning.plan import PruningPlan
+    from .pruning.plan_file import load_plan, save_plan
     from .pruning.ranking import with_ranking
     from .pruning.recipe import Recipe, load_recipe
     from .recovery import Distillation, Recovery, RecoveryResult, recover

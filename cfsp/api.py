@@ -28,7 +28,7 @@ from .models.loading import model_device
 from .models.opening import OpenModel, adopt, open_any, weight_files
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
-from .pruning.compensation import NEEDS_STATISTICS
+from .pruning.compensation import COMPENSATIONS
 from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
@@ -214,7 +214,7 @@ def prune(
 
     # Estimate, with the texts at hand.
     held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
-    needs = plan is None or recipe.resolved_compensation in NEEDS_STATISTICS
+    needs = plan is None or COMPENSATIONS[recipe.resolved_compensation].needs_statistics
     calibrates = statistics is None and needs
     windows = None
     if calibrates or recipe.refits or searches:

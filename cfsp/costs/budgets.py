@@ -15,7 +15,7 @@ from ..models.pruned_classes import parameter_shapes, stock_model
 from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
-from ..pruning.compensation import ADD_BIAS
+from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import BlockPlan, PruningPlan, WidthSearch, make_plan
 from ..pruning.ranking import Weights
 from ..pruning.recipe import Recipe
@@ -41,7 +41,7 @@ def _channel_costs(described: Description, costs: ModelCosts, kind: str) -> tupl
 
 def _added_parameters(described: Description, recipe: Recipe) -> int:
     """Biases that the compensation gives to FFNs without one."""
-    if recipe.resolved_compensation not in ADD_BIAS:
+    if not COMPENSATIONS[recipe.resolved_compensation].adds_bias:
         return 0
     added, present = 0, described.parameters
     for placed in described.ffns:
@@ -139,7 +139,7 @@ def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | N
 
 def check_biases(described: Description, compensation: str) -> None:
     """Raise CfspError where a compensation adds a bias to a projection that can have none."""
-    for placed in described.ffns if compensation in ADD_BIAS else ():
+    for placed in described.ffns if COMPENSATIONS[compensation].adds_bias else ():
         if placed.ffn.down_bias is None:
             raise CfspError(
                 f"compensation {compensation!r} adds a bias, and {placed.ffn.down} can have none: "

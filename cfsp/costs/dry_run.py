@@ -17,9 +17,9 @@ from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
-from ..pruning.allocation import NEEDS_CURVES, SEARCH
+from ..pruning.allocation import ALLOCATORS
 from ..pruning.compaction import planned_tensors
-from ..pruning.compensation import NEEDS_GRAM
+from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.scoring import SCORERS
@@ -99,13 +99,13 @@ def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> 
     read = request.prunes and recipe.needs_gram(planned=planned) is not None
     if described.layout is None or not (request.gram or read):
         return None
-    curves = recipe.resolved_allocator in (*NEEDS_CURVES, SEARCH)
+    curves = ALLOCATORS[recipe.resolved_allocator].needs_curves or recipe.searches
     return GramCosts(
         blocks=described.groups,
         hidden_size=dense.hidden_size,
         active_experts=dense.blocks[-1].active_experts,
         sparsity=recipe.sparsity,
-        fits=request.prunes and recipe.resolved_compensation in NEEDS_GRAM,
+        fits=request.prunes and COMPENSATIONS[recipe.resolved_compensation].needs_gram,
         scores=request.prunes and recipe.ranks_by_gram and not planned,
         residuals=recipe.scorer == "cfsp-residual" and not curves,
     )

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from ..errors import CfspError, unknown_name
+from ..models.fingerprints import device_name
 from ..models.loading import pick_device
 
 EFFICIENCY = 0.6
@@ -192,18 +193,6 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         seconds = time.perf_counter() - started
     return 2 * size**3 * PROBE_PRODUCTS / seconds
-
-
-def device_name(device: torch.device) -> str:
-    """What a device is called; of a CPU the threads that compute on it too."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        name = "CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Hardware:

@@ -111,9 +111,10 @@ def load_table(path: str | Path) -> LatencyTable:
 
 
 def save_table(table: LatencyTable, path: Path) -> None:
+    document = table.to_dict()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, table.to_dict())
+        write_json(path, document)
     except OSError as error:
         raise CfspError(f"cannot write latency table {path}: {error.strerror}") from None
 

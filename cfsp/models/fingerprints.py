@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,6 +31,18 @@ def versions(
     else:
         found["device"] = f"{device.type} ({platform.machine()})"
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called; of a CPU the threads that compute on it too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def samples_fingerprint(samples: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:

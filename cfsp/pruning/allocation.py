@@ -160,24 +160,32 @@ def search_start(problem: AllocationProblem) -> torch.Tensor:
     return (knapsack if problem.curves else cfsp_filled)(problem)
 
 
-ALLOCATORS: dict[str, Callable[[AllocationProblem], torch.Tensor]] = {
-    "cfsp": cfsp,
-    "cfsp-filled": cfsp_filled,
-    "uniform": uniform,
-    "global": global_threshold,
-    "knapsack": knapsack,
-    "search": search_start,
+@dataclass(frozen=True)
+class Allocator:
+    """A way to share the budget out."""
+
+    widths: Callable[[AllocationProblem], torch.Tensor]
+    """Problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
+    summary: str
+    needs_curves: bool = False
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "cfsp": Allocator(
+        cfsp, "wider where a block turns its hidden states further, as CFSP was published"
+    ),
+    "cfsp-filled": Allocator(
+        cfsp_filled, "the same shares of the budget, without the published contraction"
+    ),
+    "uniform": Allocator(uniform, "the same fraction of every block"),
+    "global": Allocator(global_threshold, "one threshold on the standardised scores of all blocks"),
+    "knapsack": Allocator(
+        knapsack, "the least sum of reconstruction errors, from error curves", needs_curves=True
+    ),
+    "search": Allocator(
+        search_start, "evolutionary exchanges of width, measured on the pruned model"
+    ),
 }
-"""Allocator by name: problem -> ideal widths [L] fp64, of all experts, that cost the budget."""
-ALLOCATOR_SUMMARIES = {
-    "cfsp": "wider where a block turns its hidden states further, as CFSP was published",
-    "cfsp-filled": "the same shares of the budget, without the published contraction",
-    "uniform": "the same fraction of every block",
-    "global": "one threshold on the standardised scores of all blocks",
-    "knapsack": "the least sum of reconstruction errors, from error curves",
-    "search": "evolutionary exchanges of width, measured on the pruned model",
-}
-NEEDS_CURVES = frozenset({"knapsack"})
 SEARCH = "search"
 """Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.search`."""
 
@@ -197,7 +205,7 @@ def equal_widths(sizes: Sequence[int], sparsity: float, multiple: int) -> tuple[
 
 def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
     """Width of every FFN, of each expert where it has several, by the named allocator."""
-    ideal = ALLOCATORS[allocator](replace(problem, width_multiple=multiple))
+    ideal = ALLOCATORS[allocator].widths(replace(problem, width_multiple=multiple))
     return apportion(
         ideal / torch.tensor(problem.expert_counts),
         problem.expert_sizes,

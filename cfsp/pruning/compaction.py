@@ -15,14 +15,7 @@ from ..io.safetensors import Room, TensorInfo, Tensors
 from ..models.channels import CutDown, check_expert_width
 from ..models.descriptions import PlacedFFN
 from ..models.layouts import Layout
-from .compensation import (
-    ADD_BIAS,
-    COMPENSATIONS,
-    NEEDS_GRAM,
-    NEEDS_STATISTICS,
-    DownProjection,
-    FitRecord,
-)
+from .compensation import COMPENSATIONS, DownProjection, FitRecord
 from .plan import BlockPlan, PruningPlan
 
 Visit = Callable[[int], None]
@@ -47,9 +40,10 @@ def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None
     """Raise CfspError where the plan's compensation lacks its statistics; warn where these are of
     few tokens."""
     compensation = plan.recipe.resolved_compensation
-    if compensation in NEEDS_STATISTICS and statistics is None:
+    known = COMPENSATIONS[compensation]
+    if known.needs_statistics and statistics is None:
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
-    if compensation in NEEDS_GRAM and statistics is not None:
+    if known.needs_gram and statistics is not None:
         check_grams(statistics, f"compensation {compensation!r}")
         grams = [gram for block in statistics.blocks for gram in block.grams]
         if few := [g for g in grams if g.tokens[0] < TOKENS_PER_CHANNEL * g.channels]:
@@ -82,7 +76,7 @@ def prune_block_(
     ) -> CutDown:
         stays = kept[expert].to(weight.device)
         down = DownProjection(weight, stays, next(known), damping, out)
-        cut, record = COMPENSATIONS[compensation](down)
+        cut, record = COMPENSATIONS[compensation].cut(down)
         if record is not None:
             records.append(record)
         return cut
@@ -137,7 +131,7 @@ def planned_tensors(
     tensors: Tensors, ffns: Sequence[PlacedFFN], plan: PruningPlan
 ) -> dict[str, TensorInfo]:
     """What is left, in order, of ``tensors`` of the dense model, with the biases that are added."""
-    adds_bias = plan.recipe.resolved_compensation in ADD_BIAS
+    adds_bias = COMPENSATIONS[plan.recipe.resolved_compensation].adds_bias
     widths = (width for block in plan.blocks for width in block.ffn_widths)
     cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
     new: dict[str, str] = {}  # the bias that comes after a weight

@@ -58,7 +58,6 @@ class FitRecord:
 
 
 Compensated = tuple[CutDown, FitRecord | None]
-Compensation = Callable[[DownProjection], Compensated]
 
 
 def none(down: DownProjection) -> Compensated:
@@ -106,23 +105,39 @@ def least_squares(down: DownProjection, *, bias: bool = False) -> Compensated:
     return CutDown(plain.copy_(fit.weight), fit.bias), record
 
 
+@dataclass(frozen=True)
+class Compensation:
+    """A way to make up for removed channels."""
+
+    cut: Callable[[DownProjection], Compensated]
+    summary: str
+    needs_statistics: bool = True
+    needs_gram: bool = True
+    adds_bias: bool = False
+    """Whether the down projection then has a bias."""
+    blockwise: bool = False
+    """Whether all weights of the FFN are then fitted again, see :mod:`cfsp.pruning.refit`."""
+
+
 COMPENSATIONS: dict[str, Compensation] = {
-    "none": none,
-    "bias": bias,
-    "least-squares": least_squares,
-    "least-squares-bias": partial(least_squares, bias=True),
-    "blockwise": least_squares,
+    "none": Compensation(
+        none, "the kept columns stay as they are", needs_statistics=False, needs_gram=False
+    ),
+    "bias": Compensation(
+        bias,
+        "a bias puts back the mean of what was removed (FLAP)",
+        needs_gram=False,
+        adds_bias=True,
+    ),
+    "least-squares": Compensation(
+        least_squares, "the kept columns are refitted to the dense output of the FFN"
+    ),
+    "least-squares-bias": Compensation(
+        partial(least_squares, bias=True), "the same, with a bias", adds_bias=True
+    ),
+    "blockwise": Compensation(
+        least_squares,
+        "least squares, then all weights of the FFN are trained on the block's output",
+        blockwise=True,
+    ),
 }
-COMPENSATION_SUMMARIES = {
-    "none": "the kept columns stay as they are",
-    "bias": "a bias puts back the mean of what was removed (FLAP)",
-    "least-squares": "the kept columns are refitted to the dense output of the FFN",
-    "least-squares-bias": "the same, with a bias",
-    "blockwise": "least squares, then all weights of the FFN are trained on the block's output",
-}
-BLOCKWISE = frozenset({"blockwise"})
-"""Compensations after which all weights of the FFN are fitted again, see :mod:`pruning.refit`."""
-NEEDS_STATISTICS = frozenset(COMPENSATIONS) - {"none"}
-NEEDS_GRAM = NEEDS_STATISTICS - {"bias"}
-ADD_BIAS = frozenset({"bias", "least-squares-bias"})
-"""Compensations after which the down projection has a bias."""

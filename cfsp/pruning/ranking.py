@@ -18,8 +18,8 @@ from ..calibration.curves import (
 )
 from ..calibration.statistics import BlockStatistics, Statistics, check_grams
 from ..models.channels import FFNWeights
-from .allocation import NEEDS_CURVES, SEARCH
-from .compensation import ADD_BIAS, NEEDS_GRAM
+from .allocation import ALLOCATORS, SEARCH
+from .compensation import COMPENSATIONS
 from .obs import error_curve, order_of, plain_error_curve
 from .recipe import Recipe
 from .scoring import SCORERS, moments_of
@@ -42,7 +42,7 @@ def stored_ranking(
 def _asks_for_curves(statistics: Statistics, recipe: Recipe) -> bool:
     """A search begins with them where they can be had."""
     allocator, grams = recipe.resolved_allocator, statistics.gram_folder is not None
-    return allocator in NEEDS_CURVES or (allocator == SEARCH and grams)
+    return ALLOCATORS[allocator].needs_curves or (allocator == SEARCH and grams)
 
 
 def rank(
@@ -141,10 +141,10 @@ def _curve(
 ) -> ErrorCurve:
     """The error of one FFN or expert when the lowest scores go, after the recipe's compensation:
     without the mean where that puts it back."""
-    compensation, widths = recipe.resolved_compensation, curve_widths(len(scores))
-    centred, order = compensation in ADD_BIAS, order_of(scores)
-    gram = moments_of(statistics, down, "an error curve", centred=centred)
-    if compensation in NEEDS_GRAM:
+    compensation = COMPENSATIONS[recipe.resolved_compensation]
+    widths, order = curve_widths(len(scores)), order_of(scores)
+    gram = moments_of(statistics, down, "an error curve", centred=compensation.adds_bias)
+    if compensation.needs_gram:
         errors = error_curve(down, gram, order, widths, recipe.damping)
     else:
         errors = plain_error_curve(down, gram, order, widths)

@@ -12,9 +12,9 @@ from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
 from ..settings import FRACTION, NOT_NEGATIVE, Bound, at_least, check, positive, setting
-from .allocation import ALLOCATOR_SUMMARIES, NEEDS_CURVES, SEARCH
+from .allocation import ALLOCATORS, SEARCH
 from .budget import FORM, ModelBudget, parse_model_budget
-from .compensation import BLOCKWISE, COMPENSATION_SUMMARIES, NEEDS_GRAM
+from .compensation import COMPENSATIONS
 from .least_squares import DAMPING
 from .scoring import SCORERS
 
@@ -39,13 +39,13 @@ class Recipe:
     allocator: str | None = setting(
         None,
         "How the budget is divided among blocks.",
-        choices=ALLOCATOR_SUMMARIES,
+        choices={name: known.summary for name, known in ALLOCATORS.items()},
         unset="the scorer's, as its authors use it",
     )
     compensation: str | None = setting(
         None,
         "What makes up for the removed channels.",
-        choices=COMPENSATION_SUMMARIES,
+        choices={name: known.summary for name, known in COMPENSATIONS.items()},
         unset="the scorer's",
     )
     damping: float = setting(
@@ -159,7 +159,7 @@ class Recipe:
     @property
     def blockwise(self) -> bool:
         """Whether all weights of a cut FFN are fitted again."""
-        return self.resolved_compensation in BLOCKWISE
+        return COMPENSATIONS[self.resolved_compensation].blockwise
 
     @property
     def refits(self) -> bool:
@@ -169,16 +169,16 @@ class Recipe:
     @property
     def ranks_by_gram(self) -> bool:
         """Whether scores or error curves are made from Gram matrices."""
-        return SCORERS[self.scorer].needs_gram or self.resolved_allocator in NEEDS_CURVES
+        return SCORERS[self.scorer].needs_gram or ALLOCATORS[self.resolved_allocator].needs_curves
 
     def needs_gram(self, planned: bool = False) -> str | None:
         """What reads Gram matrices: a compensation; a scorer or allocator, unless all is
         ``planned``; or None."""
-        if self.resolved_compensation in NEEDS_GRAM:
+        if COMPENSATIONS[self.resolved_compensation].needs_gram:
             return f"compensation {self.resolved_compensation!r}"
         if SCORERS[self.scorer].needs_gram and not planned:
             return f"scorer {self.scorer!r}"
-        if self.resolved_allocator in NEEDS_CURVES and not planned:
+        if ALLOCATORS[self.resolved_allocator].needs_curves and not planned:
             return f"allocator {self.resolved_allocator!r}"
         return None
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from ..checkpoints.documents import Result
 from ..errors import CfspError
 from ..io.files import format_bytes
-from ..pruning.allocation import NEEDS_CURVES
+from ..pruning.allocation import ALLOCATORS
 from . import figures
 from .svg import kept_strip
 from .tables import (
@@ -111,7 +111,7 @@ def _recipe(result: Result) -> list[tuple[str, str]]:
         unread |= {"epochs", "learning_rate"}
     if not recipe.searches:
         unread |= {name for name in choices if name.startswith("search_")}
-        if recipe.resolved_allocator not in NEEDS_CURVES:
+        if not ALLOCATORS[recipe.resolved_allocator].needs_curves:
             unread |= {"error_scale", "importance_exponent"}
     words = {True: "yes", False: "no"}
     return [

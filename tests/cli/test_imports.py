@@ -10,8 +10,6 @@ import cfsp
 from cfsp.auto_classes import CLASS_PREFIX, PRUNED_PREFIX
 from cfsp.cli.main import COMMANDS
 from cfsp.models import layouts, modeling_cfsp
-from cfsp.pruning.allocation import ALLOCATOR_SUMMARIES, ALLOCATORS
-from cfsp.pruning.compensation import COMPENSATION_SUMMARIES, COMPENSATIONS
 
 from ..conftest import TEXT
 
@@ -52,8 +50,6 @@ print(*names)"""
     assert {PRUNED_PREFIX + family for family in layouts.LAYOUTS} <= set(known)
     assert layouts.PRUNED_PREFIX == PRUNED_PREFIX == modeling_cfsp.MODEL_TYPE_PREFIX
     assert modeling_cfsp.PREFIX == CLASS_PREFIX
-    assert list(ALLOCATORS) == list(ALLOCATOR_SUMMARIES)
-    assert list(COMPENSATIONS) == list(COMPENSATION_SUMMARIES)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_tutorial_runs(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tiny_folder.parent)
+    monkeypatch.chdir(tmp_path)
     page = (DOCS / "tutorial.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == len(re.findall(r"^```\w", page, flags=re.MULTILINE)) >= 8

@@ -1,6 +1,7 @@
 """Widths: the published formula, the budget, ties, and what cannot be met."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from cfsp.pruning.allocation import (
     equal_widths,
     importance_shares,
 )
+from cfsp.pruning.compensation import COMPENSATIONS
+from cfsp.pruning.scoring import SCORERS
 
 
 def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProblem:
@@ -48,15 +51,15 @@ def test_filled_fractions_are_those_of_the_formula_where_none_is_over_one() -> N
     importance = torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
     scores = tuple(torch.rand(100) for _ in range(3))
     some = AllocationProblem(importance, scores, 0.5)
-    expected = ALLOCATORS["cfsp"](some)
-    assert torch.allclose(ALLOCATORS["cfsp-filled"](some), expected, atol=1e-12)
+    expected = ALLOCATORS["cfsp"].widths(some)
+    assert torch.allclose(ALLOCATORS["cfsp-filled"].widths(some), expected, atol=1e-12)
 
 
 def test_filled_blocks_stay_whole_and_the_others_share_the_rest_in_proportion() -> None:
     importance = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.5], dtype=torch.float64)
     scores = tuple(torch.rand(1000) for _ in range(5))
     some = AllocationProblem(importance, scores, 0.2)
-    widths = ALLOCATORS["cfsp-filled"](some)
+    widths = ALLOCATORS["cfsp-filled"].widths(some)
     assert float(widths.sum()) == pytest.approx(4000)
     share = importance_shares(importance * 131072)
     whole = widths == 1000
@@ -78,7 +81,7 @@ def test_filled_widths_meet_the_budget_and_none_is_over_its_size(
     scores = tuple(torch.zeros(60 + 10 * block) for block in range(len(importance)))
     costs = tuple(1 + block % 3 for block in range(len(importance)))
     some = AllocationProblem(torch.tensor(importance).double(), scores, sparsity, costs=costs)
-    widths = ALLOCATORS["cfsp-filled"](some)
+    widths = ALLOCATORS["cfsp-filled"].widths(some)
     assert bool((widths <= some.intermediate_sizes).all())
     assert bool((widths > 0).all())
     assert float((widths * some.channel_costs).sum()) == pytest.approx(some.budget)
@@ -111,6 +114,13 @@ def test_the_budget_is_met_to_half_a_multiple(
     for width, size in zip(widths, sizes, strict=True):
         assert width % multiple == 0
         assert multiple <= width <= size
+
+
+@pytest.mark.parametrize("table", [SCORERS, ALLOCATORS, COMPENSATIONS])
+def test_every_choice_has_a_line_of_its_own_for_help(table: dict[str, Any]) -> None:
+    summaries = [known.summary for known in table.values()]
+    assert len(set(summaries)) == len(table)
+    assert all(0 < len(summary) < 100 for summary in summaries)
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,7 +179,7 @@ def test_global_threshold_standardises_each_block() -> None:
     assert allocate_widths(same, "global", 1) == (2, 2)
     spiked = AllocationProblem(torch.ones(2), (scores, torch.arange(4.0)), 0.5)
     assert (
-        ALLOCATORS["global"](spiked).tolist() == [1.0, 3.0]
+        ALLOCATORS["global"].widths(spiked).tolist() == [1.0, 3.0]
         or sum(allocate_widths(spiked, "global", 1)) == 4
     )
 
