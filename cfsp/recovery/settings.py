@@ -17,24 +17,12 @@ from ..settings import Bound, Setting, at_least, check, positive, setting
 AS_PRUNED = "as the model was pruned"
 
 
-@dataclass(frozen=True)
-class SizeDefaults:
-    """What suits models of a size, where the user says nothing."""
-
-    below: float
-    """Parameters of the pruned model."""
-    batch_size: int
-    learning_rates: dict[str, float]
-    """By method."""
-
-
 DEFAULTS_BY_SIZE = (
-    SizeDefaults(1e9, 8, {"lora": 3e-4, "ffn": 3e-5}),
-    SizeDefaults(10e9, 16, {"lora": 3e-4, "ffn": 3e-5}),
-    SizeDefaults(math.inf, 32, {"lora": 1e-4, "ffn": 1e-5}),
+    (1e9, 8, {"lora": 3e-4, "ffn": 3e-5}),
+    (10e9, 16, {"lora": 3e-4, "ffn": 3e-5}),
+    (math.inf, 32, {"lora": 1e-4, "ffn": 1e-5}),
 )
-"""The first row that a model is small enough for."""
-
+"""(Parameters that a model has fewer than, its batch size, its learning rate by method)."""
 CPU_TOKENS = 1024
 """Tokens of a micro-batch that is not given, on a CPU. Shorter passes are slower per token, longer
 ones take more memory and are no faster."""
@@ -155,19 +143,11 @@ class Recovery:
     def resolved(
         self, calibration: Calibration, parameters: int, device: torch.device
     ) -> "Recovery":
-        """With a value for everything that was left open.
-
-        Args:
-            calibration: of the pruning recipe.
-            parameters: of the pruned model.
-            device: that trains it.
-
-        Raises:
-            CfspError: a micro-batch that does not divide the batch, or too short windows.
-        """
-        of_size = next(row for row in DEFAULTS_BY_SIZE if parameters < row.below)
+        """With a value for everything that was left open, for a pruned model of so many parameters;
+        raises CfspError for a micro-batch that does not divide the batch, or too short windows."""
+        _, windows, rates = next(row for row in DEFAULTS_BY_SIZE if parameters < row[0])
         seqlen = self.seqlen or calibration.seqlen
-        batch_size = self.batch_size or of_size.batch_size
+        batch_size = self.batch_size or windows
         most = min(batch_size, default_micro_batch(device, seqlen, CPU_TOKENS))
         divisor = next(count for count in range(most, 0, -1) if batch_size % count == 0)
         found = dataclasses.replace(
@@ -176,7 +156,7 @@ class Recovery:
             seqlen=seqlen,
             bos=self.bos or calibration.bos,
             batch_size=batch_size,
-            learning_rate=self.learning_rate or of_size.learning_rates[self.method],
+            learning_rate=self.learning_rate or rates[self.method],
             micro_batch=self.micro_batch or divisor,
         )
         if batch_size % (found.micro_batch or 1):
