@@ -139,10 +139,10 @@ def estimate_training(
     costs = _costs(described, described.model.dtype if frozen else torch.float32)
     text, seqlen = settings.text, settings.text.seqlen
     tokens = (settings.micro_batch or 1) * seqlen
-    learning = ADAM_VALUES * trained - (0 if lora else trained)  # FFNs are in the model already
+    new_values = ADAM_VALUES * trained - (0 if lora else trained)  # FFNs are in the model already
     held = {
         "model": costs.block_bytes + costs.outer_bytes,
-        "trained parameters, gradients, moments": FP32 * learning,
+        "trained parameters, gradients, moments": FP32 * new_values,
         "logits and their loss": tokens * costs.vocab_size * LOSS_BYTES,
     }
     taught = 0.0
@@ -163,8 +163,12 @@ def estimate_training(
     checkpointing = settings.gradient_checkpointing == "on"
     if settings.gradient_checkpointing == "auto":
         checkpointing = sum(parts(False).values()) > room
+    learning = 6.0 * trained  # of adapters: forward, inputs, weights; of FFNs: weights alone
+    if not lora:
+        linear = sum(block.linear_flops for block in costs.blocks)
+        learning = linear * trained * costs.itemsize / costs.block_bytes
     forward, again = costs.flops(seqlen), checkpointing * costs.block_flops(seqlen)
-    per_token = 2 * forward + _learning_flops(costs, trained, lora) + again + taught
+    per_token = 2 * forward + learning + again + taught  # with the inputs' gradients
     flops = text.samples * seqlen * per_token + 2 * evaluation_windows * seqlen * forward
     return RecoveryEstimate(
         model=described.name,
@@ -177,15 +181,6 @@ def estimate_training(
         host_parts=parts(checkpointing) if on_cpu else {},
         hardware=hardware,
     )
-
-
-def _learning_flops(costs: ModelCosts, trained: int, lora: bool) -> float:
-    """FLOPs per token beside the products with each weight, forward and backward: of an adapter,
-    forward and for its inputs and weights; of an FFN, for the weights alone."""
-    if lora:
-        return 6.0 * trained
-    linear = sum(block.linear_flops for block in costs.blocks)
-    return linear * trained * costs.itemsize / costs.block_bytes
 
 
 def estimate_recovery(

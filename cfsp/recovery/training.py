@@ -36,13 +36,7 @@ class RecoveryTrainer(Trainer):
         self.teacher = teacher
         self.model_accepts_loss_kwargs = False  # windows are of one length: means of means
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], **_: Any) -> Any:
         """Mean over the tokens of a micro-batch: cross entropy, perhaps beside a teacher."""
         choice = self.distillation
         options = {"use_cache": False}
@@ -54,7 +48,7 @@ class RecoveryTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 goal = self.teacher(input_ids=inputs["input_ids"], **options)
             loss = distillation_loss(outputs, goal, loss, choice)
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -179,23 +173,19 @@ def distillation_loss(
     """
     loss = choice.text_weight * text_loss
     if choice.logits_weight:
-        divergence = logits_loss(student.logits, teacher.logits, choice.temperature)
-        loss = loss + choice.logits_weight * divergence
+        outputs, temperature = (student, teacher), choice.temperature
+        own, goal = (
+            functional.log_softmax(output.logits.float() / temperature, dim=-1)
+            for output in outputs
+        )
+        divergence = functional.kl_div(own, goal, reduction="sum", log_target=True)
+        scale = temperature**2 / student.logits[..., 0].numel()
+        loss = loss + choice.logits_weight * (divergence * scale)
     if choice.hidden_weight:
         pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
         distances = torch.stack([hidden_loss(own, goal) for own, goal in pairs])
         loss = loss + choice.hidden_weight * distances.mean()
     return loss
-
-
-def logits_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² KL(teacher ‖ student) of distributions at temperature T: mean over tokens, fp32 []."""
-    own, goal = (
-        functional.log_softmax(logits.float() / temperature, dim=-1)
-        for logits in (student, teacher)
-    )
-    divergence = functional.kl_div(own, goal, reduction="sum", log_target=True)
-    return divergence * (temperature**2 / student[..., 0].numel())
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
