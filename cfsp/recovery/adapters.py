@@ -56,8 +56,7 @@ def merge(adapted: Any) -> PreTrainedModel:
     """The model that was adapted, its projections plain again with the adapters added in fp32."""
     for module in adapted.modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            weight = module.base_layer.weight
-            weight.data = weight.data.float()
+            module.base_layer.float()
     return adapted.merge_and_unload().requires_grad_(False)
 
 

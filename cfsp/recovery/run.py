@@ -94,7 +94,7 @@ def recover(
     trained = what_is_trained(plan, model, layout, settings)
     windows = calibration_windows(model, opened.tokenizer, settings.text)
     held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
-    measured, teacher = held_out.tokens, _teacher(opened, settings, device)
+    tokens, teacher = held_out.tokens, _teacher(opened, settings, device)
 
     # Estimate, with the texts at hand.
     estimate = estimate_training(
@@ -102,7 +102,7 @@ def recover(
         teacher.described if teacher is not None else None,
         settings,
         trained.parameters,
-        len(measured) if measured is not None else 0,
+        len(tokens) if tokens is not None else 0,
         this_machine(where, model.dtype, measure=progress),
         budget,
         process,
@@ -122,7 +122,7 @@ def recover(
         "settings": changing,
         "teacher": _fingerprint(teacher.model) if teacher is not None else None,
         "training text": tokens_fingerprint(windows),
-        "evaluation text": tokens_fingerprint(measured) if measured is not None else None,
+        "evaluation text": tokens_fingerprint(tokens) if tokens is not None else None,
         "machine or version": made_by,
     }
     if resume:

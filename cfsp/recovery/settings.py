@@ -150,20 +150,18 @@ class Recovery:
         batch_size = self.batch_size or windows
         most = min(batch_size, default_micro_batch(device, seqlen, CPU_TOKENS))
         divisor = next(count for count in range(most, 0, -1) if batch_size % count == 0)
-        found = dataclasses.replace(
+        micro_batch = self.micro_batch or divisor
+        if batch_size % micro_batch:
+            raise CfspError(f"micro_batch {micro_batch} does not divide batch_size {batch_size}")
+        return dataclasses.replace(
             self,
             dataset=self.dataset or calibration.dataset,
             seqlen=seqlen,
             bos=self.bos or calibration.bos,
             batch_size=batch_size,
             learning_rate=self.learning_rate or rates[self.method],
-            micro_batch=self.micro_batch or divisor,
+            micro_batch=micro_batch,
         )
-        if batch_size % (found.micro_batch or 1):
-            raise CfspError(
-                f"micro_batch {found.micro_batch} does not divide batch_size {batch_size}"
-            )
-        return found
 
     @property
     def text(self) -> Calibration:

@@ -39,16 +39,13 @@ class RecoveryTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], **_: Any) -> Any:
         """Mean over the tokens of a micro-batch: cross entropy, perhaps beside a teacher."""
         choice = self.distillation
-        options = {"use_cache": False}
-        if choice is not None:
-            options["output_hidden_states"] = choice.hidden_weight > 0
+        if choice is None or self.teacher is None:
+            return model(**inputs, use_cache=False).loss
+        options = {"use_cache": False, "output_hidden_states": choice.hidden_weight > 0}
         outputs = model(**inputs, **options)
-        loss = outputs.loss
-        if choice is not None and self.teacher is not None:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                goal = self.teacher(input_ids=inputs["input_ids"], **options)
-            loss = distillation_loss(outputs, goal, loss, choice)
-        return loss
+        with torch.no_grad(), self.compute_loss_context_manager():
+            goal = self.teacher(input_ids=inputs["input_ids"], **options)
+        return distillation_loss(outputs, goal, outputs.loss, choice)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
