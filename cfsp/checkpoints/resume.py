@@ -24,10 +24,8 @@ def can_resume(partial: Path) -> bool:
 
 
 def check_resume(partial: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of something else; a folder without a run is no objection.
-
-    ``identity``: plain values that say what this run does; equal ones give equal bytes.
-    """
+    """Refuse to continue a run of something else; a folder without a run is no objection. Runs of
+    equal ``identity``, plain values that say what they do, give equal bytes."""
     if not can_resume(partial):
         return
     file = partial / MANIFEST

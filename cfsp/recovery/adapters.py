@@ -1,7 +1,7 @@
 """LoRA adapters by peft: attached, merged, saved."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CfspError
-from .targets import BlockProjections
+from .targets import Projections
 
 
 def require_peft() -> None:
@@ -24,30 +24,26 @@ def require_peft() -> None:
         ) from None
 
 
-def ranks_by_name(blocks: Sequence[BlockProjections], ranks: Sequence[int]) -> dict[str, int]:
-    """Rank of every projection by its name in the model."""
-    return {name: rank for block, rank in zip(blocks, ranks, strict=True) for name in block}
-
-
-def attach(model: PreTrainedModel, ranks: Mapping[str, int], scaling: float, seed: int) -> Any:
-    """A peft model around this one, whose projections become adapted ones in place.
-
-    Args:
-        model: whose parameters are frozen by this.
-        ranks: of every adapter by the name of its projection.
-        scaling: alpha over rank, of all.
-        seed: of the random half of each adapter; the other half is zero.
+def attach(
+    model: PreTrainedModel,
+    blocks: Sequence[Projections],
+    ranks: Sequence[int],
+    scaling: float,
+    seed: int,
+) -> Any:
+    """A peft model around this one, which is frozen and whose projections are adapted in place, by
+    the rank of their block. ``scaling``: alpha over rank; ``seed``: of the half that is not zero.
     """
     from peft import LoraConfig, get_peft_model
 
-    first = model.get_submodule(next(iter(ranks)))
+    by_name = {name: rank for block, rank in zip(blocks, ranks, strict=True) for name in block}
     config = LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern=dict(ranks),
-        alpha_pattern={name: scaling * rank for name, rank in ranks.items()},
-        target_modules=list(ranks),
-        fan_in_fan_out=isinstance(first, Conv1D),
+        r=max(ranks),
+        lora_alpha=max(ranks),
+        rank_pattern=by_name,
+        alpha_pattern={name: scaling * rank for name, rank in by_name.items()},
+        target_modules=list(by_name),
+        fan_in_fan_out=isinstance(model.get_submodule(next(iter(by_name))), Conv1D),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
@@ -60,11 +56,8 @@ def merge(adapted: Any) -> PreTrainedModel:
     """The model that was adapted, its projections plain again with the adapters added in fp32."""
     for module in adapted.modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            weight = module.base_layer.weight
-            weight.data = weight.data.float()
-    merged = adapted.merge_and_unload()
-    merged.requires_grad_(False)
-    return merged
+            module.base_layer.float()
+    return adapted.merge_and_unload().requires_grad_(False)
 
 
 def save_adapter(adapted: Any, folder: Path, base: str) -> None:

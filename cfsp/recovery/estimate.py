@@ -21,8 +21,8 @@ from ..io.safetensors import TensorInfo
 from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
-from .lora_ranks import what_is_trained
 from .settings import Recovery
+from .targets import what_is_trained
 
 ADAM_VALUES = 4
 """fp32 values of a trained parameter: itself, its gradient and two moments."""
@@ -52,18 +52,11 @@ class RecoveryEstimate(RunEstimate):
     hardware: Hardware
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "settings": self.settings.to_dict(),
-            "parameters": self.parameters,
-            "trained_parameters": self.trained_parameters,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "device_parts": self.device_parts,
-            "device_bytes": self.device_bytes,
-            "flops": self.flops,
-            "seconds": self.seconds,
-            "hardware": dataclasses.asdict(self.hardware),
-        }
+        values = dataclasses.asdict(self)
+        del values["stages"], values["host_parts"]
+        hardware = values.pop("hardware")
+        measures = ("device_bytes", "flops", "seconds")
+        return {**values, **{x: getattr(self, x) for x in measures}, "hardware": hardware}
 
     def _lines(self) -> Sequence[str]:
         figures = "; ".join(f"{k} {v}" for k, v in self._figures().items())
@@ -128,51 +121,6 @@ def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: boo
     return len(blocks) * tokens * costs.hidden_size * size + max(blocks)
 
 
-@dataclass(frozen=True)
-class _Training:
-    costs: ModelCosts
-    teacher: ModelCosts | None
-    settings: Recovery
-    trained: int
-    """Parameters that learn."""
-
-    def parts(self, device: str, process: int, checkpointing: bool) -> dict[str, int]:
-        """Bytes at the peak."""
-        costs = self.costs
-        seqlen = self.settings.seqlen or 1
-        tokens = (self.settings.micro_batch or 1) * seqlen
-        own = 0 if self.settings.method == "lora" else self.trained  # counted with the model
-        parts = {
-            "model": costs.block_bytes + costs.outer_bytes,
-            "trained parameters, gradients, moments": FP32 * (ADAM_VALUES * self.trained - own),
-            "logits and their loss": tokens * costs.vocab_size * LOSS_BYTES,
-        }
-        if self.teacher is not None:
-            parts["teacher"] = self.teacher.block_bytes + self.teacher.outer_bytes
-            parts["logits beside the teacher's"] = tokens * costs.vocab_size * DISTILLED_BYTES
-        if device == "cpu":
-            parts["process and text"] = process + LIBRARY_BYTES + TEXT_BYTES
-        parts["activations"] = _activations(costs, tokens, seqlen, checkpointing)
-        if device != "cpu":
-            parts["allocator"] = allocator_bytes(sum(parts.values()))
-        return parts
-
-    def flops(self, checkpointing: bool, evaluation_windows: int) -> float:
-        """FLOPs of all steps and both evaluations. Backward is a product with each weight again;
-        for each weight that is trained, one more."""
-        costs, seqlen = self.costs, self.settings.seqlen or 1
-        blocks, forward = costs.block_flops(seqlen), costs.flops(seqlen)
-        learning = 6.0 * self.trained  # of adapters: forward, inputs, weights
-        if self.settings.method == "ffn":
-            linear = sum(block.linear_flops for block in costs.blocks)
-            learning = linear * self.trained * costs.itemsize / costs.block_bytes
-        per_token = 2 * forward + learning + checkpointing * blocks
-        if self.teacher is not None:
-            per_token += self.teacher.flops(seqlen)
-        samples = self.settings.text.samples
-        return samples * seqlen * per_token + 2 * evaluation_windows * seqlen * forward
-
-
 def estimate_training(
     described: Description,
     teacher: Description | None,
@@ -185,18 +133,42 @@ def estimate_training(
 ) -> RecoveryEstimate:
     """The estimate of a recovery whose settings are resolved; "auto" gradient checkpointing is on
     if memory is too small without. ``process``: bytes that it held before it had the model."""
-    frozen = hardware.device != "cpu" and settings.method == "lora"
+    on_cpu, lora = hardware.device == "cpu", settings.method == "lora"
+    frozen = lora and not on_cpu
     costs = _costs(described, described.model.dtype if frozen else torch.float32)
-    taught = _costs(teacher, teacher.model.dtype) if teacher is not None else None
-    training = _Training(costs, taught, settings, trained)
-    checkpointing = settings.gradient_checkpointing == "on"
-    parts = training.parts(hardware.device, process, checkpointing)
+    text, seqlen = settings.text, settings.text.seqlen
+    tokens = (settings.micro_batch or 1) * seqlen
+    new_values = ADAM_VALUES * trained - (0 if lora else trained)  # FFNs are in the model already
+    held = {
+        "model": costs.block_bytes + costs.outer_bytes,
+        "trained parameters, gradients, moments": FP32 * new_values,
+        "logits and their loss": tokens * costs.vocab_size * LOSS_BYTES,
+    }
+    taught = 0.0
+    if teacher is not None:
+        own = _costs(teacher, teacher.model.dtype)
+        held["teacher"] = own.block_bytes + own.outer_bytes
+        held["logits beside the teacher's"] = tokens * costs.vocab_size * DISTILLED_BYTES
+        taught = own.flops(seqlen)
+    if on_cpu:
+        held["process and text"] = process + LIBRARY_BYTES + TEXT_BYTES
+
+    def parts(checkpointing: bool) -> dict[str, int]:
+        found = {**held, "activations": _activations(costs, tokens, seqlen, checkpointing)}
+        return found if on_cpu else {**found, "allocator": allocator_bytes(sum(found.values()))}
+
     device, host = budget.limits(hardware)
     room = min(hardware.device_memory, device or host or hardware.device_memory)
-    if settings.gradient_checkpointing == "auto" and sum(parts.values()) > room:
-        checkpointing = True
-        parts = training.parts(hardware.device, process, checkpointing)
-    flops = training.flops(checkpointing, evaluation_windows)
+    checkpointing = settings.gradient_checkpointing == "on"
+    if settings.gradient_checkpointing == "auto":
+        checkpointing = sum(parts(False).values()) > room
+    learning = 6.0 * trained  # of adapters: forward, inputs, weights; of FFNs: weights alone
+    if not lora:
+        linear = sum(block.linear_flops for block in costs.blocks)
+        learning = linear * trained * costs.itemsize / costs.block_bytes
+    forward, again = costs.flops(seqlen), checkpointing * costs.block_flops(seqlen)
+    per_token = 2 * forward + learning + again + taught  # with the inputs' gradients
+    flops = text.samples * seqlen * per_token + 2 * evaluation_windows * seqlen * forward
     return RecoveryEstimate(
         model=described.name,
         settings=settings,
@@ -204,8 +176,8 @@ def estimate_training(
         trained_parameters=trained,
         gradient_checkpointing=checkpointing,
         stages=(Stage("train", 0, 0, flops, flops / hardware.flops, "compute"),),
-        device_parts=parts,
-        host_parts=parts if hardware.device == "cpu" else {},
+        device_parts=parts(checkpointing),
+        host_parts=parts(checkpointing) if on_cpu else {},
         hardware=hardware,
     )
 
@@ -227,9 +199,8 @@ def estimate_recovery(
     if layout is None:
         raise unsupported(model.config.model_type)
     machine = choose_hardware(hardware, device, model.dtype, tflops)
-    parameters = _costs(described, torch.float32).parameters
-    calibration = pruned.plan.recipe.calibration
-    settings = settings.resolved(calibration, parameters, torch.device(machine.device))
+    calibration, where = pruned.plan.recipe.calibration, torch.device(machine.device)
+    settings = settings.resolved(calibration, model.num_parameters(), where)
     check_seqlen(model, settings.text.seqlen)
     trained = what_is_trained(pruned.plan, model, layout, settings).parameters
     teacher = describe(settings.distillation.teacher) if settings.distillation is not None else None

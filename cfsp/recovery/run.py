@@ -2,92 +2,37 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..checkpoints.documents import add_recovery, drop_times_
+from ..calibration.windows import calibration_windows
+from ..checkpoints.documents import PLAN, add_recovery, read_pruned
 from ..checkpoints.folder import check_out, new_folder, partial_path, write_model
 from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..checkpoints.verification import take_probe, verify
-from ..costs.hardware import parse_memory
+from ..costs.hardware import parse_memory, resident_bytes, this_machine
 from ..errors import CfspError
-from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
+from ..evaluation.held_out import held_out_text
+from ..evaluation.quality import EVALUATION_WINDOWS
+from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
+from ..models.loading import model_device, quiet_loading
+from ..models.opening import OpenModel, open_model
 from ..models.surgery import empty_
-from .adapters import attach, merge, ranks_by_name, require_peft, save_adapter
-from .job import Job, make_job
+from ..models.tensors import saved_tensors
+from .adapters import attach, merge, require_peft, save_adapter
+from .estimate import estimate_training
+from .result import RecoveryReport, RecoveryResult, recovery_document
 from .settings import Recovery
-from .targets import ffn_parameters, projections
+from .targets import Trained, ffn_parameters, projections, what_is_trained
 
 ADAPTER = "adapter"
-
-
-@dataclass(frozen=True)
-class RecoveryReport:
-    """What was trained, how, and what it gained."""
-
-    name: str
-    """The pruned model's name."""
-    settings: Recovery
-    """The settings, all resolved."""
-    ranks: tuple[int, ...]
-    """The rank of each block's adapters, 0 for a block without; () where no block has any."""
-    trained_parameters: int
-    uniform_parameters: int
-    """Parameters that adapters of the uniform rank would have; without adapters, those trained."""
-    losses: tuple[float, ...]
-    """Training loss of every step."""
-    perplexity_before: Perplexity | None
-    perplexity_after: Perplexity | None
-    versions: dict[str, str]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it was trained on."""
-        text = self.settings.text
-        return text.samples * text.seqlen
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result, as plain values."""
-        before, after = self.perplexity_before, self.perplexity_after
-        return {
-            "ranks": list(self.ranks),
-            "trained_parameters": self.trained_parameters,
-            "uniform_parameters": self.uniform_parameters,
-            "tokens": self.tokens,
-            "losses": list(self.losses),
-            "perplexity_before": before.to_dict() if before is not None else None,
-            "perplexity_after": after.to_dict() if after is not None else None,
-        }
-
-
-def recovery_document(report: RecoveryReport) -> dict[str, Any]:
-    """One entry of ``recovery`` in recipe.yaml: equal runs give equal documents."""
-    result = report.to_dict()
-    drop_times_(result)
-    return {
-        "settings": report.settings.to_dict(),
-        "provenance": {"model": report.name, "versions": report.versions},
-        "result": result,
-    }
-
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """What came of a recovery."""
-
-    model: PreTrainedModel
-    """Reloaded from ``out``, in eval mode on its device."""
-    tokenizer: Any
-    report: RecoveryReport
-    out: Path
+PACKAGES = ("cfsp", "torch", "transformers", "accelerate", "peft", "safetensors", "datasets")
 
 
 def recover(
@@ -128,98 +73,161 @@ def recover(
             ``out`` are untouched.
         Stopped: ``stop`` said so.
     """
-    goal = Path(out)
     if keep_adapter and settings.method != "lora":
         raise CfspError(f"method {settings.method!r} has no adapter to keep")
     if settings.method == "lora":
         require_peft()
+    folder, goal = Path(folder), Path(out)
     check_out(goal, overwrite, folder, resume=resume)
     budget = parse_memory(max_memory)
-    job = make_job(
-        Path(folder), settings, eval_dataset, eval_windows, device, budget, measure=progress
+
+    # Open, resolve the settings, check.
+    process, pruned = resident_bytes(), read_pruned(folder)
+    opened = open_model(folder, device=device)
+    model, layout, plan = opened.model, opened.layout, pruned.plan
+    if layout.intermediate_sizes(model) != plan.widths:
+        raise CfspError(f"{folder / PLAN} is of another model: its widths are not those here")
+    where = model_device(model)
+    if where.index:
+        raise CfspError(f"device {device}: training uses the first GPU; CUDA_VISIBLE_DEVICES picks")
+    settings = settings.resolved(plan.recipe.calibration, model.num_parameters(), where)
+    trained = what_is_trained(plan, model, layout, settings)
+    windows = calibration_windows(model, opened.tokenizer, settings.text)
+    held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
+    tokens, teacher = held_out.tokens, _teacher(opened, settings, device)
+
+    # Estimate, with the texts at hand.
+    estimate = estimate_training(
+        opened.described,
+        teacher.described if teacher is not None else None,
+        settings,
+        trained.parameters,
+        len(tokens) if tokens is not None else 0,
+        this_machine(where, model.dtype, measure=progress),
+        budget,
+        process,
     )
+    estimate.check(budget)
     if progress:
-        print(job.estimate.summary(), file=sys.stderr)
-    identity = job.identity()
+        print(estimate.summary(), file=sys.stderr)
+
+    # Train, merge, write, verify, publish.
+    from .training import train  # the Trainer, which the estimate counts apart from the process
+
+    made_by = versions(where, PACKAGES)
+    changing = {k: v for k, v in settings.to_dict().items() if k != "gradient_checkpointing"}
+    identity = {
+        "model": _fingerprint(model),
+        "plan": plan.model_fingerprint,
+        "settings": changing,
+        "teacher": _fingerprint(teacher.model) if teacher is not None else None,
+        "training text": tokens_fingerprint(windows),
+        "evaluation text": tokens_fingerprint(tokens) if tokens is not None else None,
+        "machine or version": made_by,
+    }
     if resume:
         check_resume(partial_path(goal), identity)
+    half = where.type == "cuda" and torch.cuda.is_bf16_supported()
     with new_folder(goal, overwrite, resume) as partial:
         begin(partial, identity)
-        before = job.held_out.measure(job.opened.model, progress=progress)
-        with _random_state_kept(), _config_kept(job.opened.model):
-            losses = _train(job, partial, keep_adapter, stop, progress)
+        before = held_out.measure(model, progress=progress)
+        checkpointing = estimate.gradient_checkpointing
+        learning = _learning(opened, settings, trained, half, checkpointing)
+        with _random_state_kept(), learning as learner:
+            losses = train(
+                learner,
+                windows,
+                settings,
+                partial / STATE_FOLDER / "training",
+                teacher=teacher.model if teacher is not None else None,
+                half=half,
+                stop=stop,
+                progress=progress,
+            )
+            if keep_adapter:
+                save_adapter(learner, partial / ADAPTER, opened.name)
+        if teacher is not None:
+            empty_(teacher.model)
         report = RecoveryReport(
-            name=job.opened.name,
-            settings=job.settings,
-            ranks=job.trained.ranks,
-            trained_parameters=job.trained.parameters,
-            uniform_parameters=job.trained.uniform_parameters,
+            name=opened.name,
+            settings=settings,
+            ranks=trained.ranks,
+            trained_parameters=trained.parameters,
+            uniform_parameters=trained.uniform_parameters,
             losses=losses,
             perplexity_before=before,
-            perplexity_after=job.held_out.measure(job.opened.model, progress=progress),
-            versions=job.versions,
+            perplexity_after=held_out.measure(model, progress=progress),
+            versions=made_by,
         )
-        model = _write(job, report, partial)
+        write_model(model, opened.tokenizer, partial)
+        add_recovery(pruned, partial, recovery_document(report))
+        expected = take_probe(model)
+        empty_(model)  # one model in memory at a time
+        reloaded = verify(partial, expected, where)
         end(partial)
-    return RecoveryResult(model, job.opened.tokenizer, report, goal)
+    return RecoveryResult(reloaded, opened.tokenizer, report, goal)
 
 
-def _train(
-    job: Job, folder: Path, keep_adapter: bool, stop: Callable[[], bool], progress: bool
-) -> tuple[float, ...]:
-    """Train the model in place, in its own dtypes again afterwards; the loss of every step."""
-    from .training import train
+def _teacher(student: OpenModel, settings: Recovery, device: str) -> OpenModel | None:
+    """The teacher, where there is one; raises CfspError where the two have nothing to compare:
+    another vocabulary or, for hidden states, another size or number of blocks."""
+    choice = settings.distillation
+    if choice is None:
+        return None
+    with quiet_loading():
+        teacher = open_model(choice.teacher, device=device)
+    names = ["vocab_size"]
+    if choice.hidden_weight:
+        names += ["hidden_size", "num_hidden_layers"]
+    configs = [opened.model.config.get_text_config() for opened in (student, teacher)]
+    for name in names:
+        own, other = (getattr(config, name) for config in configs)
+        if own != other:
+            hint = "; hidden_weight 0 needs only its logits" if name != "vocab_size" else ""
+            raise CfspError(f"teacher {choice.teacher} has {name} {other}, not {own}{hint}")
+    teacher.model.requires_grad_(False)
+    return teacher
 
-    model, settings = job.opened.model, job.settings
-    stored = {name: value.dtype for name, value in model.named_parameters()}
-    model.requires_grad_(False)
-    if not job.half or settings.method == "ffn":
-        _cast_(model.parameters(), torch.float32)
+
+def _fingerprint(model: nn.Module) -> str:
+    return samples_fingerprint(
+        (name, tuple(value.shape), value.flatten()[:SAMPLED_VALUES].float())
+        for name, value in saved_tensors(model).items()
+    )
+
+
+@contextmanager
+def _learning(
+    opened: OpenModel, settings: Recovery, trained: Trained, half: bool, checkpointing: bool
+) -> Iterator[Any]:
+    """What is trained of a model, in fp32; afterwards the model has learnt it, and its own dtypes
+    again. ``checkpointing``: keep the inputs of blocks alone, and run each again backward."""
+    model, layout = opened.model, opened.layout
     learner: Any = model
+    stored = {name: value.dtype for name, value in model.named_parameters()}
+    config, kept = vars(model.config), dict(vars(model.config))
+    model.requires_grad_(False)
+    if not half or settings.method == "ffn":
+        for value in model.parameters():  # not buffers such as the rotary frequencies
+            value.data = value.data.float()
     if settings.method == "lora":
-        blocks = projections(model, job.opened.layout, settings.targets)
-        names = ranks_by_name(blocks, job.trained.ranks)
-        learner = attach(model, names, settings.scaling, settings.seed)
+        blocks = projections(model, layout, settings.targets)
+        learner = attach(model, blocks, trained.ranks, settings.scaling, settings.seed)
     else:
-        for value in ffn_parameters(model, job.opened.layout).values():
+        for value in ffn_parameters(model, layout):
             value.requires_grad_(True)
-    with _gradient_checkpointing(model, job.estimate.gradient_checkpointing):
-        losses = train(
-            learner,
-            job.windows,
-            settings,
-            folder / STATE_FOLDER / "training",
-            teacher=job.teacher,
-            half=job.half,
-            stop=stop,
-            progress=progress,
-        )
-    if keep_adapter:
-        save_adapter(learner, folder / ADAPTER, job.opened.name)
+    if checkpointing:
+        # transformers 5.24 calls it activation checkpointing; before, gradient checkpointing.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")()
+    yield learner
     if settings.method == "lora":
         merge(learner)
-    if job.teacher is not None:
-        empty_(job.teacher)
     model.requires_grad_(False)
     for name, value in model.named_parameters():
-        _cast_([value], stored[name])
-    return losses
-
-
-def _cast_(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
-    """In place; buffers such as the rotary frequencies keep theirs."""
-    for parameter in parameters:
-        parameter.data = parameter.data.to(dtype)
-
-
-def _write(job: Job, report: RecoveryReport, folder: Path) -> PreTrainedModel:
-    """Write the trained model and its documents; returns it reloaded, the same to the last bit."""
-    model = job.opened.model
-    write_model(model, job.opened.tokenizer, folder)
-    add_recovery(job.pruned, folder, recovery_document(report))
-    expected = take_probe(model)
-    empty_(model)  # one model in memory at a time
-    return verify(folder, expected, job.device)
+        value.data = value.data.to(stored[name])
+    config.clear()  # the Trainer turned the cache off
+    config.update(kept)
 
 
 @contextmanager
@@ -232,25 +240,3 @@ def _random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-@contextmanager
-def _config_kept(model: PreTrainedModel) -> Iterator[None]:
-    """The Trainer turns the cache off in the config for good; undo that."""
-    values = dict(vars(model.config))
-    yield
-    vars(model.config).clear()
-    vars(model.config).update(values)
-
-
-@contextmanager
-def _gradient_checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Keep the inputs of blocks alone, and run each again in the backward pass."""
-    if not wanted:
-        yield
-        return
-    # transformers 5.24 calls it activation checkpointing; before, gradient checkpointing.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")()
-    yield
-    getattr(model, f"{kind}_checkpointing_disable")()

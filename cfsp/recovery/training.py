@@ -8,32 +8,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import CfspError, Stopped
-from .distillation import distillation_loss
-from .settings import Recovery
+from .settings import Distillation, Recovery
 
 SAVE_STEPS = 50
 """Steps between checkpoints; one more is made where a run is stopped."""
 WARMUP = 0.05
 TRAINED, COMPLETE = "trained.safetensors", "complete"
-
-
-class WindowDataset(Dataset):
-    """Windows [N, S] in their order, as a causal LM takes them."""
-
-    def __init__(self, windows: torch.Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.windows[number], "labels": self.windows[number]}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -50,25 +36,16 @@ class RecoveryTrainer(Trainer):
         self.teacher = teacher
         self.model_accepts_loss_kwargs = False  # windows are of one length: means of means
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], **_: Any) -> Any:
         """Mean over the tokens of a micro-batch: cross entropy, perhaps beside a teacher."""
         choice = self.distillation
-        options = {"use_cache": False}
-        if choice is not None:
-            options["output_hidden_states"] = choice.hidden_weight > 0
+        if choice is None or self.teacher is None:
+            return model(**inputs, use_cache=False).loss
+        options = {"use_cache": False, "output_hidden_states": choice.hidden_weight > 0}
         outputs = model(**inputs, **options)
-        loss = outputs.loss
-        if choice is not None and self.teacher is not None:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                goal = self.teacher(input_ids=inputs["input_ids"], **options)
-            loss = distillation_loss(outputs, goal, loss, choice)
-        return (loss, outputs) if return_outputs else loss
+        with torch.no_grad(), self.compute_loss_context_manager():
+            goal = self.teacher(input_ids=inputs["input_ids"], **options)
+        return distillation_loss(outputs, goal, outputs.loss, choice)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -128,54 +105,19 @@ def train(
     settings: Recovery,
     folder: Path,
     *,
-    teacher: PreTrainedModel | None = None,
-    half: bool = False,
-    stop: Callable[[], bool] = bool,
-    progress: bool = True,
+    teacher: PreTrainedModel | None,
+    half: bool,
+    stop: Callable[[], bool],
+    progress: bool,
 ) -> tuple[float, ...]:
-    """Train what requires gradients, in place; continue where ``folder`` has a checkpoint.
+    """Train what requires gradients, in place, on [steps * batch_size, seqlen] tokens in order;
+    continue where ``folder`` has a checkpoint. ``half``: compute in bf16 what may be.
 
-    Args:
-        model: on its device; in eval mode again afterwards.
-        windows: [steps * batch_size, seqlen] int64, in the order in which they are seen.
-        settings: resolved.
-        folder: for checkpoints.
-        teacher: where the settings distil.
-        half: compute in bf16 what may be.
-        stop: asked after every step.
-        progress: show a bar on stderr.
-
-    Returns:
-        The loss of every step, those of runs before included.
-
-    Raises:
-        CfspError: the loss is no number any more.
-        Stopped: ``stop`` said so, and a checkpoint was written.
+    Returns the loss of every step, those of runs before included, and leaves the model in eval
+    mode. Raises CfspError where the loss is no number any more; Stopped where ``stop``, asked after
+    every step, said so, and a checkpoint was written.
     """
-    watch = Watch(settings.steps, stop, progress)
-    arguments = _arguments(settings, folder, next(model.parameters()).device, half)
-    trainer = RecoveryTrainer(
-        settings,
-        teacher,
-        model=model,
-        args=arguments,
-        train_dataset=WindowDataset(windows),
-        callbacks=[watch],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(folder)
-    with watch.bar:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.eval()
-    if trainer.state.global_step < settings.steps:
-        raise Stopped
-    return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-
-
-def _arguments(
-    settings: Recovery, folder: Path, device: torch.device, half: bool
-) -> TrainingArguments:
+    device = next(model.parameters()).device
     batch_size, micro_batch = settings.batch_size or 1, settings.micro_batch or 1
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -198,4 +140,52 @@ def _arguments(
         report_to="none",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a visible second GPU would get a replica
-    return arguments
+    watch = Watch(settings.steps, stop, progress)
+    trainer = RecoveryTrainer(
+        settings,
+        teacher,
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(folder)
+    with watch.bar:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.eval()
+    if trainer.state.global_step < settings.steps:
+        raise Stopped
+    return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def distillation_loss(
+    student: Any, teacher: Any, text_loss: torch.Tensor, choice: Distillation
+) -> torch.Tensor:
+    """See :class:`cfsp.Distillation`; fp32 [], means over tokens of outputs for the same tokens.
+
+    These have ``logits`` [B, S, V] and, where their weight is not 0, ``hidden_states`` of
+    [B, S, D]; ``text_loss`` is the student's cross entropy with the text.
+    """
+    loss = choice.text_weight * text_loss
+    if choice.logits_weight:
+        outputs, temperature = (student, teacher), choice.temperature
+        own, goal = (
+            functional.log_softmax(output.logits.float() / temperature, dim=-1)
+            for output in outputs
+        )
+        divergence = functional.kl_div(own, goal, reduction="sum", log_target=True)
+        scale = temperature**2 / student.logits[..., 0].numel()
+        loss = loss + choice.logits_weight * (divergence * scale)
+    if choice.hidden_weight:
+        pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+        distances = torch.stack([hidden_loss(own, goal) for own, goal in pairs])
+        loss = loss + choice.hidden_weight * distances.mean()
+    return loss
+
+
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared distance of hidden states over the squared length of the teacher's, fp32 []."""
+    goal = teacher.float()
+    return (student.float() - goal).square().sum() / goal.square().sum()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import cfsp
 from cfsp.errors import CfspError
 from cfsp.models.layouts import known_layout
-from cfsp.recovery import adapters, lora_ranks, targets
+from cfsp.recovery import adapters, targets
 
 from ..conftest import make_tiny, make_tokenizer
 from ..models.test_families import ALL, EXPERTS, make
@@ -154,7 +154,7 @@ def test_ranks_by_importance_have_the_parameters_of_uniform_ones(
 ) -> None:
     importance = torch.tensor([block[0] for block in blocks], dtype=torch.float64)
     costs, largest = [block[1] for block in blocks], [block[2] for block in blocks]
-    found = lora_ranks.importance_ranks(importance, rank, costs, largest)
+    found = targets.importance_ranks(importance, rank, costs, largest)
     assert all(1 <= own <= most for own, most in zip(found, largest, strict=True))
     total = sum(own * cost for own, cost in zip(found, costs, strict=True))
     assert abs(total - rank * sum(costs)) <= max(costs) / 2
@@ -162,11 +162,11 @@ def test_ranks_by_importance_have_the_parameters_of_uniform_ones(
 
 def test_more_important_blocks_have_higher_ranks() -> None:
     importance = torch.tensor([0.3, 0.1, 0.05, 0.05, 0.2], dtype=torch.float64)
-    found = lora_ranks.importance_ranks(importance, 8, [100, 100, 0, 100, 100], [64, 64, 0, 64, 64])
+    found = targets.importance_ranks(importance, 8, [100, 100, 0, 100, 100], [64, 64, 0, 64, 64])
     assert found[0] > found[4] > found[1] > found[3] > 0 == found[2]
     assert sum(found) == 32
     with pytest.raises(CfspError, match="rank 65 is beyond the 64"):
-        lora_ranks.importance_ranks(importance, 65, [100] * 5, [64] * 5)
+        targets.importance_ranks(importance, 65, [100] * 5, [64] * 5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -186,8 +186,7 @@ def test_adapters_of_every_family_are_merged_to_the_same_logits(name: str) -> No
     assert all(any("att" in path for path in block) for block in blocks)
     costs = targets.rank_costs(blocks)
     before = logits(model)
-    names = adapters.ranks_by_name(blocks, [1, 2, 3, 4])
-    adapted = adapters.attach(model, names, 2.0, 0)
+    adapted = adapters.attach(model, blocks, [1, 2, 3, 4], 2.0, 0)
     assert torch.equal(logits(adapted), before)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in trained.values()) == sum(

@@ -14,7 +14,7 @@ from cfsp.errors import CfspError
 from cfsp.evaluation.quality import evaluation_windows
 from cfsp.models.descriptions import describe
 from cfsp.models.layouts import known_layout
-from cfsp.recovery import adapters, distillation, targets
+from cfsp.recovery import adapters, targets, training
 from cfsp.recovery import estimate as estimates
 
 from ..conftest import make_tiny, make_tokenizer
@@ -48,9 +48,9 @@ def test_the_loss_is_what_its_definition_says() -> None:
     divergence = 9 * (p * (p / q).log()).sum(-1).mean()
     pairs = list(zip(student.hidden_states, teacher.hidden_states, strict=True))[1:]
     distance = sum(((s - t).norm() / t.norm()) ** 2 for s, t in pairs) / 2
-    found = distillation.distillation_loss(student, teacher, torch.tensor(7.0), choice)
+    found = training.distillation_loss(student, teacher, torch.tensor(7.0), choice)
     assert float(found) == pytest.approx(float(3.5 + 2 * divergence + 4 * distance), rel=1e-5)
-    same = distillation.distillation_loss(teacher, teacher, torch.tensor(7.0), choice)
+    same = training.distillation_loss(teacher, teacher, torch.tensor(7.0), choice)
     assert float(same) == pytest.approx(3.5, abs=1e-5)
 
 
@@ -59,7 +59,7 @@ def distance(model: torch.nn.Module, teacher: torch.nn.Module, choice: cfsp.Dist
     """The loss over all windows of the text."""
     ids = evaluation_windows(make_tokenizer(), TEXT, 16, 200, "auto")
     outputs = [m(input_ids=ids, output_hidden_states=True) for m in (model, teacher)]
-    return float(distillation.distillation_loss(*outputs, torch.tensor(0.0), choice))
+    return float(training.distillation_loss(*outputs, torch.tensor(0.0), choice))
 
 
 def test_a_student_comes_nearer_to_its_teacher(pruned: Path, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_estimated_activations_are_those_kept(name: str, inner: int, tmp_path: P
         estimated[blocks] = estimates._activations(costs, seqlen, seqlen, False)
         model.requires_grad_(False)
         found = targets.projections(model, known_layout(name), "ffn")
-        names = adapters.ranks_by_name(found, [1] * blocks)
-        kept[blocks] = kept_bytes(adapters.attach(model, names, 2.0, 0), seqlen)
+        adapted = adapters.attach(model, found, [1] * blocks, 2.0, 0)
+        kept[blocks] = kept_bytes(adapted, seqlen)
     assert estimated[4] - estimated[2] == pytest.approx(kept[4] - kept[2], rel=0.2)
 
 

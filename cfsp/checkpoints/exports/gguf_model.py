@@ -4,7 +4,7 @@ llama.cpp's arch ``llama`` has one FFN width for all blocks; ``deci``, the same 
 per block. Both rotate neighbouring pairs of q and k, so their rows are put in that order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ LLAMA_ARCHS = ("llama", "deci")
 """They rotate neighbouring pairs of q and k, not halves, and may have a bias on down_proj."""
 ROPE_TYPES = ("default", "linear", "llama3")
 """Those that a factor per frequency says in full."""
+ROPE_FACTORS = "rope_freqs.weight"
 SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -76,45 +77,63 @@ def write(source: ExportSource, options: ExportOptions, file: Path, progress: bo
     arch = architecture(source)
     types = {dtype: name for name, dtype in STORED.items()}
     chosen = options.type or types[source.opened.model.dtype]
-    planned = list(gguf_tensors(source, arch, chosen))
+    planned = _planned(source, arch, chosen)
     writer = GGUFWriter(file, arch)
     try:
         write_parameters(writer, source, arch, chosen)
         pre = write_tokenizer(writer, source, options.pre)
-        for tensor in planned:
+        for entry in planned.values():
             # A dtype other than uint8: the shape is in values then, not in bytes.
-            dtype, kind = np.dtype(np.float32), GGMLQuantizationType[tensor.type]
-            writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, kind)
+            dtype, kind = np.dtype(np.float32), GGMLQuantizationType[entry.type]
+            writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress_bar(sum(tensor.nbytes for tensor in planned), progress) as bar:
-            for tensor, values in _with_values(planned, source, arch):
-                writer.write_tensor_data(gguf_bytes(tensor, values))
-                bar.update(tensor.nbytes)
+        with progress_bar(sum(entry.nbytes for entry in planned.values()), progress) as bar:
+            for name, values in _tensors(source, arch, source.named_tensors()):
+                writer.write_tensor_data(gguf_bytes(planned[name], values))
+                bar.update(planned[name].nbytes)
     finally:
         writer.close()
     found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    if list(found) != [tensor.name for tensor in planned]:
+    if list(found) != [entry.name for entry in planned.values()]:
         raise RuntimeError("the file holds other tensors than were written")
-    for tensor, values in _with_values(planned, open_source(source.path), arch):
-        check_gguf_tensor(tensor, found[tensor.name], values)
-    as_f16 = [t.name for t in planned if len(t.shape) > 1 and t.type != chosen]
+    again = open_source(source.path)
+    for name, values in _tensors(again, arch, again.named_tensors()):
+        check_gguf_tensor(planned[name], found[planned[name].name], values)
+    as_f16 = [x.name for x in planned.values() if len(x.shape) > 1 and x.type != chosen]
     return {"architecture": arch, "type": chosen, "pre": pre, "stored_as_f16": as_f16}
 
 
-def gguf_tensors(source: ExportSource, arch: str, chosen: str) -> Iterator[GgufTensor]:
-    """The tensors to write, in the order of :meth:`ExportSource.named_tensors`."""
+def _planned(source: ExportSource, arch: str, chosen: str) -> dict[str, GgufTensor]:
+    """The tensors to write, in their order, by the model's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     names = get_tensor_name_map(MODEL_ARCH[arch.upper()], len(source.widths))
-    for name, tensor in source.saved_tensors().items():
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+    planned = {}
+    for name, tensor in _tensors(source, arch, source.saved_tensors().items()):
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name == ROPE_FACTORS:
+            place = name
+        if place is None:
             raise CfspError(f"llama.cpp's arch {arch} has no place for {name}")
-        yield GgufTensor.planned(name, found, tuple(tensor.shape), chosen)
-    if source.config.rope_parameters["rope_type"] != "default":
-        yield GgufTensor.planned("", "rope_freqs.weight", (source.config.head_dim // 2,), "F32")
+        planned[name] = GgufTensor.planned(name, place, tuple(tensor.shape), chosen)
+    return planned
+
+
+def _tensors(
+    source: ExportSource, arch: str, held: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors as an arch wants them, by the model's names; last its rotary factors."""
+    config = source.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, values in held:
+        projection = name.split(".")[-2]
+        if arch in LLAMA_ARCHS and projection in heads:
+            values = neighbour_pairs(values, heads[projection])
+        yield name, values
+    if config.rope_parameters["rope_type"] != "default":
+        yield ROPE_FACTORS, rope_factors(source)
 
 
 def rope_factors(source: ExportSource) -> torch.Tensor:
@@ -128,25 +147,6 @@ def rope_factors(source: ExportSource) -> torch.Tensor:
 def neighbour_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows [heads * head_dim, ...] of q or k, from halves of each head to neighbouring pairs."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
-
-
-def _with_values(
-    planned: list[GgufTensor], source: ExportSource, arch: str
-) -> Iterator[tuple[GgufTensor, torch.Tensor]]:
-    """Each tensor with its values, in the order planned."""
-    config, held = source.config, source.named_tensors()
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for tensor in planned:
-        if not tensor.source:
-            yield tensor, rope_factors(source)
-            continue
-        name, values = next(held)
-        if name != tensor.source:
-            raise RuntimeError(f"expected {tensor.source}, found {name}")
-        projection = name.split(".")[-2]
-        if arch in LLAMA_ARCHS and projection in heads:
-            values = neighbour_pairs(values, heads[projection])
-        yield tensor, values
 
 
 def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) -> None:

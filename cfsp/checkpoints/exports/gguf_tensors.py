@@ -23,7 +23,7 @@ class GgufTensor:
     """A tensor to write, its shape as in torch."""
 
     source: str
-    """Its name in the model; empty for one that the model does not hold."""
+    """Its name in the model."""
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]

@@ -7,10 +7,10 @@ honours an exact ``intermediate_size`` where ``ffn_mult`` is absent. SGLang and 
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoConfig
 
 from ...errors import CfspError
@@ -49,13 +49,8 @@ def check(source: ExportSource, options: ExportOptions) -> None:
 
 def write(source: ExportSource, options: ExportOptions, folder: Path, progress: bool) -> Details:
     """Write a folder. Details: ``ffn_mult``, whether SGLang and TensorRT-LLM read the widths."""
-    values, layout, added_bias = decilm_config(source), source.opened.layout, source.added_bias
-
-    def complete_(block: nn.Module) -> None:
-        if added_bias:
-            add_zero_biases_(block, layout)
-
-    write_changed_weights(source, folder, complete_, progress)
+    values = decilm_config(source)
+    write_changed_weights(source, folder, partial(add_zero_biases_, source=source), progress)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(CONFIG_FILE, folder / CONFIG_FILE.name)
     write_companions(source.opened.model, source.opened.tokenizer, folder)

@@ -60,8 +60,7 @@ def write(source: ExportSource, options: ExportOptions, folder: Path, progress: 
 
     def grow_(block: nn.Module) -> None:
         pad_block_(block, layout, width)
-        if added_bias:
-            add_zero_biases_(block, layout)
+        add_zero_biases_(block, source)
 
     write_changed_weights(source, folder, grow_, progress)
     if added_bias:
@@ -93,10 +92,10 @@ def zero_padded(tensor: torch.Tensor, axis: ChannelAxis, width: int) -> torch.Te
     return torch.cat([piece for part in parts for piece in (part, zeros)], axis.dimension)
 
 
-def add_zero_biases_(block: nn.Module, layout: Layout) -> None:
-    """Give gate and up biases of zeros, in place: beside the down projection's, which a
-    compensation added, since the stock classes know a bias for all three or for none."""
-    for ffn in layout.block_ffns(block):
+def add_zero_biases_(block: nn.Module, source: ExportSource) -> None:
+    """Where a compensation added a bias to down, give gate and up biases of zeros, in place: the
+    stock classes know a bias for all three or for none."""
+    for ffn in source.opened.layout.block_ffns(block) if source.added_bias else ():
         for path in (ffn.gate, ffn.up):
             weight = block.get_parameter(f"{path}.weight")
             bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)

@@ -61,23 +61,19 @@ class ExportSource:
         positions = self.config.max_position_embeddings
         return min(positions, getattr(self.config, "sliding_window", None) or positions)
 
-    @property
-    def _is_whole(self) -> bool:
-        return isinstance(self.opened.blocks, LiveBlocks)
-
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """By the names of checkpoints; where these differ, the model is in memory whole."""
-        tensors = saved_tensors(self.opened.model)
-        return converted(self.opened.model, tensors) if self._is_whole else tensors
+        model, tensors = self.opened.model, saved_tensors(self.opened.model)
+        return converted(model, tensors) if isinstance(self.opened.blocks, LiveBlocks) else tensors
 
     def named_tensors(
         self, change_: Change = lambda block: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in the order of :meth:`saved_tensors`, one block in memory at a time where
         that can be, each after ``change_`` changed it in place."""
-        layout, model = self.opened.layout, self.opened.model
-        if self._is_whole:
-            for block in layout.find_blocks(model):
+        layout, blocks = self.opened.layout, self.opened.blocks
+        if isinstance(blocks, LiveBlocks):
+            for block in layout.find_blocks(self.opened.model):
                 change_(block)
             yield from self.saved_tensors().items()
             return
@@ -86,7 +82,7 @@ class ExportSource:
             if not inside:
                 yield from part
                 continue
-            with self.opened.blocks.turns() as turns:
+            with blocks.turns() as turns:
                 for number, block in turns:
                     change_(block)
                     for name, tensor in block.state_dict().items():
