@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .calibration.grams import temporary_folder
@@ -19,8 +20,7 @@ from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
 from .errors import CfspError
-from .evaluation.held_out import held_out_text
-from .evaluation.quality import EVALUATION_WINDOWS
+from .evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from .io.hashes import check_hashes, known_hashes
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
@@ -33,7 +33,7 @@ from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import PruneResult, Run, collect, plan_model, prune_from_disk_to_disk, prune_in_memory
+from .run import PruneResult, Run, plan_model, prune_from_disk_to_disk, prune_in_memory
 
 
 def calibrate(
@@ -70,12 +70,18 @@ def calibrate(
     opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     request = Request(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
-    micro_batch = _announced(opened, request, budget, progress, ranks)
+    run = Run(
+        opened=opened,
+        recipe=recipe,
+        windows=windows,
+        gram=gram,
+        micro_batch=_announced(opened, request, budget, progress, ranks),
+        progress=progress,
+        ranks=ranks,
+    )
     folder = Path(gram_folder) if gram_folder is not None else None
-    grams = ranks.of_first(lambda: temporary_folder(folder)) if gram else None
-    common = (opened, recipe, windows, micro_batch)
     with device_capped(model_device(opened.model), budget.device):
-        return collect(*common, grams=grams, progress=progress, ranks=ranks)
+        return run.calibrated(lambda: temporary_folder(folder))
 
 
 def latency_table(
@@ -216,13 +222,11 @@ def prune(
     held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
     needs = plan is None or COMPENSATIONS[recipe.resolved_compensation].needs_statistics
     calibrates = statistics is None and needs
-    windows = None
+    windows = torch.empty(0, 0)
     if calibrates or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    passes = len(windows) if calibrates and windows is not None else 0
-    measured = len(held_out.tokens) if held_out.tokens is not None else 0
-    request = Request(recipe, passes, measured, plan=plan, ranks=ranks.size, table=table)
-    micro_batch = _announced(opened, request, budget, progress, ranks)
+    texts = len(windows) if calibrates else 0, len(held_out.tokens)
+    request = Request(recipe, *texts, plan=plan, ranks=ranks.size, table=table)
 
     # Calibrate, plan, cut, document, verify, publish.
     run = Run(
@@ -232,9 +236,10 @@ def prune(
         statistics=statistics,
         windows=windows,
         calibrates=calibrates,
+        gram=recipe.needs_gram(planned=plan is not None) is not None,
         held_out=held_out,
         table=table,
-        micro_batch=micro_batch,
+        micro_batch=_announced(opened, request, budget, progress, ranks),
         overwrite=overwrite,
         verify=verify,
         stop=stop,
@@ -257,8 +262,7 @@ def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
     """Raise CfspError on every rank where a weight file is not what it should be."""
     problem = None
     try:
-        files = weight_files(model)
-        known = list(known_hashes(files).items())
+        known = list(known_hashes(weight_files(model)).items())
         check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
     except CfspError as error:
         problem = str(error)

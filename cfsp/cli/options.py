@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from ..costs.hardware import HARDWARE
 from ..errors import CfspError
-from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity, perplexities_by_dataset
+from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
 from ..settings import Setting, setting_of
 
 MODEL = "Hub id, local folder or .gguf file"
@@ -133,5 +133,5 @@ def print_perplexities(before: Perplexity | None, after: Perplexity | None) -> N
         return
     text = f"({before.dataset}, {before.windows} windows of {before.seqlen})"
     print(f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} {text}")
-    for name, was, now in perplexities_by_dataset(before, after):
-        print(f"perplexity of {name}: {was:.2f} -> {now:.2f}")
+    for name, value in before.by_dataset.items():
+        print(f"perplexity of {name}: {value:.2f} -> {after.by_dataset[name]:.2f}")

@@ -211,11 +211,11 @@ def choose_hardware(
     tflops: float | None = None,
     disk_gbps: float | None = None,
 ) -> Hardware:
-    """A machine by its name in ``HARDWARE``, or as it is; None: this one, by its device."""
+    """A machine by its name in ``HARDWARE``, of either case, or as it is; None: this one."""
     if isinstance(hardware, str):
-        if hardware not in HARDWARE:
+        if hardware.lower() not in HARDWARE:
             raise unknown_name("hardware", hardware, HARDWARE)
-        hardware = HARDWARE[hardware]
+        hardware = HARDWARE[hardware.lower()]
     if hardware is None:
         hardware = this_machine(pick_device(device), dtype, measure=tflops is None)
     return hardware.stated(tflops, disk_gbps)

@@ -1,4 +1,4 @@
-"""Perplexity by the usual protocol."""
+"""Perplexity by the usual protocol, and the held-out text that it is measured on."""
 
 import math
 import time
@@ -11,8 +11,19 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..calibration.mixtures import (
+    format_mixture,
+    held_out_mixture,
+    parse_mixture,
+    share_out,
+    windows_of_each,
+)
 from ..calibration.text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
+from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
+from ..errors import CfspError
+from ..models.loading import check_seqlen
+from ..models.opening import OpenModel
 
 EVALUATION_WINDOWS = 16
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
@@ -40,7 +51,63 @@ class Perplexity:
         return values
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class HeldOut:
+    """The windows that a model is measured on, before and after."""
+
+    tokens: torch.Tensor
+    """[N, S] int64; none where nothing is measured."""
+    dataset: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Windows of each dataset, one after another, where they are of several."""
+
+    @torch.no_grad()
+    def measure(
+        self, model: PreTrainedModel, *, progress: bool, ranks: Ranks = ALONE
+    ) -> Perplexity | None:
+        """The perplexity of a model in memory; None where nothing is measured."""
+        device = next(model.parameters()).device
+        own = self.tokens[ranks.share(len(self.tokens))]
+        hidden = not progress or not len(own)
+        bar = tqdm(total=own.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=hidden)
+
+        def logits() -> Iterator[torch.Tensor]:
+            for window in own:
+                yield model(input_ids=window[None].to(device), use_cache=False).logits
+                bar.update(len(window))
+
+        with bar:
+            return self.of_logits(logits(), ranks)
+
+    @torch.no_grad()
+    def of_logits(
+        self, logits: Iterable[torch.Tensor], ranks: Ranks, seconds: float = 0.0
+    ) -> Perplexity | None:
+        """The same from [1, S, V] of every window of this rank's share in order, asked for one at a
+        time, after ``seconds`` spent on them."""
+        started = time.perf_counter()
+        count, seqlen = self.tokens.shape
+        if count == 0:
+            return None
+        own = ranks.share(count)
+        found = [_loss(*pair) for pair in zip(logits, self.tokens[own], strict=True)]
+        losses = torch.zeros(count, dtype=torch.float64)
+        if found:
+            losses[own] = torch.stack(found).cpu()
+        ranks.fill_(losses)
+        several = self.counts if len(self.counts) > 1 else {}
+        parts = losses.split(list(several.values())) if several else ()
+        return Perplexity(
+            _perplexity(losses, seqlen),
+            count,
+            count * (seqlen - 1),
+            seqlen,
+            self.dataset,
+            ranks.most(seconds + time.perf_counter() - started),
+            {name: _perplexity(part, seqlen) for name, part in zip(several, parts, strict=True)},
+        )
+
+
 def perplexity(
     model: PreTrainedModel,
     windows: torch.Tensor,
@@ -60,58 +127,11 @@ def perplexity(
         progress: show a bar on stderr.
         ranks: each reads its share of the windows; the perplexity does not depend on how many.
     """
-    device = next(model.parameters()).device
-    own = windows[ranks.share(len(windows))]
-    bar = tqdm(
-        total=own.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=not progress
-    )
-
-    def logits() -> Iterator[torch.Tensor]:
-        for window in own:
-            yield model(input_ids=window[None].to(device), use_cache=False).logits
-            bar.update(len(window))
-
-    with bar:
-        return perplexity_of_logits(logits(), windows, dataset=dataset, counts=counts, ranks=ranks)
-
-
-@torch.no_grad()
-def perplexity_of_logits(
-    logits: Iterable[torch.Tensor],
-    windows: torch.Tensor,
-    *,
-    dataset: str = "",
-    counts: Mapping[str, int] | None = None,
-    ranks: Ranks = ALONE,
-    seconds: float = 0.0,
-) -> Perplexity:
-    """:func:`perplexity` from what a model says to each window, however it was run.
-
-    Args:
-        logits: [1, S, V] of every window of this rank's share in order, asked for one at a time.
-        windows: [N, S] int64, those of all ranks.
-        dataset, counts, ranks: see :func:`perplexity`.
-        seconds: spent on the windows before the logits.
-    """
-    started = time.perf_counter()
-    count, seqlen = windows.shape
-    own = ranks.share(count)
-    found = [_loss(*pair) for pair in zip(logits, windows[own], strict=True)]
-    losses = torch.zeros(count, dtype=torch.float64)
-    if found:
-        losses[own] = torch.stack(found).cpu()
-    ranks.fill_(losses)
-    several = counts if counts is not None and len(counts) > 1 else {}
-    parts = losses.split(list(several.values())) if several else ()
-    return Perplexity(
-        _perplexity(losses, seqlen),
-        count,
-        count * (seqlen - 1),
-        seqlen,
-        dataset,
-        ranks.most(seconds + time.perf_counter() - started),
-        {name: _perplexity(part, seqlen) for name, part in zip(several, parts, strict=True)},
-    )
+    held_out = HeldOut(windows, dataset, counts or {})
+    measured = held_out.measure(model, progress=progress, ranks=ranks)
+    if measured is None:
+        raise CfspError("there are no windows to measure on")
+    return measured
 
 
 def _perplexity(losses: torch.Tensor, seqlen: int) -> float:
@@ -137,8 +157,23 @@ def evaluation_windows(
     return consecutive_windows(tokens, seqlen, windows, bos_token(tokenizer, bos))
 
 
-def perplexities_by_dataset(
-    before: Perplexity, after: Perplexity
-) -> list[tuple[str, float, float]]:
-    """(dataset, before, after) of each dataset of several that the same windows are of."""
-    return [(name, value, after.by_dataset[name]) for name, value in before.by_dataset.items()]
+def held_out_text(
+    opened: OpenModel, calibration: Calibration, dataset: str | None, windows: int
+) -> HeldOut:
+    """Held-out windows to measure on: of ``dataset``, or else of those of the calibration's
+    datasets that have a held-out part, see :func:`cfsp.calibration.mixtures.held_out_mixture`."""
+    if windows == 0:
+        return HeldOut(torch.empty(0, calibration.seqlen, dtype=torch.int64))
+    mixture = parse_mixture(dataset or calibration.dataset)
+    if dataset is None:
+        mixture = held_out_mixture(mixture)
+    check_seqlen(opened.model, calibration.seqlen)
+    if opened.tokenizer is None:
+        raise CfspError("a live model needs its tokenizer to be evaluated; eval_windows=0 skips it")
+    counts = share_out(mixture, windows, "eval_windows")
+
+    def cut(tokens: torch.Tensor, count: int, start: int | None) -> torch.Tensor:
+        return consecutive_windows(tokens, calibration.seqlen, count, start)
+
+    drawn = windows_of_each(opened.tokenizer, counts, EVALUATE, calibration.bos, cut)
+    return HeldOut(torch.cat(drawn), format_mixture(mixture), counts)

@@ -10,7 +10,7 @@ from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
 from ..models.opening import OpenModel, open_model
 from .quality import evaluation_windows, perplexity
-from .speed import Generation, PeakMemory, measure_speed, random_prompts, time_round
+from .speed import Generation, PeakMemory, measure_speed, time_round
 from .tasks import find_tasks, run_tasks
 
 
@@ -81,7 +81,6 @@ def evaluate(
         opened = open_model(name, dtype, ranks.device(device))
         values = {"model": str(name), "parameters": opened.model.num_parameters()}
         if speed:
-            random_prompts(opened.model, workload)
             memory.restart()
             time_round(opened.model, workload)
             peaks.append(memory.measure())

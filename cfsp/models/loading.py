@@ -65,7 +65,10 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
         raise CfspError(f"{name}: corrupt safetensors: {error}") from None
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise CfspError(f"cannot load {name}: {reason}") from error
+        where = f"cannot load {name}"
+        if isinstance(error, OSError) and not Path(name).exists():
+            where = f"no folder {name} here, and cannot load it from the hub"
+        raise CfspError(f"{where}: {reason}") from error
 
 
 def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:

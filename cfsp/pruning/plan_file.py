@@ -44,7 +44,7 @@ def load_plan(path: str | Path) -> PruningPlan:
         return PruningPlan(blocks, document["model_fingerprint"], recipe)
     except CfspError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CfspError(f"{path} is not a valid plan: {type(error).__name__}: {error}") from None
 
 

@@ -18,8 +18,7 @@ from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
 from ..checkpoints.verification import take_probe, verify
 from ..costs.hardware import parse_memory, resident_bytes, this_machine
 from ..errors import CfspError
-from ..evaluation.held_out import held_out_text
-from ..evaluation.quality import EVALUATION_WINDOWS
+from ..evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import model_device, quiet_loading
 from ..models.opening import OpenModel, open_model
@@ -94,7 +93,7 @@ def recover(
     trained = what_is_trained(plan, model, layout, settings)
     windows = calibration_windows(model, opened.tokenizer, settings.text)
     held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
-    tokens, teacher = held_out.tokens, _teacher(opened, settings, device)
+    teacher = _teacher(opened, settings, device)
 
     # Estimate, with the texts at hand.
     estimate = estimate_training(
@@ -102,7 +101,7 @@ def recover(
         teacher.described if teacher is not None else None,
         settings,
         trained.parameters,
-        len(tokens) if tokens is not None else 0,
+        len(held_out.tokens),
         this_machine(where, model.dtype, measure=progress),
         budget,
         process,
@@ -122,7 +121,7 @@ def recover(
         "settings": changing,
         "teacher": _fingerprint(teacher.model) if teacher is not None else None,
         "training text": tokens_fingerprint(windows),
-        "evaluation text": tokens_fingerprint(tokens) if tokens is not None else None,
+        "evaluation text": tokens_fingerprint(held_out.tokens) if len(held_out.tokens) else None,
         "machine or version": made_by,
     }
     if resume:

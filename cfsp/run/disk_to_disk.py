@@ -82,12 +82,14 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
 
 
 def _calibrated(run: Run, folder: Path) -> Statistics | None:
-    """The statistics that an interrupted run kept, or new ones, which are kept: first alone, then
-    with the ranking that the plan follows from, where that takes long."""
+    """The statistics given, those that an interrupted run kept, or new ones, which are kept: first
+    alone, then with the ranking that the plan follows from, where that takes long."""
+    if not run.calibrates:
+        return run.statistics
     recipe, statistics = run.recipe, run.ranks.of_first(lambda: kept_statistics(folder))
     if statistics is None:
         statistics = run.calibrated(lambda: kept_grams(folder))
-    if statistics is None or not run.calibrates or not run.ranks.first:
+    if not run.ranks.first:
         return statistics
     keep_statistics(folder, statistics)
     planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
@@ -112,8 +114,7 @@ def _cut(
     sizes = footprints(opened.described, plan, run.table)
     own_probe = probe_tokens(model)[: 1 if ranks.first else 0]
     probe = RidingWindows(model, modules, own_probe)
-    tokens = held_out.tokens if held_out.tokens is not None else own_probe[:0]
-    own = tokens[ranks.share(len(tokens))]
+    own = held_out.tokens[ranks.share(len(held_out.tokens))]
     dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
     refitting, stopped = run.refitting(), False
     before, after = ([w.ride for w in x if len(w.windows)] for x in ([dense], [pruned, probe]))
@@ -136,7 +137,7 @@ def _cut(
         stopped = True
     if ranks.any(stopped):
         raise Stopped
-    measured = [held_out.measure_ridden(riding, ranks) for riding in (dense, pruned)]
+    measured = [held_out.of_logits(w.logits(), ranks, w.seconds) for w in (dense, pruned)]
     logits = next(probe.logits(), torch.empty(0)).cpu()
     known = statistics.without_grams() if statistics is not None else None
     return partial(run.finish_, plan, known, sizes, fits, refitting, *measured), logits

@@ -1,9 +1,8 @@
-"""A pruning job whose input is checked, and the steps that both ways of running it share."""
+"""A job whose input is checked, and the steps that both ways of running it share."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from ..calibration.windows import calibration_windows
 from ..costs.budgets import plan_within
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
-from ..distributed import ALONE, Ranks
-from ..evaluation.held_out import HeldOut
-from ..evaluation.quality import Perplexity, perplexity
+from ..distributed import Ranks
+from ..evaluation.quality import HeldOut, Perplexity, perplexity
 from ..models.blocks import StoredBlocks
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.loading import model_device
@@ -32,32 +30,6 @@ from ..pruning.search import width_search
 from .result import PruneReport
 
 
-def collect(
-    opened: OpenModel,
-    recipe: Recipe,
-    windows: torch.Tensor,
-    micro_batch: int,
-    *,
-    grams: GramFolder | None = None,
-    stop: Callable[[], bool] = bool,
-    progress: bool = False,
-    ranks: Ranks = ALONE,
-) -> Statistics:
-    """The statistics of one pass over [N, S] calibration tokens, with where they come from."""
-    return collect_statistics(
-        opened.model,
-        opened.layout,
-        windows,
-        micro_batch=micro_batch,
-        provenance={"model": opened.name, "calibration": dataclasses.asdict(recipe.calibration)},
-        progress=progress,
-        weights=opened.blocks,
-        stop=stop,
-        ranks=ranks,
-        grams=grams,
-    )
-
-
 def plan_model(
     opened: OpenModel,
     statistics: Statistics,
@@ -69,8 +41,7 @@ def plan_model(
 ) -> PruningPlan:
     """The plan under the recipe's budget for this very model; raises CfspError where no widths meet
     it. A search measures on the last of ``windows``, [N, S] calibration tokens, drawn if None."""
-    model, layout, search = opened.model, opened.layout, None
-    weights = opened.blocks.ffn_weights
+    model, layout, weights, search = opened.model, opened.layout, opened.blocks.ffn_weights, None
     if recipe.searches:
         if windows is None:
             windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
@@ -80,50 +51,54 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    described = opened.described
-    return plan_within(
-        statistics, weights, recipe, described, table, search=search, progress=progress
-    )
+    sizes = opened.described
+    return plan_within(statistics, weights, recipe, sizes, table, search=search, progress=progress)
+
+
+NOTHING = HeldOut(torch.empty(0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A checked job, the same whether the model is in memory or on disk."""
+    """A checked job, the same whether the model is in memory or on disk; without a plan, statistics
+    or held-out text, all that a calibration needs."""
 
     opened: OpenModel
     recipe: Recipe
-    plan: PruningPlan | None
-    statistics: Statistics | None
-    windows: torch.Tensor | None
-    """[N, S] calibration tokens; None where nothing reads them."""
-    calibrates: bool
+    plan: PruningPlan | None = None
+    statistics: Statistics | None = None
+    windows: torch.Tensor
+    """[N, S] calibration tokens; none where nothing reads them."""
+    calibrates: bool = True
     """Whether a pass over these makes the statistics."""
-    held_out: HeldOut
-    table: LatencyTable | None
+    gram: bool
+    """Whether that pass collects Gram matrices."""
+    held_out: HeldOut = NOTHING
+    table: LatencyTable | None = None
     """Latency of the model on the device that the result is for."""
     micro_batch: int
     """Windows per forward call of calibration."""
-    overwrite: bool
-    verify: bool
-    stop: Callable[[], bool]
+    overwrite: bool = False
+    verify: bool = False
+    stop: Callable[[], bool] = bool
     progress: bool
     ranks: Ranks
 
-    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics | None:
-        """The statistics given, or those of a pass over the calibration tokens; ``grams`` makes the
-        folder for Gram matrices, where they are needed."""
-        if not self.calibrates or self.windows is None:
-            return self.statistics
-        needs_gram = self.recipe.needs_gram(planned=self.plan is not None)
-        return collect(
-            self.opened,
-            self.recipe,
+    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics:
+        """The statistics of a pass over the calibration tokens, with where they come from;
+        ``grams`` makes the folder for Gram matrices."""
+        opened, calibration = self.opened, dataclasses.asdict(self.recipe.calibration)
+        return collect_statistics(
+            opened.model,
+            opened.layout,
             self.windows,
-            self.micro_batch,
-            grams=self.ranks.of_first(grams) if needs_gram else None,
-            stop=self.stop,
+            micro_batch=self.micro_batch,
+            provenance={"model": opened.name, "calibration": calibration},
             progress=self.progress,
+            weights=opened.blocks,
+            stop=self.stop,
             ranks=self.ranks,
+            grams=self.ranks.of_first(grams) if self.gram else None,
         )
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
@@ -132,19 +107,21 @@ class Run:
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")
-        make = partial(plan_model, self.opened, statistics, self.recipe, self.table)
-        return self.ranks.of_first(lambda: make(windows=self.windows, progress=self.progress))
+        inputs = (self.opened, statistics, self.recipe, self.table)
+        return self.ranks.of_first(
+            lambda: plan_model(*inputs, windows=self.windows, progress=self.progress)
+        )
 
     def refitting(self) -> Refitting | None:
         """The calibration windows on their way through the blocks, where these are fitted again."""
-        if not self.recipe.refits or self.windows is None:
+        if not self.recipe.refits:
             return None
         return Refitting(self.opened.model, self.opened.layout, self.windows, self.recipe)
 
     def measured(self) -> Perplexity | None:
         """Perplexity of the model in memory on the held-out text, where there is any."""
-        model = self.opened.model
-        return self.held_out.measure(model, progress=self.progress, ranks=self.ranks)
+        progress, ranks = self.progress, self.ranks
+        return self.held_out.measure(self.opened.model, progress=progress, ranks=ranks)
 
     def finish_(
         self,
@@ -182,8 +159,8 @@ class Run:
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
 
-        def tokens(windows: torch.Tensor | None) -> str | None:
-            return tokens_fingerprint(windows) if windows is not None else None
+        def tokens(windows: torch.Tensor, read: bool = True) -> str | None:
+            return tokens_fingerprint(windows) if read and len(windows) else None
 
         plan, statistics, recipe = self.plan, self.statistics, self.recipe.to_dict()
         del recipe["micro_batch"]  # what it asks for; the one in force counts
@@ -194,8 +171,8 @@ class Run:
             "latency table": self.table.fingerprint() if self.table is not None else None,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
-            "calibration text": tokens(self.windows if self.calibrates else None),
-            "refitting text": tokens(self.windows if self.recipe.refits else None),
+            "calibration text": tokens(self.windows, self.calibrates),
+            "refitting text": tokens(self.windows, self.recipe.refits),
             "evaluation text": tokens(self.held_out.tokens),
             "machine or version": versions(blocks.device),
         }

@@ -157,6 +157,9 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
     match kind:
         case "absent":
             return tmp_path / "absent", out, "no such model folder"
+        case "mistyped":
+            message = "no folder nonexist here, and cannot load it from the hub: "
+            return Path("nonexist"), out, message
         case "not a folder":
             (tmp_path / "file").write_text("x")
             return tmp_path / "file", out, "is not a folder; a model is a folder"
@@ -218,7 +221,7 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "absent", "not a folder", "no config", "no weights", "only pickled weights",
+        "absent", "mistyped", "not a folder", "no config", "no weights", "only pickled weights",
         "truncated weights", "corrupt header", "missing tensor", "wrong shapes",
         "no tokenizer", "unsupported architecture",
         "bad json", "NaN weights", "out is the input", "out exists", "out is a file",

@@ -75,7 +75,7 @@ def test_the_printed_tables_name_every_assumption(capsys: pytest.CaptureFixture[
     ):  # fmt: skip
         assert text in printed, text
     _, printed, _ = run(
-        capsys, "prune", config, "--dry-run", "--hardware", "h100", "--disk-gbps", 1, "--json",
+        capsys, "prune", config, "--dry-run", "--hardware", "H100", "--disk-gbps", 1, "--json",
     )  # fmt: skip
     assert json.loads(printed)["seconds"] > 300
     assert json.loads(printed)["hardware"]["sources"]["disk_read"] == "stated"

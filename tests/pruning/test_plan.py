@@ -104,6 +104,8 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
         ({"kept": "0-2,9"}, r"channels in \[0, 7\]"),
         ({"kept": "x"}, "not a valid plan"),
         ({"kept": ""}, "not a valid plan"),
+        ({"kept": 5}, "not a valid plan: AttributeError"),
+        ({"score_quantiles": 5}, "not a valid plan: AttributeError"),
         ({"error_curves": ["0:1 9:0"]}, r"error curves end at widths \[9\], its FFNs have \[8\]"),
         ({"error_curves": ["0:1 8:0"] * 2}, r"end at widths \[8, 8\], its FFNs have \[8\]"),
         ({"error_curves": ["0:1 8:0 3:1"]}, "must ascend from 0: '0:1 8:0 3:1'"),
