@@ -4,7 +4,7 @@ import argparse
 
 from ..api import calibrate
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
-from .options import MODEL, add_device, add_output, check_new, given, print_json
+from .options import MODEL, add_device, add_output, check_new, given, show
 from .prune import add_calibration, recipe_of
 
 EXAMPLES = """\
@@ -37,14 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
         ranks=arguments.group,
         **given(arguments, ("gram", "device", "max_memory")),
     )
-    if not arguments.group.first:
-        return
-    save_statistics(statistics, out)
-    summary = {
-        "statistics": str(out),
-        "blocks": len(statistics.blocks),
-        "tokens": statistics.blocks[0].tokens,
-        "importance": {name: statistics.importance(name).tolist() for name in INFLUENCE_METRICS},
-    }
-    if not print_json(arguments, summary):
-        print(f"{out}: {summary['blocks']} blocks, {summary['tokens']:,} tokens")
+    if arguments.group.first:
+        save_statistics(statistics, out)
+    importance = {name: statistics.importance(name).tolist() for name in INFLUENCE_METRICS}
+    blocks, tokens = len(statistics.blocks), statistics.blocks[0].tokens
+    summary = {"statistics": str(out), "blocks": blocks, "tokens": tokens, "importance": importance}
+    show(arguments, summary, f"{out}: {blocks} blocks, {tokens:,} tokens")

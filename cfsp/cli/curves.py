@@ -7,7 +7,7 @@ from ..calibration.statistics import check_statistics, load_statistics, save_sta
 from ..models.opening import open_any
 from ..pruning.ranking import stored_ranking, with_ranking
 from ..pruning.recipe import Recipe
-from .options import MODEL, add_device, add_fields, add_output, given, print_json
+from .options import MODEL, add_device, add_fields, add_output, given, show
 
 SCORER = "obs"
 OPTIONS = ("scorer", "compensation", "damping", "dtype")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     group = parser.add_argument_group("method", "What the curves are of.")
     add_fields(group, Recipe, OPTIONS, {"scorer": SCORER})
-    add_output(parser, overwrite=False)
+    add_output(parser, but="overwrite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,6 +45,5 @@ def run(arguments: argparse.Namespace) -> None:
         "damping": recipe.damping,
         "new": not known,
     }
-    if not print_json(arguments, summary):
-        added = "has them already" if known else "error curves added"
-        print(f"{file}: {recipe.scorer}, {summary['compensation']}: {added}")
+    added = "has them already" if known else "error curves added"
+    show(arguments, summary, f"{file}: {recipe.scorer}, {recipe.resolved_compensation}: {added}")

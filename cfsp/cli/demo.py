@@ -22,7 +22,7 @@ from ..models.loading import quiet_loading
 from ..models.opening import open_model
 from ..pruning.recipe import Recipe
 from ..report.pictures import plot_widths
-from .options import add_device, add_output, print_json
+from .options import add_device, add_output, show
 
 EXAMPLES = """\
 cfsp demo
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     out, overwrite, device = Path(arguments.out), arguments.overwrite, arguments.device
     demo = run_demo(out, overwrite=overwrite, device=device, progress=not arguments.quiet)
-    if not print_json(arguments, demo.result.report.to_dict()):
+    show(arguments, demo.result.report.to_dict())
+    if not arguments.json:
         print_demo(demo, Console())
 
 
@@ -135,11 +136,8 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
 
 def print_demo(demo: DemoResult, console: Console) -> None:
     """The table before and after, and where everything is."""
-    report = demo.result.report
-    before, after = report.perplexity_before, report.perplexity_after
-    if before is None or after is None:
-        raise ValueError("the demo measures perplexity")
-    perplexities, continuations = (before, after), (demo.before, demo.after)
+    report, continuations = demo.result.report, (demo.before, demo.after)
+    perplexities = [p for p in (report.perplexity_before, report.perplexity_after) if p is not None]
     table = Table(title=f"{NAME}, {demo.result.plan.sparsity:.0%} of FFN channels removed")
     for title in ("", "before", "after"):
         table.add_column(title, justify="right" if title else "left", overflow="fold")

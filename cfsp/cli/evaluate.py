@@ -2,7 +2,6 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
 from ..calibration.windows import Calibration
@@ -10,7 +9,7 @@ from ..evaluation.side_by_side import evaluate
 from ..evaluation.speed import Generation
 from ..pruning.recipe import Recipe
 from ..report.tables import evaluation_table
-from .options import MODEL, add_device, add_fields, add_output, flag, given, print_json
+from .options import MODEL, add_device, add_fields, add_output, flag, given, show
 
 EXAMPLES = """\
 cfsp evaluate HuggingFaceTB/SmolLM2-135M pruned
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", metavar="NAME,NAME", help="Tasks or groups")
     group.add_argument("--task-path", metavar="DIR", help="Folder of task files of your own")
     group.add_argument("--limit", type=int, metavar="N", help="Only the first N examples of each")
-    add_output(parser, overwrite=False)
+    add_output(parser, but="overwrite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,20 +52,17 @@ def run(arguments: argparse.Namespace) -> None:
         ranks=arguments.group,
         **given(arguments, OPTIONS),
     )
-    if not arguments.group.first:
-        return
-    first = found[0]
-    if print_json(arguments, first if len(found) == 1 else {"models": found}):
-        return
-    if len(found) == 1 and not {"speed", "tasks"} & first.keys() and "perplexity" in first:
-        print(
-            f"perplexity {first['perplexity']:.4f} over {first['windows']} windows of "
-            f"{first['seqlen']} ({first['tokens']:,} predicted tokens, {first['seconds']:.1f} s)"
+    values = found[0] if len(found) == 1 else {"models": found}
+    shown: str | Table
+    if "perplexity" in values and not {"speed", "tasks"} & values.keys():
+        shown = (
+            f"perplexity {values['perplexity']:.4f} over {values['windows']} windows of "
+            f"{values['seqlen']} ({values['tokens']:,} predicted tokens, {values['seconds']:.1f} s)"
         )
-        return
-    shown, table = evaluation_table(found, ()), Table("")
-    for label in shown["labels"]:
-        table.add_column(label, justify="right", overflow="fold")
-    for measure in shown["measures"]:
-        table.add_row(measure["title"], *measure["texts"])
-    Console().print(table)
+    else:
+        shown, told = Table(""), evaluation_table(found, ())
+        for label in told["labels"]:
+            shown.add_column(label, justify="right", overflow="fold")
+        for measure in told["measures"]:
+            shown.add_row(measure["title"], *measure["texts"])
+    show(arguments, values, shown)

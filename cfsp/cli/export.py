@@ -4,7 +4,7 @@ import argparse
 
 from ..checkpoints.exports import EXPORTERS, export
 from ..checkpoints.exports.gguf_tensors import GGUF_TYPES
-from .options import MODEL, add_output, given, print_json
+from .options import MODEL, add_output, given, show
 
 EXAMPLES = """\
 cfsp export pruned --to gguf --type f16 --out pruned.gguf
@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
         **given(arguments, ("type", "pre", "multiple", "overwrite")),
     )
-    if not print_json(arguments, result.to_dict()):
-        for name, value in result.details.items():
-            print(f"{name.replace('_', ' ')}: {value}")
-        print(f"written, read back and compared: {result.out} ({result.nbytes:,} bytes)")
+    show(
+        arguments,
+        result.to_dict(),
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in result.details.items()),
+        f"written, read back and compared: {result.out} ({result.nbytes:,} bytes)",
+    )

@@ -3,7 +3,6 @@
 import argparse
 import re
 
-from rich.console import Console
 from rich.table import Table
 
 from ..api import latency_table
@@ -11,7 +10,7 @@ from ..costs.latency import LatencyTable, save_table
 from ..errors import CfspError
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import Recipe
-from .options import MODEL, add_device, add_fields, add_output, check_new, given, print_json
+from .options import MODEL, add_device, add_fields, add_output, check_new, given, show
 
 EXAMPLES = """\
 cfsp latency HuggingFaceTB/SmolLM2-135M --out table.json
@@ -46,17 +45,18 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if out is not None:
         save_table(table, out)
-    if not print_json(arguments, {**table.to_dict(), "dense_seconds": table.dense_seconds}):
-        _print_table(table, Console())
+    dense, outer = table.dense_seconds, table.outer_seconds
+    whole = f"dense model: {dense * 1e3:.2f} ms, embeddings and head {outer * 1e3:.2f} ms"
+    show(arguments, {**table.to_dict(), "dense_seconds": dense}, _shown(table), whole)
 
 
-def _print_table(table: LatencyTable, console: Console) -> None:
-    """Milliseconds of a block by width, and of the whole model."""
+def _shown(table: LatencyTable) -> Table:
+    """Milliseconds of a block by width."""
     device, dtype = table.identity["device"], table.identity["dtype"]
     shown = Table(title=f"{device}, {dtype}, {table.batch} x {table.length} tokens")
     for title in ("blocks", "FFN", "width", "ms a block", "of the dense model"):
         shown.add_column(title, justify="right")
-    dense, outer = table.dense_seconds, table.outer_seconds
+    dense = table.dense_seconds
     for kind, curves in enumerate(table.kinds):
         count = table.blocks.count(kind)
         for number, curve in enumerate(curves):
@@ -64,5 +64,4 @@ def _print_table(table: LatencyTable, console: Console) -> None:
                 share = (dense + count * (seconds - curve.seconds[-1])) / dense
                 sizes = (str(count), str(number), str(width))
                 shown.add_row(*sizes, f"{seconds * 1e3:.3f}", f"{share:.1%}")
-    console.print(shown)
-    console.print(f"dense model: {dense * 1e3:.2f} ms, embeddings and head {outer * 1e3:.2f} ms")
+    return shown

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+from rich.console import Console, RenderableType
+
 from ..costs.hardware import HARDWARE
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
@@ -16,8 +18,18 @@ from ..settings import Setting, setting_of
 MODEL = "Hub id, local folder or .gguf file"
 ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
 """What the value of an option is called, by its type."""
+OUTPUT = {
+    "quiet": "No estimate, no progress bars",
+    "json": "One JSON object as the last line of stdout",
+    "overwrite": "Replace what --out names",
+}
 JOB_OPTIONS = ("out", "eval_dataset", "eval_windows", "device", "max_memory", "overwrite", "resume")
 """Options of prune and recover that are parameters of their functions."""
+
+
+def names_of(kind: type, but: str = "") -> tuple[str, ...]:
+    """The fields of a dataclass, but one."""
+    return tuple(field.name for field in dataclasses.fields(kind) if field.name != but)
 
 
 def flag(name: str) -> str:
@@ -61,16 +73,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
 
 
-def add_output(
-    parser: argparse.ArgumentParser, *, quiet: bool = True, overwrite: bool = True
-) -> None:
+def add_output(parser: argparse.ArgumentParser, *, but: str = "") -> None:
+    """``--quiet``, ``--json`` and ``--overwrite``, but one of them."""
     group = parser.add_argument_group("output", "What is printed, and what may be replaced.")
-    add = group.add_argument
-    if quiet:
-        add("--quiet", action="store_true", help="No estimate, no progress bars")
-    add("--json", action="store_true", help="One JSON object as the last line of stdout")
-    if overwrite:
-        add("--overwrite", action="store_true", help="Replace what --out names")
+    for name, text in OUTPUT.items():
+        if name != but:
+            group.add_argument(flag(name), action="store_true", help=text)
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +86,9 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help=text)
 
 
-def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """``--eval-dataset`` and ``--eval-windows``."""
+def add_job(parser: argparse.ArgumentParser) -> Any:
+    """``--eval-dataset``, ``--eval-windows``, and ``--dry-run`` with ``--hardware`` and
+    ``--tflops``; returns the group of the last three."""
     about = "Perplexity on held-out text, before and after."
     add = parser.add_argument_group("evaluation", about).add_argument
     add(
@@ -90,15 +99,12 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
     text = "0 skips it (default: %(default)s)"
     add("--eval-windows", type=int, metavar="N", default=EVALUATION_WINDOWS, help=text)
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> Any:
-    """``--dry-run`` with ``--hardware`` and ``--tflops``; returns their group."""
     about = "What a run would take, from the config alone; weights are not read."
     group = parser.add_argument_group("dry run", about)
     add = group.add_argument
-    text = "Print memory, bytes, FLOPs and seconds; run nothing"
-    add("--dry-run", action="store_true", help=text)
+    add(
+        "--dry-run", action="store_true", help="Print memory, bytes, FLOPs and seconds; run nothing"
+    )
     text = "Estimate for this hardware (default: this machine)"
     add("--hardware", metavar="|".join(HARDWARE), help=text)
     add("--tflops", type=float, metavar="X", help="1e12 FLOP/s that a device sustains")
@@ -120,18 +126,28 @@ def check_new(out: str | Path, overwrite: bool) -> Path:
     return Path(out)
 
 
-def print_json(arguments: argparse.Namespace, values: dict[str, Any]) -> bool:
-    """Print one JSON object where ``--json`` asks for it; whether it does."""
+def show(arguments: argparse.Namespace, values: Mapping[str, Any], *shown: RenderableType) -> None:
+    """Print, on the first rank, one JSON object where ``--json`` asks for it, or else what is shown
+    to a person."""
+    if not arguments.group.first:
+        return
     if arguments.json:
         print(json.dumps(values))
-    return bool(arguments.json)
-
-
-def print_perplexities(before: Perplexity | None, after: Perplexity | None) -> None:
-    """A line, and one for each dataset where they are several; nothing where none was measured."""
-    if before is None or after is None:
         return
+    for item in shown:
+        tell = print if isinstance(item, str) else Console().print
+        tell(item)
+
+
+def perplexity_lines(before: Perplexity | None, after: Perplexity | None) -> list[str]:
+    """One, and one for each dataset where they are several; none where none was measured."""
+    if before is None or after is None:
+        return []
     text = f"({before.dataset}, {before.windows} windows of {before.seqlen})"
-    print(f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} {text}")
-    for name, value in before.by_dataset.items():
-        print(f"perplexity of {name}: {value:.2f} -> {after.by_dataset[name]:.2f}")
+    return [
+        f"perplexity: {before.perplexity:.2f} -> {after.perplexity:.2f} {text}",
+        *(
+            f"perplexity of {name}: {value:.2f} -> {after.by_dataset[name]:.2f}"
+            for name, value in before.by_dataset.items()
+        ),
+    ]

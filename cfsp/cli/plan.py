@@ -2,8 +2,6 @@
 
 import argparse
 
-from rich.console import Console
-
 from ..api import as_calibrated
 from ..calibration.statistics import check_statistics, load_statistics
 from ..costs.latency_measurement import table_for
@@ -11,7 +9,7 @@ from ..errors import CfspError
 from ..models.opening import open_any
 from ..pruning.plan_file import save_plan
 from ..run.job import plan_model
-from .options import MODEL, add_device, add_output, print_json
+from .options import MODEL, add_device, add_output, show
 from .prune import add_recipe, recipe_of
 
 EXAMPLES = """\
@@ -25,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PLAN.json", help="Save the plan")
     add_device(parser)
     add_recipe(parser)
-    add_output(parser, overwrite=False)
+    add_output(parser, but="overwrite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,5 +38,4 @@ def run(arguments: argparse.Namespace) -> None:
     plan = plan_model(opened, statistics, recipe, table, progress=not arguments.quiet)
     if arguments.out:
         save_plan(plan, arguments.out)
-    if not print_json(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}):
-        Console().print(plan.table())
+    show(arguments, {"widths": plan.widths, "sparsity": plan.sparsity}, plan.table())

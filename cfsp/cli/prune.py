@@ -4,9 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from rich.console import Console
-
-from ..api import PruneResult, prune
+from ..api import prune
 from ..calibration.windows import Calibration
 from ..checkpoints.card import fits_summary, refits_summary
 from ..costs.dry_run import estimate
@@ -29,8 +27,8 @@ METHOD = (
 )
 FIT = ("damping", "sequential", "epochs", "learning_rate")
 SEARCH = ("search_generations", "search_offspring", "search_windows", "search_seed")
-CALIBRATION_OPTIONS = tuple(field.name for field in dataclasses.fields(Calibration))
-RECIPE_OPTIONS = tuple(f.name for f in dataclasses.fields(Recipe) if f.name != "calibration")
+CALIBRATION_OPTIONS = options.names_of(Calibration)
+RECIPE_OPTIONS = options.names_of(Recipe, but="calibration")
 DRY_RUN_OPTIONS = ("hardware", "tflops", "disk_gbps", "ranks", "nodes")
 
 
@@ -101,8 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = add_recipe(parser)
     group.add_argument("--plan", metavar="PLAN.json", help="Apply a saved, perhaps edited plan")
     add_calibration(parser)
-    options.add_measuring(parser)
-    add = options.add_dry_run(parser).add_argument
+    add = options.add_job(parser).add_argument
     add("--disk-gbps", type=float, metavar="X", help="1e9 bytes/s of the disk of each machine")
     add("--ranks", type=int, metavar="N", help="Processes, each with its own device (default: 1)")
     add("--nodes", type=int, metavar="N", help="Machines that they run on (default: 1)")
@@ -115,7 +112,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise CfspError("--dry-run estimates a whole run; drop --plan and --statistics")
         if arguments.group.size > 1:
             raise CfspError("--dry-run is for one process; --ranks says how many a run will have")
-        dry_run(arguments, recipe_of(arguments))
+        names = ("eval_windows", "max_memory", "latency_table", "device", *DRY_RUN_OPTIONS)
+        given = options.given(arguments, names)
+        found = estimate(arguments.model, recipe_of(arguments), **given)
+        options.show(arguments, found.to_dict(), found.table())
+        if not found.supported:  # as the run itself would fail
+            raise unsupported(found.architecture)
+        found.check(parse_memory(arguments.max_memory))
         return
     options.check_no_dry_run(arguments, "prune", DRY_RUN_OPTIONS)
     plan = load_plan(arguments.plan) if arguments.plan else None
@@ -133,31 +136,14 @@ def run(arguments: argparse.Namespace) -> None:
             ranks=arguments.group,
             **options.given(arguments, passed_on),
         )
-    if not arguments.group.first:
-        return
-    if not options.print_json(arguments, {"out": str(result.out), **result.report.to_dict()}):
-        _print_result(result)
-
-
-def dry_run(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """Print the estimate; then fail where the run itself would."""
-    names = ("eval_windows", "max_memory", "latency_table", "device", *DRY_RUN_OPTIONS)
-    found = estimate(arguments.model, recipe, **options.given(arguments, names))
-    if not options.print_json(arguments, found.to_dict()):
-        Console().print(found.table())
-    if not found.supported:
-        raise unsupported(found.architecture)
-    found.check(parse_memory(arguments.max_memory))
-
-
-def _print_result(result: PruneResult) -> None:
     report = result.report
-    Console().print(result.plan.table())
-    for title, was, now in report.sizes.rows():
-        print(f"{title}: {was} -> {now}")
-    if any(report.fits):
-        print(f"least squares: {fits_summary(report.fits)}")
-    if report.refits:
-        print(f"blocks fitted again: {refits_summary(report.refits)}")
-    options.print_perplexities(report.perplexity_before, report.perplexity_after)
-    print(f"saved, reloaded and compared: {result.out}")
+    options.show(
+        arguments,
+        {"out": str(result.out), **report.to_dict()},
+        result.plan.table(),
+        *(f"{title}: {was} -> {now}" for title, was, now in report.sizes.rows()),
+        *([f"least squares: {fits_summary(report.fits)}"] if any(report.fits) else []),
+        *([f"blocks fitted again: {refits_summary(report.refits)}"] if report.refits else []),
+        *options.perplexity_lines(report.perplexity_before, report.perplexity_after),
+        f"saved, reloaded and compared: {result.out}",
+    )

@@ -1,13 +1,10 @@
 """Train a pruned model to win back what pruning cost, to a new folder."""
 
 import argparse
-import dataclasses
-
-from rich.console import Console
 
 from ..costs.hardware import parse_memory
 from ..errors import CfspError
-from ..recovery import Distillation, Recovery, RecoveryResult, recover
+from ..recovery import Distillation, Recovery, recover
 from ..recovery.estimate import estimate_recovery
 from . import options
 from .process import sigterm
@@ -16,8 +13,8 @@ EXAMPLES = """\
 cfsp recover pruned --out recovered --steps 500
 cfsp recover pruned --out recovered --teacher HuggingFaceTB/SmolLM2-135M
 """
-SETTINGS = tuple(f.name for f in dataclasses.fields(Recovery) if f.name != "distillation")
-WEIGHTS = tuple(f.name for f in dataclasses.fields(Distillation) if f.name != "teacher")
+SETTINGS = options.names_of(Recovery, but="distillation")
+WEIGHTS = options.names_of(Distillation, but="teacher")
 TEXT = ("dataset", "seqlen", "seed", "bos")
 MEMORY = ("micro_batch", "gradient_checkpointing")
 DRY_RUN_OPTIONS = ("hardware", "tflops")
@@ -38,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory", "What keeps training in a device's memory.")
     options.add_fields(group, Recovery, MEMORY)
     group.add_argument("--max-memory", metavar="20GiB", help="(default: a GPU's free memory)")
-    options.add_measuring(parser)
-    options.add_dry_run(parser)
+    options.add_job(parser)
     options.add_output(parser)
 
 
@@ -54,7 +50,11 @@ def settings_of(arguments: argparse.Namespace) -> Recovery:
 def run(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     if arguments.dry_run:
-        _dry_run(arguments, settings)
+        names = ("eval_windows", "max_memory", "device", *DRY_RUN_OPTIONS)
+        given = options.given(arguments, names)
+        found = estimate_recovery(arguments.model, settings, **given)
+        options.show(arguments, found.to_dict(), found.table())
+        found.check(parse_memory(arguments.max_memory))
         return
     options.check_no_dry_run(arguments, "recover", DRY_RUN_OPTIONS)
     with sigterm() as stop:
@@ -65,25 +65,16 @@ def run(arguments: argparse.Namespace) -> None:
             progress=not arguments.quiet,
             **options.given(arguments, (*options.JOB_OPTIONS, "keep_adapter")),
         )
-    values = {"out": str(result.out), "settings": result.report.settings.to_dict()}
-    if not options.print_json(arguments, {**values, **result.report.to_dict()}):
-        _print_result(result)
-
-
-def _dry_run(arguments: argparse.Namespace, settings: Recovery) -> None:
-    values = options.given(arguments, ("eval_windows", "max_memory", "device", *DRY_RUN_OPTIONS))
-    found = estimate_recovery(arguments.model, settings, **values)
-    if not options.print_json(arguments, found.to_dict()):
-        Console().print(found.table())
-    found.check(parse_memory(arguments.max_memory))
-
-
-def _print_result(result: RecoveryResult) -> None:
-    report, uniform = result.report, ""
-    if report.ranks:
-        print(f"ranks by {report.settings.allocation}: {' '.join(map(str, report.ranks))}")
-        uniform = f" (uniform ranks: {report.uniform_parameters:,})"
-    print(f"parameters trained: {report.trained_parameters:,}{uniform}")
-    print(f"loss: {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in {len(report.losses)} steps")
-    options.print_perplexities(report.perplexity_before, report.perplexity_after)
-    print(f"saved, reloaded and compared: {result.out}")
+    report = result.report
+    uniform = f" (uniform ranks: {report.uniform_parameters:,})" if report.ranks else ""
+    ranks = f"ranks by {report.settings.allocation}: {' '.join(map(str, report.ranks))}"
+    losses = report.losses
+    options.show(
+        arguments,
+        {"out": str(result.out), "settings": report.settings.to_dict(), **report.to_dict()},
+        *([ranks] if report.ranks else []),
+        f"parameters trained: {report.trained_parameters:,}{uniform}",
+        f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps",
+        *options.perplexity_lines(report.perplexity_before, report.perplexity_after),
+        f"saved, reloaded and compared: {result.out}",
+    )

@@ -7,7 +7,7 @@ from ..checkpoints.documents import read_evaluation, read_result
 from ..errors import CfspError
 from ..report.page import write_report
 from ..report.pictures import write_pictures
-from .options import add_output, check_new, print_json
+from .options import add_output, check_new, show
 
 EXAMPLES = """\
 cfsp report pruned --out report.html
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--evaluation", metavar="FILE", action="append", default=[], help=text)
     text = "Write pictures for model cards there too; needs the extra `report`"
     add("--png", metavar="DIR", help=text)
-    add_output(parser, quiet=False)
+    add_output(parser, but="quiet")
     parser.set_defaults(quiet=True)
 
 
@@ -38,5 +38,4 @@ def run(arguments: argparse.Namespace) -> None:
         folder = Path(arguments.png)
         pictures = [str(path) for result in results for path in write_pictures(result, folder)]
     write_report(results, out, evaluations)
-    if not print_json(arguments, {"report": str(out), "pictures": pictures}):
-        print("\n".join((str(out), *pictures)))
+    show(arguments, {"report": str(out), "pictures": pictures}, str(out), *pictures)

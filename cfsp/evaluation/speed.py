@@ -88,11 +88,8 @@ def _resident(key: str) -> int | None:
 
 
 def random_prompts(model: PreTrainedModel, generation: Generation) -> torch.Tensor:
-    """[batch, prompt_tokens] int64 on the model's device, the same for equal vocabularies.
-
-    Raises:
-        CfspError: more tokens than the model has positions.
-    """
+    """[batch, prompt_tokens] int64 on the model's device, the same for equal vocabularies;
+    CfspError for more tokens than the model has positions."""
     check_seqlen(model, generation.prompt_tokens + generation.new_tokens)
     generator = torch.Generator().manual_seed(0)
     shape = (generation.batch, generation.prompt_tokens)
@@ -129,17 +126,8 @@ def measure_speed(
     *,
     peak_memory: Sequence[int | None] | None = None,
 ) -> list[Speed]:
-    """Speeds of several models that can be compared: they take turns, so that each sees the same
-    machine.
-
-    Args:
-        models: causal LMs in eval mode; run once by the caller, or their first round is slow.
-        generation: what each model generates.
-        peak_memory: what :class:`PeakMemory` measured of each, kept with the result.
-
-    Raises:
-        CfspError: more tokens than a model has positions.
-    """
+    """Speeds of causal LMs in eval mode that can be compared: they take turns, so that each sees
+    the same machine. The caller has run each once, or their first round is slow."""
     rounds = [[time_round(model, generation) for model in models] for _ in range(generation.rounds)]
     memory = peak_memory or [None] * len(models)
     return [

@@ -17,12 +17,7 @@ def find_tasks(
     tasks: Sequence[str], folder: str | Path | None = None, *, progress: bool = True
 ) -> Any:
     """The harness's index of tasks, which takes some seconds, once these tasks or groups have been
-    loaded from it with their data; ``folder`` has the user's own task files.
-
-    Raises:
-        CfspError: a task that neither the harness nor ``folder`` has, or that cannot be loaded;
-            the harness is not installed.
-    """
+    loaded from it, or the user's ``folder``, with their data; CfspError where one cannot be."""
     if folder is not None and not Path(folder).is_dir():
         raise CfspError(f"no such folder of tasks: {folder}")
     try:
@@ -55,24 +50,16 @@ def run_tasks(
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Scores of a model by task and metric, such as ``acc``, ``acc_stderr`` for its standard error,
-    or ``exact_match (strict-match)`` for a metric of a filter.
-
-    ``index`` is the result of :func:`find_tasks`, ``limit`` reads only the first examples of each
-    task, ``batch`` reads so many at a time, and ``progress`` lets the harness write to stderr.
-    """
+    or ``exact_match (strict-match)`` for a metric of a filter; ``index`` is of :func:`find_tasks`,
+    and ``progress`` lets the harness write to stderr."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _stderr(progress):
-        model = HFLM(
-            pretrained=opened.model,
-            tokenizer=opened.tokenizer,
-            backend="causal",
-            batch_size=batch,
-        )
-        found = simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=index, limit=limit, log_samples=False
-        )
+        parts = {"pretrained": opened.model, "tokenizer": opened.tokenizer}
+        model = HFLM(**parts, backend="causal", batch_size=batch)
+        options = {"tasks": list(tasks), "task_manager": index, "limit": limit}
+        found = simple_evaluate(model=model, **options, log_samples=False)
     return {task: _metrics(values) for task, values in found["results"].items()}
 
 
@@ -83,9 +70,9 @@ def _stderr(shown: bool) -> AbstractContextManager[object]:
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
     """``{"acc,none": 0.5}`` -> ``{"acc": 0.5}``."""
-    metrics = {}
-    for name, value in values.items():
-        metric, _, of = name.partition(",")
-        if of and isinstance(value, int | float):
-            metrics[metric if of == "none" else f"{metric} ({of})"] = float(value)
-    return metrics
+    named = ((*name.split(",", 1), value) for name, value in values.items() if "," in name)
+    return {
+        metric if of == "none" else f"{metric} ({of})": float(value)
+        for metric, of, value in named
+        if isinstance(value, int | float)
+    }

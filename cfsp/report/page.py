@@ -1,6 +1,5 @@
 """``cfsp report``: one self-contained HTML file about one or more pruned folders."""
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..checkpoints.documents import Result
-from ..errors import CfspError
+from ..checkpoints.folder import new_file
 from ..io.files import format_bytes
 from ..pruning.allocation import ALLOCATORS
 from . import figures
@@ -38,15 +37,8 @@ def write_report(
     Raises:
         CfspError: the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(Path(path), overwrite=True) as partial:
         partial.write_text(report_html(results, evaluations), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CfspError(f"cannot write {path}: {error}") from None
 
 
 def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -> str:

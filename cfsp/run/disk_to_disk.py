@@ -8,17 +8,9 @@ from pathlib import Path
 import torch
 
 from ..calibration.statistics import Statistics
+from ..checkpoints import resume as state
 from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import new_folder, partial_path, write_settings
-from ..checkpoints.resume import (
-    begin,
-    check_resume,
-    check_shared,
-    end,
-    keep_statistics,
-    kept_grams,
-    kept_statistics,
-)
 from ..checkpoints.verification import probe_tokens, verify_streamed
 from ..costs.footprint import footprints
 from ..distributed import Ranks
@@ -41,11 +33,11 @@ def prune_from_disk_to_disk(
     opened, ranks, identity = run.opened, run.ranks, run.identity(blocks)
     ranks.check_same(identity)
     if resume:
-        ranks.of_first(lambda: check_resume(partial_path(out), identity))
+        ranks.of_first(lambda: state.check_resume(partial_path(out), identity))
     with _shared_folder(out, run.overwrite, resume, ranks) as folder:
         if ranks.first:
-            begin(folder, identity)
-        check_shared(folder, ranks)
+            state.begin(folder, identity)
+        state.check_shared(folder, ranks)
         statistics = _calibrated(run, folder)
         plan = run.planned(statistics)
         finish_, probe = _cut(run, plan, statistics, folder)
@@ -59,7 +51,7 @@ def prune_from_disk_to_disk(
             verify_streamed(folder, probe, blocks.device)
             if run.verify:
                 write_hashes(folder, progress=run.progress)
-            end(folder)
+            state.end(folder)
             return report
 
         report = ranks.of_first(publish)
@@ -86,17 +78,17 @@ def _calibrated(run: Run, folder: Path) -> Statistics | None:
     alone, then with the ranking that the plan follows from, where that takes long."""
     if not run.calibrates:
         return run.statistics
-    recipe, statistics = run.recipe, run.ranks.of_first(lambda: kept_statistics(folder))
+    recipe, statistics = run.recipe, run.ranks.of_first(lambda: state.kept_statistics(folder))
     if statistics is None:
-        statistics = run.calibrated(lambda: kept_grams(folder))
+        statistics = run.calibrated(lambda: state.kept_grams(folder))
     if not run.ranks.first:
         return statistics
-    keep_statistics(folder, statistics)
+    state.keep_statistics(folder, statistics)
     planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
     if recipe.ranks_by_gram and not planned:
         weights = run.opened.blocks.ffn_weights
         statistics = with_ranking(statistics, weights, recipe, curves=False, progress=run.progress)
-    keep_statistics(folder, statistics)
+    state.keep_statistics(folder, statistics)
     return statistics
 
 
