@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
-from ..models.opening import OpenModel, open_model
+from ..models.opening import open_model
 from .quality import evaluation_windows, perplexity
 from .speed import Generation, PeakMemory, measure_speed, time_round
 from .tasks import find_tasks, run_tasks
@@ -73,36 +75,33 @@ def evaluate(
     if limit is not None and limit < 1:
         raise CfspError(f"limit must be 1 or more, got {limit}")
     index = find_tasks(tasks, task_path, progress=progress) if tasks else None
-    kept: list[OpenModel] = []
+    kept: list[PreTrainedModel] = []
     found: list[dict[str, Any]] = []
     peaks: list[int | None] = []
     for name in models:
         memory = PeakMemory(pick_device(ranks.device(device)))
         opened = open_model(name, dtype, ranks.device(device))
-        values = {"model": str(name), "parameters": opened.model.num_parameters()}
+        model, tokenizer = opened.model, opened.tokenizer
+        values = {"model": str(name), "parameters": model.num_parameters()}
         if speed:
             memory.restart()
-            time_round(opened.model, workload)
+            time_round(model, workload)
             peaks.append(memory.measure())
-            kept.append(opened)
+            kept.append(model)
         if windows != 0:
-            text = Calibration(seqlen=seqlen, bos=bos)
-            check_seqlen(opened.model, text.seqlen)
-            measured = perplexity(
-                opened.model,
-                evaluation_windows(opened.tokenizer, dataset, text.seqlen, windows, text.bos),
-                dataset=dataset,
-                progress=ranks.first and progress,
-                ranks=ranks,
-            )
+            Calibration(seqlen=seqlen, bos=bos)  # refuses what is neither
+            check_seqlen(model, seqlen)
+            text = evaluation_windows(tokenizer, dataset, seqlen, windows, bos)
+            bars = progress and ranks.first
+            measured = perplexity(model, text, dataset=dataset, progress=bars, ranks=ranks)
             values |= measured.to_dict()
         if tasks:
             values["tasks"] = run_tasks(
                 opened, tasks, index, limit=limit, batch=batch, progress=progress
             )
         found.append(values)
-        del opened
-    speeds = measure_speed([o.model for o in kept], workload, peak_memory=peaks) if kept else []
+        del opened, model
+    speeds = measure_speed(kept, workload, peak_memory=peaks) if kept else []
     for values, measured_speed in zip(found, speeds, strict=False):
         values["speed"] = measured_speed.to_dict()
     return found

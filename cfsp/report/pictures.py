@@ -17,11 +17,8 @@ KEPT, REMOVED, LINE = "#2f6fb0", "#d9e2ec", "#c2512f"
 
 
 def write_pictures(result: Result, folder: Path) -> list[Path]:
-    """Write the pictures of a result as PNGs named after its folder; returns their paths.
-
-    Raises:
-        CfspError: matplotlib is not installed, or they cannot be written.
-    """
+    """Write the pictures of a result as PNGs named after its folder, whose paths are returned;
+    CfspError where matplotlib is not installed, or they cannot be written."""
     title = f"{result.name}: {result.plan.sparsity:.0%} of FFN channels removed"
     pictures = {"widths": plot_widths, "kept": plot_kept}
     if score_spread(result.plan):
@@ -55,11 +52,7 @@ def _picture(path: str | Path, title: str) -> Iterator[tuple[Any, Any]]:
 
 
 def plot_widths(plan: PruningPlan, path: str | Path, title: str) -> None:
-    """Kept width and importance of every block, as a PNG.
-
-    Raises:
-        CfspError: matplotlib is not installed.
-    """
+    """Kept width and importance of every block, as a PNG."""
     blocks = range(len(plan.blocks))
     sizes = [block.intermediate_size for block in plan.blocks]
     with _picture(path, title) as (figure, widths):
@@ -68,14 +61,9 @@ def plot_widths(plan: PruningPlan, path: str | Path, title: str) -> None:
         widths.set(xlabel="block", ylabel="FFN channels", xlim=(-0.7, len(sizes) - 0.3))
         widths.spines[["top", "right"]].set_visible(False)
         importance = widths.twinx()
-        importance.plot(
-            blocks,
-            [block.importance for block in plan.blocks],
-            color=LINE,
-            marker="o",
-            markersize=3,
-            label=f"importance ({plan.recipe.importance})",
-        )
+        values = [block.importance for block in plan.blocks]
+        label = f"importance ({plan.recipe.importance})"
+        importance.plot(blocks, values, color=LINE, marker="o", markersize=3, label=label)
         importance.set_ylabel("importance", color=LINE)
         importance.set_ylim(bottom=0)
         importance.spines[["top"]].set_visible(False)
@@ -102,9 +90,8 @@ def plot_scores(plan: PruningPlan, path: str | Path, title: str) -> None:
     low, quarter, median, three_quarters, high = zip(*spread, strict=True)
     with _picture(path, title) as (figure, axes):
         axes.fill_between(blocks, low, high, color=REMOVED, label="1/16 to 15/16")
-        axes.fill_between(
-            blocks, quarter, three_quarters, color=KEPT, alpha=0.5, label="middle half"
-        )
+        middle = {"color": KEPT, "alpha": 0.5, "label": "middle half"}
+        axes.fill_between(blocks, quarter, three_quarters, **middle)
         axes.plot(blocks, median, color=KEPT, label="median")
         axes.set_yscale("log" if score_axis(spread).log else "linear")
         axes.set(xlabel="block", ylabel=f"score ({plan.recipe.scorer})")

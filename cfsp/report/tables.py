@@ -70,15 +70,18 @@ def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]
         ("parameters", "{:,.0f}", was, now),
         ("FFN channels", "{:,.0f}", channels, sum(result.plan.widths)),
         ("perplexity", "{:,.2f}", pair.get("before"), pair.get("after")),
+        *((t, "{:,.1f}", number_at(dense, *at), number_at(own, *at)) for t, at in SPEEDS.items()),
     ]
-    for title, path in SPEEDS.items():
-        measures.append((title, "{:,.1f}", number_at(dense, *path), number_at(own, *path)))
-    found = []
-    for title, form, before, after in measures:
-        if before and after:
-            change = f"{after / before - 1:+.1%}".replace("-", "−")
-            texts = {"before": form.format(before), "after": form.format(after)}
-            found.append({"title": title, "change": change, **texts})
+    found = [
+        {
+            "title": title,
+            "change": f"{after / before - 1:+.1%}".replace("-", "−"),
+            "before": form.format(before),
+            "after": form.format(after),
+        }
+        for title, form, before, after in measures
+        if before and after
+    ]
     return [*found, {"title": "weight files", "after": format_bytes(result.nbytes)}]
 
 
@@ -97,19 +100,17 @@ def perplexities_compared(
 ) -> dict[str, Any] | None:
     """The text, and bars of the results that were measured, after the dense model's where all are
     of the same; None for fewer than two, or where texts differ."""
-    measured: list[tuple[str, dict[str, Any], Bar]] = []
-    for position, (result, label) in enumerate(zip(results, labels, strict=True)):
-        pair = perplexities(result)
-        if pair is not None:
-            bar = (label, pair["after"], f"{pair['after']:,.2f}", series(position))
-            measured.append((result.dense_name, pair, bar))
-    if len(measured) < 2 or len({pair["on"] for _, pair, _ in measured}) > 1:
+    pairs = {n: pair for n, result in enumerate(results) if (pair := perplexities(result))}
+    if len(pairs) < 2 or len({pair["on"] for pair in pairs.values()}) > 1:
         return None
-    bars = [bar for *_, bar in measured]
-    before = measured[0][1]["before"]
-    if len({(dense, f"{pair['before']:,.2f}") for dense, pair, _ in measured}) == 1:
-        bars.insert(0, ("dense", before, f"{before:,.2f}", "other"))
-    return {"on": measured[0][1]["on"], "bars": bars}
+    bars: list[Bar] = [
+        (labels[n], pair["after"], f"{pair['after']:,.2f}", series(n)) for n, pair in pairs.items()
+    ]
+    first = next(iter(pairs.values()))
+    dense = {(results[n].dense_name, f"{pair['before']:,.2f}") for n, pair in pairs.items()}
+    if len(dense) == 1:
+        bars.insert(0, ("dense", first["before"], f"{first['before']:,.2f}", "other"))
+    return {"on": first["on"], "bars": bars}
 
 
 def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _calibrated(run: Run, folder: Path) -> Statistics | None:
     if recipe.ranks_by_gram and not planned:
         weights = run.opened.blocks.ffn_weights
         statistics = with_ranking(statistics, weights, recipe, curves=False, progress=run.progress)
-    state.keep_statistics(folder, statistics)
+        state.keep_statistics(folder, statistics)
     return statistics
 
 
