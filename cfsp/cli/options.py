@@ -111,10 +111,10 @@ def add_job(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def check_no_dry_run(arguments: argparse.Namespace, command: str, options: Sequence[str]) -> None:
+def check_no_dry_run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     """Refuse a run without an output folder, or with options that only a dry run can use."""
     if not arguments.out:
-        raise CfspError(f"cfsp {command} needs --out DIR, or --dry-run")
+        raise CfspError(f"cfsp {arguments.command} needs --out DIR, or --dry-run")
     for name in given(arguments, options):
         raise CfspError(f"{flag(name)} is for --dry-run")
 

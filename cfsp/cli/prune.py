@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise unsupported(found.architecture)
         found.check(parse_memory(arguments.max_memory))
         return
-    options.check_no_dry_run(arguments, "prune", DRY_RUN_OPTIONS)
+    options.check_no_dry_run(arguments, DRY_RUN_OPTIONS)
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
         for name in options.given(arguments, ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)):

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         options.show(arguments, found.to_dict(), found.table())
         found.check(parse_memory(arguments.max_memory))
         return
-    options.check_no_dry_run(arguments, "recover", DRY_RUN_OPTIONS)
+    options.check_no_dry_run(arguments, DRY_RUN_OPTIONS)
     with sigterm() as stop:
         result = recover(
             arguments.model,

@@ -6,7 +6,6 @@ from operator import mul
 import torch
 
 from ..apportion import apportion, check_budget
-from ..calibration.statistics import Statistics
 from ..errors import CfspError
 from ..models.channels import check_expert_width
 from ..models.descriptions import Description
@@ -16,8 +15,7 @@ from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
 from ..pruning.compensation import COMPENSATIONS
-from ..pruning.plan import BlockPlan, PruningPlan, WidthSearch, make_plan
-from ..pruning.ranking import Weights
+from ..pruning.plan import BlockPlan, PruningPlan
 from ..pruning.recipe import Recipe
 from .flops import ModelCosts, model_costs
 from .footprint import footprints
@@ -51,7 +49,7 @@ def _added_parameters(described: Description, recipe: Recipe) -> int:
     return added
 
 
-def _resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
+def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
     """What a recipe's sparsity or budget comes to in the FFN channels of a model."""
     groups = [placed.group for placed in described.ffns]
     budget = recipe.model_budget
@@ -73,29 +71,12 @@ def _resolve(described: Description, recipe: Recipe, table: LatencyTable | None)
     return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
 
 
-def plan_within(
-    statistics: Statistics,
-    weights: Weights,
-    recipe: Recipe,
-    described: Description,
-    table: LatencyTable | None = None,
-    *,
-    search: WidthSearch | None = None,
-    progress: bool = False,
-) -> PruningPlan:
-    """:func:`cfsp.pruning.plan.make_plan` under the recipe's budget of this very model."""
-    budget = _resolve(described, recipe, table)
-    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
-    _check_met(described, plan, table)
-    return plan
-
-
 def even_plan(
     described: Description, recipe: Recipe, table: LatencyTable | None = None
 ) -> PruningPlan:
     """A plan of about equal widths; the output of any other of this sparsity is as large."""
     sizes = [placed.group.channels for placed in described.ffns]
-    budget, multiple = _resolve(described, recipe, table), recipe.width_multiple
+    budget, multiple = resolve(described, recipe, table), recipe.width_multiple
     total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes))
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
@@ -112,11 +93,11 @@ def even_plan(
         kept = tuple(torch.arange(next(widths)).expand(g.experts, -1) for g in block)
         plans.append(BlockPlan(kept, 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
-    _check_met(described, plan, table)
+    check_met(described, plan, table)
     return plan
 
 
-def _check_met(described: Description, plan: PruningPlan, table: LatencyTable | None) -> None:
+def check_met(described: Description, plan: PruningPlan, table: LatencyTable | None) -> None:
     """Raise CfspError where a plan is not what its recipe's budget asks for."""
     budget = plan.recipe.model_budget
     if budget is None:

@@ -40,20 +40,15 @@ def widths_figure(plan: PruningPlan) -> Plot:
     """Channels of every block, kept and removed."""
     count, widest = len(plan.blocks), max(block.intermediate_size for block in plan.blocks)
     axis = Axis(0, widest, HEIGHT)
-    marks = [
-        mark(
-            f"block {position}: {block.width:,} of {block.intermediate_size:,} channels kept "
-            f"({block.width / block.intermediate_size:.1%})",
-            rect(
-                *band(position, count),
-                axis.y(block.intermediate_size),
-                axis.y(block.width),
-                "removed",
-            ),
-            rect(*band(position, count), axis.y(block.width), axis.y(0), "kept"),
+    marks = []
+    for position, block in enumerate(plan.blocks):
+        width, size, across = block.width, block.intermediate_size, band(position, count)
+        shapes = (
+            rect(*across, axis.y(size), axis.y(width), "removed"),
+            rect(*across, axis.y(width), axis.y(0), "kept"),
         )
-        for position, block in enumerate(plan.blocks)
-    ]
+        text = f"block {position}: {width:,} of {size:,} channels kept ({width / size:.1%})"
+        marks.append(mark(text, *shapes))
     label = (
         f"FFN channels kept in {count} blocks, from {min(plan.widths):,} to {max(plan.widths):,} "
         f"of {widest:,}"
@@ -192,12 +187,13 @@ def curves_figure(plan: PruningPlan) -> Plot | None:
 def fits_figure(fits: Sequence[Mapping[str, Any]], count: int) -> Plot | None:
     """Held-out error of every block's output without and with least squares; None where no block
     knows it."""
-    known = []
-    for fit in fits:
-        position = number_at(fit, "block")
-        before, after = number_at(fit, "error_before"), number_at(fit, "error_after")
-        if position is not None and before is not None and after is not None:
-            known.append((int(position), before, after, bool(number_at(fit, "applied"))))
+    known = [
+        (int(position), before, after, bool(number_at(fit, "applied")))
+        for fit in fits
+        if (position := number_at(fit, "block")) is not None
+        and (before := number_at(fit, "error_before")) is not None
+        and (after := number_at(fit, "error_after")) is not None
+    ]
     if not known:
         return None
     axis = Axis(0, max(max(before, after) for _, before, after, _ in known), HEIGHT)

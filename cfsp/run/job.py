@@ -11,7 +11,7 @@ from ..calibration.collect import collect_statistics
 from ..calibration.grams import GramFolder
 from ..calibration.statistics import Statistics, statistics_fingerprint
 from ..calibration.windows import calibration_windows
-from ..costs.budgets import plan_within
+from ..costs.budgets import check_met, resolve
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
 from ..distributed import Ranks
@@ -22,7 +22,7 @@ from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
 from ..pruning.compensation import FitRecord
-from ..pruning.plan import PruningPlan
+from ..pruning.plan import PruningPlan, make_plan
 from ..pruning.plan_file import plan_to_dict
 from ..pruning.recipe import Recipe
 from ..pruning.refit import Refitting
@@ -41,7 +41,8 @@ def plan_model(
 ) -> PruningPlan:
     """The plan under the recipe's budget for this very model; raises CfspError where no widths meet
     it. A search measures on the last of ``windows``, [N, S] calibration tokens, drawn if None."""
-    model, layout, weights, search = opened.model, opened.layout, opened.blocks.ffn_weights, None
+    model, layout, described, search = opened.model, opened.layout, opened.described, None
+    budget = resolve(described, recipe, table)
     if recipe.searches:
         if windows is None:
             windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
@@ -51,8 +52,10 @@ def plan_model(
             return perplexity(model, measured, progress=False).perplexity
 
         search = width_search(model, layout, statistics, recipe, measure, progress=progress)
-    sizes = opened.described
-    return plan_within(statistics, weights, recipe, sizes, table, search=search, progress=progress)
+    weights = opened.blocks.ffn_weights
+    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
+    check_met(described, plan, table)
+    return plan
 
 
 NOTHING = HeldOut(torch.empty(0, 0))
