@@ -126,7 +126,9 @@ def check_new(out: str | Path, overwrite: bool) -> Path:
     return Path(out)
 
 
-def show(arguments: argparse.Namespace, values: Mapping[str, Any], *shown: RenderableType) -> None:
+def show(
+    arguments: argparse.Namespace, values: Mapping[str, Any], *shown: RenderableType | None
+) -> None:
     """Print, on the first rank, one JSON object where ``--json`` asks for it, or else what is shown
     to a person."""
     if not arguments.group.first:
@@ -135,8 +137,10 @@ def show(arguments: argparse.Namespace, values: Mapping[str, Any], *shown: Rende
         print(json.dumps(values))
         return
     for item in shown:
-        tell = print if isinstance(item, str) else Console().print
-        tell(item)
+        if isinstance(item, str):
+            print(item)
+        elif item is not None:
+            Console().print(item)
 
 
 def perplexity_lines(before: Perplexity | None, after: Perplexity | None) -> list[str]:

@@ -142,8 +142,8 @@ def run(arguments: argparse.Namespace) -> None:
         {"out": str(result.out), **report.to_dict()},
         result.plan.table(),
         *(f"{title}: {was} -> {now}" for title, was, now in report.sizes.rows()),
-        *([f"least squares: {fits_summary(report.fits)}"] if any(report.fits) else []),
-        *([f"blocks fitted again: {refits_summary(report.refits)}"] if report.refits else []),
+        f"least squares: {fits_summary(report.fits)}" if any(report.fits) else None,
+        f"blocks fitted again: {refits_summary(report.refits)}" if report.refits else None,
         *options.perplexity_lines(report.perplexity_before, report.perplexity_after),
         f"saved, reloaded and compared: {result.out}",
     )

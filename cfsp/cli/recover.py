@@ -65,14 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
             progress=not arguments.quiet,
             **options.given(arguments, (*options.JOB_OPTIONS, "keep_adapter")),
         )
-    report = result.report
+    report, losses = result.report, result.report.losses
     uniform = f" (uniform ranks: {report.uniform_parameters:,})" if report.ranks else ""
     ranks = f"ranks by {report.settings.allocation}: {' '.join(map(str, report.ranks))}"
-    losses = report.losses
     options.show(
         arguments,
         {"out": str(result.out), "settings": report.settings.to_dict(), **report.to_dict()},
-        *([ranks] if report.ranks else []),
+        ranks if report.ranks else None,
         f"parameters trained: {report.trained_parameters:,}{uniform}",
         f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps",
         *options.perplexity_lines(report.perplexity_before, report.perplexity_after),

@@ -11,6 +11,8 @@ from .svg import series
 Values = Mapping[str, Any]
 Bar = tuple[str, float, str, str]
 """(label, value, text, class): a bar from zero."""
+Measures = dict[tuple[str, ...], tuple[str, Callable[[float], str]]]
+"""(title, format) of what lies at a path."""
 
 SPEEDS = {
     "prefill, tokens/s": ("speed", "prefill_tokens_per_second"),
@@ -137,11 +139,9 @@ def evaluation_table(evaluations: Sequence[Values], results: Sequence[Result]) -
     return {"labels": labels, "measures": measures}
 
 
-def _measures(
-    evaluations: Sequence[Values],
-) -> dict[tuple[str, ...], tuple[str, Callable[[float], str]]]:
-    """Path -> (title, format) of everything that some model has."""
-    every: dict[tuple[str, ...], tuple[str, Callable[[float], str]]] = {
+def _measures(evaluations: Sequence[Values]) -> Measures:
+    """Everything that some model has."""
+    every: Measures = {
         ("parameters",): ("parameters", "{:,}".format),
         ("perplexity",): ("perplexity", "{:,.2f}".format),
         **{path: (title, "{:,.1f}".format) for title, path in SPEEDS.items()},
@@ -152,11 +152,10 @@ def _measures(
         for task, metrics in tasks.items() if isinstance(tasks, Mapping) else ():
             for metric in metrics if isinstance(metrics, Mapping) else ():
                 if "stderr" not in metric:
-                    every.setdefault(
-                        ("tasks", task, metric), (f"{task}, {metric}", "{:.4f}".format)
-                    )
+                    shown = (f"{task}, {metric}", "{:.4f}".format)
+                    every.setdefault(("tasks", task, metric), shown)
     return {
-        path: shown
-        for path, shown in every.items()
+        path: measure
+        for path, measure in every.items()
         if any(number_at(model, *path) is not None for model in evaluations)
     }

@@ -1,5 +1,6 @@
 """Prune a model that is in memory, in place."""
 
+from functools import partial
 from pathlib import Path
 
 from ..calibration.grams import temporary_folder
@@ -26,13 +27,14 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     plan = run.planned(statistics)
     training, device = model.training, model_device(model)
     model.eval()
-    sizes, before = footprints(opened.described, plan, run.table), run.measured()
+    measure = partial(run.held_out.measure, model, progress=run.progress, ranks=ranks)
+    sizes, before = footprints(opened.described, plan, run.table), measure()
     if ranks.any(run.stop()):
         raise Stopped
     refitting = run.refitting()
     visits = ([refitting.run_dense], [refitting.run_pruned]) if refitting is not None else ((), ())
     fits = prune_model_(model, opened.layout, plan, statistics, *visits, progress=run.progress)
-    report = run.finish_(plan, statistics, sizes, fits, refitting, before, run.measured())
+    report = run.finish_(plan, statistics, sizes, fits, refitting, before, measure())
     if out is not None and ranks.first:
         with new_folder(out, run.overwrite) as folder:
             write_model(model, opened.tokenizer, folder)

@@ -58,7 +58,7 @@ def plan_model(
     return plan
 
 
-NOTHING = HeldOut(torch.empty(0, 0))
+NOT_MEASURED = HeldOut(torch.empty(0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Run:
     """Whether a pass over these makes the statistics."""
     gram: bool
     """Whether that pass collects Gram matrices."""
-    held_out: HeldOut = NOTHING
+    held_out: HeldOut = NOT_MEASURED
     table: LatencyTable | None = None
     """Latency of the model on the device that the result is for."""
     micro_batch: int
@@ -120,11 +120,6 @@ class Run:
         if not self.recipe.refits:
             return None
         return Refitting(self.opened.model, self.opened.layout, self.windows, self.recipe)
-
-    def measured(self) -> Perplexity | None:
-        """Perplexity of the model in memory on the held-out text, where there is any."""
-        progress, ranks = self.progress, self.ranks
-        return self.held_out.measure(self.opened.model, progress=progress, ranks=ranks)
 
     def finish_(
         self,
