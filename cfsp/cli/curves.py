@@ -1,7 +1,6 @@
 """Add the scores and error curves of a scorer to a file of statistics, for later plans."""
 
 import argparse
-import dataclasses
 
 from ..calibration.statistics import check_statistics, load_statistics, save_statistics
 from ..models.opening import open_any
@@ -29,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     file = arguments.statistics
-    recipe = Recipe(scorer=arguments.scorer or SCORER, allocator="knapsack")
-    recipe = dataclasses.replace(recipe, **given(arguments, OPTIONS))
+    recipe = Recipe(**{"scorer": SCORER, "allocator": "knapsack", **given(arguments, OPTIONS)})
     statistics = load_statistics(file)
     opened = open_any(arguments.model, None, recipe.dtype, arguments.device)
     check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())

@@ -65,7 +65,8 @@ def _text_of(measured: Any) -> str:
 def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]:
     """The figures that matter most, each with what it was before."""
     blocks, pair = result.plan.blocks, perplexities(result) or {}
-    dense, own = (_entry(evaluations, name) for name in (result.dense_name, result.name))
+    evaluated = {_last_part(e): e for e in reversed(evaluations)}  # wherever they lay; first wins
+    dense, own = (evaluated.get(Path(name).name) for name in (result.dense_name, result.name))
     was, now = (number_at(result.measured, f"parameters_{when}") for when in ("before", "after"))
     channels = sum(block.intermediate_size for block in blocks)
     measures: list[tuple[str, str, float | None, float | None]] = [
@@ -85,11 +86,6 @@ def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]
         if before and after
     ]
     return [*found, {"title": "weight files", "after": format_bytes(result.nbytes)}]
-
-
-def _entry(evaluations: Sequence[Values], name: str) -> Values | None:
-    """The first evaluation of a model of that name, wherever it lay."""
-    return next((e for e in evaluations if _last_part(e) == Path(name).name), None)
 
 
 def _last_part(evaluation: Values) -> str:

@@ -1,7 +1,7 @@
 """Prune a model from disk to disk; pass 2 reads each block once, for everything."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
 from ..pruning.compaction_streamed import prune_to_shards_
-from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.ranking import stored_ranking, with_ranking
 from .job import Run
@@ -108,26 +107,17 @@ def _cut(
     probe = RidingWindows(model, modules, own_probe)
     own = held_out.tokens[ranks.share(len(held_out.tokens))]
     dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
-    refitting, stopped = run.refitting(), False
+    refitting = run.refitting()
     before, after = ([w.ride for w in x if len(w.windows)] for x in ([dense], [pruned, probe]))
     if refitting is not None:
         before, after = [*before, refitting.run_dense], [refitting.run_pruned, *after]
-    fits: tuple[tuple[FitRecord, ...], ...] = ()
-    try:
+    inputs, fits = (opened, plan, statistics, folder), None
+    with suppress(Stopped):
         fits = prune_to_shards_(
-            opened,
-            plan,
-            statistics,
-            folder,
-            before=before,
-            after=after,
-            stop=run.stop,
-            progress=run.progress,
-            ranks=ranks,
+            *inputs, before=before, after=after, stop=run.stop, progress=run.progress, ranks=ranks
         )
-    except Stopped:
-        stopped = True
-    if ranks.any(stopped):
+    stopped = ranks.any(fits is None)
+    if fits is None or stopped:
         raise Stopped
     measured = [held_out.of_logits(w.logits(), ranks, w.seconds) for w in (dense, pruned)]
     logits = next(probe.logits(), torch.empty(0)).cpu()
