@@ -1,6 +1,5 @@
 """The whole job: calibrate, plan, prune. Each step is also a function of its own."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 
 from .calibration.grams import temporary_folder
 from .calibration.statistics import Statistics, check_grams, check_statistics, load_statistics
-from .calibration.windows import Calibration, calibration_windows
+from .calibration.windows import calibration_windows
 from .checkpoints.folder import check_out
 from .costs.budgets import check_biases, check_recipe
 from .costs.dry_run import Request, estimate_opened
@@ -33,7 +32,8 @@ from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import stored_ranking
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import PruneResult, Run, plan_model, prune_from_disk_to_disk, prune_in_memory
+from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory
+from .run.job import as_calibrated, plan_model
 
 
 def calibrate(
@@ -250,12 +250,6 @@ def prune(
         if target is not None and isinstance(opened.blocks, StoredBlocks):
             return prune_from_disk_to_disk(run, opened.blocks, target, resume=resume)
         return prune_in_memory(run, target, given=source is None)
-
-
-def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
-    """The recipe that would make these statistics: theirs is the calibration that counts."""
-    known = statistics.provenance.get("calibration")
-    return dataclasses.replace(recipe, calibration=Calibration(**known)) if known else recipe
 
 
 def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:

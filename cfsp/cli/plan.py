@@ -2,13 +2,12 @@
 
 import argparse
 
-from ..api import as_calibrated
 from ..calibration.statistics import check_statistics, load_statistics
 from ..costs.latency_measurement import table_for
 from ..errors import CfspError
 from ..models.opening import open_any
 from ..pruning.plan_file import save_plan
-from ..run.job import plan_model
+from ..run.job import as_calibrated, plan_model
 from .options import MODEL, add_device, add_output, show
 from .prune import add_recipe, recipe_of
 

@@ -2,5 +2,5 @@
 
 from .disk_to_disk import prune_from_disk_to_disk
 from .in_memory import prune_in_memory
-from .job import Run, plan_model
+from .job import Run
 from .result import PruneReport, PruneResult

@@ -10,7 +10,7 @@ import torch
 from ..calibration.collect import collect_statistics
 from ..calibration.grams import GramFolder
 from ..calibration.statistics import Statistics, statistics_fingerprint
-from ..calibration.windows import calibration_windows
+from ..calibration.windows import Calibration, calibration_windows
 from ..costs.budgets import check_met, resolve
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
@@ -28,6 +28,12 @@ from ..pruning.recipe import Recipe
 from ..pruning.refit import Refitting
 from ..pruning.search import width_search
 from .result import PruneReport
+
+
+def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
+    """The recipe that would make these statistics: theirs is the calibration that counts."""
+    known = statistics.provenance.get("calibration")
+    return dataclasses.replace(recipe, calibration=Calibration(**known)) if known else recipe
 
 
 def plan_model(
