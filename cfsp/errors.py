@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 class CfspError(ValueError):
-    """Bad input, told in one line: the offending value and what was expected."""
+    """Bad input, told in one line: the offending value and what was expected. A parameter to set is
+    in backquotes, `seqlen` or `resume=True`; the command line shows its option."""
 
 
 class Stopped(Exception):

@@ -174,7 +174,7 @@ def check_grams(statistics: Statistics, what: str) -> None:
     are missing, damaged or of another calibration."""
     if not all(block.grams for block in statistics.blocks):
         lack = f"{what} needs Gram matrices, which the statistics lack"
-        raise CfspError(f"{lack}: calibrate again without --no-gram; {WITHOUT}")
+        raise CfspError(f"{lack}: calibrate again without `gram=False`; {WITHOUT}")
     for number, block in enumerate(statistics.blocks):
         stored = block.grams[0].folder.header(number)
         for gram in block.grams:

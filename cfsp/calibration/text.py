@@ -140,7 +140,7 @@ def bos_token(tokenizer: Any, bos: str) -> int | None:
     if bos == "never" or (bos == "auto" and token is None):
         return None
     if token is None:
-        raise CfspError("--bos always: the tokenizer has no BOS token")
+        raise CfspError("`bos='always'`: the tokenizer has no BOS token")
     puts_bos = bos == "always" or tokenizer("a").input_ids[:1] == [token]
     return int(token) if puts_bos else None
 

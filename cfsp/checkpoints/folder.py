@@ -69,7 +69,7 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Pat
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         keep = keep or can_resume(partial)
-        hint = "; --resume continues this run" if can_resume(partial) else ""
+        hint = "; `resume=True` continues this run" if can_resume(partial) else ""
         raise CfspError(f"cannot write {out}: {error}{hint}") from error
     except Stopped:
         keep = keep or can_resume(partial)
@@ -114,11 +114,12 @@ def check_out(
         if not (out.is_dir() if kind == "folder" else out.is_file()):
             raise CfspError(f"output {out} exists and is not a {kind}")
         if not overwrite:
-            raise CfspError(f"output {out} exists; --overwrite replaces it")
+            raise CfspError(f"output {out} exists; `overwrite=True` replaces it")
     partial = partial_path(out)
     if can_resume(partial) and not overwrite and not resume:
         raise CfspError(
-            f"{partial} is an interrupted run: --resume continues it, --overwrite begins anew"
+            f"{partial} is an interrupted run: `resume=True` continues it, "
+            "`overwrite=True` begins anew"
         )
 
 

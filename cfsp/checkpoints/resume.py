@@ -39,7 +39,7 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     if differing:
         raise CfspError(
             f"cannot resume {partial}: it was begun with another {differing}; "
-            "--overwrite without --resume begins anew"
+            "`overwrite=True` without `resume=True` begins anew"
         )
 
 
@@ -60,7 +60,7 @@ def check_shared(partial: Path, ranks: Ranks) -> None:
     ranks.barrier()
     unseen = (
         f"rank {ranks.rank} does not see {partial}, which rank 0 made; "
-        "--out must be on a file system that all ranks share"
+        "`out` must be on a file system that all ranks share"
     )
     ranks.check(None if mark.exists() else unseen)
     if ranks.first:

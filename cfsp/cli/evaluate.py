@@ -9,7 +9,8 @@ from ..evaluation.side_by_side import evaluate
 from ..evaluation.speed import Generation
 from ..pruning.recipe import Recipe
 from ..report.tables import evaluation_table
-from .options import MODEL, add_device, add_fields, add_output, flag, given, show
+from .flags import flag
+from .options import MODEL, add_device, add_fields, add_output, given, show
 
 EXAMPLES = """\
 cfsp evaluate HuggingFaceTB/SmolLM2-135M pruned

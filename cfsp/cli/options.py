@@ -14,6 +14,7 @@ from ..costs.hardware import HARDWARE
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
 from ..settings import Setting, setting_of
+from .flags import flag
 
 MODEL = "Hub id, local folder or .gguf file"
 ARGUMENTS = {int: "N", float: "X", str: "TEXT"}
@@ -30,11 +31,6 @@ JOB_OPTIONS = ("out", "eval_dataset", "eval_windows", "device", "max_memory", "o
 def names_of(kind: type, but: str = "") -> tuple[str, ...]:
     """The fields of a dataclass, but one."""
     return tuple(field.name for field in dataclasses.fields(kind) if field.name != but)
-
-
-def flag(name: str) -> str:
-    """The option of a parameter."""
-    return f"--{name.replace('_', '-')}"
 
 
 def add_fields(

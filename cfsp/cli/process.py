@@ -10,6 +10,7 @@ from types import FrameType
 
 from ..distributed import Ranks, launched
 from ..errors import CfspError, RankLost, Stopped
+from .flags import with_flags
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def ended(run: Callable[[], None]) -> tuple[int, str]:
     try:
         run()
     except CfspError as error:
-        return 2, f"cfsp: error: {' '.join(str(error).split())}"
+        return 2, f"cfsp: error: {with_flags(' '.join(str(error).split()))}"
     except RankLost as error:
         return 1, f"cfsp: another rank has ended ({error}); prune continues with --resume"
     except Stopped:

@@ -14,6 +14,7 @@ from ..models.layouts import unsupported
 from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
 from . import options
+from .flags import flag
 from .process import sigterm
 
 EXAMPLES = """\
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
         for name in options.given(arguments, ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)):
-            raise CfspError(f"--plan fixes the recipe; drop {options.flag(name)}")
+            raise CfspError(f"--plan fixes the recipe; drop {flag(name)}")
     passed_on = (*options.JOB_OPTIONS, "statistics", "latency_table", "verify")
     with sigterm() as stop:
         result = prune(

@@ -7,6 +7,7 @@ from ..errors import CfspError
 from ..recovery import Distillation, Recovery, recover
 from ..recovery.estimate import estimate_recovery
 from . import options
+from .flags import flag
 from .process import sigterm
 
 EXAMPLES = """\
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_of(arguments: argparse.Namespace) -> Recovery:
     weights = options.given(arguments, WEIGHTS)
     if weights and not arguments.teacher:
-        raise CfspError(f"{options.flag(next(iter(weights)))} needs --teacher MODEL")
+        raise CfspError(f"{flag(next(iter(weights)))} needs --teacher MODEL")
     distillation = Distillation(arguments.teacher, **weights) if arguments.teacher else None
     return Recovery(**options.given(arguments, SETTINGS), distillation=distillation)
 

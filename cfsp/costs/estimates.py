@@ -15,9 +15,9 @@ from .hardware import Hardware, MemoryBudget
 from .workload import Stage
 
 LOWERED_BY = {
-    "hidden states": ("--eval-windows or --seqlen", "--samples or --seqlen"),
-    "micro-batch": ("--seqlen", "--micro-batch or --seqlen"),
-    "logits": ("--seqlen", "--seqlen"),
+    "hidden states": ("`eval_windows` or `seqlen`", "`samples` or `seqlen`"),
+    "micro-batch": ("`seqlen`", "`micro_batch` or `seqlen`"),
+    "logits": ("`seqlen`", "`seqlen`"),
 }
 """Parts of memory that options lower: after the calibration, and in it."""
 NUMBERS = ("read", "written", "FLOP", "time", "bytes", "before", "after")

@@ -67,9 +67,9 @@ class Hardware:
 
     def stated(self, tflops: float | None = None, disk_gbps: float | None = None) -> "Hardware":
         """With speeds that the user states: 1e12 FLOP/s in a forward pass, 1e9 bytes/s of disk."""
-        for name, value in (("tflops", tflops), ("disk-gbps", disk_gbps)):
+        for name, value in (("tflops", tflops), ("disk_gbps", disk_gbps)):
             if value is not None and not value > 0:
-                raise CfspError(f"{name} must be above 0, got {value}")
+                raise CfspError(f"`{name}` must be above 0, got {value}")
         speeds: dict[str, Any] = {} if tflops is None else {"flops": tflops * 1e12}
         if disk_gbps is not None:
             speeds |= {"disk_read": disk_gbps * 1e9, "disk_write": disk_gbps * 1e9}

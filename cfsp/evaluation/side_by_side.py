@@ -69,9 +69,9 @@ def evaluate(
     """
     workload = Generation(batch, prompt_tokens, new_tokens, rounds)
     if ranks.size > 1 and (speed or tasks):
-        raise CfspError("--speed and --tasks are for one process; start it without torchrun")
+        raise CfspError("`speed` and `tasks` are for one process; start it without torchrun")
     if windows == 0 and not speed and not tasks:
-        raise CfspError("nothing to measure: --windows 0 leaves out the perplexity")
+        raise CfspError("nothing to measure: `windows=0` leaves out the perplexity")
     if limit is not None and limit < 1:
         raise CfspError(f"limit must be 1 or more, got {limit}")
     index = find_tasks(tasks, task_path, progress=progress) if tasks else None

@@ -51,7 +51,7 @@ class ModelBudget:
         off = abs(kept - wanted) / max(wanted, 1)
         if off > TOLERANCES[self.kind]:
             finer = 1 << max(0, int(multiple * TOLERANCES[self.kind] / off).bit_length() - 1)
-            hint = f"; take --width-multiple {finer}" if finer < multiple else ""
+            hint = f"; take `width_multiple={finer}`" if finer < multiple else ""
             raise CfspError(
                 f"{self.text}: widths in multiples of {multiple} come to "
                 f"{self.kind}={self.written(kept, total)}{hint}"

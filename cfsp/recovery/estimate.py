@@ -93,7 +93,7 @@ class RecoveryEstimate(RunEstimate):
 
     def _advice(self, parts: Mapping[str, int], over: int) -> str:
         hint = "" if self.gradient_checkpointing else ", or gradient checkpointing on"
-        return f"lower --micro-batch or --seqlen{hint}"
+        return f"lower `micro_batch` or `seqlen`{hint}"
 
 
 def _costs(described: Description, dtype: torch.dtype) -> ModelCosts:

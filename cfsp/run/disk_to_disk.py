@@ -67,7 +67,7 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
         try:
             yield partial_path(out)
         except OSError as error:
-            message = f"cannot write {out}: {error}; --resume continues this run"
+            message = f"cannot write {out}: {error}; `resume=True` continues this run"
             raise CfspError(message) from error
     ranks.barrier()
 

@@ -433,7 +433,7 @@ def test_pre_tokenizers_are_told_apart_by_their_steps() -> None:
     assert name(split(WORDS + r"\p{N}{1,3}" + REST), ignore_merges=True) == "llama-bpe"
     assert name(split(WORDS + r"\p{N}" + REST)) == "qwen2"
     for unknown in ([pre_tokenizers.ByteLevel()], [digits, by_words(), digits]):
-        with pytest.raises(CfspError, match="--pre NAME says which"):
+        with pytest.raises(CfspError, match="`pre=NAME` says which"):
             name(unknown)
     with pytest.raises(CfspError, match=r"none of llama\.cpp's pre-tokenizers"):
         name(split(WORDS + r"\p{N}{1,3}" + REST))  # its words go through the merges

@@ -88,7 +88,9 @@ def test_it_is_thrown_away_only_where_overwrite_says_so(tmp_path: Path) -> None:
     partial = stopped(folder, tmp_path / "out", 5)
     before = finished(partial)
     recipe = replace(RECIPE, sparsity=0.5)
-    with pytest.raises(CfspError, match=r"out\.partial is an interrupted run: --resume continues"):
+    with pytest.raises(
+        CfspError, match=r"out\.partial is an interrupted run: `resume=True` continues"
+    ):
         prune(folder, tmp_path / "out", recipe)
     opened = cfsp.open_model(folder)
     with pytest.raises(CfspError, match=r"out\.partial is an interrupted run"):
@@ -155,7 +157,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.os, "posix_fallocate", fill)
-        with pytest.raises(CfspError, match=r"No space left .*; --resume continues this run"):
+        with pytest.raises(CfspError, match=r"No space left .*; `resume=True` continues this run"):
             prune(folder, tmp_path / "out")
     assert len(finished(tmp_path / "out.partial")) == 3
     assert not (tmp_path / "out").exists()

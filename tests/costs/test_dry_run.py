@@ -192,7 +192,7 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
         result.statistics.provenance
     )
     fixed = cfsp.Recipe(**{**vars(recipe), "micro_batch": chosen + 20})
-    with pytest.raises(CfspError, match=r"device memory: about .* lower --"):
+    with pytest.raises(CfspError, match=r"device memory: about .* lower `"):
         cfsp.prune(tiny_folder, out=tmp_path / "more", **{**options, "recipe": fixed})
     assert not (tmp_path / "more").exists()
     begun = tmp_path / "begun.partial" / ".cfsp-run"

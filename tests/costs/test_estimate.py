@@ -295,10 +295,10 @@ def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
     assert 1 < smaller.micro_batch < 8
     smaller.check(parse_memory("11.1GiB"))
     more = reference("Llama-3-70B", recipe=replace(PUBLISHED, micro_batch=smaller.micro_batch + 1))
-    with pytest.raises(CfspError, match=r"device memory: about .* lower --samples or --seqlen"):
+    with pytest.raises(CfspError, match=r"device memory: about .* lower `samples` or `seqlen`"):
         more.check(parse_memory("11.1GiB"))
     long = replace(PUBLISHED, calibration=cfsp.Calibration(samples=2048, seqlen=2048))
-    with pytest.raises(CfspError, match=r"74\.5 GiB to be had; lower --samples or"):
+    with pytest.raises(CfspError, match=r"74\.5 GiB to be had; lower `samples` or"):
         reference("Llama-3-70B", recipe=long).check(MemoryBudget())
     with pytest.raises(CfspError, match=r"6\.0 GiB to be had; no option lowers embeddings, norm"):
         reference("Llama-3-70B").check(parse_memory("6GiB"))

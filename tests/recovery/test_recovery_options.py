@@ -181,7 +181,7 @@ def test_a_run_is_estimated_before_it_starts(
     settings = cfsp.Recovery(rank=1, steps=1, batch_size=1)
     cfsp.recover(pruned, tmp_path / "out", settings, **{**OPTIONS, "progress": True})
     assert "estimate: llama: " in capsys.readouterr().err
-    with pytest.raises(CfspError, match="to be had; lower --micro-batch"):
+    with pytest.raises(CfspError, match="to be had; lower `micro_batch`"):
         cfsp.recover(pruned, tmp_path / "new", settings, max_memory="1MiB", **OPTIONS)
     assert not (tmp_path / "new").exists()
 
@@ -261,7 +261,7 @@ def test_an_existing_folder_is_kept_unless_it_is_to_be_replaced(
 ) -> None:
     settings = cfsp.Recovery(rank=1, steps=1, batch_size=1)
     (tmp_path / "out").mkdir()
-    with pytest.raises(CfspError, match="exists; --overwrite replaces it"):
+    with pytest.raises(CfspError, match="exists; `overwrite=True` replaces it"):
         cfsp.recover(pruned, tmp_path / "out", settings, **OPTIONS)
     with pytest.raises(CfspError, match="is the input"):
         cfsp.recover(pruned, pruned, settings, overwrite=True, **OPTIONS)

@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     recover(pruned, tmp_path / "whole")
     assert contents(tmp_path / "whole") == contents(reference)
     passes = count_passes(monkeypatch)
-    with pytest.raises(CfspError, match=r"killed\.partial is an interrupted run: --resume"):
+    with pytest.raises(CfspError, match=r"killed\.partial is an interrupted run: `resume=True`"):
         recover(pruned, tmp_path / "killed")
     assert not passes
     recover(pruned, tmp_path / "killed", resume=True)
@@ -123,7 +123,7 @@ def test_a_full_disk_after_the_last_step_costs_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_model", fill)
-        with pytest.raises(CfspError, match="No space left on device; --resume continues"):
+        with pytest.raises(CfspError, match="No space left on device; `resume=True` continues"):
             recover(pruned, tmp_path / "out")
     passes = count_passes(monkeypatch)
     recover(pruned, tmp_path / "out", resume=True)

@@ -61,7 +61,7 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
     if name is None:
         raise CfspError(
             "the tokenizer splits text as none of llama.cpp's pre-tokenizers known here does "
-            f"({', '.join(PRE_TOKENIZERS.values())}); --pre NAME says which of llama.cpp's it is"
+            f"({', '.join(PRE_TOKENIZERS.values())}); `pre=NAME` says which of llama.cpp's it is"
         )
     return name
 

@@ -34,7 +34,7 @@ def check(source: ExportSource, options: ExportOptions) -> None:
     layout, model, family = source.opened.layout, source.opened.model, source.family
     if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
         raise CfspError(
-            f"padded holds plain FFNs, not the experts of {family}; prune with --uniform"
+            f"padded holds plain FFNs, not the experts of {family}; prune with `uniform=True`"
         )
     default = CONFIG_MAPPING[family]()
     if not all(hasattr(default, ffn.width) for ffn in layout.ffns):
@@ -45,7 +45,7 @@ def check(source: ExportSource, options: ExportOptions) -> None:
     if source.added_bias and not hasattr(source.config, "mlp_bias"):
         raise CfspError(
             f"{family} has no place for the bias that the compensation added to the down "
-            "projections; prune with --compensation none for this export"
+            "projections; prune with `compensation='none'` for this export"
         )
 
 
