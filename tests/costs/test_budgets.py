@@ -135,9 +135,9 @@ def test_one_width_for_all_meets_the_budget_or_says_that_it_cannot(calibrated) -
     assert len(set(plan.widths)) == 1
     assert parameters(left) == pytest.approx(0.8 * parameters(model), rel=0.005)
     coarse = replace(exact, width_multiple=128)
-    with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take `width_multiple=\d`"):
+    with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take `width_multiple=\d"):
         planned(statistics, model, coarse)
-    with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take `width_multiple=\d`"):
+    with pytest.raises(CfspError, match=r"of 128 come to params=0\.\d+; take `width_multiple=\d"):
         check_recipe(adopt(model, None).described, coarse)
 
 

@@ -99,8 +99,8 @@ def test_scorers_that_read_weights_read_the_ffns_once_more(
     ("options", "message"),
     [
         (["--dry-run", "--hardware", "x"], "unknown hardware 'x'; valid: h100"),
-        (["--dry-run", "--tflops", "0"], "tflops must be above 0, got 0.0"),
-        (["--dry-run", "--disk-gbps", "nan"], "disk-gbps must be above 0, got nan"),
+        (["--dry-run", "--tflops", "0"], "--tflops must be above 0, got 0.0"),
+        (["--dry-run", "--disk-gbps", "nan"], "--disk-gbps must be above 0, got nan"),
         (["--dry-run", "--ranks", "0"], "ranks must be at least nodes"),
         (["--dry-run", "--seqlen", "200"], "seqlen 200 is beyond the model's 128 positions"),
         (["--dry-run", "--sparsity", "0.99"], "no widths meet sparsity 0.99"),
