@@ -1,10 +1,12 @@
 """Collect the statistics of a dense model in one forward pass, once, in a file."""
 
 import argparse
+from pathlib import Path
 
 from ..api import calibrate
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
-from .options import MODEL, add_device, add_output, check_new, given, show
+from ..checkpoints.folder import check_out
+from .options import MODEL, add_device, add_output, given, show
 from .prune import add_calibration, recipe_of
 
 EXAMPLES = """\
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = check_new(arguments.out, arguments.overwrite)
+    out = Path(arguments.out)
+    check_out(out, arguments.overwrite, kind="file")
     statistics = calibrate(
         arguments.model,
         recipe=recipe_of(arguments),

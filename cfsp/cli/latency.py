@@ -2,15 +2,17 @@
 
 import argparse
 import re
+from pathlib import Path
 
 from rich.table import Table
 
 from ..api import latency_table
+from ..checkpoints.folder import check_out
 from ..costs.latency import LatencyTable, save_table
 from ..errors import CfspError
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import Recipe
-from .options import MODEL, add_device, add_fields, add_output, check_new, given, show
+from .options import MODEL, add_device, add_fields, add_output, given, show
 
 EXAMPLES = """\
 cfsp latency HuggingFaceTB/SmolLM2-135M --out table.json
@@ -34,14 +36,15 @@ def run(arguments: argparse.Namespace) -> None:
     found = re.fullmatch(r"(\d+)x(\d+)", arguments.shape)
     if found is None:
         raise CfspError(f"shape {arguments.shape!r}: expected batch x length, such as 1x1024")
-    out = check_new(arguments.out, arguments.overwrite) if arguments.out else None
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None:
+        check_out(out, arguments.overwrite, kind="file")
     table = latency_table(
         arguments.model,
         batch=int(found[1]),
         length=int(found[2]),
-        dtype=arguments.dtype or Recipe.dtype,
         progress=not arguments.quiet,
-        **given(arguments, ("device", "again")),
+        **given(arguments, ("dtype", "device", "again")),
     )
     if out is not None:
         save_table(table, out)

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -107,19 +106,18 @@ def add_job(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
+def refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise CfspError for the first of these options that the command line has; ``why`` has {}
+    where its name goes."""
+    for name in given(arguments, names):
+        raise CfspError(why.format(flag(name)))
+
+
 def check_no_dry_run(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     """Refuse a run without an output folder, or with options that only a dry run can use."""
     if not arguments.out:
         raise CfspError(f"cfsp {arguments.command} needs --out DIR, or --dry-run")
-    for name in given(arguments, options):
-        raise CfspError(f"{flag(name)} is for --dry-run")
-
-
-def check_new(out: str | Path, overwrite: bool) -> Path:
-    """The path of a file to write; raises CfspError where it exists and is not to be replaced."""
-    if Path(out).exists() and not overwrite:
-        raise CfspError(f"output {out} exists; --overwrite replaces it")
-    return Path(out)
+    refuse(arguments, options, "{} is for --dry-run")
 
 
 def show(

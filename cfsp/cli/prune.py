@@ -14,7 +14,6 @@ from ..models.layouts import unsupported
 from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
 from . import options
-from .flags import flag
 from .process import sigterm
 
 EXAMPLES = """\
@@ -74,9 +73,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Defaults, then the recipe file, then what the command line says."""
     path = getattr(arguments, "recipe", None)
     recipe = load_recipe(path) if path else Recipe()
+    if getattr(arguments, "statistics", None):
+        options.refuse(
+            arguments, CALIBRATION_OPTIONS, "--statistics fixes the calibration; drop {}"
+        )
     calibration = options.given(arguments, CALIBRATION_OPTIONS)
-    if calibration and getattr(arguments, "statistics", None):
-        raise CfspError(f"--statistics fixes the calibration; drop --{next(iter(calibration))}")
     choices = options.given(arguments, RECIPE_OPTIONS)
     if "budget" in choices:  # what the file says of the other gives way
         choices["sparsity"] = Recipe.sparsity
@@ -124,8 +125,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_no_dry_run(arguments, DRY_RUN_OPTIONS)
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
-        for name in options.given(arguments, ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)):
-            raise CfspError(f"--plan fixes the recipe; drop {flag(name)}")
+        fixed = ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)
+        options.refuse(arguments, fixed, "--plan fixes the recipe; drop {}")
     passed_on = (*options.JOB_OPTIONS, "statistics", "latency_table", "verify")
     with sigterm() as stop:
         result = prune(

@@ -3,11 +3,9 @@
 import argparse
 
 from ..costs.hardware import parse_memory
-from ..errors import CfspError
 from ..recovery import Distillation, Recovery, recover
 from ..recovery.estimate import estimate_recovery
 from . import options
-from .flags import flag
 from .process import sigterm
 
 EXAMPLES = """\
@@ -41,10 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> Recovery:
-    weights = options.given(arguments, WEIGHTS)
-    if weights and not arguments.teacher:
-        raise CfspError(f"{flag(next(iter(weights)))} needs --teacher MODEL")
-    distillation = Distillation(arguments.teacher, **weights) if arguments.teacher else None
+    distillation = None
+    if arguments.teacher:
+        distillation = Distillation(arguments.teacher, **options.given(arguments, WEIGHTS))
+    else:
+        options.refuse(arguments, WEIGHTS, "{} needs --teacher MODEL")
     return Recovery(**options.given(arguments, SETTINGS), distillation=distillation)
 
 

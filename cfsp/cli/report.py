@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from ..checkpoints.documents import read_evaluation, read_result
+from ..checkpoints.folder import check_out
 from ..errors import CfspError
 from ..report.page import write_report
 from ..report.pictures import write_pictures
-from .options import add_output, check_new, show
+from .options import add_output, show
 
 EXAMPLES = """\
 cfsp report pruned --out report.html
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = check_new(arguments.out, arguments.overwrite)
+    out = Path(arguments.out)
+    check_out(out, arguments.overwrite, kind="file")
     results = [read_result(folder) for folder in arguments.folders]
     evaluations = [model for file in arguments.evaluation for model in read_evaluation(file)]
     pictures: list[str] = []

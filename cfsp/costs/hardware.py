@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..errors import CfspError, unknown_name
 from ..models.fingerprints import device_name
-from ..models.loading import pick_device
+from ..models.loading import pick_device, synchronize
 
 EFFICIENCY = 0.6
 """Share of the speed of one large matrix product that a whole forward pass is taken to reach."""
@@ -171,11 +171,6 @@ def device_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return host_memory()
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

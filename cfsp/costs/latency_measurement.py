@@ -21,12 +21,11 @@ from ..errors import CfspError
 from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from ..models.fingerprints import device_name, versions
 from ..models.layouts import Layout, as_block_output
-from ..models.loading import check_seqlen, model_device
+from ..models.loading import check_seqlen, model_device, synchronize
 from ..models.opening import OpenModel
 from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import DownProjection, none
-from .hardware import synchronize
 from .latency import LatencyTable, WidthCurve, load_table, save_table
 
 MEASURING = 2

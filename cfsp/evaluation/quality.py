@@ -153,7 +153,14 @@ def evaluation_windows(
     tokenizer: Any, dataset: str, seqlen: int, windows: int | None, bos: str
 ) -> torch.Tensor:
     """Non-overlapping windows [N, S] of a dataset's held-out text."""
-    tokens = tokenize(tokenizer, load_text(dataset, EVALUATE))
+    return text_windows(tokenizer, load_text(dataset, EVALUATE), seqlen, windows, bos)
+
+
+def text_windows(
+    tokenizer: Any, text: str, seqlen: int, windows: int | None, bos: str
+) -> torch.Tensor:
+    """Non-overlapping windows [N, S] of a text."""
+    tokens = tokenize(tokenizer, text)
     return consecutive_windows(tokens, seqlen, windows, bos_token(tokenizer, bos))
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..calibration.text import EVALUATE, load_text
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
 from ..models.opening import open_model
-from .quality import evaluation_windows, perplexity
+from .quality import perplexity, text_windows
 from .speed import Generation, PeakMemory, measure_speed, time_round
 from .tasks import find_tasks, run_tasks
 
@@ -78,6 +79,7 @@ def evaluate(
     kept: list[PreTrainedModel] = []
     found: list[dict[str, Any]] = []
     peaks: list[int | None] = []
+    text: str | None = None
     for name in models:
         memory = PeakMemory(pick_device(ranks.device(device)))
         opened = open_model(name, dtype, ranks.device(device))
@@ -91,9 +93,10 @@ def evaluate(
         if windows != 0:
             Calibration(seqlen=seqlen, bos=bos)  # refuses what is neither
             check_seqlen(model, seqlen)
-            text = evaluation_windows(tokenizer, dataset, seqlen, windows, bos)
+            text = load_text(dataset, EVALUATE) if text is None else text
+            held_out = text_windows(tokenizer, text, seqlen, windows, bos)
             bars = progress and ranks.first
-            measured = perplexity(model, text, dataset=dataset, progress=bars, ranks=ranks)
+            measured = perplexity(model, held_out, dataset=dataset, progress=bars, ranks=ranks)
             values |= measured.to_dict()
         if tasks:
             values["tasks"] = run_tasks(
@@ -101,7 +104,7 @@ def evaluate(
             )
         found.append(values)
         del opened, model
-    speeds = measure_speed(kept, workload, peak_memory=peaks) if kept else []
+    speeds = measure_speed(kept, workload, peak_memory=peaks)
     for values, measured_speed in zip(found, speeds, strict=False):
         values["speed"] = measured_speed.to_dict()
     return found

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.loading import check_seqlen, model_device
+from ..models.loading import check_seqlen, model_device, synchronize
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,19 @@ def time_round(model: PreTrainedModel, generation: Generation) -> tuple[float, f
 
 def _clock(device: torch.device) -> float:
     """Seconds, read once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 
 def measure_speed(
     models: Sequence[PreTrainedModel],
-    generation: Generation = Generation(),
+    generation: Generation,
     *,
-    peak_memory: Sequence[int | None] | None = None,
+    peak_memory: Sequence[int | None],
 ) -> list[Speed]:
     """Speeds of causal LMs in eval mode that can be compared: they take turns, so that each sees
     the same machine. The caller has run each once, or their first round is slow."""
     rounds = [[time_round(model, generation) for model in models] for _ in range(generation.rounds)]
-    memory = peak_memory or [None] * len(models)
     return [
         Speed(
             generation.batch * generation.prompt_tokens / median(prefill for prefill, _ in turns),
@@ -137,5 +135,5 @@ def measure_speed(
             taken,
             generation,
         )
-        for turns, taken in zip(zip(*rounds, strict=True), memory, strict=True)
+        for turns, taken in zip(zip(*rounds, strict=True), peak_memory, strict=True)
     ]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import CfspError
 from .layouts import as_block_output, hidden_states_of
+from .loading import synchronize
 from .surgery import forward_instead
 
 
@@ -120,8 +121,7 @@ class RidingWindows:
         self._count(started)
 
     def _count(self, started: float) -> None:
-        if self.calls.hidden.device.type == "cuda":
-            torch.cuda.synchronize(self.calls.hidden.device)
+        synchronize(self.calls.hidden.device)
         self.seconds += time.perf_counter() - started
 
     def ride(self, number: int) -> None:

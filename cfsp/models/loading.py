@@ -57,6 +57,12 @@ def model_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def load_part(name: str, kind: Any, **options: Any) -> Any:
     """``from_pretrained`` with the failures a user can mend in one line."""
     try:

@@ -42,10 +42,11 @@ def what_is_trained(
         return Trained((), count, count)
     blocks = projections(model, layout, settings.targets)
     costs, largest = rank_costs(blocks), largest_ranks(blocks)
-    ranks = uniform_ranks(settings.rank, largest)
     if settings.allocation == "importance":
         importance = torch.tensor([block.importance for block in plan.blocks], dtype=torch.float64)
         ranks = importance_ranks(importance, settings.rank, costs, largest)
+    else:
+        ranks = uniform_ranks(settings.rank, largest)
     return Trained(tuple(ranks), sum(map(mul, ranks, costs)), settings.rank * sum(costs))
 
 

@@ -61,7 +61,7 @@ def importance_figure(plan: PruningPlan) -> Plot:
     """Coarse importance of every block."""
     values = [block.importance for block in plan.blocks]
     count = len(values)
-    axis = Axis(min(0.0, *values, 0.0), max(values) or 1.0, HEIGHT // 2)
+    axis = Axis(min(0.0, *values), max(values) or 1.0, HEIGHT // 2)
     stem = min(0.12, 0.004 * count)
     marks = [
         mark(

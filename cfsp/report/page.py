@@ -63,7 +63,8 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
 
 
 def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[str, Any]:
-    plan, count = result.plan, len(result.plan.blocks)
+    plan, count, perplexity = result.plan, len(result.plan.blocks), perplexities(result)
+    fits, refits = result.fits, result.refits
     return {
         "label": label,
         "dense": result.dense_name,
@@ -71,16 +72,16 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "sparsity": f"{plan.sparsity:.1%}",
         "parameters": number_at(result.measured, "parameters_after"),
         "bytes": format_bytes(result.nbytes),
-        "tiles": tiles(result, evaluations),
-        "perplexity": perplexities(result),
+        "tiles": tiles(result, perplexity, evaluations),
+        "perplexity": perplexity,
         "widths": figures.widths_figure(plan),
         "importance": figures.importance_figure(plan),
         "scores": figures.scores_figure(plan),
         "curves": figures.curves_figure(plan),
-        "fits": result.fits,
-        "fits_figure": figures.fits_figure(result.fits, count),
-        "refits": result.refits,
-        "refits_figure": figures.refits_figure(result.refits, count),
+        "fits": fits,
+        "fits_figure": figures.fits_figure(fits, count),
+        "refits": refits,
+        "refits_figure": figures.refits_figure(refits, count),
         "recoveries": [_flat(recovery) for recovery in result.recoveries],
         "strips": [kept_strip(block.flat_kept, block.intermediate_size) for block in plan.blocks],
         "recipe": _recipe(result),

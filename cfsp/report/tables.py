@@ -62,9 +62,11 @@ def _text_of(measured: Any) -> str:
     return f"{dataset}, {windows} windows of {seqlen} tokens"
 
 
-def tiles(result: Result, evaluations: Sequence[Values]) -> list[dict[str, str]]:
+def tiles(
+    result: Result, perplexity: Values | None, evaluations: Sequence[Values]
+) -> list[dict[str, str]]:
     """The figures that matter most, each with what it was before."""
-    blocks, pair = result.plan.blocks, perplexities(result) or {}
+    blocks, pair = result.plan.blocks, perplexity or {}
     evaluated = {_last_part(e): e for e in reversed(evaluations)}  # wherever they lay; first wins
     dense, own = (evaluated.get(Path(name).name) for name in (result.dense_name, result.name))
     was, now = (number_at(result.measured, f"parameters_{when}") for when in ("before", "after"))

@@ -15,7 +15,7 @@ import torch
 from ...errors import CfspError
 from .gguf_tensors import GGUF_TYPES, STORED, GgufTensor, check_gguf_tensor, gguf_bytes
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
-from .source import Details, ExportOptions, ExportSource, check_family, open_source, progress_bar
+from .source import Details, ExportOptions, ExportSource, check_family, progress_bar
 
 ARCHITECTURES: dict[str, tuple[str, str | None]] = {
     "llama": ("llama", "deci"),
@@ -98,8 +98,7 @@ def write(source: ExportSource, options: ExportOptions, file: Path, progress: bo
     found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     if list(found) != [entry.name for entry in planned.values()]:
         raise RuntimeError("the file holds other tensors than were written")
-    again = open_source(source.path)
-    for name, values in _tensors(again, arch, again.named_tensors()):
+    for name, values in _tensors(source, arch, source.named_tensors()):
         check_gguf_tensor(planned[name], found[planned[name].name], values)
     as_f16 = [x.name for x in planned.values() if len(x.shape) > 1 and x.type != chosen]
     return {"architecture": arch, "type": chosen, "pre": pre, "stored_as_f16": as_f16}
@@ -136,10 +135,15 @@ def _tensors(
         yield ROPE_FACTORS, rope_factors(source)
 
 
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_factors(source: ExportSource) -> torch.Tensor:
     """[head_dim / 2] fp32: by what llama.cpp divides each plain frequency."""
     config, rotary = source.config, source.opened.model.base_model.rotary_emb
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    head_dim = _head_dim(config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     plain = 1 / config.rope_parameters["rope_theta"] ** exponents
     return (plain / rotary.inv_freq.double()).float()
 
@@ -153,7 +157,7 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     """The model's shape and numbers, and how it generates."""
     config, blocks, per_block = source.config, len(source.widths), arch == "deci"
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = _head_dim(config)
     writer.add_type("model")
     writer.add_name(source.opened.name)
     writer.add_file_type(GGUF_TYPES[chosen])

@@ -69,15 +69,13 @@ class ExportSource:
     def named_tensors(
         self, change_: Change = lambda block: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) in the order of :meth:`saved_tensors`, one block in memory at a time where
-        that can be, each after ``change_`` changed it in place."""
+        """(name, tensor) in the order of :meth:`saved_tensors`, read from disk one block at a time,
+        each then changed in place by ``change_``; a model in memory whole as it stands."""
         layout, blocks = self.opened.layout, self.opened.blocks
-        if isinstance(blocks, LiveBlocks):
-            for block in layout.find_blocks(self.opened.model):
-                change_(block)
-            yield from self.saved_tensors().items()
-            return
         tensors = self.saved_tensors().items()
+        if isinstance(blocks, LiveBlocks):
+            yield from tensors
+            return
         for inside, part in groupby(tensors, lambda item: layout.place_of(item[0]) is not None):
             if not inside:
                 yield from part
@@ -125,7 +123,7 @@ def write_changed_weights(
 
         write_tensors(folder, planned, tensors())
     left = read_index(folder)
-    for name, tensor in open_source(source.path).named_tensors(change_):
+    for name, tensor in source.named_tensors(change_):
         if not torch.equal(read_tensors({name: left.pop(name)})[name], tensor):
             raise RuntimeError(f"{name} differs from the exported model's after reading it back")
     if left:
