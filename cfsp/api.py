@@ -226,7 +226,8 @@ def prune(
     if calibrates or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     texts = len(windows) if calibrates else 0, len(held_out.tokens)
-    request = Request(recipe, *texts, plan=plan, ranks=ranks.size, table=table)
+    gram = recipe.needs_gram(planned=plan is not None) is not None
+    request = Request(recipe, *texts, gram=gram, plan=plan, ranks=ranks.size, table=table)
 
     # Calibrate, plan, cut, document, verify, publish.
     run = Run(
@@ -236,7 +237,7 @@ def prune(
         statistics=statistics,
         windows=windows,
         calibrates=calibrates,
-        gram=recipe.needs_gram(planned=plan is not None) is not None,
+        gram=gram,
         held_out=held_out,
         table=table,
         micro_batch=_announced(opened, request, budget, progress, ranks),
@@ -272,19 +273,18 @@ def _check(
     ranks: Ranks,
 ) -> None:
     """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
-    model, layout, fingerprint = opened.model, opened.layout, opened.blocks.fingerprint()
     if plan is None:
         check_recipe(opened.described, recipe, table)
     else:
         check_biases(opened.described, recipe.resolved_compensation)
-        check_plan(plan, model, layout, fingerprint)
+        check_plan(plan, opened.blocks)
     if statistics is not None:
-        check_statistics(statistics, model, layout, fingerprint)
+        check_statistics(statistics, opened.blocks)
         planned = plan is not None or stored_ranking(statistics, recipe) is not None
         if reader := recipe.needs_gram(planned):
             check_grams(statistics, reader)
     if recipe.refits:
-        check_refits(model, layout, ranks)
+        check_refits(opened.model, opened.layout, ranks)
 
 
 def _announced(

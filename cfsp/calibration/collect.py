@@ -20,6 +20,7 @@ from ..models.blockwise import default_micro_batch, record_block_calls, run_bloc
 from ..models.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
+from ..models.loading import model_device
 from .gram_sums import GramSums, GramWriter, Split, gram_writer
 from .grams import GramFolder, held_out_windows
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
@@ -57,7 +58,7 @@ class _BlockCollector:
         bar: tqdm,
     ) -> None:
         self.groups, self.split, self.ranks = groups, split, ranks
-        self.writer, self.bar = writer, bar
+        self.bar = bar
         sizes = sizes_of(groups)
         self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
         self.sums: dict[int, torch.Tensor] = defaultdict(self.zeros.clone)
@@ -70,7 +71,7 @@ class _BlockCollector:
         self.own_influences = self.influences[ranks.share(split.micro_batches)]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(groups, split, device, ranks) if writer is not None else None
+        self.grams = GramSums(groups, split, device, ranks, writer) if writer is not None else None
 
     def observers(self) -> "list[_Observer]":
         """What each FFN hands its activation to."""
@@ -112,7 +113,7 @@ class _BlockCollector:
             influence=influences.sum(0),
             groups=self.groups,
             expert_tokens=tuple(tokens.tolist()),
-            grams=self.grams.write(self.writer, number) if self.grams and self.writer else (),
+            grams=self.grams.write(number) if self.grams is not None else (),
         )
 
 
@@ -162,7 +163,7 @@ def collect_statistics(
     on any rank; CfspError for NaN or infinite activations, for ranks with another model, text or
     version than the first, and for Gram matrices without space.
     """
-    device = next(model.parameters()).device
+    device = model_device(model)
     count, seqlen = windows.shape
     size = ranks.of_first(lambda: micro_batch or default_micro_batch(device, seqlen))
     split = Split(count, seqlen, size)
@@ -195,7 +196,8 @@ def collect_statistics(
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                groups, ffns = layout.groups(block), layout.block_ffns(block)
+                ffns = layout.block_ffns(block)
+                groups = tuple(ffn.group(block) for ffn in ffns)
                 collector = _BlockCollector(groups, split, ranks, device, writer, bar)
                 with ExitStack() as observed:
                     for ffn, observer in zip(ffns, collector.observers(), strict=True):

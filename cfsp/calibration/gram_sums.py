@@ -32,7 +32,6 @@ from .grams import (
     GramFolder,
     StoredGram,
     TokensAndSum,
-    file_bytes,
     gram_digest,
     held_out_windows,
     panels,
@@ -129,7 +128,8 @@ def gram_writer(
     ``sizes``; at the end all are on the disk, for every rank. After an error, files that are not
     whole vanish. Raises CfspError where a rank does not see the folder, or the disk has no room."""
     check_ranks(ranks.size)
-    need, problem = sum(file_bytes(own, windows) for own in sizes), None
+    files = [planned_file(folder.file(n), n, own, windows) for n, own in enumerate(sizes)]
+    need, problem = sum(file.file_bytes for file in files), None
     if not folder.path.is_dir():
         problem = f"rank {ranks.rank} does not see the folder {folder.path}"
     elif need > (free := shutil.disk_usage(folder.path).free):
@@ -144,7 +144,6 @@ def gram_writer(
             "compensation lowers the error",
             stacklevel=4,
         )
-    files = [planned_file(folder.file(n), n, own, windows) for n, own in enumerate(sizes)]
     with (
         ShardWriter(folder.path, files) as shards,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
@@ -218,9 +217,14 @@ class GramSums:
     """The Gram matrices of one block's FFNs and experts, over this rank's micro-batches."""
 
     def __init__(
-        self, groups: Sequence[ChannelGroup], split: Split, device: torch.device, ranks: Ranks
+        self,
+        groups: Sequence[ChannelGroup],
+        split: Split,
+        device: torch.device,
+        ranks: Ranks,
+        writer: GramWriter,
     ) -> None:
-        self.groups, self.split = groups, split
+        self.groups, self.split, self.writer = groups, split, writer
         self.first = ranks.share(split.micro_batches).start
         parts = parts_of(held_out_windows(split.windows))
         self.found = [{part: _Sum(group, device, ranks) for part in parts} for group in groups]
@@ -241,10 +245,10 @@ class GramSums:
                 inside = (routing.tokens >= start) & (routing.tokens < end)
                 own.add(chunk, x, routing.experts.clamp(max=of_nobody).where(inside, of_nobody))
 
-    def write(self, writer: GramWriter, block: int) -> tuple[StoredGram, ...]:
+    def write(self, block: int) -> tuple[StoredGram, ...]:
         """Sum over all ranks into the file of the block, which the last rank writes. Raises
         CfspError where it finds no space, or no permission."""
-        written: list[StoredGram] = []
+        put, written = self.writer.put, list[StoredGram]()
         for group, found in zip(self.groups, self.found, strict=True):
             totals = {part: own.totals() for part, own in found.items()}
             for expert in range(group.experts):
@@ -252,13 +256,13 @@ class GramSums:
                 sums = {part: of_part[expert] for part, of_part in totals.items()}
                 for part, (tokens, total) in sums.items():
                     name = partial(tensor_name, block, number, part)
-                    writer.put(name("tokens"), torch.tensor([tokens]))
-                    writer.put(name("sum"), total)
+                    put(name("tokens"), torch.tensor([tokens]))
+                    put(name("sum"), total)
                     for panel, start, end in panels(size):
-                        writer.put(name(panel), found[part].panel(expert, start, end))
+                        put(name(panel), found[part].panel(expert, start, end))
                 held = sums[HELD_OUT][0] if HELD_OUT in sums else 0
                 digest = gram_digest({part: sums[part] for part in parts_of(held)})
                 counts = sums[FIT][0], held
-                written.append(StoredGram(writer.folder, block, number, size, counts, digest))
+                written.append(StoredGram(self.writer.folder, block, number, size, counts, digest))
             found.clear()
         return tuple(written)

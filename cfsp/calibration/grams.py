@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -127,10 +127,10 @@ def planned_file(file: Path, block: int, sizes: Sequence[int], windows: int) -> 
     return Shard(file.name, {**sums, **triangles})
 
 
-def file_bytes(sizes: Sequence[int], windows: int) -> int:
+@cache
+def file_bytes(sizes: tuple[int, ...], windows: int) -> int:
     """Size of the file of a block."""
-    shard = planned_file(Path(), 0, sizes, windows)
-    return len(shard.header()) + shard.nbytes
+    return planned_file(Path(), 0, sizes, windows).file_bytes
 
 
 def gram_digest(sums: Mapping[str, TokensAndSum]) -> str:

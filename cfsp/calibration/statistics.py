@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ..errors import CfspError
+from ..models.blocks import Blocks
 from ..models.channels import ChannelGroup, sizes_of
-from ..models.fingerprints import model_fingerprint
-from ..models.layouts import Layout
 from .curves import Ranking, ranking_of
 from .grams import WITHOUT, GramFolder, StoredGram, check_replaceable
 
@@ -141,32 +139,23 @@ def statistics_fingerprint(statistics: Statistics) -> str:
     return digest.hexdigest()
 
 
-def check_model(
-    what: str,
-    sizes: tuple[int, ...],
-    made_with: str,
-    model: nn.Module,
-    layout: Layout,
-    fingerprint: str | None,
-) -> None:
+def check_model(what: str, sizes: tuple[int, ...], made_with: str, model: Blocks) -> None:
     """Raise CfspError where ``what``, made with FFNs of these sizes and this fingerprint, is of
-    another model; ``fingerprint`` is the model's, where its weights are not in memory."""
-    own = layout.intermediate_sizes(model)
+    another model."""
+    own = model.layout.intermediate_sizes(model.model)
     if sizes != own:
         raise CfspError(
             f"{what} another model: {len(sizes)} blocks with up to {max(sizes)} channels, the "
             f"model has {len(own)} with up to {max(own)}"
         )
-    if made_with != (fingerprint or model_fingerprint(model, layout)):
+    if made_with != model.fingerprint():
         raise CfspError(f"{what} another model: same shapes, different weights")
 
 
-def check_statistics(
-    statistics: Statistics, model: nn.Module, layout: Layout, fingerprint: str | None = None
-) -> None:
-    """Raise CfspError where the statistics were made with another model; see check_model."""
+def check_statistics(statistics: Statistics, model: Blocks) -> None:
+    """Raise CfspError where the statistics were made with another model."""
     sizes, made_with = statistics.intermediate_sizes, statistics.model_fingerprint
-    check_model("the statistics are of", sizes, made_with, model, layout, fingerprint)
+    check_model("the statistics are of", sizes, made_with, model)
 
 
 def check_grams(statistics: Statistics, what: str) -> None:

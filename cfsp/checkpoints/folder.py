@@ -16,7 +16,7 @@ from ..io.files import sync_folder
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
-from ..models.loading import load_config, pick_device
+from ..models.loading import check_config, load_config, pick_device
 from ..models.pruned_classes import is_stock
 from ..models.tensors import converted, saved_tensors, tensor_infos
 from .resume import can_resume
@@ -36,8 +36,7 @@ def load(
         options: handed to ``from_pretrained``.
     """
     where = pick_device(device)
-    if not (Path(folder) / "config.json").is_file():
-        raise CfspError(f"{folder} is not a model folder: no config.json")
+    check_config(folder)
     load_config(str(folder))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)

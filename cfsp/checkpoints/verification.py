@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.blockwise import RidingWindows
-from ..models.loading import quiet_loading
+from ..models.loading import model_device, quiet_loading
 from ..models.opening import OpenModel, open_streamed
 from ..models.surgery import set_buffers_
 from .folder import load
@@ -32,7 +32,7 @@ def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def take_probe(model: PreTrainedModel) -> Probe:
-    ids = probe_tokens(model).to(next(model.parameters()).device)
+    ids = probe_tokens(model).to(model_device(model))
     logits = model(input_ids=ids, use_cache=False).logits.cpu()
     saved = model.state_dict().keys()
     return Probe(logits, {n: buffer for n, buffer in model.named_buffers() if n not in saved})

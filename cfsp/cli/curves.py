@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**{"scorer": SCORER, "allocator": "knapsack", **given(arguments, OPTIONS)})
     statistics = load_statistics(file)
     opened = open_any(arguments.model, None, recipe.dtype, arguments.device)
-    check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    check_statistics(statistics, opened.blocks)
     known = stored_ranking(statistics, recipe) is not None
     if not known:
         weights, progress = opened.blocks.ffn_weights, not arguments.quiet

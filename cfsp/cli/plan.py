@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     statistics = load_statistics(arguments.statistics)
     opened = open_any(arguments.model, None, recipe.dtype, arguments.device, whole=recipe.searches)
-    check_statistics(statistics, opened.model, opened.layout, opened.blocks.fingerprint())
+    check_statistics(statistics, opened.blocks)
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)
     plan = plan_model(opened, statistics, recipe, table, progress=not arguments.quiet)

@@ -10,7 +10,8 @@ from ..errors import CfspError
 from ..models.channels import check_expert_width
 from ..models.descriptions import Description
 from ..models.loading import check_seqlen
-from ..models.pruned_classes import parameter_shapes, stock_model
+from ..models.pruned_classes import stock_model
+from ..models.tensors import parameter_shapes
 from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import planned_tensors
@@ -81,8 +82,8 @@ def even_plan(
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
         keep = (1 - sparsity) * total
-        check_budget(sizes, keep, multiple, budget.costs)
         if recipe.uniform:
+            check_budget(sizes, keep, multiple, budget.costs)
             return equal_widths(sizes, sparsity, multiple)
         ideal = (1 - sparsity) * torch.tensor(sizes, dtype=torch.float64)
         return apportion(ideal, sizes, keep, multiple, even, budget.costs)

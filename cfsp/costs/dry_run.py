@@ -59,7 +59,7 @@ class Request:
     prunes: bool = True
     """Whether more than the statistics is wanted."""
     gram: bool = False
-    """Whether Gram matrices are wanted, though nothing reads them."""
+    """Whether Gram matrices are collected or read."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -96,8 +96,7 @@ def _pruned(
 
 def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> GramCosts | None:
     recipe, planned = request.recipe, request.plan is not None
-    read = request.prunes and recipe.needs_gram(planned=planned) is not None
-    if described.layout is None or not (request.gram or read):
+    if described.layout is None or not request.gram:
         return None
     curves = ALLOCATORS[recipe.resolved_allocator].needs_curves or recipe.searches
     return GramCosts(
@@ -155,7 +154,7 @@ def _estimate(
         dense=dense,
         stored=model_costs(described, described.stored, max(stored, key=stored.count)),
         pruned=model_costs(described, left) if left is not None else None,
-        output_bytes=sum(len(shard.header()) + shard.nbytes for shard in shards),
+        output_bytes=sum(shard.file_bytes for shard in shards),
         windows=request.windows,
         evaluation_windows=request.evaluation_windows,
         seqlen=seqlen,
@@ -254,5 +253,13 @@ def estimate(
     if layout is not None:
         table = known_table(skeleton, layout, where, recipe.model_budget, latency_table)
     samples = recipe.calibration.samples
-    request = Request(recipe, samples, eval_windows, ranks=ranks, nodes=nodes, table=table)
+    request = Request(
+        recipe,
+        samples,
+        eval_windows,
+        gram=recipe.needs_gram() is not None,
+        ranks=ranks,
+        nodes=nodes,
+        table=table,
+    )
     return _estimate(described, request, machine, budget)

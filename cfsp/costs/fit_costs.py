@@ -1,6 +1,5 @@
 """What Gram matrices, fits and searches cost: FLOPs, memory and disk, from shapes."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,8 +69,7 @@ class GramCosts:
 
     def disk_bytes(self, windows: int) -> int:
         """Bytes of all blocks' files, which each hold as many parts as ``windows`` have."""
-        alike = Counter(tuple(block) for block in self.blocks)
-        return sum(count * file_bytes(sizes_of(block), windows) for block, count in alike.items())
+        return sum(file_bytes(tuple(sizes_of(block)), windows) for block in self.blocks)
 
     def sum_bytes(self, split: Split, ranks: int, itemsize: int) -> int:
         """On the busiest rank's device while a block is at work: its products, and the activations

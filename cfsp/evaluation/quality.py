@@ -22,7 +22,7 @@ from ..calibration.text import EVALUATE, bos_token, consecutive_windows, load_te
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
-from ..models.loading import check_seqlen
+from ..models.loading import check_seqlen, model_device
 from ..models.opening import OpenModel
 
 EVALUATION_WINDOWS = 16
@@ -66,7 +66,7 @@ class HeldOut:
         self, model: PreTrainedModel, *, progress: bool, ranks: Ranks = ALONE
     ) -> Perplexity | None:
         """The perplexity of a model in memory; None where nothing is measured."""
-        device = next(model.parameters()).device
+        device = model_device(model)
         own = self.tokens[ranks.share(len(self.tokens))]
         hidden = not progress or not len(own)
         bar = tqdm(total=own.numel(), desc="evaluate", unit="tok", unit_scale=True, disable=hidden)

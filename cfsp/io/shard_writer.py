@@ -49,6 +49,11 @@ class Shard:
         """Bytes of the values."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header()) + self.nbytes
+
 
 def pack_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
     """Fill shards of at most ``max_bytes`` of values in the order given; a larger tensor has one

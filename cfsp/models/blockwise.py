@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import CfspError
 from .layouts import as_block_output, hidden_states_of
-from .loading import synchronize
+from .loading import model_device, synchronize
 from .surgery import forward_instead
 
 
@@ -59,7 +59,7 @@ def record_block_calls(
 ) -> BlockCalls:
     """Embed windows [N, S] int64, perhaps none, and record what each block of a causal LM is called
     with; blocks take the hidden states first."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = model_device(model)
     recorded: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
     embedded: list[torch.Tensor] = []
 

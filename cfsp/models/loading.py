@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -52,9 +53,9 @@ def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
         raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
 
 
-def model_device(model: PreTrainedModel) -> torch.device:
+def model_device(model: nn.Module) -> torch.device:
     """Where a model computes; of a skeleton too."""
-    return model.get_input_embeddings().weight.device
+    return model.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
 def synchronize(device: torch.device) -> None:
@@ -85,13 +86,19 @@ def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
     return str(model), {}
 
 
+def check_config(folder: str | Path) -> None:
+    """Raise CfspError for a folder without a config."""
+    if not (Path(folder) / "config.json").is_file():
+        raise CfspError(f"{folder} is not a model folder: no config.json")
+
+
 def load_config(model: str | Path) -> Any:
     """The config of a hub id, folder, config file or GGUF file."""
     (name, options), path = pretrained(model), Path(model)
     if options and find_spec("gguf") is None:
         raise CfspError("reading GGUF needs the package 'gguf': pip install gguf")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise CfspError(f"{path} is not a model folder: no config.json")
+    if path.is_dir():
+        check_config(path)
     return load_part(name, AutoConfig, **options)
 
 
@@ -126,8 +133,7 @@ def check_folder(folder: Path) -> None:
     """Find a folder that cannot be loaded before any work is done; name the file at fault."""
     if not folder.is_dir():
         raise CfspError(f"{folder} is not a folder; a model is a folder, a .gguf file or a hub id")
-    if not (folder / "config.json").is_file():
-        raise CfspError(f"{folder} is not a model folder: no config.json")
+    check_config(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         hint = ""

@@ -99,11 +99,12 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     """
     where, path = pick_device(device), Path(model)
     is_gguf = path.suffix == ".gguf"
-    if is_gguf and not path.is_file():
-        raise CfspError(f"no such file: {path}")
-    if not is_gguf and path.exists():
+    if is_gguf:
+        if not path.is_file():
+            raise CfspError(f"no such file: {path}")
+    elif path.exists():
         check_folder(path)
-    elif not is_gguf and _is_path(model):
+    elif _is_path(model):
         raise CfspError(f"no such model folder: {model}")
     layout = find_layout(load_config(model))
     name, options = pretrained(model)

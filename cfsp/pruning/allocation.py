@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..apportion import apportion, check_budget
-from ..calibration.curves import CURVE_POINTS, ErrorCurve
+from ..calibration.curves import ErrorCurve, curve_widths
 from ..errors import CfspError
 from .knapsack import least_error_choices
 
@@ -139,20 +139,15 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
     if not problem.curves:
         raise CfspError("allocator 'knapsack' needs error curves")
     costs, multiple, sizes = problem.width_costs, problem.width_multiple, problem.expert_sizes
-    widths = [_knapsack_widths(size, multiple) for size in sizes]
+    capacity = check_budget(sizes, problem.budget, multiple, costs) * multiple
+    widths = [curve_widths(size // multiple).clamp(min=1).unique() * multiple for size in sizes]
     chosen = least_error_choices(
         [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
         [(of_ffn * cost).numpy() for of_ffn, cost in zip(widths, costs, strict=True)],
-        check_budget(sizes, problem.budget, multiple, costs) * multiple,
+        capacity,
     )
     found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
     return torch.tensor(found, dtype=torch.float64) * torch.tensor(problem.expert_counts)
-
-
-def _knapsack_widths(size: int, multiple: int) -> torch.Tensor:
-    most = size // multiple
-    step = -(-most // CURVE_POINTS)
-    return torch.tensor(sorted({1, *range(step, most, step), most})) * multiple
 
 
 def search_start(problem: AllocationProblem) -> torch.Tensor:

@@ -12,11 +12,13 @@ from tqdm import tqdm
 from ..calibration.statistics import BlockStatistics, Statistics, check_grams, check_model
 from ..errors import CfspError
 from ..io.safetensors import Room, TensorInfo, Tensors
+from ..models.blocks import Blocks
 from ..models.channels import CutDown, check_expert_width
 from ..models.descriptions import PlacedFFN
 from ..models.layouts import Layout
 from .compensation import COMPENSATIONS, DownProjection, FitRecord
 from .plan import BlockPlan, PruningPlan
+from .recipe import Recipe
 
 Visit = Callable[[int], None]
 """Takes windows through the block of this number, before or after it is cut."""
@@ -24,22 +26,20 @@ TOKENS_PER_CHANNEL = 4
 """Below it least squares fit noise too."""
 
 
-def check_plan(
-    plan: PruningPlan, model: nn.Module, layout: Layout, fingerprint: str | None = None
-) -> None:
+def check_plan(plan: PruningPlan, model: Blocks) -> None:
     """Raise CfspError where the plan is for another model, as :func:`check_statistics` does, or
     has widths at which experts cannot run."""
     sizes, made_with = tuple(b.intermediate_size for b in plan.blocks), plan.model_fingerprint
-    check_model("the plan is for", sizes, made_with, model, layout, fingerprint)
+    check_model("the plan is for", sizes, made_with, model)
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
 
 
-def check_compensation(plan: PruningPlan, statistics: Statistics | None) -> None:
-    """Raise CfspError where the plan's compensation lacks its statistics; warn where these are of
+def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
+    """Raise CfspError where the recipe's compensation lacks its statistics; warn where these are of
     few tokens."""
-    compensation = plan.recipe.resolved_compensation
+    compensation = recipe.resolved_compensation
     known = COMPENSATIONS[compensation]
     if known.needs_statistics and statistics is None:
         raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
@@ -121,7 +121,7 @@ def prune_model_(
 ) -> tuple[tuple[FitRecord, ...], ...]:
     """Cut every block of a live model; the records are by block. Raises CfspError, before anything
     is changed, where the plan's compensation lacks what it needs."""
-    check_compensation(plan, statistics)
+    check_compensation(plan.recipe, statistics)
     blocks = tqdm(layout.find_blocks(model), desc="prune", unit="block", disable=not progress)
     cut = cut_blocks_(enumerate(blocks), layout, plan, statistics, before, after)
     return tuple(records for _, _, records in cut)

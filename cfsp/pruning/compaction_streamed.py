@@ -28,6 +28,7 @@ from ..io.shard_writer import (
     write_index,
 )
 from ..models.layouts import Layout
+from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
 from .compaction import Visit, check_compensation, cut_blocks_, planned_tensors
@@ -107,7 +108,7 @@ def prune_to_shards_(
     finished. Raises OSError before a shard for which there is no space.
     """
     layout, model, blocks = opened.layout, opened.model, opened.blocks
-    check_compensation(plan, statistics)
+    check_compensation(plan.recipe, statistics)
     dense = saved_tensors(model)
     planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
@@ -116,7 +117,7 @@ def prune_to_shards_(
     mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
     wanted = None if before or after else blocks_of(mine, layout)
-    device = model.get_input_embeddings().weight.device
+    device = model_device(model)
     aside = _Aside(_largest_block(planned, layout), device)
     total = sum(shard.nbytes for shard in shards)
     bar = tqdm(total=total, desc="prune", unit="B", unit_scale=True, disable=not progress)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate, islice
+from functools import cache
+from itertools import accumulate, pairwise
 
 import torch
 from rich.table import Table
@@ -139,27 +139,34 @@ def make_plan(
         return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
 
     widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
-    plan_of = partial(_select, statistics, ranking, recipe)
+    plan_of = _selection(statistics, ranking, recipe)
     return plan_of(search(plan_of, widths, problem) if search is not None else widths)
 
 
-def _select(
-    statistics: Statistics, ranking: Ranking, recipe: Recipe, widths: Sequence[int]
-) -> PruningPlan:
-    """The plan that gives every FFN its width."""
-    left, curves = iter(zip(ranking.scores, widths, strict=True)), iter(ranking.curves)
+def _selection(
+    statistics: Statistics, ranking: Ranking, recipe: Recipe
+) -> Callable[[Sequence[int]], PruningPlan]:
+    """Gives the plan of a width for every FFN; a block is selected once for the same widths."""
     importance = statistics.importance(recipe.importance).tolist()
-    blocks = []
-    for block, value in zip(statistics.blocks, importance, strict=True):
-        groups = block.groups
-        ffns = list(islice(left, len(groups)))
+    ends = list(accumulate((len(block.groups) for block in statistics.blocks), initial=0))
+
+    @cache
+    def of_block(number: int, widths: tuple[int, ...]) -> BlockPlan:
+        groups, ffns = statistics.blocks[number].groups, slice(*ends[number : number + 2])
+        scores = ranking.scores[ffns]
         kept = tuple(
-            torch.stack([select_channels(own, width) for own in scores.chunk(group.experts)])
-            for (scores, width), group in zip(ffns, groups, strict=True)
+            torch.stack([select_channels(own, width) for own in of_ffn.chunk(group.experts)])
+            for of_ffn, group, width in zip(scores, groups, widths, strict=True)
         )
-        quantiles = score_quantiles(torch.cat([scores for scores, _ in ffns]))
-        blocks.append(BlockPlan(kept, value, groups, quantiles, tuple(islice(curves, len(groups)))))
-    return PruningPlan(tuple(blocks), statistics.model_fingerprint, recipe)
+        quantiles = score_quantiles(torch.cat(scores))
+        return BlockPlan(kept, importance[number], groups, quantiles, ranking.curves[ffns])
+
+    def plan_of(widths: Sequence[int]) -> PruningPlan:
+        parts = (tuple(widths[start:end]) for start, end in pairwise(ends))
+        blocks = tuple(of_block(number, own) for number, own in enumerate(parts))
+        return PruningPlan(blocks, statistics.model_fingerprint, recipe)
+
+    return plan_of
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:

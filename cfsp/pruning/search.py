@@ -133,7 +133,7 @@ def width_search(
     def search(
         plan_of: Callable[[Sequence[int]], PruningPlan], start: Widths, problem: AllocationProblem
     ) -> Widths:
-        check_compensation(plan_of(start), statistics)
+        check_compensation(recipe, statistics)
         total = recipe.search_candidates
         bar = tqdm(total=total, desc="search", unit="model", disable=not progress)
         with bar, CutBlocks(model, layout, cut).in_place() as put:

@@ -80,9 +80,10 @@ def _calibrated(run: Run, folder: Path) -> Statistics | None:
     recipe, statistics = run.recipe, run.ranks.of_first(lambda: state.kept_statistics(folder))
     if statistics is None:
         statistics = run.calibrated(lambda: state.kept_grams(folder))
+        if run.ranks.first:
+            state.keep_statistics(folder, statistics)
     if not run.ranks.first:
         return statistics
-    state.keep_statistics(folder, statistics)
     planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
     if recipe.ranks_by_gram and not planned:
         weights = run.opened.blocks.ffn_weights

@@ -20,6 +20,7 @@ from cfsp.calibration.statistics import (
 )
 from cfsp.errors import CfspError
 from cfsp.models import ffn as ffns
+from cfsp.models.blocks import LiveBlocks
 from cfsp.models.layouts import LAYOUTS
 
 from ..conftest import FAMILIES, make_tiny
@@ -217,12 +218,12 @@ def test_statistics_of_another_model_are_refused(
     windows: torch.Tensor, tiny: Callable[..., PreTrainedModel]
 ) -> None:
     found = collect(tiny(), windows)
-    check_statistics(found, tiny(), LLAMA)
-    check_statistics(found, tiny().to(torch.bfloat16), LLAMA)
+    check_statistics(found, LiveBlocks(tiny(), LLAMA))
+    check_statistics(found, LiveBlocks(tiny().to(torch.bfloat16), LLAMA))
     with pytest.raises(CfspError, match="same shapes, different weights"):
-        check_statistics(found, tiny(seed=1), LLAMA)
+        check_statistics(found, LiveBlocks(tiny(seed=1), LLAMA))
     with pytest.raises(CfspError, match="4 blocks with up to 48 channels, the model has 3"):
-        check_statistics(found, tiny(num_hidden_layers=3), LLAMA)
+        check_statistics(found, LiveBlocks(tiny(num_hidden_layers=3), LLAMA))
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -132,6 +132,11 @@ def test_without_curves_it_is_refused() -> None:
         allocate_widths(bare, "knapsack", 1)
 
 
+def test_a_multiple_wider_than_an_ffn_is_refused() -> None:
+    with pytest.raises(CfspError, match="width_multiple 128 is more than the 64 channels"):
+        allocate_widths(problem([convex_curve(64, 1)], 0.5), "knapsack", 128)
+
+
 def test_errors_are_scaled_as_asked() -> None:
     curves = [convex_curve(8, 1, 4.0), convex_curve(8, 1, 0.0)]
     importance = torch.tensor([0.5, 2.0])
