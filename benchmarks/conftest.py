@@ -81,7 +81,7 @@ def stage(pytestconfig: pytest.Config) -> Iterator[harness.Stage]:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, stage: harness.Stage, pytestconfig: pytest.Config) -> Any:
-    """``measure(spec, shape, implementation)``: see :func:`benchmarks.harness.measure`."""
+    """``measure(spec, shape, implementation)``: see :func:`benchmarks.common.harness.measure`."""
 
     def run(spec: harness.OpBenchmark, shape: Any, implementation: str) -> None:
         harness.measure(benchmark, stage, spec, shape, implementation)

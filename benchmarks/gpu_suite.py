@@ -31,8 +31,11 @@ from typing import Any
 
 import torch
 
+from cfsp.io.files import write_json
+
 from . import report
 from .common import environment
+from .common.environment import anonymous
 from .ops.tune import RESULTS, SWEEPS, TABLE, write_entry
 
 ROOT = environment.ROOT
@@ -301,16 +304,6 @@ def missing(step: Step, out: Path) -> str | None:
     return None
 
 
-def anonymous(text: str, out: Path) -> str:
-    """``text`` without where this checkout, its interpreter and the results lie."""
-    places = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
-    if ROOT not in out.parents:
-        places[str(out)] = "OUT"
-    for place in sorted(places, key=len, reverse=True):
-        text = text.replace(place, places[place])
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
 def clear(step: Step) -> None:
     """Remove what the command of ``step`` leaves behind when it is killed."""
     if step.scratch is not None:
@@ -459,9 +452,7 @@ def run(
             **execute(step, out),
             "environment": described,
         }
-        partial = goal.with_suffix(".json.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        partial.replace(goal)
+        write_json(goal, result)
         reason = f": {result['reason']}" if "reason" in result else ""
         print(f"    {result['status']} in {result['wall_seconds']:.1f} s{reason}", flush=True)
         if result["status"] not in ("passed", "skipped"):

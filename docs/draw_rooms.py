@@ -7,6 +7,7 @@ FLOORS is the order that tests/end_to_end/test_rooms.py holds the code to.
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Every module -> the modules of ours that it imports, in functions and for types too."""
     known = modules()

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -161,3 +162,13 @@ def describe() -> dict[str, object]:
         described["memory_bytes"] = properties.total_memory
         described["multiprocessors"] = properties.multi_processor_count
     return described
+
+
+def anonymous(text: str, out: Path) -> str:
+    """``text`` without where this checkout, its interpreter and the results lie."""
+    places = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+    if ROOT not in out.parents:
+        places[str(out)] = "OUT"
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -7,9 +7,7 @@ Weights are random, so quality means nothing here; time, memory and widths do.
 
 import argparse
 import dataclasses
-import json
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,36 +16,31 @@ from typing import Any
 import torch
 
 from ..common import environment
-from ..common.timing import DEVICE, ON_GPU, ColdCache, seconds_of
+from ..common.results import check_work, write_result
+from ..common.timing import DEVICE, ON_GPU, ColdCache, median_seconds
 from .synthetic import MODELS, Model, llama_config, write_checkpoint, write_text
 
 
 def forward_seconds(network: Any, tokens: int, rounds: int) -> float:
     """Median seconds of one forward pass over ``tokens`` tokens."""
     ids = torch.randint(2, 200, (1, tokens), device=DEVICE)
-    cold = ColdCache()
     with torch.no_grad():
         network(ids)
-        return statistics.median(
-            seconds_of(lambda: network(ids, use_cache=False), cold) for _ in range(rounds)
-        )
+        return median_seconds(lambda: network(ids, use_cache=False), ColdCache(), rounds)
 
 
-def measured_step(
-    name: str, result: dict[str, Any], call: Callable[[], Any], keep: bool = False
-) -> Any:
+def measured_step(name: str, result: dict[str, Any], call: Callable[[], object]) -> None:
     """Run ``call``; put its wall seconds and peak device memory into ``result``."""
     if ON_GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    value = call()
+    call()
     if ON_GPU:
         torch.cuda.synchronize()
         result[f"{name}_peak_device_bytes"] = torch.cuda.max_memory_allocated()
     result[f"{name}_seconds"] = time.perf_counter() - start
     print(f"{name}: {result[f'{name}_seconds']:.1f} s", flush=True)
-    return value if keep else None
 
 
 def ffn_parameters(network: Any) -> int:
@@ -118,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="where the result goes")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     options = parser.parse_args(arguments)
-    if options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty, and it would be removed")
+    check_work(parser, options.work)
     model = MODELS[options.model]
     if options.blocks:
         model = dataclasses.replace(model, blocks=options.blocks)
@@ -136,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if not options.keep:
             shutil.rmtree(options.work, ignore_errors=True)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(options.json, result)
     return 0
 
 

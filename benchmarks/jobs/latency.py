@@ -7,7 +7,6 @@ The table is made as ``cfsp latency`` does; then the dense and the pruned models
 
 import argparse
 import copy
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -20,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from benchmarks.common.environment import describe
+from benchmarks.common.results import write_result
 from cfsp.costs.budgets import even_plan
 from cfsp.costs.latency import LatencyTable
 from cfsp.models.opening import adopt
-from cfsp.pruning.compaction import prune_block_
+from cfsp.pruning.compaction import prune_model_
 
 SHAPE = {
     "hidden_size": 512,
@@ -49,8 +49,7 @@ def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[An
     opened = adopt(left, None)
     recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
     plan = even_plan(opened.described, recipe, table)
-    for block, of_plan in zip(opened.layout.find_blocks(left), plan.blocks, strict=True):
-        prune_block_(block, opened.layout, of_plan, "none", 0.0, None)
+    prune_model_(left, opened.layout, plan, progress=False)
     return left, table.predicted(plan.widths)
 
 
@@ -126,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs": runs,
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(options.json, result)
     return 0
 
 

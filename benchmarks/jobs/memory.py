@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import environment
+from ..common.results import check_work, write_result
 from .synthetic import write_text
 
 LOAD = """
@@ -124,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args(arguments)
-    if options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty, and it would be removed")
+    check_work(parser, options.work)
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         runs = [measure(checkpoint, options) for checkpoint in options.checkpoint]
@@ -137,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "environment": environment.describe(),
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(options.json, result)
     print(json.dumps(runs, indent=1))
     return 0
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..common import environment
+from ..common.results import check_work, write_result
 
 
 def random_plan(opened: Any, sparsity: float) -> Any:
@@ -103,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before each")
     options = parser.parse_args(arguments)
-    if options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty, and it would be removed")
+    check_work(parser, options.work)
     one = (options.checkpoint, options.work, options.sparsity, options.cold)
     try:
         if not options.cold:
@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "environment": environment.describe(),
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(options.json, result)
     print(json.dumps({key: value for key, value in result.items() if key != "environment"}))
     return 0
 

@@ -7,18 +7,16 @@ the widths alone. Both are then timed in one process.
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cfsp
-from cfsp.evaluation.speed import Generation, PeakMemory, measure_speed, time_round
-from cfsp.models.loading import pick_device
-from cfsp.models.opening import open_model
+from cfsp.evaluation.speed import Generation
 
 from ..common import environment
+from ..common.results import check_work, write_result
 from ..common.timing import DEVICE
 
 CALIBRATION = cfsp.Calibration(dataset="builtin", samples=4, seqlen=128)
@@ -28,22 +26,27 @@ def run(model: str, work: Path, recipe: cfsp.Recipe, generation: Generation) -> 
     """Prune, then time both; every figure of both, and the ratios."""
     pruned = work / "pruned"
     plan = cfsp.prune(model, recipe=recipe, out=pruned, eval_windows=0, progress=False).plan
-    opened, peaks = [], []
-    for name in (model, pruned):
-        memory = PeakMemory(pick_device(DEVICE))
-        opened.append(open_model(name, recipe.dtype, DEVICE).model)
-        memory.restart()
-        time_round(opened[-1], generation)
-        peaks.append(memory.measure())
-    dense, small = measure_speed(opened, generation, peak_memory=peaks)
+    dense, small = cfsp.evaluate(
+        (model, pruned),
+        windows=0,
+        speed=True,
+        dtype=recipe.dtype,
+        device=DEVICE,
+        progress=False,
+        **vars(generation),
+    )
+    ratios = {
+        f"{what}_speedup": small["speed"][f"{what}_tokens_per_second"]
+        / dense["speed"][f"{what}_tokens_per_second"]
+        for what in ("prefill", "decode")
+    }
     return {
         "widths": list(plan.widths),
         "ffn_channels_removed": plan.sparsity,
-        "parameters": [network.num_parameters() for network in opened],
-        "dense": dense.to_dict(),
-        "pruned": small.to_dict(),
-        "prefill_speedup": small.prefill_tokens_per_second / dense.prefill_tokens_per_second,
-        "decode_speedup": small.decode_tokens_per_second / dense.decode_tokens_per_second,
+        "parameters": [dense["parameters"], small["parameters"]],
+        "dense": dense["speed"],
+        "pruned": small["speed"],
+        **ratios,
     }
 
 
@@ -60,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in vars(Generation()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options = parser.parse_args(arguments)
-    if options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty, and it would be removed")
+    check_work(parser, options.work)
     recipe = cfsp.Recipe(
         sparsity=options.sparsity, width_multiple=options.width_multiple, calibration=CALIBRATION
     )
@@ -76,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "environment": environment.describe(),
         **result,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(options.json, result)
     for what in ("prefill", "decode"):
         print(f"{what}: {result[f'{what}_speedup']:.2f}x the dense model's tokens/s")
     return 0

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from ..common.environment import ROOT
-from ..gpu_suite import anonymous
+from ..common.environment import ROOT, anonymous
 
 LONGEST = "test_compile.py"
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..common import environment
+from ..common.results import write_result
 
 TOKENS, HIDDEN, INTERMEDIATE = 16, 64, 128  # small: torch's own work on the CPU is not of interest
 CALLS, LOOPS = 100, 15
@@ -183,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "microseconds": now,
             "against": {"revision": options.against, "microseconds": then[0]} if then else None,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_result(options.json, result)
     return 0
 
 

@@ -29,7 +29,7 @@ import torch
 
 from ..common import environment
 from ..common.shapes import SHAPES, Shape
-from ..common.timing import ON_GPU, ColdCache, median_seconds
+from ..common.timing import DEVICE, ON_GPU, ColdCache, median_seconds
 
 Config = dict[str, int]
 TABLE = environment.ROOT / "cfsp_kernels" / "launch_configs.json"
@@ -99,8 +99,6 @@ def _row_sums() -> Workload:
 def _fold_partials() -> Workload:
     from cfsp_kernels._partials import fold_partials
 
-    from ..common.timing import DEVICE
-
     def make_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         partials = torch.randn(max(1, shape.tokens // 256), 2, shape.intermediate, device=DEVICE)
         return partials, torch.zeros_like(partials[0], dtype=torch.float64)
@@ -160,6 +158,15 @@ def _tile(rows: str, columns: str, least: int, most: int) -> Callable[[Config], 
     return sensible
 
 
+def _fits(config: Config) -> bool:
+    """A stage holds one tile of each operand in shared memory, of which an SM has 227 KiB."""
+    stage = config["BLOCK_T"] * (config["BLOCK_M"] + config["BLOCK_N"]) * 2
+    return (
+        config["num_stages"] * stage <= 227 << 10
+        and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
+    )
+
+
 SWEEPS: dict[str, Sweep] = {
     "channel_statistics": Sweep(
         {"BLOCK_T": (8, 16, 32, 64), "BLOCK_C": (64, 128, 256), "num_warps": (2, 4, 8)},
@@ -205,12 +212,7 @@ SWEEPS: dict[str, Sweep] = {
             "num_warps": (4, 8),
             "num_stages": (3, 4),
         },
-        # a stage holds one tile of each operand in shared memory, of which an SM has 227 KiB
-        lambda config: (
-            config["num_stages"] * config["BLOCK_T"] * (config["BLOCK_M"] + config["BLOCK_N"]) * 2
-            <= 227 << 10
-            and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
-        ),
+        _fits,
         _gram("tiles"),
     ),
     "gram_tma": Sweep(
@@ -221,11 +223,7 @@ SWEEPS: dict[str, Sweep] = {
             "num_warps": (4, 8),
             "num_stages": (3, 4, 6),
         },
-        lambda config: (
-            config["num_stages"] * config["BLOCK_T"] * (config["BLOCK_M"] + config["BLOCK_N"]) * 2
-            <= 227 << 10
-            and config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 128
-        ),
+        _fits,
         _gram("tma"),
     ),
     "gram_ragged": Sweep(
@@ -237,7 +235,7 @@ SWEEPS: dict[str, Sweep] = {
             "num_warps": (4, 8),
             "num_stages": (2, 3),
         },
-        lambda config: config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 64,
+        _tile("BLOCK_M", "BLOCK_N", 0, 64),
         _gram_ragged,
     ),
     "gram_fp32": Sweep(
@@ -249,7 +247,7 @@ SWEEPS: dict[str, Sweep] = {
             "num_warps": (4, 8),
             "num_stages": (2, 3),
         },
-        lambda config: config["BLOCK_M"] * config["BLOCK_N"] / (32 * config["num_warps"]) <= 64,
+        _tile("BLOCK_M", "BLOCK_N", 0, 64),
         _gram_fp32,
     ),
 }

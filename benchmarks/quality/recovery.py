@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfsp.io.files import write_json
+
 from ..common import environment
+from ..common.results import write_result
 
 ALLOCATIONS = ("importance", "uniform")
 DISTILLED = "distilled"
@@ -77,9 +80,7 @@ def kept(file: Path, options: argparse.Namespace) -> dict[str, Any] | None:
 def keep(file: Path, options: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """Write a result whole."""
     found = {"asked": asked(options), **values}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    partial.replace(file)
+    write_json(file, found)
     return found
 
 
@@ -244,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "summary": summary(base, runs),
         "environment": environment.describe(),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(options.json, result)
     if options.markdown:
         options.markdown.write_text(markdown(result), "utf-8")
     print(markdown(result))
