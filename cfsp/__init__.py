@@ -1,4 +1,4 @@
-"""Structured FFN pruning of large language models after one calibration pass.
+"""Structured FFN pruning of large language models.
 
 Importing this registers the pruned architectures with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` loads a pruned folder without a trust flag. Neither torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .models.registration import register
     from .pruning.plan import PruningPlan
     from .pruning.plan_file import load_plan, save_plan
-    from .pruning.ranking import with_ranking
     from .pruning.recipe import Recipe, load_recipe
     from .recovery import Distillation, Recovery, RecoveryResult, recover
     from .report.page import write_report
@@ -51,7 +50,6 @@ _MODULES = {
     "models.registration": ("register",),
     "pruning.plan": ("PruningPlan",),
     "pruning.plan_file": ("load_plan", "save_plan"),
-    "pruning.ranking": ("with_ranking",),
     "pruning.recipe": ("Recipe", "load_recipe"),
     "recovery": ("Distillation", "Recovery", "RecoveryResult", "recover"),
     "report.page": ("write_report",),

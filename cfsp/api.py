@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.grams import temporary_folder
-from .calibration.statistics import Statistics, check_grams, check_statistics, load_statistics
+from .calibration.statistics import Statistics, check_statistics, load_statistics
 from .calibration.windows import calibration_windows
 from .checkpoints.folder import check_out
 from .costs.budgets import check_biases, check_recipe
@@ -29,7 +28,7 @@ from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import COMPENSATIONS
 from .pruning.plan import PruningPlan, make_plan
-from .pruning.ranking import stored_ranking
+from .pruning.ranking import check_ranked
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
 from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory
@@ -41,8 +40,6 @@ def calibrate(
     tokenizer: Any = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - frozen
     *,
-    gram: bool | None = None,
-    gram_folder: str | Path | None = None,
     device: str = "auto",
     max_memory: str | None = None,
     progress: bool = True,
@@ -53,10 +50,8 @@ def calibrate(
     Args:
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
-        recipe: its ``calibration``, ``dtype`` and ``micro_batch`` are read.
-        gram: collect Gram matrices too, see docs/streaming.md; None: where the recipe needs them.
-        gram_folder: a new folder for them, removed with the result; :func:`cfsp.save_statistics`
-            puts them beside the statistics. None: one where temporary files go.
+        recipe: what the statistics are for. They serve any budget, and any other recipe whose
+            scorer and allocator read sums alone.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
@@ -66,22 +61,20 @@ def calibrate(
         CfspError: bad input, in one line.
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
-    gram = recipe.needs_gram() is not None if gram is None else gram
     opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    request = Request(recipe, len(windows), prunes=False, gram=gram, ranks=ranks.size)
+    request = Request(recipe, len(windows), prunes=False, ranks=ranks.size)
     run = Run(
         opened=opened,
         recipe=recipe,
         windows=windows,
-        gram=gram,
+        first_windows=len(windows),
         micro_batch=_announced(opened, request, budget, progress, ranks),
         progress=progress,
         ranks=ranks,
     )
-    folder = Path(gram_folder) if gram_folder is not None else None
     with device_capped(model_device(opened.model), budget.device):
-        return run.calibrated(lambda: temporary_folder(folder))
+        return run.calibrated()
 
 
 def latency_table(
@@ -159,7 +152,7 @@ def prune(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> PruneResult:
-    """Remove FFN channels of a model after one calibration pass.
+    """Remove FFN channels of a model.
 
     Args:
         model: hub id, folder, .gguf file, or a live causal LM of transformers, which is pruned
@@ -220,14 +213,13 @@ def prune(
 
     # Estimate, with the texts at hand.
     held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
-    needs = plan is None or COMPENSATIONS[recipe.resolved_compensation].needs_statistics
-    calibrates = statistics is None and needs
+    reads_sums = COMPENSATIONS[recipe.resolved_compensation].needs_statistics and not recipe.fits
+    calibrates = statistics is None and (plan is None or reads_sums)
     windows = torch.empty(0, 0)
-    if calibrates or recipe.refits or searches:
+    if calibrates or recipe.fits or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    texts = len(windows) if calibrates else 0, len(held_out.tokens)
-    gram = recipe.needs_gram(planned=plan is not None) is not None
-    request = Request(recipe, *texts, gram=gram, plan=plan, ranks=ranks.size, table=table)
+    texts = recipe.statistics_windows if calibrates else 0, len(held_out.tokens)
+    request = Request(recipe, *texts, plan=plan, ranks=ranks.size, table=table)
 
     # Calibrate, plan, cut, document, verify, publish.
     run = Run(
@@ -236,8 +228,8 @@ def prune(
         plan=plan,
         statistics=statistics,
         windows=windows,
+        first_windows=recipe.statistics_windows,
         calibrates=calibrates,
-        gram=gram,
         held_out=held_out,
         table=table,
         micro_batch=_announced(opened, request, budget, progress, ranks),
@@ -280,9 +272,8 @@ def _check(
         check_plan(plan, opened.blocks)
     if statistics is not None:
         check_statistics(statistics, opened.blocks)
-        planned = plan is not None or stored_ranking(statistics, recipe) is not None
-        if reader := recipe.needs_gram(planned):
-            check_grams(statistics, reader)
+        if plan is None:
+            check_ranked(statistics, recipe)
     if recipe.refits:
         check_refits(opened.model, opened.layout, ranks)
 

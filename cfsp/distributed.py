@@ -1,8 +1,8 @@
 """The processes of one job, as ``torchrun`` starts them: what is whose, and what they exchange.
 
 Work is split into contiguous parts in order of ranks, and sums are added in the order of one
-process, so that what a job gives does not depend on how many there are. Everything exchanged is
-small and on the CPU, over gloo.
+process, so that what a job gives does not depend on how many there are. What is exchanged goes
+over gloo from the CPU, and over NCCL from GPU to GPU where that is large.
 """
 
 import os
@@ -41,6 +41,8 @@ class Ranks:
     """None: torch.distributed's default."""
     store: "Store | None" = None
     """Outlives any rank; see :meth:`speaks`."""
+    backend: str = "gloo"
+    """Of the group: see :func:`_backend`."""
 
     @property
     def first(self) -> bool:
@@ -84,26 +86,25 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
     def ordered_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
-        """Zeros like ``like`` plus every part, on the CPU, in order of ranks: the additions of one
-        process, hence its bits. Each rank adds its own to what the one before it hands on."""
-        total = self.running_sum(parts, like)
-        if self.size > 1:
-            with _exchange() as dist:
-                dist.broadcast(total, self.size - 1, group=self.group)
-        return total
-
-    def running_sum(self, parts: "Sequence[torch.Tensor]", like: "torch.Tensor") -> "torch.Tensor":
-        """See :meth:`ordered_sum`; only the last rank gets the sum, each other what it handed on.
-        Ranks work on several at a time: one has handed on the first when it turns to the next."""
-        total = like.new_zeros(like.shape, device="cpu")
+        """Zeros like ``like`` plus every part, in order of ranks: the additions of one process,
+        hence its bits. Each rank adds its own to what the one before it hands on; on the GPU where
+        that is theirs and NCCL is at hand, else on the CPU."""
+        total = like.new_zeros(like.shape, device=like.device if self._device_to_device else "cpu")
         with _exchange() as dist:
             if not self.first:
                 dist.recv(total, self.rank - 1, group=self.group)
             for part in parts:
-                total += part
+                total += part.to(total.device)
             if not self.last:
                 dist.send(total, self.rank + 1, group=self.group)
+            if self.size > 1:
+                dist.broadcast(total, self.size - 1, group=self.group)
         return total
+
+    @property
+    def _device_to_device(self) -> bool:
+        """Whether tensors of a GPU need not pass through the host."""
+        return self.size == 1 or "nccl" in self.backend
 
     def fill_(self, rows: "torch.Tensor") -> "torch.Tensor":
         """Give every rank all rows, in place, where each has those of its :meth:`share`."""
@@ -196,6 +197,15 @@ def own_rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def _backend() -> str:
+    """gloo, and NCCL for tensors of GPUs where PyTorch has both."""
+    import torch
+    import torch.distributed as dist
+
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks that ``torchrun`` started, connected; without it, or with one, :data:`ALONE`. Where
@@ -207,9 +217,9 @@ def joined() -> Iterator[Ranks]:
 
     local_rank = int(os.environ["LOCAL_RANK"])
     if dist.is_initialized():
-        group = dist.new_group(timeout=PATIENCE, backend="gloo")
+        group = dist.new_group(timeout=PATIENCE, backend=(backend := _backend()))
         try:
-            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, group)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, group, backend=backend)
         finally:
             dist.destroy_process_group(group)
         return
@@ -217,11 +227,12 @@ def joined() -> Iterator[Ranks]:
         common, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         time = common.add(f"cfsp/joined/{rank}", 1)  # joining again must not find old addresses
         store = dist.PrefixStore(f"cfsp/{time}", common)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        backend = _backend()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CfspError(f"cannot reach the other ranks of torchrun: {reason}") from None
     try:
-        yield Ranks(rank, size, local_rank, store=store)
+        yield Ranks(rank, size, local_rank, store=store, backend=backend)
     finally:
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ from ._partials import segment_options, segments_of
 from ._triton import Kernel, ceil_div, interpreted, tl
 from ._validation import as_rows, check_offsets, check_out
 
-BLOCK = 512  # columns per block row of the triangle
+BLOCK = 384  # columns per block row of the triangle
 ROWS = 2048  # tokens that are held in fp32 at a time
 
 

@@ -24,6 +24,7 @@ from cfsp.costs.budgets import even_plan
 from cfsp.costs.latency import LatencyTable
 from cfsp.models.opening import adopt
 from cfsp.pruning.compaction import prune_model_
+from cfsp.pruning.second_pass import SecondPass
 
 SHAPE = {
     "hidden_size": 512,
@@ -49,7 +50,7 @@ def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[An
     opened = adopt(left, None)
     recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
     plan = even_plan(opened.described, recipe, table)
-    prune_model_(left, opened.layout, plan, progress=False)
+    prune_model_(left, opened.layout, plan.recipe, SecondPass(plan).turn, progress=False)
     return left, table.predicted(plan.widths)
 
 

@@ -63,12 +63,13 @@ def cut(checkpoint: Path, goal: Path, sparsity: float) -> None:
     """The second pass alone: no windows are measured."""
     from cfsp.models.opening import open_streamed
     from cfsp.pruning.compaction_streamed import prune_to_shards_
+    from cfsp.pruning.second_pass import SecondPass
 
     opened = open_streamed(checkpoint)
     if opened is None:
         raise SystemExit(f"{checkpoint} cannot be streamed")
     plan = random_plan(opened, sparsity)
-    prune_to_shards_(opened, plan, None, goal, progress=False)
+    prune_to_shards_(opened, plan, SecondPass(plan).turn, goal, progress=False)
 
 
 def one_round(checkpoint: Path, work: Path, sparsity: float, cold: bool) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """Prune one model by many recipes, and measure each on text of two domains.
 
-``python -m benchmarks.quality.ablation MODEL --calibration FILE --in-domain FILE --work DIR
+``python -m benchmarks.quality.ablation MODEL --calibration FILE --in-domain FILE
 --json RESULT.json``
 
-A cell is a recipe (scorer, allocator, compensation and whatever else it says) at a budget. One
-calibration with Gram matrices, kept in ``--work``, serves all cells of the same calibration text. A
-cell is planned, cut out of a copy of the model in memory, and its perplexity is measured on
-consecutive windows of both texts. The JSON is written anew, whole, after every cell; a rerun goes
-on with the cells that it lacks, and refuses where model or texts are others. A cell that cannot be
-pruned is kept with its message. ``python -m benchmarks.quality.ablation_report`` makes the tables
-and the picture, and so does this command at its end.
+A cell is a recipe (scorer, allocator, compensation and whatever else it says) at a budget. The
+second pass over a calibration text, with the Gram matrices of all blocks, is kept in memory and
+serves all its cells. A cell is planned, cut out of a copy of the model in memory, and its
+perplexity is measured on consecutive windows of both texts. The JSON is written anew, whole, after
+every cell; a rerun goes on with the cells that it lacks, and refuses where model or texts are
+others. A cell that cannot be pruned is kept with its message. ``python -m
+benchmarks.quality.ablation_report`` makes the tables and the picture, and so does this command at
+its end.
 """
 
 import argparse
@@ -25,9 +26,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 import cfsp
-from cfsp import Calibration, CfspError, Recipe, Statistics
+from cfsp import Calibration, CfspError, PruningPlan, Recipe, Statistics
+from cfsp.calibration.collect import DensePass
+from cfsp.calibration.statistics import BlockStatistics
 from cfsp.calibration.text import (
     BOS_CHOICES,
     EVALUATE,
@@ -38,18 +42,28 @@ from cfsp.calibration.text import (
     tokenize,
 )
 from cfsp.calibration.windows import calibration_windows
+from cfsp.costs.footprint import footprints
+from cfsp.distributed import ALONE
 from cfsp.io.files import write_json
+from cfsp.models.blockwise import default_micro_batch
 from cfsp.models.fingerprints import tokens_fingerprint
-from cfsp.models.loading import check_seqlen, quiet_loading
+from cfsp.models.loading import check_seqlen, model_device, quiet_loading
 from cfsp.models.opening import OpenModel
+from cfsp.pruning.compaction import prune_model_
+from cfsp.pruning.compensation import FitRecord
 from cfsp.pruning.recipe import DTYPES, recipe_from_dict
+from cfsp.pruning.refit import Refitting
+from cfsp.pruning.second_pass import SecondPass
+from cfsp.run.job import Run
 
 from ..common import environment
 from . import ablation_report
-from .ablation_grid import BUDGETS, RECIPES, grid, public, read_recipes
+from .ablation_grid import BUDGETS, RECIPES, calibration_kind, grid, public, read_recipes
 
 TOPICS = "builtin-topics"
 DOMAINS = ("in_domain", "out_of_domain")
+SECOND_PASS = "second pass"
+"""Whose seconds they are, beside those of first passes by :func:`calibration_kind`."""
 T = TypeVar("T")
 
 
@@ -150,79 +164,97 @@ class Results:
         self.save()
 
 
-def calibrated(
-    opened: OpenModel, recipes: Sequence[Recipe], tokens: str, work: Path, results: Results
-) -> Statistics:
-    """The statistics of the recipes' calibration with Gram matrices, made where they are not kept.
+class Passes:
+    """What the two passes over one calibration text give, each made when a cell first asks.
 
-    What is recorded are its seconds, and those of a calibration without Gram matrices where a
-    recipe needs none: this second calibration is for its time alone.
+    Their seconds are kept with the results. The second is kept in memory whole, so that it serves
+    all cells: the Gram matrices of all blocks.
     """
-    asked, recipe = results.values["asked"], recipes[0]
-    name = f"{asked['model_fingerprint'][:8]}-{asked['dtype']}-{tokens[:8]}"
-    file = work / f"{name}.safetensors"
-    record = results.values["calibrations"].setdefault(
-        tokens,
-        {**public(recipe)["calibration"], "seconds": {"plain": None, "gram": None}},
-    )
-    seconds = record["seconds"]
 
-    def run(gram: bool) -> Statistics:
-        statistics, seconds["gram" if gram else "plain"] = timed(
-            lambda: cfsp.calibrate(
-                opened.model,
-                opened.tokenizer,
-                recipe,
-                gram=gram,
-                gram_folder=work / f"{name}.blocks" if gram else None,
+    def __init__(self, opened: OpenModel, settings: Calibration, seconds: dict[str, float]) -> None:
+        self.opened, self.layout, self.seconds = opened, opened.layout, seconds
+        self.windows = calibration_windows(opened.model, opened.tokenizer, settings)
+        self.micro_batch = default_micro_batch(model_device(opened.model), settings.seqlen)
+        self._statistics: dict[str, Statistics] = {}
+        self._blocks: list[BlockStatistics] = []
+
+    def statistics(self, recipe: Recipe) -> Statistics:
+        """Of the first pass for a recipe."""
+        kind = calibration_kind(recipe)
+        if kind not in self._statistics:
+            run = Run(
+                opened=self.opened,
+                recipe=recipe,
+                windows=self.windows,
+                first_windows=recipe.statistics_windows,
+                micro_batch=self.micro_batch,
                 progress=False,
+                ranks=ALONE,
             )
-        )
-        results.save()
-        return statistics
+            self._statistics[kind], self.seconds[kind] = timed(run.calibrated)
+        return self._statistics[kind]
 
-    if seconds["plain"] is None and any(r.needs_gram() is None for r in recipes):
-        run(gram=False)
-    if seconds["gram"] is None or not file.exists():
-        cfsp.save_statistics(run(gram=True), file)
-    return cfsp.load_statistics(file)
+    def run(self, number: int) -> BlockStatistics:
+        """What the second pass shows of a block: as :meth:`DensePass.run`."""
+        if not self._blocks:
+            dense = DensePass(self.opened.model, self.layout, self.windows, gram=True)
+            self._blocks, self.seconds[SECOND_PASS] = timed(
+                lambda: [dense.run(number) for number in range(len(dense.blocks))]
+            )
+        return self._blocks[number]
 
 
 def measured(
-    opened: OpenModel, recipe: Recipe, statistics: Statistics, texts: dict[str, torch.Tensor]
+    opened: OpenModel, recipe: Recipe, passes: Passes, texts: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Plan, cut a copy of the model, measure it.
 
     Raises:
         CfspError: the recipe cannot be followed on this model.
     """
+    statistics = passes.statistics(recipe)
     plan, plan_seconds = timed(
         lambda: cfsp.plan(statistics, opened.model, recipe, opened.tokenizer)
     )
     model = copy.deepcopy(opened.model)
-    result, cut_seconds = timed(
-        lambda: cfsp.prune(
-            model,
-            opened.tokenizer,
-            recipe,
-            plan=plan,
-            statistics=statistics,
-            eval_windows=0,
-            progress=False,
-        )
-    )
-    report = result.report
-    fits = [fit.applied for block in report.fits for fit in block]
+    cut, fits, cut_seconds = _cut(model, opened, plan, statistics, passes)
+    refits = cut.refitting.refits if cut.refitting is not None else []
+    applied = [fit.applied for block in fits for fit in block]
     return {
         "plan_seconds": plan_seconds,
         "cut_seconds": cut_seconds,
-        **perplexities(result.model, texts),
+        **perplexities(model, texts),
         "sparsity": plan.sparsity,
         "widths": list(plan.widths),
-        "sizes": report.sizes.to_dict(),
-        "fits": {"applied": sum(fits), "of": len(fits)},
-        "refits": {"kept": sum(r.kept > 0 for r in report.refits), "of": len(report.refits)},
+        "sizes": footprints(opened.described, plan).to_dict(),
+        "fits": {"applied": sum(applied), "of": len(applied)},
+        "refits": {"kept": sum(r.kept > 0 for r in refits), "of": len(refits)},
     }
+
+
+def _cut(
+    model: PreTrainedModel,
+    opened: OpenModel,
+    plan: PruningPlan,
+    statistics: Statistics,
+    passes: Passes,
+) -> tuple[SecondPass, Sequence[tuple[FitRecord, ...]], float]:
+    """Cut a copy of the model: what it was cut by, what came of fits, and the seconds, those of
+    the second pass included."""
+    recipe, dense, refitting = plan.recipe, None, None
+    if recipe.fits:
+        passes.run(0)
+        dense = passes
+    if recipe.refits:  # its windows go through the dense blocks beside the pruned ones
+        dense = DensePass(model, opened.layout, passes.windows, gram=recipe.fits)
+        refitting = Refitting(model, dense, recipe)
+    selects = recipe.fits and not recipe.ranks_by_gram
+    cut = SecondPass(plan, statistics, dense, refitting, selects=selects)
+    fits, seconds = timed(
+        lambda: prune_model_(model, opened.layout, recipe, cut.turn, cut.visits, progress=False)
+    )
+    known = passes.seconds[SECOND_PASS] if dense is passes else 0.0
+    return cut, fits, seconds + known
 
 
 def run(opened: OpenModel, recipes: Sequence[Recipe], options: argparse.Namespace) -> Results:
@@ -261,11 +293,14 @@ def run(opened: OpenModel, recipes: Sequence[Recipe], options: argparse.Namespac
             missing.setdefault(recipe.calibration, []).append(recipe)
     for settings, wanted in missing.items():
         tokens = fingerprints[settings]
-        statistics = calibrated(opened, wanted, tokens, options.work, results)
+        record = results.values["calibrations"].setdefault(
+            tokens, {**public(wanted[0])["calibration"], "seconds": {}}
+        )
+        passes = Passes(opened, settings, record["seconds"])
         for recipe in wanted:
             cell = {"recipe": public(recipe), "calibration": tokens}
             try:
-                cell.update(measured(opened, recipe, statistics, texts))
+                cell.update(measured(opened, recipe, passes, texts))
             except CfspError as error:
                 cell["error"] = str(error)
             results.add(cell, instead_of=results.cell(recipe, tokens))
@@ -298,7 +333,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bos", choices=BOS_CHOICES, default=default.bos)
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the statistics")
     parser.add_argument("--json", type=Path, required=True, help="the results, and where to go on")
     parser.add_argument("--retry", action="store_true", help="try cells that failed again")
     ablation_report.add_outputs(parser)

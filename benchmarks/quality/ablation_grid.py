@@ -16,13 +16,14 @@ RECIPES: tuple[dict[str, Any], ...] = (
     {"scorer": "cfsp", "compensation": "none"},
     {"scorer": "flap", "compensation": "bias"},
     {"scorer": "cfsp", "compensation": "least-squares"},
-    {"scorer": "cfsp-residual", "allocator": "cfsp", "compensation": "least-squares"},
+    {"scorer": "cfsp-output", "allocator": "cfsp", "compensation": "least-squares"},
     {"scorer": "cfsp-output", "compensation": "least-squares"},
-    {"scorer": "cfsp-residual", "compensation": "least-squares"},
-    {"scorer": "cfsp-residual", "compensation": "least-squares", "width_multiple": 128},
+    {"scorer": "cfsp-output", "compensation": "least-squares", "width_windows": 8},
+    {"scorer": "cfsp-output", "compensation": "least-squares", "width_windows": 160},
+    {"scorer": "cfsp-output", "compensation": "least-squares", "width_multiple": 128},
     {"scorer": "obs", "allocator": "knapsack", "compensation": "least-squares"},
-    {"scorer": "cfsp-residual", "compensation": "least-squares", "sequential": True},
-    {"scorer": "cfsp-residual", "compensation": "blockwise"},
+    {"scorer": "cfsp-output", "compensation": "least-squares", "sequential": True},
+    {"scorer": "cfsp-output", "compensation": "blockwise"},
 )
 """From the published method to the best one, for SmolLM2-135M; widths are exact but for one."""
 SHARED = {"width_multiple": 1}
@@ -107,3 +108,11 @@ def public(recipe: Recipe) -> dict[str, Any]:
     values = recipe.to_dict()
     values["calibration"]["dataset"] = Path(recipe.calibration.dataset).name
     return values
+
+
+def calibration_kind(recipe: Recipe) -> str:
+    """Names the first pass that a recipe needs, the same for all recipes that one can serve."""
+    windows = f"{recipe.statistics_windows} windows"
+    if not (recipe.ranks_by_gram or recipe.makes_curves):
+        return windows
+    return f"{windows}, {recipe.scorer}, {recipe.resolved_compensation}, {recipe.damping:g}"

@@ -19,7 +19,7 @@ from cfsp import CfspError, Recipe
 from cfsp.pruning.recipe import recipe_from_dict
 
 from ..report import MARKED, provenance
-from .ablation_grid import OF_THE_RUN, SHARED
+from .ablation_grid import OF_THE_RUN, SHARED, calibration_kind
 
 DOMAINS = {"in_domain": "in-domain", "out_of_domain": "out-of-domain"}
 COLUMNS = (
@@ -29,9 +29,10 @@ COLUMNS = (
 )
 EXPLANATION = (
     "Gap closed: the share of the way from plain CFSP back to the dense model, in perplexity; "
-    "below zero where a recipe is worse than plain CFSP. Calibration: with Gram matrices where the "
-    "recipe needs them. Cut: compensation and fitting again included. x CFSP: calibration, plan "
-    "and cut over those of plain CFSP. Bold: the lowest perplexity."
+    "below zero where a recipe is worse than plain CFSP. Calibration: the first pass for the "
+    "recipe. Cut: the second pass, with compensation and fitting again. x CFSP: calibration, plan "
+    "and cut over those of plain CFSP, where both are of one machine and version. Bold: the lowest "
+    "perplexity."
 )
 WIDE = 8
 """Ratio of perplexities from which an axis has ticks by decades."""
@@ -123,8 +124,8 @@ def gap_closed(cell: Mapping[str, Any], plain: Any, dense: Any, domain: str) -> 
 
 
 def seconds_of(cell: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Of the calibration that the recipe needs, of the plan and of the cut."""
-    kind = "gram" if recipe_from_dict(cell["recipe"]).needs_gram() else "plain"
+    """Of the first pass for the recipe, of the plan and of the second pass with the cut."""
+    kind = calibration_kind(recipe_from_dict(cell["recipe"]))
     calibration = values["calibrations"][cell["calibration"]]["seconds"][kind]
     return calibration, cell["plan_seconds"], cell["cut_seconds"]
 
@@ -152,7 +153,8 @@ def row(cell: Mapping[str, Any], cells: Sequence[Any], values: Mapping[str, Any]
         found.append(_share(gap_closed(cell, plain, values["dense"], domain)))
     seconds = seconds_of(cell, values)
     found += [f"{value:.1f}" for value in seconds]
-    found.append(f"{sum(seconds) / sum(seconds_of(plain, values)):.2f}" if plain else "")
+    comparable = plain and plain["environment"] == cell["environment"]
+    found.append(f"{sum(seconds) / sum(seconds_of(plain, values)):.2f}" if comparable else "")
     return found
 
 

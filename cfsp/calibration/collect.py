@@ -3,8 +3,8 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from ..models.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
 from ..models.loading import model_device
-from .gram_sums import GramSums, GramWriter, Split, gram_writer
-from .grams import GramFolder, held_out_windows
+from .grams import GramSums, Split, check_ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 
 
@@ -54,11 +53,11 @@ class _BlockCollector:
         split: Split,
         ranks: Ranks,
         device: torch.device,
-        writer: GramWriter | None,
-        bar: tqdm,
+        gram: bool,
+        advance: Callable[[int], object],
     ) -> None:
         self.groups, self.split, self.ranks = groups, split, ranks
-        self.bar = bar
+        self.advance = advance
         sizes = sizes_of(groups)
         self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
         self.sums: dict[int, torch.Tensor] = defaultdict(self.zeros.clone)
@@ -71,7 +70,7 @@ class _BlockCollector:
         self.own_influences = self.influences[ranks.share(split.micro_batches)]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(groups, split, device, ranks, writer) if writer is not None else None
+        self.grams = GramSums(groups, split, device, ranks) if gram else None
 
     def observers(self) -> "list[_Observer]":
         """What each FFN hands its activation to."""
@@ -87,7 +86,7 @@ class _BlockCollector:
         """A micro-batch is through, with these hidden states [b, S, D] around the block."""
         self.seen += 1
         block_influence(before, after, out=self.own_influences[index])
-        self.bar.update(before.shape[:-1].numel())
+        self.advance(before.shape[:-1].numel())
 
     def result(self, number: int) -> BlockStatistics:
         """The statistics of block ``number`` over all ranks."""
@@ -101,8 +100,8 @@ class _BlockCollector:
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
-        sums = ranks.ordered_sum([part.cpu() for part in self.sums.values()], self.zeros)
-        tokens = ranks.ordered_sum([self.tokens.cpu()], self.tokens)
+        sums = ranks.ordered_sum(list(self.sums.values()), self.zeros).cpu()
+        tokens = ranks.ordered_sum([self.tokens], self.tokens)
         if not tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
@@ -113,7 +112,7 @@ class _BlockCollector:
             influence=influences.sum(0),
             groups=self.groups,
             expert_tokens=tuple(tokens.tolist()),
-            grams=self.grams.write(number) if self.grams is not None else (),
+            grams=self.grams.result() if self.grams is not None else (),
         )
 
 
@@ -136,6 +135,56 @@ class _Observer:
             self.block.grams.add(self.ffn, self.block.seen, rows, routing)
 
 
+class DensePass:
+    """Calibration windows, [N, S] int64, on their way through the dense blocks of a causal LM.
+
+    Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
+    ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices,
+    for the block at work, [F, F] fp32 once, on ranks other than the first as often as each has
+    eighths of the windows; the activations of an eighth, twice, and of the held-out windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        windows: torch.Tensor,
+        *,
+        micro_batch: int | None = None,
+        gram: bool = False,
+        fused: bool = True,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """``fused`` takes the fused SwiGLU statistics where the FFN allows it: the same numbers.
+        Raises CfspError for a number of ranks that cannot share Gram matrices."""
+        if gram:
+            check_ranks(ranks.size)
+        self.layout, self.blocks = layout, layout.find_blocks(model)
+        self.windows, self.gram, self.fused, self.ranks = windows, gram, fused, ranks
+        self.device = model_device(model)
+        count, seqlen = windows.shape
+        size = ranks.of_first(lambda: micro_batch or default_micro_batch(self.device, seqlen))
+        self.split = Split(count, seqlen, size)
+        own = ranks.share(self.split.micro_batches)
+        self.own_windows = windows[own.start * size : own.stop * size]
+        self.calls = record_block_calls(model, self.blocks, self.own_windows, size)
+
+    def run(self, number: int, advance: Callable[[int], object] = bool) -> BlockStatistics:
+        """Take all windows through a block; its statistics over all ranks, on each of them.
+        ``advance`` is told the tokens of every call. Raises CfspError for NaN or infinity."""
+        block, ffns = self.blocks[number], self.layout.block_ffns(self.blocks[number])
+        groups = tuple(ffn.group(block) for ffn in ffns)
+        collector = _BlockCollector(groups, self.split, self.ranks, self.device, self.gram, advance)
+        with ExitStack() as observed:
+            for ffn, observer in zip(ffns, collector.observers(), strict=True):
+                observed.enter_context(ffn.observed(block, observer, self.fused))
+            run_block(block, number, self.calls, collector.add_states)
+        return collector.result(number)
+
+
+Visit = Callable[[int, nn.Module, BlockStatistics], object]
+
+
 def collect_statistics(
     model: nn.Module,
     layout: Layout,
@@ -148,62 +197,45 @@ def collect_statistics(
     weights: Blocks | None = None,
     stop: Callable[[], bool] = bool,
     ranks: Ranks = ALONE,
-    grams: GramFolder | None = None,
+    gram: bool = False,
+    visit: Visit = lambda *_: None,
 ) -> Statistics:
     """One dense forward pass over each block of a causal LM, left as it was found, with statistics
     of its FFN and its influence on [N, S] int64 ``windows``; the same on every rank.
 
-    Memory beside the model: the hidden states of this rank's windows once, one micro-batch; on
-    ranks other than the first, [2, F] fp64 for each of their micro-batches. With Gram matrices, on
-    the device, for the block at work, [F, F] fp32 twice, on ranks other than the first as often as
-    each has eighths of the windows, and once more; and the activations of an eighth, twice.
-
-    ``fused`` takes the fused SwiGLU statistics where the FFN allows it: the same numbers. ``grams``
-    is a folder that all ranks see. Raises Stopped where ``stop``, asked before each block, says so
-    on any rank; CfspError for NaN or infinite activations, for ranks with another model, text or
-    version than the first, and for Gram matrices without space.
+    ``visit`` is handed every block, while it has weights, with its statistics: those with Gram
+    matrices where asked for, which none of the result has. Raises Stopped where ``stop``, asked
+    before each block, says so on any rank; CfspError for NaN or infinite activations, and for ranks
+    with another model, text or version than the first. Memory: see :class:`DensePass`.
     """
-    device = model_device(model)
-    count, seqlen = windows.shape
-    size = ranks.of_first(lambda: micro_batch or default_micro_batch(device, seqlen))
-    split = Split(count, seqlen, size)
-    own = ranks.share(split.micro_batches)
-    own_windows = windows[own.start * size : own.stop * size]
     blocks = layout.find_blocks(model)
     weights = weights or LiveBlocks(model, layout)
     identity = {
         "model": weights.fingerprint(),
         "calibration text": tokens_fingerprint(windows),
-        "machine or version": versions(device),
+        "machine or version": versions(model_device(model)),
     }
     ranks.check_same(identity)
-    writing: AbstractContextManager[GramWriter | None] = nullcontext()
-    if grams is not None:
-        sizes = [sizes_of(layout.groups(block)) for block in blocks]
-        writing = gram_writer(grams, sizes, count, ranks)
     training = model.training
     model.eval()
     results = []
     try:
-        calls = record_block_calls(model, blocks, own_windows, size)
+        options: dict[str, Any] = {"micro_batch": micro_batch, "gram": gram, "fused": fused}
+        dense = DensePass(model, layout, windows, ranks=ranks, **options)
+        own_windows = dense.own_windows
         total = len(blocks) * own_windows.numel()
         bar = tqdm(total=total, desc="calibrate", unit="tok", unit_scale=True, disable=not progress)
         # a rank without windows needs no weights, but takes part in every sum
         needed = weights.turns() if len(own_windows) else nullcontext(enumerate(blocks))
         shown = BlockProgress(bar, len(blocks))
-        with bar, writing as writer, needed as turns:
+        with bar, needed as turns:
             for number, block in turns:
                 if ranks.any(stop()):
                     raise Stopped
                 shown.turn(number, weights.stored_bytes(number))
-                ffns = layout.block_ffns(block)
-                groups = tuple(ffn.group(block) for ffn in ffns)
-                collector = _BlockCollector(groups, split, ranks, device, writer, bar)
-                with ExitStack() as observed:
-                    for ffn, observer in zip(ffns, collector.observers(), strict=True):
-                        observed.enter_context(ffn.observed(block, observer, fused))
-                    run_block(block, number, calls, collector.add_states)
-                results.append(collector.result(number))
+                found = dense.run(number, bar.update)
+                visit(number, block, found)
+                results.append(replace(found, grams=()))
     finally:
         model.train(training)
     idle = [number for number, found in enumerate(results) for n in found.expert_tokens if n == 0]
@@ -219,10 +251,9 @@ def collect_statistics(
         {
             **(provenance or {}),
             "tokens_sha256": identity["calibration text"],
-            "windows": count,
-            "seqlen": seqlen,
-            "micro_batch": size,
-            **({"held_out_windows": held_out_windows(count)} if grams is not None else {}),
+            "windows": len(windows),
+            "seqlen": windows.shape[1],
+            "micro_batch": dense.split.micro_batch,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "versions": identity["machine or version"],
         },

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from ..calibration.grams import GramFolder
-from ..calibration.statistics import Statistics, gram_path, load_statistics, save_statistics
+from ..calibration.statistics import Statistics, load_statistics, save_statistics
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..io.files import write_json
@@ -71,13 +70,6 @@ def kept_statistics(partial: Path) -> Statistics | None:
     """The calibration of a run that had finished its first pass."""
     file = partial / STATISTICS
     return load_statistics(file) if file.is_file() else None
-
-
-def kept_grams(partial: Path) -> GramFolder:
-    """Where a run's Gram matrices go, beside its statistics."""
-    folder = gram_path(partial / STATISTICS)
-    folder.mkdir(exist_ok=True)
-    return GramFolder(folder)
 
 
 def keep_statistics(partial: Path, statistics: Statistics) -> None:

@@ -6,25 +6,25 @@ from pathlib import Path
 from ..api import calibrate
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
 from ..checkpoints.folder import check_out
-from .options import MODEL, add_device, add_output, given, show
+from ..pruning.recipe import Recipe
+from .options import MODEL, add_device, add_fields, add_output, given, show
 from .prune import add_calibration, recipe_of
 
 EXAMPLES = """\
 cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors
 cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --dataset wikitext2:3,c4:1
+cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --scorer obs
 """
+METHOD = ("scorer", "allocator", "compensation", "damping")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--out", required=True, metavar="STATS.safetensors", help="The new file")
     add_device(parser)
-    parser.add_argument(
-        "--gram",
-        action=argparse.BooleanOptionalAction,
-        help="Whether with Gram matrices, a folder STATS.safetensors.grams beside it: everything "
-        "but the published methods reads them (default: with)",
-    )
+    group = parser.add_argument_group("method", "What the statistics are for, at any budget.")
+    add_fields(group, Recipe, METHOD)
+    group.add_argument("--recipe", metavar="FILE.yaml", help="Start from this recipe's settings")
     add_calibration(parser)
     add_output(parser)
 
@@ -35,10 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     statistics = calibrate(
         arguments.model,
         recipe=recipe_of(arguments),
-        gram_folder=out.with_name(f"{out.name}.grams.new"),
         progress=not arguments.quiet,
         ranks=arguments.group,
-        **given(arguments, ("gram", "device", "max_memory")),
+        **given(arguments, ("device", "max_memory")),
     )
     if arguments.group.first:
         save_statistics(statistics, out)

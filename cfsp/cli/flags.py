@@ -11,12 +11,10 @@ def flag(name: str) -> str:
 
 def with_flags(text: str) -> str:
     """An error in the words of the command line: "`resume=True` continues" -> "--resume continues",
-    "`bos='always'`" -> "--bos always", "`gram=False`" -> "--no-gram"."""
+    "`bos='always'`" -> "--bos always"."""
 
     def option(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]
-        if value in (None, "True"):
-            return flag(name)
-        return flag(f"no_{name}") if value == "False" else f"{flag(name)} {value}"
+        return flag(name) if value in (None, "True") else f"{flag(name)} {value}"
 
-    return re.sub(r"`(?P<name>\w+)(='?(?P<value>\w+)'?)?`", option, text)
+    return re.sub(r"`(?P<name>\w+)(='?(?P<value>[\w.-]+)'?)?`", option, text)

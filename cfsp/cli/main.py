@@ -15,13 +15,12 @@ from typing import Any
 from .. import __version__
 from ..distributed import joined, own_rank
 from ..errors import CfspError
-from .process import ended, quiet
+from .process import ended, keep_memory, quiet
 
 COMMANDS = {
     "demo": "the whole job on SmolLM2-135M, offline",
     "calibrate": "statistics of a model, once, in a file",
     "plan": "widths and kept channels, to look at or edit",
-    "curves": "scores and error curves, put into a file of statistics for later plans",
     "prune": "a smaller model in a new folder",
     "recover": "train a pruned model, to a new folder",
     "evaluate": "perplexity, speed and tasks of models, side by side",
@@ -69,7 +68,7 @@ class _Command(_Parser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="cfsp", description="Structured FFN pruning after one calibration pass.")
+    parser = _Parser(prog="cfsp", description="Structured FFN pruning of large language models.")
     parser.add_argument("--version", action="version", version=f"cfsp {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Command
@@ -82,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.group.size > 1 and arguments.command not in SHARED:
         raise CfspError(f"cfsp {arguments.command} is for one process; start it without torchrun")
+    keep_memory()
     with quiet(arguments.group, arguments.quiet):
         arguments.run(arguments)
 

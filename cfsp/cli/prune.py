@@ -25,7 +25,7 @@ METHOD = (
     *("scorer", "allocator", "compensation"),
     *("importance", "error_scale", "importance_exponent"),
 )
-FIT = ("damping", "sequential", "epochs", "learning_rate")
+FIT = ("damping", "width_windows", "sequential", "epochs", "learning_rate")
 SEARCH = ("search_generations", "search_offspring", "search_windows", "search_seed")
 CALIBRATION_OPTIONS = options.names_of(Calibration)
 RECIPE_OPTIONS = options.names_of(Recipe, but="calibration")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.gram_sums import check_ranks
+from ..calibration.grams import check_ranks
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.safetensors import TensorInfo, Tensors
@@ -17,9 +17,7 @@ from ..models.descriptions import Description, describe
 from ..models.layouts import unsupported
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
-from ..pruning.allocation import ALLOCATORS
 from ..pruning.compaction import planned_tensors
-from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.scoring import SCORERS
@@ -54,12 +52,10 @@ from .workload import (
 class Request:
     recipe: Recipe
     windows: int
-    """Windows of calibration; 0 where statistics or a plan are at hand."""
+    """Windows that statistics are made of; 0 where these or a plan are at hand."""
     evaluation_windows: int = 0
     prunes: bool = True
     """Whether more than the statistics is wanted."""
-    gram: bool = False
-    """Whether Gram matrices are collected or read."""
     plan: PruningPlan | None = None
     ranks: int = 1
     nodes: int = 1
@@ -94,33 +90,28 @@ def _pruned(
     return planned_tensors(tensors, described.ffns, plan), sizes
 
 
-def _gram_costs(described: Description, request: Request, dense: ModelCosts) -> GramCosts | None:
-    recipe, planned = request.recipe, request.plan is not None
-    if described.layout is None or not request.gram:
-        return None
-    curves = ALLOCATORS[recipe.resolved_allocator].needs_curves or recipe.searches
-    return GramCosts(
-        blocks=described.groups,
-        hidden_size=dense.hidden_size,
-        active_experts=dense.blocks[-1].active_experts,
-        sparsity=recipe.sparsity,
-        fits=request.prunes and COMPENSATIONS[recipe.resolved_compensation].needs_gram,
-        scores=request.prunes and recipe.ranks_by_gram and not planned,
-        residuals=recipe.scorer == "cfsp-residual" and not curves,
-    )
-
-
-def _features(request: Request, run: Workload, gram: GramCosts | None) -> list[Feature]:
-    recipe = request.recipe
+def _features(described: Description, request: Request, run: Workload) -> list[Feature]:
+    recipe, scores = request.recipe, request.plan is None
     found: list[Feature] = [passes]
-    if gram is not None:
+    if described.layout is None:
+        return found
+    gram = GramCosts(
+        blocks=described.groups,
+        hidden_size=run.dense.hidden_size,
+        active_experts=run.dense.blocks[-1].active_experts,
+        sparsity=recipe.sparsity,
+        removes=scores and SCORERS[recipe.scorer].needs_gram,
+        curves=scores and recipe.makes_curves,
+        fits=recipe.fits,
+    )
+    if (gram.ranks and run.windows) or (gram.fits and run.fit_windows):
+        check_ranks(request.ranks)
         found.append(gram.loads)
     if run.pruned is not None and recipe.refits:
-        windows, epochs = recipe.calibration, recipe.epochs if recipe.blockwise else 0
-        shape = windows.samples, windows.seqlen, epochs, recipe.sequential
-        found.append(RefitCosts(run.dense, run.pruned, *shape).loads)
+        epochs = recipe.epochs if recipe.blockwise else 0
+        found.append(RefitCosts(run.pruned, epochs, recipe.sequential).loads)
     if request.prunes and request.plan is None and recipe.searches:
-        fits = gram if gram is not None and gram.fits else None
+        fits = gram if gram.fits else None
         found.append(SearchCosts(recipe.search_candidates, recipe.search_windows, fits).loads)
     return found
 
@@ -143,31 +134,34 @@ def _estimate(
     model, recipe = described.model, request.recipe
     dense = model_costs(described, described.parameters)
     left, sizes = _pruned(described, request, dense) if request.prunes else (None, None)
-    gram = _gram_costs(described, request, dense)
-    if gram is not None and request.windows:
-        check_ranks(request.ranks)
     shards = pack_shards(left, MAX_SHARD_BYTES) if left is not None else ()
     stored = [info.dtype.itemsize for info in described.stored.values()]
     seqlen, where = recipe.calibration.seqlen, torch.device(hardware.device)
-    reads_weights = SCORERS[recipe.scorer].reads_weights or recipe.ranks_by_gram
+    again = request.prunes and (recipe.fits or recipe.refits)
+    slower = [hardware.flops / x if x else 1.0 for x in (hardware.fp32_flops, hardware.fp64_flops)]
     run = Workload(
         dense=dense,
         stored=model_costs(described, described.stored, max(stored, key=stored.count)),
         pruned=model_costs(described, left) if left is not None else None,
         output_bytes=sum(shard.file_bytes for shard in shards),
         windows=request.windows,
+        fit_windows=recipe.calibration.samples if again else 0,
         evaluation_windows=request.evaluation_windows,
         seqlen=seqlen,
         micro_batch=recipe.micro_batch or default_micro_batch(where, seqlen),
         streamed=described.streamed,
-        reads_weights=reads_weights and request.plan is None,
+        scores=not request.windows
+        and request.plan is None
+        and SCORERS[recipe.scorer].reads_weights,
         ranks=request.ranks,
         device=hardware.device,
+        fp32_slower=slower[0],
+        fp64_slower=slower[1],
     )
     room, host = budget.limits(hardware) if recipe.micro_batch is None else (None, None)
     if room is None and host is not None:
         room = host - resident_bytes() - TEXT_BYTES
-    run, loads = _fitted(run, _features(request, run, gram), room)
+    run, loads = _fitted(run, _features(described, request, run), room)
     stage, parts = device_peak(loads, hardware.device)
     return Estimate(
         model=described.name,
@@ -183,6 +177,7 @@ def _estimate(
         dtype=str(model.dtype).removeprefix("torch."),
         ranks=request.ranks,
         windows=request.windows,
+        fit_windows=run.fit_windows,
         evaluation_windows=request.evaluation_windows,
         seqlen=seqlen,
         micro_batch=run.micro_batch,
@@ -191,7 +186,6 @@ def _estimate(
         device_parts=parts,
         host_parts=host_parts(run, loads, resident_bytes()),
         hardware=hardware,
-        gram_bytes=gram.disk_bytes(request.windows) if gram and request.windows else 0,
     )
 
 
@@ -252,14 +246,6 @@ def estimate(
     table = None
     if layout is not None:
         table = known_table(skeleton, layout, where, recipe.model_budget, latency_table)
-    samples = recipe.calibration.samples
-    request = Request(
-        recipe,
-        samples,
-        eval_windows,
-        gram=recipe.needs_gram() is not None,
-        ranks=ranks,
-        nodes=nodes,
-        table=table,
-    )
+    windows = recipe.statistics_windows, eval_windows
+    request = Request(recipe, *windows, ranks=ranks, nodes=nodes, table=table)
     return _estimate(described, request, machine, budget)

@@ -12,14 +12,15 @@ from ..errors import CfspError
 from ..io.files import format_bytes
 from .footprint import Footprints
 from .hardware import Hardware, MemoryBudget
-from .workload import Stage
+from .workload import CHUNK, Stage
 
 LOWERED_BY = {
     "hidden states": ("`eval_windows` or `seqlen`", "`samples` or `seqlen`"),
     "micro-batch": ("`seqlen`", "`micro_batch` or `seqlen`"),
     "logits": ("`seqlen`", "`seqlen`"),
+    CHUNK: ("`samples` or `seqlen`", "`samples` or `seqlen`"),
 }
-"""Parts of memory that options lower: after the calibration, and in it."""
+"""Parts of memory that options lower: where no calibration windows pass, and where they do."""
 NUMBERS = ("read", "written", "FLOP", "time", "bytes", "before", "after")
 """Columns of tables that are aligned to the right."""
 
@@ -95,7 +96,7 @@ class RunEstimate:
 class Estimate(RunEstimate):
     """What a run will take. Nothing here was measured but the figures of ``hardware`` that say so.
 
-    FLOPs count a multiplication and an addition as two. Bytes are of weights and Gram matrices.
+    FLOPs count a multiplication and an addition as two. Bytes are of weights.
     """
 
     model: str
@@ -116,6 +117,8 @@ class Estimate(RunEstimate):
     dtype: str
     ranks: int
     windows: int
+    fit_windows: int
+    """Calibration windows that go through the pass that cuts as well."""
     evaluation_windows: int
     seqlen: int
     micro_batch: int
@@ -128,8 +131,6 @@ class Estimate(RunEstimate):
     host_parts: dict[str, int]
     """Bytes that each process holds at most."""
     hardware: Hardware
-    gram_bytes: int = 0
-    """Of Gram matrices on the disk."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -157,7 +158,7 @@ class Estimate(RunEstimate):
             f"{self.model}: {' -> '.join(counts)} parameters, {self.blocks} blocks of up to "
             f"{format_bytes(self.largest_block_bytes)} ({self.dtype}), "
             f"{self.windows} windows of {self.seqlen}, {self.micro_batch} a call"
-            + (f", {format_bytes(self.gram_bytes)} of Gram matrices" if self.gram_bytes else "")
+            + (f", then {self.fit_windows}" if self.fit_windows else "")
         )
 
     def table(self) -> Group:
@@ -196,7 +197,8 @@ class Estimate(RunEstimate):
             fixed = (f"{part} {format_bytes(parts[part])}" for part in parts if part not in lowered)
             return f"no option lowers {', '.join(fixed)}"
         most = max(lowered, key=lambda part: lowered[part])
-        return f"lower {LOWERED_BY[most][self.device_stage == 'calibrate']}"
+        calibrating = self.device_stage == "calibrate" or self.fit_windows > 0
+        return f"lower {LOWERED_BY[most][calibrating]}"
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

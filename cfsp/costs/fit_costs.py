@@ -1,25 +1,31 @@
-"""What Gram matrices, fits and searches cost: FLOPs, memory and disk, from shapes."""
+"""What Gram matrices, fits and searches cost: FLOPs and memory, from shapes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..calibration.gram_sums import PENDING, Split, products_held
-from ..calibration.grams import PANEL, file_bytes, held_out_windows
-from ..models.channels import ChannelGroup, sizes_of
+from ..calibration.grams import Split, held_out_windows, products_held
+from ..models.channels import ChannelGroup
 from ..pruning.block_cache import MOST_KEPT
 from ..pruning.least_squares import ROWS
 from .flops import FP32, ModelCosts
-from .workload import HOST, MICRO_BATCH, Load, Workload
+from .workload import CHUNK, MICRO_BATCH, RANKING, REFITTING, SOLVING, Load, Workload
 
 FP64 = 8
-FP64_SLOWER = {"cpu": 2.0, "cuda": 16.0}
-"""How much faster a device multiplies in the dtype of a forward pass than in fp64, which it fits
-in: a CPU fp32, an H100 bf16. GPUs that are not for data centres are slower yet, by ten times."""
+
+
+def solving_flops(hidden: int, width: int) -> float:
+    """fp32 FLOPs of :func:`cfsp.pruning.least_squares.solve_damped`."""
+    return width**3 / 3 + 2.0 * hidden * width**2
+
+
+def solving_bytes(hidden: int, width: int) -> int:
+    """What it holds: the matrix, its factor, the right side, the solution, rows of that twice."""
+    return 2 * FP32 * width * (width + hidden + min(ROWS, hidden))
 
 
 @dataclass(frozen=True)
 class GramCosts:
-    """Gram matrices of a model, and what is made of them."""
+    """Gram matrices of the block at work, and what is made of them."""
 
     blocks: Sequence[Sequence[ChannelGroup]]
     """The FFNs of every block."""
@@ -27,12 +33,18 @@ class GramCosts:
     active_experts: int
     """Experts that a token goes through."""
     sparsity: float
-    fits: bool
-    """Whether least squares are fitted."""
-    scores: bool = False
-    """Whether channels are scored by them, or error curves made."""
-    residuals: bool = False
-    """Whether the scores are what the other channels leave of each, and no curves are made."""
+    removes: bool = False
+    """Whether the calibration makes them, to remove all channels greedily."""
+    curves: bool = False
+    """Whether the calibration makes them, for error curves."""
+    fits: bool = False
+    """Whether the pass that cuts makes them, for least squares; error curves then reckon with
+    these."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the calibration makes them."""
+        return self.removes or self.curves
 
     @property
     def _sizes(self) -> list[tuple[int, int, int]]:
@@ -40,80 +52,109 @@ class GramCosts:
         groups = (group for block in self.blocks for group in block)
         return [(g.experts, g.channels, round(g.channels * (1 - self.sparsity))) for g in groups]
 
-    @property
-    def _widest(self) -> int:
-        return max(channels for _, channels, _ in self._sizes)
-
     def loads(self, run: Workload) -> Iterator[Load]:
-        """They are written once, by the calibration, and read once for scores and once for the cut.
-        Each rank fits the blocks that its evaluation windows go through."""
-        disk, slower = self.disk_bytes(run.windows or 2), FP64_SLOWER[run.device]
-        if run.windows:
-            # The sums take half of a whole product.
-            products = (n**2 * min(experts, self.active_experts) for experts, n, _ in self._sizes)
-            flops = run.windows * run.seqlen * float(sum(products))
-            split = Split(run.windows, run.seqlen, run.micro_batch)
-            parts = {"Gram matrices": self.sum_bytes(split, run.ranks, run.dense.itemsize)}
-            yield Load("calibrate", 0, disk, disk, flops, flops * run.busiest_share, parts)
-            # A panel of every term and of their sum, and those that wait to be written.
-            panels = products_held(split, run.ranks) + 1 + PENDING
-            held = panels * min(PANEL, self._widest) * self._widest * FP32
-            yield Load(HOST, parts={"Gram matrices, written": held})
-        if self.scores:
-            flops, parts = self.rank_flops(), {**run.model_parts(), "ranking": self.rank_bytes()}
-            yield Load("score", disk, 0, disk, flops, flops * slower, parts)
-        if self.fits:
-            flops, parts = self.fit_flops(), {"least squares": self.fit_bytes()}
-            ranks = run.ranks if run.evaluation_windows else min(2, run.ranks)
-            yield Load("prune", disk, 0, disk, flops * ranks, flops * slower, parts)
+        """Each rank fits every block; all get the same."""
+        if self.ranks and run.windows:
+            flops, parts = self.rank_flops(), {RANKING: self.rank_bytes()}
+            yield self._made(run, "calibrate", run.windows)
+            yield Load("calibrate", flops=flops, busiest=flops * run.fp64_slower, parts=parts)
+        if self.fits and run.fit_windows:
+            windows, seqlen, itemsize = run.fit_windows, run.seqlen, run.dense.itemsize
+            flops, judging = self.fit_flops(), self.judging_flops(windows, seqlen)
+            judged = self.judging_bytes(windows, seqlen, itemsize)
+            parts = {SOLVING: max(self.fit_bytes(), judged)}
+            busiest = flops * run.fp32_slower + judging
+            yield self._made(run, "prune", windows)
+            yield Load("prune", flops=flops * run.ranks + judging, busiest=busiest, parts=parts)
 
-    def disk_bytes(self, windows: int) -> int:
-        """Bytes of all blocks' files, which each hold as many parts as ``windows`` have."""
-        return sum(file_bytes(tuple(sizes_of(block)), windows) for block in self.blocks)
+    def _made(self, run: Workload, stage: str, windows: int) -> Load:
+        """Summing them over the fitting windows: half of a whole product."""
+        split, itemsize = Split(windows, run.seqlen, run.micro_batch), run.dense.itemsize
+        flops = (windows - held_out_windows(windows)) * run.seqlen * self.sum_flops()
+        parts = {
+            "Gram matrices": self.sum_bytes(split, run.ranks),
+            "held-out activations": self.held_out_bytes(windows, run.seqlen, itemsize),
+            CHUNK: self.chunk_bytes(split, itemsize),
+        }
+        return Load(stage, flops=flops, busiest=flops * run.share_of(windows), parts=parts)
 
-    def sum_bytes(self, split: Split, ranks: int, itemsize: int) -> int:
-        """On the busiest rank's device while a block is at work: its products, and the activations
-        of a chunk, kept and in one piece, those of experts once more to be sorted."""
+    def sum_flops(self) -> float:
+        """FLOPs per token."""
+        return float(sum(n**2 * min(experts, self.active_experts) for experts, n, _ in self._sizes))
+
+    def sum_bytes(self, split: Split, ranks: int) -> int:
+        """On the busiest rank's device while a block is at work: its products."""
         products = max(sum(g.experts * g.channels**2 for g in block) for block in self.blocks)
-        rows = max(
-            (2 if experts == 1 else 3) * channels * min(experts, self.active_experts)
-            for experts, channels, _ in self._sizes
+        return max(1, products_held(split, ranks)) * products * FP32
+
+    def chunk_bytes(self, split: Split, itemsize: int) -> int:
+        """The activations of a chunk, all that are kept and those of one FFN in one piece, which
+        are sorted into another where they are of experts."""
+        most = 0
+        for block in self.blocks:
+            kept = [(g.experts, g.channels * min(g.experts, self.active_experts)) for g in block]
+            whole = max(channels * (1 if experts == 1 else 2) for experts, channels in kept)
+            most = max(most, sum(channels for _, channels in kept) + whole)
+        return split.chunk_tokens * itemsize * most
+
+    def held_out_bytes(self, windows: int, seqlen: int, itemsize: int) -> int:
+        """The activations of the held-out windows."""
+        channels = max(
+            sum(g.channels * min(g.experts, self.active_experts) for g in block)
+            for block in self.blocks
         )
-        return products_held(split, ranks) * products * FP32 + split.chunk_tokens * itemsize * rows
+        return held_out_windows(windows) * seqlen * itemsize * channels
 
     def rank_flops(self) -> float:
-        """fp64 FLOPs of an inverse; or, at most, of removing all channels greedily and of an error
-        curve: other scorers with curves leave the removal out."""
-        if not self.scores:
-            return 0.0
-        cubes, squares = (1.0, 0.0) if self.residuals else (13 / 3, 3.0 * self.hidden_size)
-        return sum(experts * (cubes * n**3 + squares * n**2) for experts, n, _ in self._sizes)
+        """fp64 FLOPs of removing all channels, and of error curves."""
+        cubes, squares = (3.0, 2.0) if self.removes else (0.0, 0.0)
+        if self.curves:
+            cubes += 4 / 3 if self.fits else 0.0
+            squares += 1.0 if self.fits else 2.0
+        d = self.hidden_size
+        return sum(experts * n**2 * (cubes * n + squares * d) for experts, n, _ in self._sizes)
 
     def rank_bytes(self) -> int:
-        """On the device while the channels of one FFN are scored, as in cfsp/pruning/obs.py."""
-        widest = self._widest
-        if self.residuals:
-            return widest**2 * (FP32 + 2 * FP64)
-        return widest**2 * (FP32 + 4 * FP64) + 2 * FP64 * self.hidden_size * widest
+        """On the device while the channels of one FFN are removed, or its error curve is made,
+        beside its Gram matrix: that divided by the tokens, and the rest as in
+        cfsp/pruning/obs.py."""
+        channels = max(channels for _, channels, _ in self._sizes)
+        square, rectangle = channels**2, self.hidden_size * channels
+        found = [FP64 * (4 * square + rectangle)] if self.removes else []
+        if self.curves and self.fits:
+            found.append(FP64 * max(3 * square, 2 * square + 4 * rectangle))
+        elif self.curves:
+            found.append(FP64 * (2 * square + rectangle) + FP32 * square)
+        return FP32 * square + max(found)
 
     def fit_flops(self) -> float:
-        """fp64 FLOPs of fitting every FFN and of judging it."""
+        """fp32 FLOPs of fitting every FFN."""
         total, d = 0.0, self.hidden_size
         for experts, every, kept in self._sizes:
-            solving = 2.0 * d * (every - kept) * kept + kept**3 / 3 + 2.0 * d * kept**2
-            judging = 2.0 * d * every**2 + 4.0 * d * kept**2
-            total += experts * (solving + judging)
+            total += experts * (2.0 * d * (every - kept) * kept + solving_flops(d, kept))
         return total
 
+    def judging_flops(self, windows: int, seqlen: int) -> float:
+        """FLOPs of three products with the activations of the held-out windows."""
+        channels = sum(min(g, self.active_experts) * n for g, n, _ in self._sizes)
+        return 6.0 * held_out_windows(windows) * seqlen * self.hidden_size * channels
+
     def fit_bytes(self) -> int:
-        """On the device while one FFN is fitted: its Gram matrix, the factor twice, the products
-        with removed channels, rows of the projection on their way, the new projection in fp32."""
-        found = []
+        """On the device while one FFN is fitted, beside its Gram matrix: the products with removed
+        channels; or what solving takes; or the projection while it is checked."""
+        found, d = [], self.hidden_size
         for _, every, kept in self._sizes:
-            removed, rows = every - kept, min(ROWS, self.hidden_size)
-            fp64 = 2 * kept**2 + removed * kept + rows * (every + removed + 5 * kept)
-            found.append(FP32 * (every**2 + self.hidden_size * kept) + FP64 * fp64)
+            removed = every - kept
+            found.append(FP32 * (removed * kept + d * every))
+            found += [solving_bytes(d, kept), 4 * FP32 * d * kept]
         return max(found)
+
+    def judging_bytes(self, windows: int, seqlen: int, itemsize: int) -> int:
+        """On the device while a fit is judged: itself and two changes of the projection; and for
+        the held-out tokens, at most all of one expert, an output, and its squares twice."""
+        d = self.hidden_size
+        changes = max(itemsize * d * (2 * every + kept) for _, every, kept in self._sizes)
+        return changes + held_out_windows(windows) * seqlen * d * (itemsize + FP32 + FP64)
 
 
 @dataclass(frozen=True)
@@ -132,47 +173,61 @@ class SearchCosts:
         if run.pruned is None:
             return
         flops = self.candidates * self.windows * run.seqlen * run.pruned.flops(run.seqlen)
-        read, busiest = 0, flops
+        busiest = flops
         parts = {
             **run.model_parts(),
             "cut FFNs": run.dense.ffn_bytes + run.pruned.largest_block,
             MICRO_BATCH: max(run.working(), run.logits()),
         }
         if self.fits is not None:
-            cuts = 1 + (self.candidates - 1) * 4 / len(run.dense.blocks)
-            read = round(cuts * self.fits.disk_bytes(run.windows or 2))
+            windows, seqlen, itemsize = run.fit_windows, run.seqlen, run.dense.itemsize
+            blocks = len(run.dense.blocks)
+            cuts = 1 + (self.candidates - 1) * 4 / blocks
             fitting = cuts * self.fits.fit_flops()
-            flops, busiest = flops + fitting, busiest + fitting * FP64_SLOWER[run.device]
-            parts["least squares"] = self.fits.fit_bytes()
-        yield Load("search", read, 0, read, flops, busiest, parts)
+            passed = windows * run.dense.block_flops(seqlen) * seqlen
+            passed += (windows - held_out_windows(windows)) * seqlen * self.fits.sum_flops()
+            others = passed + cuts * self.fits.judging_flops(windows, seqlen)
+            flops += fitting + others
+            busiest += fitting * run.fp32_slower + others
+            split = Split(windows, seqlen, run.micro_batch)
+            held = self.fits.sum_bytes(split, 1)
+            held += self.fits.held_out_bytes(windows, seqlen, itemsize)
+            parts["Gram matrices"] = blocks * held
+            parts["hidden states"] = run.states(windows)
+            parts[CHUNK] = self.fits.chunk_bytes(split, itemsize)
+            parts[MICRO_BATCH] = max(parts[MICRO_BATCH], run.working(run.micro_batch))
+            judged = self.fits.judging_bytes(windows, seqlen, itemsize)
+            parts[SOLVING] = max(self.fits.fit_bytes(), judged)
+        yield Load("search", flops=flops, busiest=busiest, parts=parts)
 
 
 @dataclass(frozen=True)
 class RefitCosts:
-    """Calibration windows that go through the dense and the pruned blocks once more."""
+    """Calibration windows that go through the pruned blocks, to fit these again."""
 
-    dense: ModelCosts
     pruned: ModelCosts
-    windows: int
-    seqlen: int
     epochs: int
     """Epochs of Adam; 0: none."""
     sequential: bool
 
     def loads(self, run: Workload) -> Iterator[Load]:
-        """All on one rank, in the pass that cuts."""
-        # Hidden states of all windows, dense and pruned, and what is kept of them in a block.
-        values = (2 + MOST_KEPT) * self.windows * self.seqlen * self.dense.hidden_size
+        """All on one rank, in the pass that cuts: a block is fitted again when its Gram matrices
+        are gone. Beside the hidden states of all windows is what is kept of them in a block."""
+        states, cutting = run.states(run.fit_windows), run.cutting_parts()
         parts = {
-            "hidden states": values * self.dense.itemsize,
+            **cutting,
+            "hidden states": cutting["hidden states"] + (1 + MOST_KEPT) * states,
             MICRO_BATCH: run.working(),
-            "blocks fitted again": self._fit_bytes(),
+            "blocks fitted again": self._fit_bytes(run),
         }
-        flops = self.flops()
-        yield Load("prune", flops=flops, busiest=flops, parts=parts)
+        yield Load(REFITTING, parts=parts)
+        solving = self._solving_flops()
+        flops = self.flops(run)
+        busiest = flops + solving * run.fp32_slower
+        yield Load("prune", flops=flops + solving, busiest=busiest, parts={"hidden states": states})
 
-    def flops(self) -> float:
-        """FLOPs of all blocks.
+    def flops(self, run: Workload) -> float:
+        """FLOPs of all blocks but for solving.
 
         What is before the FFN of a pruned block runs once for each window; the FFN alone to fit it
         and to judge that, and twice for what is to be kept of a window. Backwards there are
@@ -183,28 +238,41 @@ class RefitCosts:
             own = [block.matrix_flops[name] for name in block.ffn]
             ffn += sum(own)
             backwards += sum(own) + min(own)
-        judged = held_out_windows(self.windows)
-        fitted = self.windows - judged
-        blocks = self.dense.block_flops(self.seqlen) + self.pruned.block_flops(self.seqlen)
-        total = self.windows * blocks + 2 * ffn
+        judged = held_out_windows(run.fit_windows)
+        fitted = run.fit_windows - judged
+        total = run.fit_windows * self.pruned.block_flops(run.seqlen) + 2 * ffn
         if self.sequential:
             total += (fitted + 2 * judged) * ffn + fitted * self._normal_equations()
         if self.epochs:
             total += self.epochs * fitted * (ffn + backwards)
             total += (self.epochs + (not self.sequential)) * judged * ffn
-        return total * self.seqlen
+        return total * run.seqlen
+
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of every block."""
+        numels = (min(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
+        return [numel // self.pruned.hidden_size for numel in numels]
 
     def _normal_equations(self) -> float:
         """FLOPs per token of the closed form: z^T z, half of it, and R^T z."""
-        d = self.dense.hidden_size
-        numels = (min(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
-        return sum(width * (width + 2.0 * d) for width in (numel // d for numel in numels))
+        d = self.pruned.hidden_size
+        return sum(width * (width + 2.0 * d) for width in self._widths)
 
-    def _fit_bytes(self) -> int:
-        """The weights of one block in fp32, their gradient and two moments, and as the block
-        computes with them; what a window leaves for the way back."""
-        if not self.epochs:
-            return 0
-        values = max(sum(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
-        left = 3 * self.pruned.working_bytes(1, self.seqlen, "cpu")
-        return values * (4 * FP32 + self.dense.itemsize) + left
+    def _solving_flops(self) -> float:
+        """fp32 FLOPs of the closed form."""
+        solved = (solving_flops(self.pruned.hidden_size, width) for width in self._widths)
+        return sum(solved) if self.sequential else 0.0
+
+    def _fit_bytes(self, run: Workload) -> int:
+        """Of the block at work: what the closed form takes and the weights before it; then, in
+        fp32, the weights, their gradient, two moments and in a step their root, and the weights as
+        the block computes with them; what a window leaves for the way back."""
+        d, width, itemsize = self.pruned.hidden_size, max(self._widths), run.dense.itemsize
+        found = [solving_bytes(d, width) + itemsize * d * width] if self.sequential else []
+        if self.epochs:
+            values = max(sum(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
+            cast = itemsize if itemsize != FP32 else 0
+            left = 3 * self.pruned.working_bytes(1, run.seqlen, "cpu")
+            found += [values * (5 * FP32 + cast), values * (4 * FP32 + 2 * cast) + left]
+        return max(found)

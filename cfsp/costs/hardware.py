@@ -30,6 +30,8 @@ UNITS = {"B": 1} | {
 }
 FIGURES = {
     "flops": "compute, FLOP/s",
+    "fp32_flops": "fp32, FLOP/s",
+    "fp64_flops": "fp64, FLOP/s",
     "disk_read": "disk read, B/s",
     "disk_write": "disk write, B/s",
     "copy": "host to device, B/s",
@@ -49,6 +51,9 @@ class Hardware:
     """Bytes of the host that the run can have, with what this process already holds."""
     flops: float
     """FLOP/s of one device in a forward pass."""
+    fp32_flops: float = 0.0
+    fp64_flops: float = 0.0
+    """The same in these precisions, which fits and rankings compute in; 0: as fast as that."""
     disk_read: float = 2e9
     disk_write: float = 2e9
     """Bytes/s of one node."""
@@ -62,7 +67,7 @@ class Hardware:
         return {"device": self.name} | {
             title: f"{getattr(self, name):.3g} ({self.sources.get(name, 'assumed')})"
             for name, title in FIGURES.items()
-            if name != "copy" or self.device != "cpu"
+            if getattr(self, name) and (name != "copy" or self.device != "cpu")
         }
 
     def stated(self, tflops: float | None = None, disk_gbps: float | None = None) -> "Hardware":
@@ -83,17 +88,36 @@ H100 = Hardware(
     device_memory=80_000_000_000,
     host_memory=256_000_000_000,
     flops=EFFICIENCY * 989e12,
+    fp32_flops=EFFICIENCY * 67e12,
+    fp64_flops=EFFICIENCY * 67e12,
     disk_read=6e9,
     disk_write=4e9,
     copy=50e9,
     sources={
         "flops": f"{EFFICIENCY:.0%} of the data sheet's dense bf16",
+        "fp32_flops": f"{EFFICIENCY:.0%} of the data sheet's",
+        "fp64_flops": f"{EFFICIENCY:.0%} of the data sheet's, tensor cores",
         "disk_read": "assumed, NVMe",
         "disk_write": "assumed, NVMe",
         "copy": "assumed, PCIe 5 from pinned memory",
     },
 )
-HARDWARE = {"h100": H100}
+RTX_4090 = dataclasses.replace(
+    H100,
+    name="NVIDIA GeForce RTX 4090 24 GB",
+    device_memory=24 << 30,
+    host_memory=64_000_000_000,
+    flops=EFFICIENCY * 165.2e12,
+    fp32_flops=EFFICIENCY * 82.6e12,
+    fp64_flops=EFFICIENCY * 82.6e12 / 64,
+    copy=25e9,
+    sources={
+        **H100.sources,
+        "fp64_flops": "1/64 of fp32",
+        "copy": "assumed, PCIe 4 from pinned memory",
+    },
+)
+HARDWARE = {"h100": H100, "rtx4090": RTX_4090}
 """Stated hardware by name, to plan for a machine that is not this one."""
 
 
@@ -193,10 +217,17 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Hardware:
     """This machine: memory as it is, speed of a matrix product (none without ``measure``). The disk
     is not measured: a sample tells more of the page cache than of the disk."""
-    flops = EFFICIENCY * measured_flops(device, dtype) if measure else math.inf
-    source = f"{EFFICIENCY:.0%} of a matrix product's, measured" if measure else "not measured"
-    memory, sources = (device_memory(device), host_memory()), {"flops": source}
-    return Hardware(device.type, device_name(device), *memory, flops, sources=sources)
+    memory = device_memory(device), host_memory()
+    if not measure:
+        sources = {"flops": "not measured"}
+        return Hardware(device.type, device_name(device), *memory, math.inf, sources=sources)
+    flops, fp32, fp64 = (
+        EFFICIENCY * measured_flops(device, own) for own in (dtype, torch.float32, torch.float64)
+    )
+    names = "flops", "fp32_flops", "fp64_flops"
+    sources = dict.fromkeys(names, f"{EFFICIENCY:.0%} of a matrix product's, measured")
+    name = device_name(device)
+    return Hardware(device.type, name, *memory, flops, fp32, fp64, sources=sources)
 
 
 def choose_hardware(

@@ -21,7 +21,7 @@ from ..errors import CfspError
 from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from ..models.fingerprints import device_name, versions
 from ..models.layouts import Layout, as_block_output
-from ..models.loading import check_seqlen, model_device, synchronize
+from ..models.loading import check_seqlen, model_device, outer_weights, synchronize
 from ..models.opening import OpenModel
 from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
@@ -169,7 +169,8 @@ def measure_table(
     try:
         for name in tqdm(kinds, desc="latency", unit="kind of block", disable=not progress):
             places = [place for place, own in enumerate(names) if own == name][:CHAIN]
-            measured.append(_curves(opened, places, tokens.to(model_device(model))))
+            with outer_weights(model):
+                measured.append(_curves(opened, places, tokens.to(model_device(model))))
     except torch.OutOfMemoryError:
         raise CfspError(
             f"no memory to measure blocks at {shape[0]} x {shape[1]} tokens; fewer tokens need less"

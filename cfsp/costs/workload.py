@@ -19,9 +19,13 @@ SLACK = 0.05
 WORKSPACE_BYTES = 256 << 20
 """Memory of a GPU's libraries."""
 STAGES = ("open", "calibrate", "score", "search", "prune", "verify")
-EVALUATION, HOST = "evaluate", "host"
-"""Loads of memory alone: of the evaluation that ends the stage prune; of the host, at any time."""
-MICRO_BATCH = "micro-batch"
+EMBEDDING, REFITTING, EVALUATION, HOST = "embed", "refit", "evaluate", "host"
+"""Loads of memory alone: of the embedding that begins the stage prune, of blocks that are fitted
+again in it, of the evaluation that ends it; of the host, at any time."""
+OUTER = "embeddings, norm, head"
+MICRO_BATCH, CHUNK = "micro-batch", "activations of a chunk"
+SOLVING, RANKING = "least squares", "ranking"
+"""What is held when the calls of a block, with the two parts above, are over."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +73,29 @@ class Workload:
     """What is left; None: nothing is cut."""
     output_bytes: int
     windows: int
+    fit_windows: int
+    """Of calibration, that go through the pass that cuts as well; 0: none do."""
     evaluation_windows: int
     seqlen: int
     micro_batch: int
     streamed: bool
-    reads_weights: bool
+    scores: bool
+    """Whether weights are read for scores, with statistics at hand."""
     ranks: int
     device: str
     """cpu or cuda."""
+    fp32_slower: float = 1.0
+    fp64_slower: float = 1.0
+    """How much faster a forward pass multiplies than the device does in these."""
 
-    @property
-    def rank_windows(self) -> int:
+    def of_rank(self, windows: int) -> int:
         """Calibration windows of the busiest rank: whole micro-batches are shared out."""
-        calls = math.ceil(self.windows / self.micro_batch)
-        return min(self.windows, math.ceil(calls / self.ranks) * self.micro_batch)
+        calls = math.ceil(windows / self.micro_batch)
+        return min(windows, math.ceil(calls / self.ranks) * self.micro_batch)
 
-    @property
-    def busiest_share(self) -> float:
+    def share_of(self, windows: int) -> float:
         """Share of the calibration windows that the busiest rank has."""
-        return self.rank_windows / max(1, self.windows)
+        return self.of_rank(windows) / max(1, windows)
 
     def states(self, windows: int) -> int:
         """Bytes of the hidden states of windows."""
@@ -103,12 +111,31 @@ class Workload:
 
     def model_parts(self) -> dict[str, int]:
         """Bytes on the device while blocks are at work. Streamed: the block at work and the next as
-        they are stored, and where the run has another dtype the former in that too."""
-        blocks = self.dense.block_bytes
-        if self.streamed:
-            cast = self.dense.itemsize != self.stored.itemsize
-            blocks = 2 * self.stored.largest_block + cast * self.dense.largest_block
-        return {"embeddings, norm, head": self.dense.outer_bytes, "blocks": blocks}
+        they are stored, and where the run has another dtype the former in that too; what is outside
+        of the blocks is then on the host."""
+        outer = {OUTER: self.dense.outer_bytes}
+        if not self.streamed:
+            return {**outer, "blocks": self.dense.block_bytes}
+        cast = self.dense.itemsize != self.stored.itemsize
+        blocks = 2 * self.stored.largest_block + cast * self.dense.largest_block
+        return {"blocks": blocks} if self.device != "cpu" else {**outer, "blocks": blocks}
+
+    def evaluation_states(self) -> int:
+        """Bytes of the hidden states of the busiest rank's evaluation windows, dense and pruned."""
+        evaluated = math.ceil(self.evaluation_windows / self.ranks)
+        return 2 * self.states(evaluated) if self.streamed else 0
+
+    def cutting_parts(self) -> dict[str, int]:
+        """Bytes on the device while blocks are cut, but for what calls and fits hold."""
+        if self.pruned is None:
+            raise ValueError("nothing is cut")
+        # On a CPU measured: the one that waits to be written, and about as much again.
+        copies = 2 if self.streamed and self.device == "cpu" else 1
+        return {
+            **self.model_parts(),
+            "pruned block": copies * self.pruned.largest_block,
+            "hidden states": self.evaluation_states() + self.states(self.of_rank(self.fit_windows)),
+        }
 
 
 Feature = Callable[[Workload], Iterable[Load]]
@@ -117,39 +144,39 @@ Feature = Callable[[Workload], Iterable[Load]]
 def passes(run: Workload) -> Iterator[Load]:
     """The passes of :mod:`cfsp.run`. A streamed model is read once for the statistics, its FFNs
     again for scorers that read weights, once for the cut; the output once to be verified."""
-    model, outer = run.model_parts(), {"embeddings, norm, head": run.dense.outer_bytes}
+    model, outer = run.model_parts(), {OUTER: run.dense.outer_bytes}
     per_pass = run.stored.block_bytes if run.streamed else 0
     opened = run.stored.outer_bytes + (0 if run.streamed else run.stored.block_bytes)
     yield Load("open", opened, copied=opened)
     if run.windows:
         flops = run.windows * run.seqlen * run.dense.block_flops(run.seqlen)
-        busiest = flops * run.busiest_share
-        states = {"hidden states": run.states(run.rank_windows)}
+        busiest = flops * run.share_of(run.windows)
+        states = {"hidden states": run.states(run.of_rank(run.windows))}
         parts = {**model, **states, MICRO_BATCH: run.working(run.micro_batch)}
         yield Load("calibrate", per_pass, 0, per_pass, flops, busiest, parts)
     if run.pruned is None:
         return
-    if run.reads_weights and run.streamed:
+    if run.scores and run.streamed:
         yield Load("score", run.stored.ffn_bytes, copied=run.stored.ffn_bytes)
 
     evaluated, block = math.ceil(run.evaluation_windows / run.ranks), run.pruned.largest_block
     per_token = run.dense.flops(run.seqlen) + run.pruned.flops(run.seqlen)
     flops = run.evaluation_windows * run.seqlen * per_token
     busiest = flops * (evaluated / max(1, run.evaluation_windows))
+    passed = run.fit_windows * run.seqlen * run.dense.block_flops(run.seqlen)
+    flops, busiest = flops + passed, busiest + passed * run.share_of(run.fit_windows)
     working, logits = (run.working(), run.logits()) if evaluated else (0, 0)
-    states = {"hidden states": 2 * run.states(evaluated) if run.streamed else 0}
-    parts = {
-        **model,
-        # On a CPU measured: the one that waits to be written, and about as much again.
-        "pruned block": block * (2 if run.streamed and run.device == "cpu" else 1),
-        **states,
-        MICRO_BATCH: max(working, 0 if run.streamed else logits),
-    }
+    working = max(working, run.working(run.micro_batch) if run.fit_windows else 0)
+    cutting = run.cutting_parts()
+    states = {"hidden states": cutting["hidden states"]}
+    parts = {**cutting, MICRO_BATCH: max(working, 0 if run.streamed else logits)}
     copied = per_pass + run.pruned.block_bytes
     yield Load("prune", per_pass, run.output_bytes, copied, flops, busiest, parts)
     if run.streamed:
         yield Load(EVALUATION, parts={**outer, **states, "logits": logits})
-    parts = {**outer, "blocks": 2 * block, **states} if run.streamed else {}
+        yield Load(EMBEDDING, parts={**outer, **states})
+    evaluating = {"hidden states": run.evaluation_states()}
+    parts = {**outer, "blocks": 2 * block, **evaluating} if run.streamed else {}
     yield Load("verify", run.output_bytes, copied=run.output_bytes, parts=parts)
 
 
@@ -176,7 +203,8 @@ def stages_of(loads: Sequence[Load], hardware: Hardware, nodes: int) -> tuple[St
 
 def _held(loads: Sequence[Load]) -> dict[str, dict[str, int]]:
     """What is held in each stage. Micro-batches take turns, all else adds up."""
-    found: dict[str, dict[str, int]] = {stage: {} for stage in (*STAGES, EVALUATION, HOST)}
+    names = (*STAGES, EMBEDDING, REFITTING, EVALUATION, HOST)
+    found: dict[str, dict[str, int]] = {stage: {} for stage in names}
     for load in loads:
         parts = found[load.stage]
         for part, count in load.parts.items():
@@ -191,6 +219,10 @@ def device_peak(loads: Sequence[Load], device: str) -> tuple[str, dict[str, int]
     del held[HOST]
     for parts in held.values():
         if device != "cpu":
+            # What a call holds is gone when a block is fitted.
+            turns = (MICRO_BATCH, CHUNK), (SOLVING, RANKING)
+            for part in min(turns, key=lambda turn: sum(parts.get(x, 0) for x in turn)):
+                parts.pop(part, None)
             parts["allocator"] = allocator_bytes(sum(parts.values()))
         else:  # a heap keeps what calls of changing sizes leave: measured, about as much again
             parts["allocator"] = parts.get(MICRO_BATCH, 0)
@@ -211,6 +243,7 @@ def host_parts(run: Workload, loads: Sequence[Load], process: int) -> dict[str, 
     if not run.streamed:
         return {**parts, "model": run.stored.block_bytes + run.stored.outer_bytes}
     parts["blocks read ahead"] = 2 * run.stored.largest_block
+    parts[OUTER] = run.dense.outer_bytes
     if run.pruned is not None:
         parts["block written behind"] = run.pruned.largest_block
     return parts

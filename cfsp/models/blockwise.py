@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import CfspError
 from .layouts import as_block_output, hidden_states_of
-from .loading import model_device, synchronize
+from .loading import model_device, outer_weights, synchronize
 from .surgery import forward_instead
 
 
@@ -79,7 +79,8 @@ def record_block_calls(
         return forward
 
     hidden = torch.empty(0, device=device)
-    with forward_instead(blocks, [stand_in(number) for number in range(len(blocks))]):
+    stand_ins = [stand_in(number) for number in range(len(blocks))]
+    with outer_weights(model), forward_instead(blocks, stand_ins):
         for number, tokens in enumerate(windows.split(micro_batch) if len(windows) else ()):
             model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
             states = embedded.pop()
@@ -133,11 +134,12 @@ class RidingWindows:
     @torch.no_grad()
     def logits(self) -> Iterator[torch.Tensor]:
         """[1, S, V] of every window, after its last block."""
-        for index, states in self.calls.micro_batches():
-            started = time.perf_counter()
-            tokens = self.windows[index : index + 1].to(states.device)
-            ends = [as_block_output(block, states) for block in self.blocks]
-            with forward_instead(self.blocks, [lambda *_, end=end, **__: end for end in ends]):
-                logits = self.model(input_ids=tokens, use_cache=False).logits
-            self._count(started)
-            yield logits
+        with outer_weights(self.model):
+            for index, states in self.calls.micro_batches():
+                started = time.perf_counter()
+                tokens = self.windows[index : index + 1].to(states.device)
+                ends = [as_block_output(block, states) for block in self.blocks]
+                with forward_instead(self.blocks, [lambda *_, end=end, **__: end for end in ends]):
+                    logits = self.model(input_ids=tokens, use_cache=False).logits
+                self._count(started)
+                yield logits

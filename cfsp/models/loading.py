@@ -19,6 +19,9 @@ from ..io.safetensors import Tensors, read_header
 from .detection import detect_layout
 from .layouts import Layout, known_layout, unsupported
 
+DEVICE = "cfsp_device"
+"""Attribute of a skeleton: the GPU that it computes on, with weights on the host meanwhile."""
+
 
 def pick_device(device: str) -> torch.device:
     """The device of a name; "auto" is the first GPU where there is one. Raises CfspError for one
@@ -55,7 +58,24 @@ def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
 
 def model_device(model: nn.Module) -> torch.device:
     """Where a model computes; of a skeleton too."""
-    return model.get_input_embeddings().weight.device  # type: ignore[operator]
+    waiting = getattr(model, DEVICE, None)
+    return waiting or model.get_input_embeddings().weight.device  # type: ignore[operator]
+
+
+@contextmanager
+def outer_weights(model: nn.Module) -> Iterator[None]:
+    """Have the weights outside of the blocks on the model's device: those of a skeleton on a GPU
+    wait on the host until windows are embedded or logits read."""
+    device = getattr(model, DEVICE, None)
+    waiting = [p for p in model.parameters() if p.device.type == "cpu"] if device else []
+    values = [parameter.data for parameter in waiting]
+    try:
+        for parameter in waiting:
+            parameter.data = parameter.data.to(device)
+        yield
+    finally:
+        for parameter, value in zip(waiting, values, strict=True):
+            parameter.data = value
 
 
 def synchronize(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from .descriptions import Description
 from .detection import layout_of
 from .layouts import Layout
 from .loading import (
+    DEVICE,
     check_folder,
     find_layout,
     load_config,
@@ -161,8 +162,10 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
         return None
     in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
     outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
-    set_parameters_(skeleton, {k: value.to(precision).to(where) for k, value in outer.items()})
+    set_parameters_(skeleton, {k: value.to(precision) for k, value in outer.items()})
     skeleton.tie_weights()
+    if where.type != "cpu":
+        setattr(skeleton, DEVICE, where)
     buffers = skeleton.named_buffers(remove_duplicate=False)
     set_buffers_(skeleton, {name: buffer.to(where) for name, buffer in buffers})
     # As from_pretrained finds it: its own file, or what the model's config says.

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.statistics import BlockStatistics, Statistics, check_grams, check_model
-from ..errors import CfspError
+from ..calibration.grams import held_out_windows
+from ..calibration.statistics import BlockStatistics, Statistics, check_model
 from ..io.safetensors import Room, TensorInfo, Tensors
 from ..models.blocks import Blocks
-from ..models.channels import CutDown, check_expert_width
+from ..models.channels import ChannelGroup, CutDown, check_expert_width, sizes_of
 from ..models.descriptions import PlacedFFN
 from ..models.layouts import Layout
 from .compensation import COMPENSATIONS, DownProjection, FitRecord
@@ -22,6 +22,9 @@ from .recipe import Recipe
 
 Visit = Callable[[int], None]
 """Takes windows through the block of this number, before or after it is cut."""
+Turn = Callable[[int, nn.Module], tuple[BlockPlan, BlockStatistics | None]]
+"""(number, block) at its turn -> what it keeps, and what a compensation reads, where it reads any.
+"""
 TOKENS_PER_CHANNEL = 4
 """Below it least squares fit noise too."""
 
@@ -36,24 +39,38 @@ def check_plan(plan: PruningPlan, model: Blocks) -> None:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
 
 
-def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
-    """Raise CfspError where the recipe's compensation lacks its statistics; warn where these are of
-    few tokens."""
-    compensation = recipe.resolved_compensation
-    known = COMPENSATIONS[compensation]
-    if known.needs_statistics and statistics is None:
-        raise CfspError(f"compensation {compensation!r} needs the statistics of the calibration")
-    if known.needs_gram and statistics is not None:
-        check_grams(statistics, f"compensation {compensation!r}")
-        grams = [gram for block in statistics.blocks for gram in block.grams]
-        if few := [g for g in grams if g.tokens[0] < TOKENS_PER_CHANNEL * g.channels]:
-            worst = min(few, key=lambda gram: gram.tokens[0] / gram.channels)
-            warnings.warn(
-                f"least squares: {len(few)} of {len(grams)} FFNs have fewer than "
-                f"{TOKENS_PER_CHANNEL} tokens per channel, block {worst.block} {worst.tokens[0]} "
-                f"for {worst.channels}: calibrate on more windows",
-                stacklevel=2,
-            )
+def warn_of_few_tokens(
+    blocks: Sequence[Sequence[ChannelGroup]],
+    statistics: Statistics | None,
+    windows: int,
+    seqlen: int,
+) -> None:
+    """Warn where least squares will be of few tokens: the share of the fitting windows' that an
+    expert saw in the statistics, all of them where nothing is known."""
+    fitted, few, total = (windows - held_out_windows(windows)) * seqlen, [], 0
+    for number, block in enumerate(blocks):
+        known = statistics.blocks[number] if statistics is not None else None
+        sizes = sizes_of(block)
+        shares = [1.0] * len(sizes)
+        if known is not None and known.expert_tokens:
+            shares = [tokens / known.tokens for tokens in known.expert_tokens]
+        total += len(sizes)
+        for size, share in zip(sizes, shares, strict=True):
+            if (tokens := round(share * fitted)) < TOKENS_PER_CHANNEL * size:
+                few.append((tokens / size, number, tokens, size))
+    if few:
+        _, number, tokens, size = min(few)
+        warnings.warn(
+            f"least squares: {len(few)} of {total} FFNs have fewer than {TOKENS_PER_CHANNEL} "
+            f"tokens per channel, block {number} {tokens} for {size}: calibrate on more windows",
+            stacklevel=2,
+        )
+    if not held_out_windows(windows):
+        warnings.warn(
+            "a single calibration window leaves none to hold out: nothing will tell whether a "
+            "compensation lowers the error",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()
@@ -89,21 +106,21 @@ def prune_block_(
 def cut_blocks_(
     turns: Iterable[tuple[int, nn.Module]],
     layout: Layout,
-    plan: PruningPlan,
-    statistics: Statistics | None,
+    recipe: Recipe,
+    turn: Turn,
     before: Sequence[Visit],
     after: Sequence[Visit],
     room: Callable[[], Room | None] = lambda: None,
 ) -> Iterator[tuple[int, nn.Module, tuple[FitRecord, ...]]]:
     """Cut every block at its turn, see :func:`prune_block_`, between the visits ``before`` and
     ``after``; ``room`` is called once for each."""
-    compensation, damping = plan.recipe.resolved_compensation, plan.recipe.damping
+    compensation, damping = recipe.resolved_compensation, recipe.damping
     for number, block in turns:
         for visit in before:
             visit(number)
-        kept = plan.blocks[number]
-        known = statistics.blocks[number] if statistics is not None else None
-        records = prune_block_(block, layout, kept, compensation, damping, known, room())
+        planned, known = turn(number, block)
+        records = prune_block_(block, layout, planned, compensation, damping, known, room())
+        del known
         for visit in after:
             visit(number)
         yield number, block, records
@@ -112,18 +129,15 @@ def cut_blocks_(
 def prune_model_(
     model: nn.Module,
     layout: Layout,
-    plan: PruningPlan,
-    statistics: Statistics | None = None,
-    before: Sequence[Visit] = (),
+    recipe: Recipe,
+    turn: Turn,
     after: Sequence[Visit] = (),
     *,
     progress: bool = True,
 ) -> tuple[tuple[FitRecord, ...], ...]:
-    """Cut every block of a live model; the records are by block. Raises CfspError, before anything
-    is changed, where the plan's compensation lacks what it needs."""
-    check_compensation(plan.recipe, statistics)
+    """Cut every block of a live model; the records are by block."""
     blocks = tqdm(layout.find_blocks(model), desc="prune", unit="block", disable=not progress)
-    cut = cut_blocks_(enumerate(blocks), layout, plan, statistics, before, after)
+    cut = cut_blocks_(enumerate(blocks), layout, recipe, turn, (), after)
     return tuple(records for _, _, records in cut)
 
 

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from ..calibration.collect import BlockProgress
-from ..calibration.statistics import Statistics
 from ..distributed import ALONE, Ranks
 from ..errors import Stopped
 from ..io.block_reader import Arena, aligned
@@ -31,7 +30,7 @@ from ..models.layouts import Layout
 from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
-from .compaction import Visit, check_compensation, cut_blocks_, planned_tensors
+from .compaction import Turn, Visit, cut_blocks_, planned_tensors
 from .compensation import FitRecord
 from .plan import PruningPlan
 
@@ -92,7 +91,7 @@ def blocks_of(shards: Sequence[Shard], layout: Layout) -> set[int]:
 def prune_to_shards_(
     opened: OpenModel,
     plan: PruningPlan,
-    statistics: Statistics | None,
+    turn: Turn,
     folder: Path,
     *,
     before: Sequence[Visit] = (),
@@ -100,15 +99,16 @@ def prune_to_shards_(
     stop: Callable[[], bool] = bool,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    together: bool = False,
 ) -> tuple[tuple[FitRecord, ...], ...]:
     """Write the bytes that a pruned live model's shards would be; the records are by block read.
 
     Each rank writes some of the shards, those that ``folder`` lacks, and reads only their blocks
     where there are no visits. Each stops on its own, once the shards that are being written are
-    finished. Raises OSError before a shard for which there is no space.
+    finished. ``together``, where ranks exchange something at every block, each reads all, and all
+    stop after the same one. Raises OSError before a shard for which there is no space.
     """
     layout, model, blocks = opened.layout, opened.model, opened.blocks
-    check_compensation(plan.recipe, statistics)
     dense = saved_tensors(model)
     planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
     shards = pack_shards(planned, MAX_SHARD_BYTES)
@@ -116,7 +116,7 @@ def prune_to_shards_(
     left = [shard for shard in shards if shard.name not in finished]
     mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
-    wanted = None if before or after else blocks_of(mine, layout)
+    wanted = None if together or before or after else blocks_of(mine, layout)
     device = model_device(model)
     aside = _Aside(_largest_block(planned, layout), device)
     total = sum(shard.nbytes for shard in shards)
@@ -146,18 +146,19 @@ def prune_to_shards_(
 
         writing = write(head)
         stop_after: int | None = None
+        others_too = ranks if together else ALONE
         records: list[tuple[FitRecord, ...]] = []
-        cut = cut_blocks_(turns, layout, plan, statistics, [show, *before], after, room)
+        cut = cut_blocks_(turns, layout, plan.recipe, turn, [show, *before], after, room)
         for number, block, found in cut:
             records.append(found)
             prefix = layout.prefix(number)
             pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
             writing = write(pruned, ready)
             del pruned
-            if stop_after is None and stop():
+            if stop_after is None and others_too.any(stop()):
                 writing.result()
                 stop_after = writer.closed + len(writer.open)
-            if stop_after is not None and writer.closed >= stop_after:
+            if stop_after is not None and not others_too.any(writer.closed < stop_after):
                 writing.result()
                 raise Stopped
         writing.result()

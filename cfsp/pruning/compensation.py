@@ -8,7 +8,6 @@ import torch
 
 from cfsp_kernels import gather_columns
 
-from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics
 from ..models.channels import CutDown
 from .least_squares import DAMPING, fit_down, output_errors
@@ -84,22 +83,19 @@ def least_squares(down: DownProjection, *, bias: bool = False) -> Compensated:
     They stay as they are, with a bias of zero where one is asked for, unless the fit lowers the
     error on held-out tokens; and where an expert has next to none of these.
     """
-    statistics = down.statistics
-    if statistics is None or statistics.gram is None:
-        raise ValueError("least squares need the Gram matrices of the block")
-    stored, weight, plain = statistics.gram, down.weight, down.kept_columns()
-    tokens, judging = stored.tokens
-    before = after = fit = None
-    if judging >= JUDGING_TOKENS or not held_out_windows(statistics.windows):
-        fit = fit_down(weight, down.kept, stored.fit(weight.device), down.damping, bias=bias)
-        held_out = stored.held_out(weight.device)
+    if down.statistics is None or down.statistics.gram is None:
+        raise ValueError("least squares need the Gram matrix of the FFN")
+    gram, weight, plain = down.statistics.gram, down.weight, down.kept_columns()
+    held_out, before, after, fit = gram.held_out, None, None, None
+    if held_out is None or held_out.tokens >= JUDGING_TOKENS:
+        fit = fit_down(weight, down.kept, gram, down.damping, bias=bias)
         if held_out is not None:
-            fitted = [(fit.weight, fit.bias)] if fit is not None else []
-            before, *judged = output_errors(weight, down.kept, [(plain, None), *fitted], held_out)
+            candidates = [(plain, None)] + ([(fit.weight, fit.bias)] if fit is not None else [])
+            before, *judged = output_errors(weight, down.kept, candidates, held_out)
             after = next(iter(judged), None)
     better = fit is not None and (before is None or (after is not None and after < before))
     used = fit.damping if fit is not None else down.damping
-    record = FitRecord(better, before, after, used, tokens, stored.channels)
+    record = FitRecord(better, before, after, used, gram.tokens, weight.shape[1])
     if fit is None or not better:
         return CutDown(plain, weight.new_zeros(len(weight)) if bias else None), record
     return CutDown(plain.copy_(fit.weight), fit.bias), record

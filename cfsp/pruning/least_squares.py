@@ -8,19 +8,21 @@ columns, the new ones W' minimise
 
 Solved for is the change W' - W_K = W_R G_RK (G_KK + damping M)^-1 over the removed channels R,
 which is nothing where nothing is removed.
+
+The matrix is scaled to a unit diagonal and factorised in fp32: damping bounds its condition number.
+Whether that was enough is checked, by the residual of the solution; where not, all is done in fp64.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import solve_triangular
 
-from ..calibration.grams import Gram
+from ..calibration.grams import Gram, HeldOut
 
 ROWS = 1024
-"""Rows of the projection that are held in fp64 at a time."""
-COLUMNS = 2048
-"""Columns of a Gram matrix that are held in fp64 at a time."""
+"""Rows of the projection that are solved for at a time."""
 DAMPING = 0.2
 ATTEMPTS = 6
 MORE_DAMPING = 10.0
@@ -28,6 +30,8 @@ LEAST_DAMPING = 1e-6
 """Damping of the second attempt where the first was without any."""
 QUIET = 1e-3
 """Least mean square of a channel, relative to their mean, that damping counts with."""
+RESIDUAL = 1e-4
+"""Of a solution in fp32, relative to the right side: what is more is solved again in fp64."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,6 @@ class Fit:
     weight: torch.Tensor
     bias: torch.Tensor | None
     damping: float
-
-
-def _moments(gram: Gram, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
-    """[rows, columns] fp64, of the second moments or the covariance."""
-    found = gram.product[rows[:, None], columns].double().div_(gram.tokens)
-    if centred:
-        mean = gram.sum / gram.tokens
-        found -= mean[rows, None] * mean[columns]
-    return found
 
 
 def removed_channels(kept: torch.Tensor, channels: int) -> torch.Tensor:
@@ -66,28 +61,52 @@ def ridge_of(moments: torch.Tensor) -> torch.Tensor:
     return own.clamp_min(QUIET * float(own.mean()))
 
 
-def _factor(moments: torch.Tensor, damping: float) -> tuple[torch.Tensor, float] | None:
-    """Cholesky factor of the moments, damped in place, and the damping that it took; None where
-    there is no factor, or the moments are zero or not finite."""
-    ridge, diagonal = ridge_of(moments), moments.diagonal().clone()
-    if not 0 < float(ridge.mean()) < torch.inf:
-        return None
-    for _ in range(ATTEMPTS):
-        moments.diagonal().copy_(diagonal + damping * ridge)
-        factor, failed = torch.linalg.cholesky_ex(moments)
-        if not failed and bool(factor.diagonal().isfinite().all()):
-            return factor, damping
-        damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
-    return None
-
-
 def solve_damped(
     moments: torch.Tensor, across: torch.Tensor, damping: float
-) -> torch.Tensor | None:
-    """across (moments + damping ridge)^-1, [D, K] fp64; None where there is none. ``moments``
-    [K, K] fp64, symmetric, are damped in place."""
-    found = _factor(moments, damping)
-    return torch.cholesky_solve(across.T, found[0]).T if found is not None else None
+) -> tuple[torch.Tensor, float] | None:
+    """across (moments + damping ridge)^-1, [D, K] fp32, and the damping that it took: raised
+    tenfold, at most 5 times, where there is no Cholesky factor. None where there is none yet, or
+    the moments are zero or not finite. ``moments`` [K, K] and ``across`` [D, K], fp32, are scaled
+    in place. K^3 / 3 + 2 D K^2 FLOPs; 4 K^2 bytes, three times that where fp64 is called for.
+    """
+    ridge = ridge_of(moments)
+    if not 0 < float(ridge.mean()) < torch.inf:
+        return None
+    scale = ridge.rsqrt()
+    moments.mul_(scale[:, None]).mul_(scale)
+    across.mul_(scale)
+    diagonal = moments.diagonal().clone()
+    moments.diagonal().add_(damping)
+    solution = _solution(moments, across)
+    if solution is None:
+        moments, diagonal = moments.double(), diagonal.double()
+        for _ in range(ATTEMPTS):
+            moments.diagonal().copy_(diagonal + damping)
+            if (solution := _solution(moments, across)) is not None:
+                break
+            damping = max(damping, LEAST_DAMPING / MORE_DAMPING) * MORE_DAMPING
+    return (solution.mul_(scale), damping) if solution is not None else None
+
+
+def _solution(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """right matrix^-1, [D, K] fp32, in the dtype of the matrix; None where it has no factor, or
+    where in fp32 the residual is large: of one combination of every :data:`ROWS` rows."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not bool(factor.diagonal().isfinite().all()):
+        return None
+    found = torch.empty_like(right)
+    for rows, out in zip(right.split(ROWS), found.split(ROWS), strict=True):
+        # Unlike cholesky_solve these make no copy of the factor.
+        half = solve_triangular(factor.mT, rows.to(matrix.dtype), upper=True, left=False)
+        out.copy_(solve_triangular(factor, half, upper=False, left=False))
+        if matrix.dtype == torch.float32:
+            signs = torch.ones(len(rows), device=rows.device)
+            signs[1::2] = -1
+            wanted = signs @ rows
+            lack = wanted - (signs @ out) @ matrix
+            if not float(lack.norm()) <= RESIDUAL * float(wanted.norm()):
+                return None
+    return found
 
 
 @torch.no_grad()
@@ -102,32 +121,25 @@ def fit_down(
     """The kept columns [K] int64, ascending, of a down projection [D, F] fp16, bf16 or fp32, fitted
     to the dense output; None where the activations are all zero or not finite.
 
-    Solved in fp64 on the device of ``down``. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs for K kept and R
-    removed channels; memory beside the arguments: 16 K^2 + 16 D K bytes. ``damping`` is raised
-    tenfold, at most 5 times, where there is no Cholesky factor. ``bias`` removes the means first.
+    Solved on the device of ``down``, see :func:`solve_damped`. 2 D R K + K^3 / 3 + 2 D K^2 FLOPs
+    for K kept and R removed channels. ``bias`` removes the means first.
     """
     if not gram.tokens or not bool(gram.product.diagonal().isfinite().all()):
         return None
-    moments = _moments(gram, kept, kept, bias)
-    found = _factor(moments, damping)
-    if found is None:
-        return None
-    factor, used = found
-    del moments, found  # as large as the factor
     removed = removed_channels(kept, down.shape[1])
-    across = _moments(gram, removed, kept, bias)
-    weight = down.new_empty(down.shape[0], len(kept))
-    added = down.new_zeros(down.shape[0]) if bias else None
-    for start in range(0, len(down), ROWS):
-        rows = down[start : start + ROWS].double()
-        old = rows[:, kept]
-        target = rows[:, removed] @ across
-        weight[start : start + ROWS] = old + torch.cholesky_solve(target.T, factor).T
-        if added is not None:
-            rows[:, kept] -= weight[start : start + ROWS].double()
-            added[start : start + ROWS] = rows @ gram.sum / gram.tokens
+    across = down[:, removed].float() @ gram.moments(removed, kept, centred=bias)
+    solved = solve_damped(gram.moments(kept, kept, centred=bias), across, damping)
+    if solved is None:
+        return None
+    weight = solved[0].add_(down[:, kept]).to(down.dtype)
+    added = None
+    if bias:
+        mean = gram.sum / gram.tokens
+        parts = zip(down.split(ROWS), weight.split(ROWS), strict=True)
+        lost = [old.double() @ mean - new.double() @ mean[kept] for old, new in parts]
+        added = torch.cat(lost).to(down.dtype)
     finite = all(bool(x.isfinite().all()) for x in (weight, added) if x is not None)
-    return Fit(weight, added, used) if finite else None
+    return Fit(weight, added, solved[1]) if finite else None
 
 
 @torch.no_grad()
@@ -135,33 +147,13 @@ def output_errors(
     down: torch.Tensor,
     kept: torch.Tensor,
     candidates: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    gram: Gram,
+    held_out: HeldOut,
 ) -> list[float]:
-    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the tokens of ``gram``, in fp64, for each
-    candidate (W' [D, K], b [D] or None); 0 where all outputs are zero. 2 D F^2 FLOPs, and 2 D K^2
-    for each candidate."""
-    dense, changes = 0.0, [0.0] * len(candidates)
-    within = gram.product[kept][:, kept]
-    for start in range(0, len(down), ROWS):
-        rows = down[start : start + ROWS].double()
-        product = _times(rows, gram.product)
-        whole = float((product * rows).sum())
-        dense += whole
-        for number, (weight, bias) in enumerate(candidates):
-            new = weight[start : start + ROWS].double()
-            crossed = float((product[:, kept] * new).sum())
-            changes[number] += whole - 2 * crossed + float((_times(new, within) * new).sum())
-            if bias is not None:
-                own = bias[start : start + ROWS].double()
-                mean = rows @ gram.sum - new @ gram.sum[kept]
-                changes[number] += float(gram.tokens * own.square().sum() - 2 * own @ mean)
-    return [
-        max(change, 0.0) / dense if dense > 0 else (0.0 if change <= 0 else torch.inf)
-        for change in changes
-    ]
-
-
-def _times(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [r, C] fp64 @ matrix [C, C] fp32, of which some columns are fp64 at a time."""
-    parts = [rows @ columns.double() for columns in matrix.split(COLUMNS, dim=1)]
-    return torch.cat(parts, dim=1)
+    """|| x W^T - x_K W'^T - b ||^2 / || x W^T ||^2 over the held-out tokens for each candidate
+    (W' [D, K], b [D] or None); 0 where all outputs are zero. 2 T D F FLOPs, and as many for each
+    candidate: of what it changes, so that small errors are not differences of large numbers."""
+    changes: list[tuple[torch.Tensor, torch.Tensor | None]] = [(down, None)]
+    for weight, bias in candidates:
+        changes.append((down.index_add(1, kept, weight, alpha=-1), bias))
+    dense, *lost = held_out.squares(changes)
+    return [change / dense if dense > 0 else (0.0 if change <= 0 else torch.inf) for change in lost]

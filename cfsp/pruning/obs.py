@@ -72,13 +72,6 @@ def _cholesky(damped: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def residual_norms(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """r_i = (H^-1)_ii ^ -1/2, [F] fp64: the root mean square of what ridge regression on all other
-    channels leaves of channel i, its own damping included. With much damping that of the channel
-    itself, times a constant. Cost: F^3; two [F, F] fp64 beside the Gram matrix."""
-    return torch.cholesky_inverse(_cholesky(_damped(gram, damping)[0])).diagonal().rsqrt()
-
-
 def removal_order(down: torch.Tensor, gram: torch.Tensor, damping: float = DAMPING) -> Removal:
     """Remove all channels, each time the one whose removal costs least after the others' refit.
 

@@ -153,13 +153,8 @@ def _selection(
     @cache
     def of_block(number: int, widths: tuple[int, ...]) -> BlockPlan:
         groups, ffns = statistics.blocks[number].groups, slice(*ends[number : number + 2])
-        scores = ranking.scores[ffns]
-        kept = tuple(
-            torch.stack([select_channels(own, width) for own in of_ffn.chunk(group.experts)])
-            for of_ffn, group, width in zip(scores, groups, widths, strict=True)
-        )
-        quantiles = score_quantiles(torch.cat(scores))
-        return BlockPlan(kept, importance[number], groups, quantiles, ranking.curves[ffns])
+        empty = BlockPlan((), importance[number], groups, (), ranking.curves[ffns])
+        return with_highest(empty, ranking.scores[ffns], widths)
 
     def plan_of(widths: Sequence[int]) -> PruningPlan:
         parts = (tuple(widths[start:end]) for start, end in pairwise(ends))
@@ -167,6 +162,17 @@ def _selection(
         return PruningPlan(blocks, statistics.model_fingerprint, recipe)
 
     return plan_of
+
+
+def with_highest(
+    block: BlockPlan, scores: Sequence[torch.Tensor], widths: Sequence[int]
+) -> BlockPlan:
+    """The block with the channels of the highest scores, [experts * channels] of every FFN."""
+    kept = tuple(
+        torch.stack([select_channels(own, width) for own in of_ffn.chunk(group.experts)])
+        for of_ffn, group, width in zip(scores, block.groups, widths, strict=True)
+    )
+    return replace(block, kept=kept, score_quantiles=score_quantiles(torch.cat(list(scores))))
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:

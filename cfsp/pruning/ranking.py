@@ -1,11 +1,11 @@
 """Scores of every FFN's channels and, where an allocator asks, the error at every width."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate, pairwise
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..calibration.curves import (
@@ -16,9 +16,11 @@ from ..calibration.curves import (
     of_experts,
     weighted,
 )
-from ..calibration.statistics import BlockStatistics, Statistics, check_grams
+from ..calibration.statistics import BlockStatistics, Statistics
+from ..errors import CfspError
 from ..models.channels import FFNWeights
-from .allocation import ALLOCATORS, SEARCH
+from ..models.layouts import Layout
+from .allocation import ALLOCATORS
 from .compensation import COMPENSATIONS
 from .obs import error_curve, order_of, plain_error_curve
 from .recipe import Recipe
@@ -28,71 +30,74 @@ Weights = Callable[[int], Sequence[FFNWeights]]
 """Block number -> the matrices of its FFNs, of every expert."""
 
 
-def stored_ranking(
-    statistics: Statistics, recipe: Recipe, *, curves: bool = False
-) -> Ranking | None:
-    """The ranking for a recipe that the statistics have already, with error curves where asked for
-    and where its allocator reads them; None where they have none."""
-    wanted = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
-    curves = curves or _asks_for_curves(statistics, recipe)
-    fitting = (r for r in statistics.rankings if r.made_by == wanted and (r.curves or not curves))
-    return next(fitting, None)
+def made_by(recipe: Recipe) -> tuple[str, str, float]:
+    """See :attr:`Ranking.made_by`."""
+    return recipe.scorer, recipe.resolved_compensation, recipe.damping
 
 
-def _asks_for_curves(statistics: Statistics, recipe: Recipe) -> bool:
-    """A search begins with them where they can be had."""
-    allocator, grams = recipe.resolved_allocator, statistics.gram_folder is not None
-    return ALLOCATORS[allocator].needs_curves or (allocator == SEARCH and grams)
+def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
+    """The ranking for a recipe that the statistics have already, with error curves where its
+    allocator reads them; None where they have none."""
+    allocator = ALLOCATORS[recipe.resolved_allocator]
+    for found in statistics.rankings:
+        same = found.made_by == made_by(recipe)
+        if not SCORERS[recipe.scorer].needs_gram and not allocator.needs_curves:
+            same = found.scorer == recipe.scorer
+        if same and (found.curves or not allocator.needs_curves):
+            return found
+    return None
+
+
+def check_ranked(statistics: Statistics, recipe: Recipe) -> None:
+    """Raise CfspError where a plan needs what only a calibration for it can make."""
+    if recipe.ranks_by_gram and stored_ranking(statistics, recipe) is None:
+        allocator, scorer = recipe.resolved_allocator, recipe.scorer
+        reader = f"scorer {scorer!r}" if SCORERS[scorer].needs_gram else f"allocator {allocator!r}"
+        raise CfspError(
+            f"{reader} needs Gram matrices, which are there in a calibration alone: calibrate with "
+            f"`scorer={scorer!r}`, `allocator={allocator!r}`, "
+            f"`compensation={recipe.resolved_compensation!r}` and `damping={recipe.damping:g}`"
+        )
 
 
 def rank(
-    statistics: Statistics,
-    weights: Weights,
-    recipe: Recipe,
-    *,
-    curves: bool = False,
-    progress: bool = False,
+    statistics: Statistics, weights: Weights, recipe: Recipe, *, progress: bool = False
 ) -> Ranking:
     """Score the channels of every FFN; the ranking that the statistics have, where they have it.
 
-    ``weights`` are called only for scorers that read weights, and for error curves; ``curves`` asks
-    for these whatever the allocator. CfspError where Gram matrices are needed and not there.
+    ``weights`` are called only for scorers that read weights. CfspError where Gram matrices are
+    needed, and the statistics have no ranking that was made from them.
     """
-    found = stored_ranking(statistics, recipe, curves=curves)
+    found = stored_ranking(statistics, recipe)
     if found is not None:
         return found
-    curves = curves or _asks_for_curves(statistics, recipe)
-    scorer = SCORERS[recipe.scorer]
-    reads_grams = scorer.needs_gram or curves
-    if reads_grams:
-        allocator = f"allocator {recipe.resolved_allocator!r}"
-        check_grams(statistics, f"scorer {recipe.scorer!r}" if scorer.needs_gram else allocator)
-    scores: list[torch.Tensor] = []
-    errors: list[ErrorCurve] = []
-    shown = progress and reads_grams
-    bar = tqdm(statistics.blocks, desc="rank", unit="block", disable=not shown)
+    check_ranked(statistics, recipe)
+    shown = progress and SCORERS[recipe.scorer].reads_weights
+    bar = tqdm(statistics.blocks, desc="score", unit="block", disable=not shown)
+    scores = []
     for number, block in enumerate(bar):
-        own_scores, own_errors = _rank_block(block, partial(weights, number), recipe, curves)
-        scores += own_scores
-        errors += own_errors
-    made_by = (recipe.scorer, recipe.resolved_compensation, recipe.damping)
-    return Ranking(*made_by, tuple(scores), tuple(errors))
+        scores += rank_block(block, partial(weights, number), recipe)[0]
+    return Ranking(*made_by(recipe), tuple(scores))
 
 
-def with_ranking(
-    statistics: Statistics,
-    weights: Weights,
-    recipe: Recipe,
-    *,
-    curves: bool = True,
-    progress: bool = False,
-) -> Statistics:
-    """The statistics with scores and error curves for a recipe's scorer, compensation and damping:
-    :func:`cfsp.save_statistics` keeps them, and plans for any budget need neither weights nor Gram
-    matrices then. Arguments and errors as :func:`rank`."""
-    ranking = rank(statistics, weights, recipe, curves=curves, progress=progress)
-    others = (r for r in statistics.rankings if r.made_by != ranking.made_by)
-    return replace(statistics, rankings=(*others, ranking))
+class Ranker:
+    """Scores every block of a calibration while it has weights and Gram matrices."""
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self.layout, self.recipe = layout, recipe
+        self.scores: list[torch.Tensor] = []
+        self.curves: list[ErrorCurve] = []
+
+    def visit(self, number: int, block: nn.Module, statistics: BlockStatistics) -> None:
+        """Score the FFNs of a block; error curves too, where the allocator begins with them."""
+        weights, curves = partial(self.layout.ffn_weights, block), bool(self.recipe.makes_curves)
+        scores, errors = rank_block(statistics, weights, self.recipe, curves)
+        self.scores += scores
+        self.curves += errors
+
+    def ranking(self) -> Ranking:
+        """Of all blocks that were visited."""
+        return Ranking(*made_by(self.recipe), tuple(self.scores), tuple(self.curves))
 
 
 def scaled_curves(
@@ -112,11 +117,11 @@ def scaled_curves(
     )
 
 
-def _rank_block(
+def rank_block(
     block: BlockStatistics,
     weights: Callable[[], Sequence[FFNWeights]],
     recipe: Recipe,
-    curves: bool,
+    curves: bool = False,
 ) -> tuple[list[torch.Tensor], list[ErrorCurve]]:
     """Of every FFN of a block, the scores [experts * channels], and the curve where asked."""
     weights, parts = cache(weights), block.ffns()
@@ -143,7 +148,7 @@ def _curve(
     without the mean where that puts it back."""
     compensation = COMPENSATIONS[recipe.resolved_compensation]
     widths, order = curve_widths(len(scores)), order_of(scores)
-    gram = moments_of(statistics, down, "an error curve", centred=compensation.adds_bias)
+    gram = moments_of(statistics, "an error curve", centred=compensation.adds_bias)
     if compensation.needs_gram:
         errors = error_curve(down, gram, order, widths, recipe.damping)
     else:

@@ -32,7 +32,7 @@ class Recipe:
         None, f"Budget of the whole model, instead of a sparsity: {FORM}.", metavar="KIND=AMOUNT"
     )
     scorer: str = setting(
-        "cfsp-residual",
+        "cfsp-output",
         "How channels are scored; cfsp is the published method.",
         choices={name: scorer.summary for name, scorer in SCORERS.items()},
     )
@@ -68,6 +68,12 @@ class Recipe:
         0.005,
         "Step of that Adam, relative to the root mean square of each matrix.",
         must_be=positive("more than 0"),
+    )
+    width_windows: int = setting(
+        16,
+        "How many of the calibration windows widths are chosen by, where all go through the second "
+        "pass too, to choose and fit channels.",
+        must_be=at_least(1),
     )
     importance: str = setting(
         "angular",
@@ -162,25 +168,33 @@ class Recipe:
         return COMPENSATIONS[self.resolved_compensation].blockwise
 
     @property
+    def fits(self) -> bool:
+        """Whether the kept columns are fitted to calibration windows in the pass that cuts."""
+        return COMPENSATIONS[self.resolved_compensation].needs_gram
+
+    @property
     def refits(self) -> bool:
-        """Whether calibration windows go through the blocks once more, as these are cut."""
+        """Whether pruned blocks are fitted again to what the dense ones give."""
         return self.sequential or self.blockwise
 
     @property
+    def makes_curves(self) -> bool:
+        """Whether a calibration makes error curves: an allocator reads them, or a search begins
+        with them."""
+        return ALLOCATORS[self.resolved_allocator].needs_curves or self.searches
+
+    @property
     def ranks_by_gram(self) -> bool:
-        """Whether scores or error curves are made from Gram matrices."""
+        """Whether scores, or curves that the allocator needs, are made from Gram matrices."""
         return SCORERS[self.scorer].needs_gram or ALLOCATORS[self.resolved_allocator].needs_curves
 
-    def needs_gram(self, planned: bool = False) -> str | None:
-        """What reads Gram matrices: a compensation; a scorer or allocator, unless all is
-        ``planned``; or None."""
-        if COMPENSATIONS[self.resolved_compensation].needs_gram:
-            return f"compensation {self.resolved_compensation!r}"
-        if SCORERS[self.scorer].needs_gram and not planned:
-            return f"scorer {self.scorer!r}"
-        if ALLOCATORS[self.resolved_allocator].needs_curves and not planned:
-            return f"allocator {self.resolved_allocator!r}"
-        return None
+    @property
+    def statistics_windows(self) -> int:
+        """Calibration windows of a first pass that a second follows: a few where all of them go
+        through that one, which scores again."""
+        samples = self.calibration.samples
+        again = self.fits and not self.ranks_by_gram and not self.searches
+        return min(self.width_windows, samples) if again else samples
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""

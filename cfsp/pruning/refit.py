@@ -23,10 +23,12 @@ from torch.func import functional_call
 
 from cfsp_kernels import gram
 
-from ..calibration.grams import held_out_windows
+from ..calibration.collect import DensePass
+from ..calibration.grams import held_out_windows, mirror_
+from ..calibration.statistics import BlockStatistics
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..models.blockwise import record_block_calls, run_block
+from ..models.blockwise import record_block_calls
 from ..models.ffn import FFN
 from ..models.layouts import Layout, hidden_states_of
 from .block_cache import BlockCache
@@ -56,36 +58,32 @@ class BlockRefit:
 
 
 class Refitting:
-    """Windows, [N, S] int64 with the last held out, on their way through dense and pruned blocks.
+    """The windows of a dense pass, of which the last are held out, on their way through the pruned
+    blocks beside it.
 
-    Memory: the hidden states of all windows twice, and once or twice more what the block at work
+    Memory: the hidden states of all windows, and once or twice more what the block at work
     computes of them before its FFN; of that block its FFN four times over in fp32 (weights,
     gradient and the two moments of Adam), or in closed form z^T z of one FFN; the embeddings.
     """
 
-    def __init__(
-        self, model: nn.Module, layout: Layout, windows: torch.Tensor, recipe: Recipe
-    ) -> None:
-        self.layout, self.recipe = layout, recipe
-        self.blocks = layout.find_blocks(model)
-        self.dense = record_block_calls(model, self.blocks, windows, micro_batch=1)
-        self.pruned = self.dense.hidden.clone()
+    def __init__(self, model: nn.Module, dense: DensePass, recipe: Recipe) -> None:
+        self.layout, self.blocks, self.recipe = dense.layout, dense.blocks, recipe
+        self.calls = record_block_calls(model, self.blocks, dense.windows, micro_batch=1)
+        self.dense, self.pruned, self.targets = dense, self.calls.hidden, dense.calls.hidden
         self.refits: list[BlockRefit] = []
-        fitted = len(windows) - held_out_windows(len(windows))
-        self.fitted, self.held_out = range(fitted), range(fitted, len(windows))
+        count = len(dense.windows)
+        fitted = count - held_out_windows(count)
+        self.fitted, self.held_out = range(fitted), range(fitted, count)
         self._change = 0.0
         self._cache: BlockCache
 
-    def run_dense(self, number: int) -> None:
+    def run(self, number: int) -> BlockStatistics:
         """Take the dense windows through a block that is not cut yet: they are its targets."""
-        change = torch.zeros((), dtype=torch.float64, device=self.pruned.device)
-
-        def observe(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            if index in self.held_out:
-                change.add_((after.double() - before.double()).square().sum())
-
-        run_block(self.blocks[number], number, self.dense, observe)
-        self._change = float(change)
+        held_out = self.targets[self.held_out.start :]
+        before = held_out.double()
+        found = self.dense.run(number)
+        self._change = float((held_out.double() - before).square().sum())
+        return found
 
     @torch.no_grad()
     def run_pruned(self, number: int) -> None:
@@ -109,13 +107,13 @@ class Refitting:
 
     def _run(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         block = self.blocks[number]
-        args, kwargs = self.dense.arguments[number][index]
+        args, kwargs = self.calls.arguments[number][index]
         states = self.pruned[index : index + 1]
         return hidden_states_of(functional_call(block, dict(values or {}), (states, *args), kwargs))
 
     def _lack(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D] fp32: what the pruned block's output lacks of the dense one's."""
-        target = self.dense.hidden[index : index + 1]
+        target = self.targets[index : index + 1]
         return target.float() - self._output(number, index, values).float()
 
     def _error(self, number: int, values: Values) -> float:
@@ -150,23 +148,23 @@ class Refitting:
         return BlockRefit(number, "sequential", tuple(errors), int(better))
 
     def _regressed(self, number: int, ffn: FFN) -> torch.Tensor | None:
-        """[D, width] fp64: what a down projection lacks; None where its input is all zero."""
+        """[D, width] fp32: what a down projection lacks; None where its input is all zero."""
         block, device = self.blocks[number], self.pruned.device
         width, down = ffn.group(block).channels, ffn.projection(block, ffn.down)
         seen: list[torch.Tensor] = []
         hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         product = torch.zeros(width, width, device=device)
-        across = torch.zeros(self.pruned.shape[-1], width, dtype=torch.float64, device=device)
+        across = torch.zeros(self.pruned.shape[-1], width, device=device)
         try:
             for index in self.fitted:
                 lack = self._lack(number, index)[0]
                 inner = seen.pop().reshape(-1, width)
                 gram(inner, out=product)
-                across += lack.T @ inner.float()
+                torch.addmm(across, lack.T, inner.float(), out=across)
         finally:
             hook.remove()
-        product += product.tril(-1).T
-        return solve_damped(product.double(), across, self.recipe.damping)
+        solved = solve_damped(mirror_(product), across, self.recipe.damping)
+        return solved[0] if solved is not None else None
 
     def _train_(self, number: int, parameters: Values, before: Sequence[float]) -> BlockRefit:
         """Adam on copies in fp32; ``before`` as for the closed form."""

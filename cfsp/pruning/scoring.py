@@ -8,8 +8,9 @@ import torch
 from cfsp_kernels import channel_importance
 
 from ..calibration.statistics import BlockStatistics
+from ..errors import CfspError
 from ..models.channels import FFNWeights
-from .obs import removal_order, residual_norms
+from .obs import removal_order
 
 Weights = Callable[[], FFNWeights]
 """Gives the matrices of one FFN. A score that does not call it reads no weights, and nothing loads
@@ -54,19 +55,20 @@ def _kernel_score(name: str, statistic: str = "", *matrices: str) -> ScoreFuncti
     return score
 
 
-def moments_of(
-    statistics: BlockStatistics, down: torch.Tensor, reader: str, *, centred: bool = False
-) -> torch.Tensor:
-    """[F, F] X^T X / T over the fitting tokens, or the covariance, on the device of ``down``."""
+def moments_of(statistics: BlockStatistics, reader: str, *, centred: bool = False) -> torch.Tensor:
+    """[F, F] X^T X / T over the fitting tokens, or the covariance. Raises CfspError without."""
     if statistics.gram is None:
-        raise ValueError(f"{reader} needs the Gram matrices of the block")
-    return statistics.gram.fit(down.device).moments(centred)
+        raise CfspError(
+            f"{reader} is made in a calibration, which these statistics had for another: calibrate "
+            "with this recipe"
+        )
+    return statistics.gram.moments(centred=centred)
 
 
 def obs(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """When greedy removal takes the channel, see :func:`cfsp.pruning.obs.removal_order`."""
     down = weights().down
-    return removal_order(down, moments_of(statistics, down, "scorer obs"), damping).scores
+    return removal_order(down, moments_of(statistics, "scorer 'obs'"), damping).scores
 
 
 def cfsp_output(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
@@ -74,20 +76,6 @@ def cfsp_output(statistics: BlockStatistics, weights: Weights, damping: float) -
     to that of what it adds to the output."""
     magnitude = channel_importance("magnitude", down=weights().down).double().cpu()
     return statistics.norm * magnitude.sqrt()
-
-
-RESIDUAL_DAMPING = 2.0
-"""Between what a channel is (much of it) and what the others cannot replace (little). Too little
-buys the calibration's own text at the price of all others."""
-
-
-def cfsp_residual(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
-    """r_i ||W_down[:, i]||^1/2 with what the other channels leave of the activation, see
-    :func:`cfsp.pruning.obs.residual_norms`, in place of its norm."""
-    down = weights().down
-    moments = moments_of(statistics, down, "scorer cfsp-residual")
-    magnitude = channel_importance("magnitude", down=down).double()
-    return (residual_norms(moments, RESIDUAL_DAMPING) * magnitude.sqrt()).cpu()
 
 
 EVERY_MATRIX = ("gate", "up", "down")
@@ -106,13 +94,6 @@ SCORERS: dict[str, Scorer] = {
         "cfsp-filled",
         "least-squares",
         "activation norm times the root of the norm of the column of down; best with least squares",
-    ),
-    "cfsp-residual": Scorer(
-        cfsp_residual,
-        "cfsp-filled",
-        "least-squares",
-        "cfsp-output, of what the other channels leave of the activation",
-        needs_gram=True,
     ),
     "cfsp-balanced": Scorer(
         _kernel_score("balanced", "norms", *EVERY_MATRIX),

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration.statistics import Statistics
+from ..calibration.collect import DensePass
+from ..calibration.statistics import BlockStatistics, Statistics
 from ..models.layouts import Layout
 from .allocation import AllocationProblem
 from .budget import Widths
-from .compaction import check_compensation, prune_block_
+from .compaction import prune_block_
 from .plan import BlockPlan, PruningPlan, WidthSearch
 from .recipe import Recipe
 
@@ -114,6 +116,7 @@ def width_search(
     model: PreTrainedModel,
     layout: Layout,
     statistics: Statistics,
+    windows: torch.Tensor,
     recipe: Recipe,
     measure: Callable[[], float],
     *,
@@ -121,22 +124,28 @@ def width_search(
 ) -> WidthSearch:
     """A search that measures every candidate as it would be saved, compensation and all.
 
-    Time: a measurement for each candidate, and a cut for each new width of a block. Memory: see
-    :class:`CutBlocks`. The dense model is left as it was found; ``measure`` gives its loss as it
-    stands. The search raises CfspError where the compensation lacks what it needs.
+    Time: a pass of the calibration ``windows`` [N, S] where candidates are fitted to them, a
+    measurement for each candidate, and a cut for each new width of a block. Memory: the Gram
+    matrices of all blocks for these fits; see :class:`CutBlocks`. The dense model is left as it was
+    found; ``measure`` gives its loss as it stands.
     """
+    known: list[BlockStatistics] = []
 
     def cut(number: int, block: nn.Module, plan: BlockPlan) -> None:
-        compensation, known = recipe.resolved_compensation, statistics.blocks[number]
-        prune_block_(block, layout, plan, compensation, recipe.damping, known)
+        compensation = recipe.resolved_compensation
+        prune_block_(block, layout, plan, compensation, recipe.damping, known[number])
 
     def search(
         plan_of: Callable[[Sequence[int]], PruningPlan], start: Widths, problem: AllocationProblem
     ) -> Widths:
-        check_compensation(recipe, statistics)
         total = recipe.search_candidates
         bar = tqdm(total=total, desc="search", unit="model", disable=not progress)
         with bar, CutBlocks(model, layout, cut).in_place() as put:
+            if recipe.fits:
+                dense = DensePass(model, layout, windows, gram=True)
+                known.extend(map(dense.run, range(len(dense.blocks))))
+            else:
+                known.extend(statistics.blocks)
 
             def evaluate(widths: Widths) -> float:
                 put(plan_of(widths))

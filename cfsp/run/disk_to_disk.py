@@ -1,7 +1,7 @@
 """Prune a model from disk to disk; pass 2 reads each block once, for everything."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +14,12 @@ from ..checkpoints.folder import new_folder, partial_path, write_settings
 from ..checkpoints.verification import probe_tokens, verify_streamed
 from ..costs.footprint import footprints
 from ..distributed import Ranks
-from ..errors import CfspError, Stopped
+from ..errors import CfspError, RankLost, Stopped
 from ..io.hashes import write_hashes
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
 from ..pruning.compaction_streamed import prune_to_shards_
 from ..pruning.plan import PruningPlan
-from ..pruning.ranking import stored_ranking, with_ranking
 from .job import Run
 from .result import PruneReport, PruneResult, recipe_document
 
@@ -45,7 +44,7 @@ def prune_from_disk_to_disk(
             report = finish_()
             rows = report.sizes.rows()
             write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(folder, plan, recipe_document(report), rows, report.stock)
+            write_documents(folder, report.plan, recipe_document(report), rows, report.stock)
             empty_(opened.model)  # one model's embeddings in memory at a time
             verify_streamed(folder, probe, blocks.device)
             if run.verify:
@@ -73,22 +72,14 @@ def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> It
 
 
 def _calibrated(run: Run, folder: Path) -> Statistics | None:
-    """The statistics given, those that an interrupted run kept, or new ones, which are kept: first
-    alone, then with the ranking that the plan follows from, where that takes long."""
+    """The statistics given, those that an interrupted run kept, or new ones, which are kept."""
     if not run.calibrates:
         return run.statistics
-    recipe, statistics = run.recipe, run.ranks.of_first(lambda: state.kept_statistics(folder))
+    statistics = run.ranks.of_first(lambda: state.kept_statistics(folder))
     if statistics is None:
-        statistics = run.calibrated(lambda: state.kept_grams(folder))
+        statistics = run.calibrated()
         if run.ranks.first:
             state.keep_statistics(folder, statistics)
-    if not run.ranks.first:
-        return statistics
-    planned = run.plan is not None or stored_ranking(statistics, recipe) is not None
-    if recipe.ranks_by_gram and not planned:
-        weights = run.opened.blocks.ffn_weights
-        statistics = with_ranking(statistics, weights, recipe, curves=False, progress=run.progress)
-        state.keep_statistics(folder, statistics)
     return statistics
 
 
@@ -108,19 +99,27 @@ def _cut(
     probe = RidingWindows(model, modules, own_probe)
     own = held_out.tokens[ranks.share(len(held_out.tokens))]
     dense, pruned = RidingWindows(model, modules, own), RidingWindows(model, modules, own)
-    refitting = run.refitting()
-    before, after = ([w.ride for w in x if len(w.windows)] for x in ([dense], [pruned, probe]))
-    if refitting is not None:
-        before, after = [*before, refitting.run_dense], [refitting.run_pruned, *after]
-    inputs, fits = (opened, plan, statistics, folder), None
-    with suppress(Stopped):
+    cut, fits = run.second_pass(plan, statistics), None
+    try:
         fits = prune_to_shards_(
-            *inputs, before=before, after=after, stop=run.stop, progress=run.progress, ranks=ranks
+            opened,
+            plan,
+            cut.turn,
+            folder,
+            before=[w.ride for w in [dense] if len(w.windows)],
+            after=[*cut.visits, *(w.ride for w in (pruned, probe) if len(w.windows))],
+            stop=run.stop,
+            progress=run.progress,
+            ranks=ranks,
+            together=cut.dense is not None,
         )
+    except RankLost:  # nobody is there to agree with
+        raise
+    except Stopped:
+        pass
     stopped = ranks.any(fits is None)
     if fits is None or stopped:
         raise Stopped
     measured = [held_out.of_logits(w.logits(), ranks, w.seconds) for w in (dense, pruned)]
     logits = next(probe.logits(), torch.empty(0)).cpu()
-    known = statistics.without_grams() if statistics is not None else None
-    return partial(run.finish_, plan, known, sizes, fits, refitting, *measured), logits
+    return partial(run.finish_, cut, sizes, fits, *measured), logits

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-from ..calibration.grams import temporary_folder
 from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import check_out, new_folder, write_model
 from ..checkpoints.verification import take_probe, verify
@@ -23,7 +22,7 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     opened, model, ranks = run.opened, run.opened.model, run.ranks
     if out is not None:
         check_out(out, run.overwrite)  # nothing here can be resumed
-    statistics = run.calibrated(temporary_folder) if run.calibrates else run.statistics
+    statistics = run.calibrated() if run.calibrates else run.statistics
     plan = run.planned(statistics)
     training, device = model.training, model_device(model)
     model.eval()
@@ -31,14 +30,15 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     sizes, before = footprints(opened.described, plan, run.table), measure()
     if ranks.any(run.stop()):
         raise Stopped
-    refitting = run.refitting()
-    visits = ([refitting.run_dense], [refitting.run_pruned]) if refitting is not None else ((), ())
-    fits = prune_model_(model, opened.layout, plan, statistics, *visits, progress=run.progress)
-    report = run.finish_(plan, statistics, sizes, fits, refitting, before, measure())
+    cut = run.second_pass(plan, statistics)
+    fits = prune_model_(
+        model, opened.layout, plan.recipe, cut.turn, cut.visits, progress=run.progress
+    )
+    report = run.finish_(cut, sizes, fits, before, measure())
     if out is not None and ranks.first:
         with new_folder(out, run.overwrite) as folder:
             write_model(model, opened.tokenizer, folder)
-            write_documents(folder, plan, recipe_document(report), sizes.rows(), report.stock)
+            write_documents(folder, cut.plan, recipe_document(report), sizes.rows(), report.stock)
             expected = take_probe(model)
             if not given:
                 empty_(model)  # one model in memory at a time

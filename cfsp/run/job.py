@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..calibration.collect import collect_statistics
-from ..calibration.grams import GramFolder
+from ..calibration.collect import DensePass, collect_statistics
 from ..calibration.statistics import Statistics, statistics_fingerprint
 from ..calibration.windows import Calibration, calibration_windows
 from ..costs.budgets import check_met, resolve
@@ -21,12 +20,16 @@ from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
+from ..pruning.compaction import warn_of_few_tokens
 from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan, make_plan
 from ..pruning.plan_file import plan_to_dict
+from ..pruning.ranking import Ranker
 from ..pruning.recipe import Recipe
 from ..pruning.refit import Refitting
+from ..pruning.scoring import SCORERS
 from ..pruning.search import width_search
+from ..pruning.second_pass import SecondPass
 from .result import PruneReport
 
 
@@ -57,7 +60,9 @@ def plan_model(
         def measure() -> float:
             return perplexity(model, measured, progress=False).perplexity
 
-        search = width_search(model, layout, statistics, recipe, measure, progress=progress)
+        search = width_search(
+            model, layout, statistics, windows, recipe, measure, progress=progress
+        )
     weights = opened.blocks.ffn_weights
     plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     check_met(described, plan, table)
@@ -78,10 +83,10 @@ class Run:
     statistics: Statistics | None = None
     windows: torch.Tensor
     """[N, S] calibration tokens; none where nothing reads them."""
+    first_windows: int
+    """How many of them, the first, the statistics are made of."""
     calibrates: bool = True
     """Whether a pass over these makes the statistics."""
-    gram: bool
-    """Whether that pass collects Gram matrices."""
     held_out: HeldOut = NOT_MEASURED
     table: LatencyTable | None = None
     """Latency of the model on the device that the result is for."""
@@ -93,22 +98,30 @@ class Run:
     progress: bool
     ranks: Ranks
 
-    def calibrated(self, grams: Callable[[], GramFolder]) -> Statistics:
-        """The statistics of a pass over the calibration tokens, with where they come from;
-        ``grams`` makes the folder for Gram matrices."""
-        opened, calibration = self.opened, dataclasses.asdict(self.recipe.calibration)
-        return collect_statistics(
+    def calibrated(self) -> Statistics:
+        """The statistics of a pass over the calibration tokens, with where they come from, and the
+        recipe's ranking where that reads more than sums."""
+        opened, recipe, ranks = self.opened, self.recipe, self.ranks
+        ranker, grams = Ranker(opened.layout, recipe), recipe.ranks_by_gram or recipe.makes_curves
+        ranked = self.plan is None and (SCORERS[recipe.scorer].reads_weights or grams)
+        found = collect_statistics(
             opened.model,
             opened.layout,
-            self.windows,
+            self.windows[: self.first_windows],
             micro_batch=self.micro_batch,
-            provenance={"model": opened.name, "calibration": calibration},
+            provenance={
+                "model": opened.name,
+                "calibration": dataclasses.asdict(recipe.calibration),
+            },
             progress=self.progress,
             weights=opened.blocks,
             stop=self.stop,
-            ranks=self.ranks,
-            grams=self.ranks.of_first(grams) if self.gram else None,
+            ranks=ranks,
+            gram=grams,
+            visit=ranker.visit if ranked and ranks.first else lambda *_: None,
         )
+        rankings = ranks.of_first(lambda: (ranker.ranking(),) if ranked else ())
+        return dataclasses.replace(found, rankings=rankings)
 
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
@@ -121,24 +134,37 @@ class Run:
             lambda: plan_model(*inputs, windows=self.windows, progress=self.progress)
         )
 
-    def refitting(self) -> Refitting | None:
-        """The calibration windows on their way through the blocks, where these are fitted again."""
-        if not self.recipe.refits:
-            return None
-        return Refitting(self.opened.model, self.opened.layout, self.windows, self.recipe)
+    def second_pass(self, plan: PruningPlan, statistics: Statistics | None) -> SecondPass:
+        """What carries the plan out, with the calibration windows where these are read again."""
+        model, recipe = self.opened.model, self.recipe
+        if not (recipe.fits or recipe.refits):
+            return SecondPass(plan, statistics)
+        if recipe.fits and self.ranks.first:
+            groups = [block.groups for block in plan.blocks]
+            warn_of_few_tokens(groups, statistics, *self.windows.shape)
+        dense = DensePass(
+            model,
+            self.opened.layout,
+            self.windows,
+            micro_batch=self.micro_batch,
+            gram=recipe.fits,
+            ranks=self.ranks,
+        )
+        refitting = Refitting(model, dense, recipe) if recipe.refits else None
+        selects = self.plan is None and recipe.fits and not recipe.ranks_by_gram
+        return SecondPass(plan, statistics, dense, refitting, selects=selects)
 
     def finish_(
         self,
-        plan: PruningPlan,
-        statistics: Statistics | None,
+        cut: SecondPass,
         sizes: Footprints,
         fits: Sequence[tuple[FitRecord, ...]],
-        refitting: Refitting | None,
         before: Perplexity | None,
         after: Perplexity | None,
     ) -> PruneReport:
         """Give the model, whose FFNs were cut, the config and class that reload it; the record."""
-        model, recipe = self.opened.model, plan.recipe
+        model, plan = self.opened.model, cut.plan
+        recipe, refitting = plan.recipe, cut.refitting
         summary = {
             "scorer": recipe.scorer,
             "allocator": recipe.resolved_allocator,
@@ -149,7 +175,7 @@ class Run:
         return PruneReport(
             name=self.opened.name,
             plan=plan,
-            statistics=statistics,
+            statistics=cut.statistics,
             fits=tuple(fits),
             refits=tuple(refitting.refits) if refitting is not None else (),
             sizes=sizes,
@@ -163,8 +189,8 @@ class Run:
     def identity(self, blocks: StoredBlocks) -> dict[str, Any]:
         """Everything that the bytes of the result follow from, as plain values."""
 
-        def tokens(windows: torch.Tensor, read: bool = True) -> str | None:
-            return tokens_fingerprint(windows) if read and len(windows) else None
+        def tokens(windows: torch.Tensor) -> str | None:
+            return tokens_fingerprint(windows) if len(windows) else None
 
         plan, statistics, recipe = self.plan, self.statistics, self.recipe.to_dict()
         del recipe["micro_batch"]  # what it asks for; the one in force counts
@@ -175,8 +201,7 @@ class Run:
             "latency table": self.table.fingerprint() if self.table is not None else None,
             "plan": plan_to_dict(plan)["blocks"] if plan is not None else None,
             "statistics": statistics_fingerprint(statistics) if statistics is not None else None,
-            "calibration text": tokens(self.windows, self.calibrates),
-            "refitting text": tokens(self.windows, self.recipe.refits),
+            "calibration text": tokens(self.windows),
             "evaluation text": tokens(self.held_out.tokens),
             "machine or version": versions(blocks.device),
         }

@@ -14,11 +14,12 @@ import yaml
 import cfsp
 from benchmarks.quality import ablation, ablation_grid, ablation_report
 from cfsp.evaluation.quality import evaluation_windows
+from cfsp.run.job import Run
 from tests.conftest import TEXT, make_tiny, make_tokenizer
 
 GRID: list[dict[str, Any]] = [
     {"scorer": "cfsp", "compensation": "none"},
-    {"scorer": "cfsp", "compensation": "least-squares", "damping": 0.1},
+    {"scorer": "cfsp", "compensation": "least-squares", "damping": 0.1, "width_windows": 3},
 ]
 REFUSED = {"scorer": "cfsp", "compensation": "none", "width_multiple": 128}
 
@@ -31,7 +32,6 @@ def command(root: Path, recipes: Sequence[dict[str, Any]], *more: str) -> list[s
         "in-domain": TEXT,
         "out-of-domain": root / "other.txt",
         "recipes": root / "recipes.yaml",
-        "work": root / "work",
         "json": root / "result.json",
         "samples": 6,
         "seqlen": 32,
@@ -68,6 +68,7 @@ def test_a_cell_is_what_prune_and_perplexity_give(root: Path, result: dict[str, 
         width_multiple=1,
         compensation="least-squares",
         damping=0.1,
+        width_windows=3,
         calibration=calibration,
     )
     pruned = cfsp.prune(root / "model", recipe=recipe, device="cpu", progress=False)
@@ -93,7 +94,7 @@ def test_a_recipe_that_cannot_be_followed_is_kept_with_its_message(
 def test_a_rerun_measures_what_is_missing_and_no_more(
     root: Path, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cfsp, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    monkeypatch.setattr(Run, "calibrated", lambda *_: pytest.fail("calibrated again"))
     measured = []
 
     def measure(opened: Any, recipe: cfsp.Recipe, *_: Any) -> dict[str, Any]:
@@ -148,17 +149,19 @@ def test_the_table_tells_shares_of_the_gap_and_seconds(result: dict[str, Any]) -
     plain.update(in_domain=20.0, out_of_domain=50.0, plan_seconds=1.0, cut_seconds=2.0)
     fitted.update(in_domain=14.0, out_of_domain=52.0, plan_seconds=3.0, cut_seconds=4.0)
     (calibration,) = values["calibrations"].values()
-    calibration["seconds"] = {"plain": 7.0, "gram": 8.0}
+    calibration["seconds"] = {"6 windows": 7.0, "3 windows": 8.0}
     rows = [line for line in ablation_report.markdown(values).split("\n") if line[:6] == "| cfsp"]
     assert rows == [
         "| cfsp | cfsp | none |  | 20.00 | +0% | **50.00** | +0% | 7.0 | 1.0 | 2.0 | 1.00 |",
-        "| cfsp | cfsp | least-squares | damping 0.1 "
+        "| cfsp | cfsp | least-squares | damping 0.1, width_windows 3 "
         "| **14.00** | +60% | 52.00 | -10% | 8.0 | 3.0 | 4.0 | 1.50 |",
     ]
     fitted["recipe"]["calibration"]["samples"] = 3
     fitted["recipe"]["sequential"] = True
     usual = ablation_report.usual_calibration(values)
-    assert ablation_report.also(fitted, usual) == "damping 0.1, sequential, samples 3"
+    assert (
+        ablation_report.also(fitted, usual) == "damping 0.1, sequential, width_windows 3, samples 3"
+    )
 
 
 def test_the_report_names_no_folder_and_fills_a_document(
@@ -213,12 +216,12 @@ def test_the_default_grid_is_every_recipe_at_every_budget() -> None:
     recipes = ablation_grid.grid(
         ablation_grid.RECIPES, [*ablation_grid.BUDGETS, "params=0.25"], calibration, "auto"
     )
-    assert len(recipes) == len(set(recipes)) == 10 * 4
+    assert len(recipes) == len(set(recipes)) == 11 * 4
     assert {r.sparsity for r in recipes if r.budget is None} == {0.2, 0.3, 0.5}
-    first, *_, sequential, blockwise = recipes[:10]
+    first, *_, sequential, blockwise = recipes[:11]
     assert (first.scorer, first.allocator, first.compensation) == ("cfsp", "cfsp", "none")
     assert (sequential.sequential, blockwise.compensation) == (True, "blockwise")
-    assert [r.width_multiple for r in recipes[:10]].count(128) == 1
+    assert [r.width_multiple for r in recipes[:11]].count(128) == 1
 
 
 def test_the_topics_are_all_that_python_ships() -> None:

@@ -1,6 +1,8 @@
 """The command line: what it prints, and every user's mistake as one line with exit code 2."""
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -93,7 +95,7 @@ def test_overwrite_replaces_the_folder_whole(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scorer", "x"], "unknown scorer 'x'; valid: cfsp, cfsp-eq8, cfsp-output, cfsp-resid"),
+        (["--scorer", "x"], "unknown scorer 'x'; valid: cfsp, cfsp-eq8, cfsp-output, cfsp-balan"),
         (["--allocator", "x"], "unknown allocator 'x'; valid: cfsp, cfsp-filled, uniform"),
         (["--compensation", "x"], "unknown compensation 'x'; valid: none, bias"),
         (["--importance", "x"], "unknown importance metric 'x'; valid: angular, cosine, mse, mae"),
@@ -335,3 +337,29 @@ def test_an_interrupted_write_leaves_the_old_result(
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert sorted(names) == sorted(path.name for path in kept.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out", "tiny"]
+
+
+FAULTS = """
+import resource, sys
+import torch
+from cfsp.cli.process import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+for turn in range(40):  # each a little larger than any before, from 8 MiB on
+    if turn == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = torch.ones((8 << 18) + (turn << 17))
+    kept = None
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_is_kept_between_calls() -> None:
+    def faults(way: str) -> int:
+        command = [sys.executable, "-c", FAULTS, way]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return int(run.stdout)
+
+    assert faults("kept") < 0.2 * faults("plain")

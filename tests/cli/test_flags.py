@@ -61,7 +61,8 @@ def options() -> set[str]:
         ("`seqlen`", "--seqlen"),
         ("lower `samples` or `micro_batch`", "lower --samples or --micro-batch"),
         ("`resume=True` continues it", "--resume continues it"),
-        ("without `gram=False`; more", "without --no-gram; more"),
+        ("with `compensation='least-squares'`; more", "with --compensation least-squares; more"),
+        ("and `damping=0.2`.", "and --damping 0.2."),
         ("`compensation='none'`", "--compensation none"),
         ("`width_multiple=8`", "--width-multiple 8"),
         ("`cfsp latency MODEL` makes one", "`cfsp latency MODEL` makes one"),
@@ -88,4 +89,4 @@ def test_every_parameter_in_an_error_has_an_option():
             if option not in NOT_OURS:
                 found.add(option)
                 assert option in known, (place, text, option)
-    assert {"--seqlen", "--micro-batch", "--resume", "--overwrite", "--no-gram"} <= found
+    assert {"--seqlen", "--micro-batch", "--resume", "--overwrite"} <= found

@@ -20,6 +20,7 @@ from cfsp.models.opening import adopt
 from cfsp.pruning.budget import parse_model_budget
 from cfsp.pruning.compaction import prune_model_
 from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.second_pass import SecondPass
 
 from ..cli.test_cli import EXACT, SMALL, run
 from ..conftest import make_tiny
@@ -65,7 +66,8 @@ def pruned(
     found = footprints(opened.described, plan)
     copy = build(model.config.model_type, "eager", **MODELS[model.config.model_type])
     copy.load_state_dict(model.state_dict())
-    prune_model_(copy, opened.layout, plan, statistics, progress=False)
+    turn = SecondPass(plan, statistics).turn
+    prune_model_(copy, opened.layout, plan.recipe, turn, progress=False)
     return copy, plan, found
 
 

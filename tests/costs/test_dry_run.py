@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,20 @@ from cfsp import api as pipeline
 from cfsp.calibration.collect import BlockProgress
 from cfsp.checkpoints.resume import check_resume
 from cfsp.costs import dry_run
-from cfsp.costs.hardware import H100, Hardware, host_memory, measured_flops, resident_bytes
+from cfsp.costs.dry_run import Request, estimate_opened
+from cfsp.costs.hardware import (
+    H100,
+    RTX_4090,
+    Hardware,
+    MemoryBudget,
+    host_memory,
+    measured_flops,
+    resident_bytes,
+    this_machine,
+)
 from cfsp.errors import CfspError
 from cfsp.models.blockwise import default_micro_batch
+from cfsp.models.opening import open_any
 
 from ..cli.test_cli import EXACT, SMALL, run
 from ..conftest import TEXT, make_tiny
@@ -71,7 +83,8 @@ def test_the_printed_tables_name_every_assumption(capsys: pytest.CaptureFixture[
     assert code == 0
     for text in (
         "70.55B -> 53.64B", "calibrate", "1.83e+16", "verify", "bound by", "hidden states",
-        "5.93e+14 (60% of the data sheet", "disk read, B/s", "assumed, NVMe", "host to device",
+        "5.93e+14 (60% of the data sheet", "4.02e+13 (60% of the data", "fp64, FLOP/s",
+        "disk read, B/s", "assumed, NVMe", "host to device",
     ):  # fmt: skip
         assert text in printed, text
     _, printed, _ = run(
@@ -81,24 +94,53 @@ def test_the_printed_tables_name_every_assumption(capsys: pytest.CaptureFixture[
     assert json.loads(printed)["hardware"]["sources"]["disk_read"] == "stated"
 
 
-def test_scorers_that_read_weights_read_the_ffns_once_more(
+def test_scorers_that_read_weights_have_them_in_the_calibration_or_read_the_ffns_once_more(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stages = [
-        {
-            stage["name"]: stage["bytes_read"]
-            for stage in estimated(capsys, tiny_folder, *TINY_RUN, "--scorer", given)["stages"]
-        }
-        for given in ("cfsp", "flap")
-    ]
-    assert "score" not in stages[0]
-    assert stages[1]["score"] == 4 * 3 * 48 * 32 * 4
+    opened = open_any(tiny_folder, None, "auto", torch.device("cpu"))
+    for scorer, reads in (("cfsp", None), ("flap", 4 * 3 * 48 * 32 * 4)):
+        stages = estimated(capsys, tiny_folder, *TINY_RUN, "--scorer", scorer)["stages"]
+        assert [x["name"] for x in stages] == ["open", "calibrate", "prune", "verify"]
+        assert stages[1]["bytes_read"] == stages[2]["bytes_read"]
+        recipe = cfsp.Recipe(scorer=scorer, width_multiple=1)
+        with_statistics = estimate_opened(opened, Request(recipe, 0), MemoryBudget(), measure=False)
+        found = {stage.name: stage.bytes_read for stage in with_statistics.stages}
+        assert found.get("score") == reads
+
+
+@pytest.mark.parametrize("hardware", ["h100", "rtx4090"])
+def test_the_default_prunes_a_70b_model_on_one_gpu_without_scratch_disk(
+    hardware: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["prune", CONFIGS / "Llama-3-70B.json", "--dry-run", "--hardware", hardware]
+    code, printed, error = run(capsys, *arguments, "--json")
+    assert (code, error) == (0, "")
+    found = json.loads(printed)
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert list(stages) == ["open", "calibrate", "prune", "verify"]
+    written = {name: stage["bytes_written"] for name, stage in stages.items()}
+    # Only the result, in bf16, with less than a MiB of headers: no disk for anything else.
+    result = 2 * found["parameters_after"]
+    assert result < written.pop("prune") < result + (1 << 20)
+    assert set(written.values()) == {0}
+    assert stages["verify"]["bytes_read"] == stages["prune"]["bytes_written"]
+    assert found["micro_batch"] == 8
+    assert found["device_bytes"] < 20 << 30
+    assert found["hardware"]["device_memory"] >= 24 << 30
+    minutes = found["seconds"] / 60
+    if hardware == "h100":
+        assert minutes <= 2.0
+    else:
+        assert 2.0 < minutes < 10.0
+    code, printed, _ = run(capsys, *arguments)
+    assert code == 0
+    assert f"{minutes:.1f} min" in printed
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dry-run", "--hardware", "x"], "unknown hardware 'x'; valid: h100"),
+        (["--dry-run", "--hardware", "x"], "unknown hardware 'x'; valid: h100, rtx4090"),
         (["--dry-run", "--tflops", "0"], "--tflops must be above 0, got 0.0"),
         (["--dry-run", "--disk-gbps", "nan"], "--disk-gbps must be above 0, got nan"),
         (["--dry-run", "--ranks", "0"], "ranks must be at least nodes"),
@@ -167,9 +209,8 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU whose free memory is stated; the work itself is done on the CPU."""
-    recipe = cfsp.Recipe(
-        width_multiple=1, calibration=cfsp.Calibration(dataset=TEXT, samples=40, seqlen=128)
-    )
+    calibration = cfsp.Calibration(dataset=TEXT, samples=40, seqlen=128)
+    recipe = cfsp.Recipe(scorer="cfsp", width_multiple=1, calibration=calibration)
     default = default_micro_batch(torch.device("cuda"), 128)
     whole = cfsp.estimate(tiny_folder, recipe, hardware=gpu(1 << 40), eval_windows=0)
     assert whole.micro_batch == default == 64
@@ -191,6 +232,11 @@ def test_the_largest_micro_batch_that_fits_is_in_force_and_in_the_identity(
     assert cfsp.calibrate(tiny_folder, recipe=recipe, progress=False).provenance == (
         result.statistics.provenance
     )
+    # A second pass of all windows, with Gram matrices, leaves less room than the first alone.
+    fitted = replace(recipe, scorer="cfsp-output")
+    least = cfsp.estimate(tiny_folder, fitted, hardware=gpu(tight), eval_windows=0).micro_batch
+    first = cfsp.calibrate(tiny_folder, recipe=fitted, progress=False).provenance["micro_batch"]
+    assert 1 <= least < chosen <= first
     fixed = cfsp.Recipe(**{**vars(recipe), "micro_batch": chosen + 20})
     with pytest.raises(CfspError, match=r"device memory: about .* lower `"):
         cfsp.prune(tiny_folder, out=tmp_path / "more", **{**options, "recipe": fixed})
@@ -225,6 +271,12 @@ def test_this_machine_is_measured() -> None:
     assert slow < measured_flops(torch.device("cpu"), torch.float32) < fast
     assert 50 << 20 < resident_bytes() < host_memory() < shutil.disk_usage("/").total * 1000
     assert dry_run.this_machine(torch.device("cpu"), torch.float32, measure=False).flops > fast
+    measured = this_machine(torch.device("cpu"), torch.bfloat16)
+    for figure in ("flops", "fp32_flops", "fp64_flops"):
+        assert slow < getattr(measured, figure) < fast
+        assert measured.sources[figure] == "60% of a matrix product's, measured"
+    # What a card for games lacks is fp64, which only the exception and rankings take.
+    assert 60 < RTX_4090.fp32_flops / RTX_4090.fp64_flops < 70
     assert H100.stated(tflops=1).flops == 1e12
 
 

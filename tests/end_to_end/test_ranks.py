@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import cfsp
+from cfsp import distributed
 from cfsp.calibration.text import load_text
 from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
@@ -84,7 +86,8 @@ class Here:
             str(self.folder / out),
             *datasets,
             *CALIBRATE,
-            "--gram",
+            "--scorer",
+            "obs",
         ]
 
     def evaluate(self) -> list[str]:
@@ -266,7 +269,8 @@ def test_statistics_and_perplexity_are_those_of_one_process(
     assert four.codes("calibrate") == four.codes("evaluate") == [0] * 4
     files = [here.folder / f"{size}.safetensors" for size in (1, 4)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert_same_files(*(file.with_name(f"{file.name}.grams") for file in files))
+    (ranking,) = cfsp.load_statistics(files[1]).rankings  # of Gram matrices over all ranks
+    assert len(ranking.curves) == 4
     assert main(here.evaluate()) == 0
     found, expected = (
         {**json.loads(out.splitlines()[-1]), "seconds": 0}
@@ -406,6 +410,26 @@ def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ALONE.any(False)
     with pytest.raises(CfspError, match="broken"):
         ALONE.check("broken")
+
+
+@pytest.mark.parametrize(
+    ("has_nccl", "backend", "device"),
+    [(True, "cpu:gloo,cuda:nccl", "meta"), (False, "gloo", "cpu")],
+)
+def test_sums_on_gpus_go_from_gpu_to_gpu_where_nccl_is_at_hand(
+    has_nccl: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on meta stand for those of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    assert distributed._backend() == backend
+    exchanged: list[str] = []
+    for name in ("recv", "send", "broadcast"):
+        monkeypatch.setattr(dist, name, lambda x, *_, **__: exchanged.append(x.device.type))
+    middle, like = Ranks(1, 3, backend=backend), torch.zeros(2, device="meta")
+    assert middle.ordered_sum([], like).device.type == device
+    assert exchanged == [device] * 3
+    assert middle.ordered_sum([torch.ones(2)], torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_a_rank_has_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from cfsp.errors import CfspError
 from cfsp.io.safetensors import read_header
 from cfsp.models.blocks import StoredBlocks
 from cfsp.models.fingerprints import model_fingerprint
+from cfsp.models.loading import DEVICE, model_device, outer_weights
 from cfsp.models.opening import OpenModel, open_model, open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.run import disk_to_disk
@@ -117,6 +118,31 @@ def test_a_turn_cut_short_by_an_error_leaves_no_weights(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         interrupted()
     assert not resident(opened.model)
+
+
+def test_weights_outside_of_the_blocks_wait_on_the_host(tmp_path: Path) -> None:
+    """Of a model that computes on another device, which "cpu:0" is to PyTorch."""
+    opened = open_streamed(saved(tmp_path / "m", tie_word_embeddings=True))
+    assert opened is not None
+    model, other = opened.model, torch.device("cpu", 0)
+    assert not hasattr(model, DEVICE)  # on a CPU they are where they are needed
+    setattr(model, DEVICE, other)
+    assert model_device(model) == other
+    outer = [p for p in model.parameters() if not p.is_meta]
+    home = [p.data_ptr() for p in outer]
+    assert len(outer) == 2  # tied embeddings, norm
+
+    def embedded() -> torch.Tensor:
+        with outer_weights(model):
+            assert not {p.data_ptr() for p in outer} & set(home)
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            return model.model.embed_tokens(torch.arange(3))
+
+    assert torch.equal(embedded(), outer[0][:3])
+    assert [p.data_ptr() for p in outer] == home
+    with pytest.raises(RuntimeError, match="fails"), outer_weights(model):
+        raise RuntimeError("fails")
+    assert [p.data_ptr() for p in outer] == home
 
 
 def test_a_shard_that_vanishes_is_named_at_its_block(tmp_path: Path, windows: torch.Tensor) -> None:

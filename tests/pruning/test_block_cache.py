@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cfsp.calibration.collect import DensePass
 from cfsp.models.blockwise import record_block_calls
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning import block_cache
@@ -126,9 +127,9 @@ def test_fitting_gives_the_bits_that_whole_blocks_give(
         recipe = Recipe(
             compensation="blockwise", sequential=True, damping=0.1, epochs=2, learning_rate=0.01
         )
-        refits = Refitting(model, layout, windows, recipe)
+        refits = Refitting(model, DensePass(model, layout, windows), recipe)
         for number in range(2):
-            refits.run_dense(number)
+            refits.run(number)
             with torch.no_grad():
                 for ffn in layout.block_ffns(refits.blocks[number]):
                     down = refits.blocks[number].get_parameter(f"{ffn.down}.weight")

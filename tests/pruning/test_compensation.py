@@ -12,6 +12,8 @@ import yaml
 from transformers import PreTrainedModel
 
 import cfsp
+from cfsp.calibration.collect import DensePass
+from cfsp.calibration.windows import calibration_windows
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import Stopped
@@ -55,11 +57,12 @@ def test_every_ffn_has_the_fit_of_its_own_activation(name: str, dtype: torch.dty
     dense = weights(model)
     recipe = replace(FITTED, width_multiple=8, damping=1.0)
     result = prune_live(model, recipe)
-    assert result.statistics is not None
-    applied = 0
-    for number, (block, known) in enumerate(
-        zip(result.plan.blocks, result.statistics.blocks, strict=True)
-    ):
+    fresh, applied = make(name).to(dtype), 0
+    windows = calibration_windows(fresh, make_tokenizer(), recipe.calibration)
+    layout = LAYOUTS[fresh.config.model_type]
+    dense_pass = DensePass(fresh, layout, windows, gram=True)
+    for number, block in enumerate(result.plan.blocks):
+        known = dense_pass.run(number)
         kept = [own for group in block.kept for own in group]
         fits = result.report.fits[number]
         assert len(kept) == len(fits) == len(known.ffns())
@@ -172,7 +175,7 @@ def test_the_folder_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path)
         result = prune(folder / "m", tmp_path / "whole", BIASED)
     assert result.live is not None
     assert_same_files(folder / "streamed", tmp_path / "whole")
-    statistics = cfsp.calibrate(folder / "m", recipe=BIASED, gram=True, progress=False)
+    statistics = cfsp.calibrate(folder / "m", recipe=BIASED, progress=False)
     cfsp.save_statistics(statistics, tmp_path / "s")
     prune(folder / "m", tmp_path / "saved", BIASED, statistics=tmp_path / "s")
     assert_same_files(folder / "streamed", tmp_path / "saved")
@@ -184,8 +187,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     left = iter(range(5))  # four blocks of pass 1, one of pass 2
     with pytest.raises(Stopped):
         prune(folder / "m", tmp_path / "out", BIASED, stop=lambda: next(left, None) is None)
-    kept = tmp_path / "out.partial" / ".cfsp-run" / "statistics.safetensors.grams"
-    assert len(list(kept.glob("*.safetensors"))) == 4
+    state = tmp_path / "out.partial" / ".cfsp-run"
+    assert sorted(f.name for f in state.iterdir()) == ["manifest.json", "statistics.safetensors"]
     damping = replace(BIASED, damping=0.2)
     with pytest.raises(cfsp.CfspError, match="it was begun with another recipe"):
         prune(folder / "m", tmp_path / "out", damping, resume=True)
@@ -195,11 +198,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(job, "collect_statistics", again)
     shutil.copytree(tmp_path / "out.partial", tmp_path / "damaged.partial")
-    file = (
-        tmp_path / "damaged.partial" / kept.relative_to(kept.parents[1]) / "block-0001.safetensors"
-    )
+    file = tmp_path / "damaged.partial" / ".cfsp-run" / "statistics.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(cfsp.CfspError, match=r"block-0001\.safetensors is corrupt"):
+    with pytest.raises(cfsp.CfspError, match=r"cannot read statistics .*statistics\.safetensors"):
         prune(folder / "m", tmp_path / "damaged", BIASED, resume=True)
     prune(folder / "m", tmp_path / "out", BIASED, resume=True)
     assert_same_files(tmp_path / "out", folder / "streamed")
@@ -218,8 +219,8 @@ def test_the_documents_say_what_came_of_it(folder: Path) -> None:
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--dataset", TEXT, "--samples", "12", "--seqlen", "32", "--quiet"]
     s, out = str(tmp_path / "s"), str(tmp_path / "out")
-    assert main(["calibrate", str(folder / "m"), "--out", s, "--gram", *data]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.grams"]
+    assert main(["calibrate", str(folder / "m"), "--out", s, *data]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
     options = ["--scorer", "cfsp", "--compensation", "least-squares-bias"]
     given = ["--statistics", s, "--eval-windows", "0", "--width-multiple", "1", "--quiet", *options]
     assert main(["prune", str(folder / "m"), "--out", out, *given, "--damping", "0.1"]) == 0

@@ -7,13 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsp.calibration.grams import Gram
+from cfsp.calibration.grams import Gram, HeldOut
+from cfsp.distributed import ALONE
 from cfsp.pruning import least_squares
-from cfsp.pruning.least_squares import fit_down, output_errors
+from cfsp.pruning.least_squares import fit_down, output_errors, solve_damped
 
 
 def gram_of(x: torch.Tensor) -> Gram:
     return Gram(len(x), x.double().sum(0), (x.double().T @ x.double()).float())
+
+
+def held_out(x: torch.Tensor) -> HeldOut:
+    """Of two micro-batches."""
+    half = len(x) // 2
+    return HeldOut({0: x[:half], 1: x[half:]}, len(x), 2, ALONE)
 
 
 def problem(
@@ -123,7 +130,7 @@ def test_singular_moments_give_finite_weights_that_fit_no_worse(
     assert fit.weight.isfinite().all()
     assert damping <= fit.damping <= 1
     candidates = [(down[:, kept], None), (fit.weight, fit.bias)]
-    before, after = output_errors(down, kept, candidates, gram)
+    before, after = output_errors(down, kept, candidates, held_out(change(x)))
     assert after <= before * (1 + 1e-5)
 
 
@@ -137,6 +144,46 @@ def test_damping_is_raised_where_there_is_no_factor() -> None:
     fallen = Gram(gram.tokens, gram.sum, gram.product - 1e9 * gram.product.diagonal().mean())
     fallen.product.diagonal().copy_(gram.product.diagonal())
     assert fit_down(down, kept, fallen, 1e-9) is None
+
+
+@pytest.mark.parametrize("wanted", [1e-4, -1.0])
+def test_fp64_is_called_for_where_the_residual_of_fp32_is_large(
+    wanted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly equal channels with next to no damping; -1: no residual is small enough."""
+    monkeypatch.setattr(least_squares, "RESIDUAL", wanted)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator) + 1e-4 * torch.randn(400, 30, generator=generator)
+    moments, across = (x.double().T @ x.double() / 400), torch.randn(70, 30, generator=generator)
+    dtypes = []
+
+    def solution(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+        dtypes.append(matrix.dtype)
+        return solve(matrix, right)
+
+    solve = least_squares._solution
+    monkeypatch.setattr(least_squares, "_solution", solution)
+    damping = 1e-5 if wanted > 0 else 0.1
+    solved = solve_damped(moments.float(), across.clone(), damping)
+    assert solved is not None
+    assert dtypes == [torch.float32, torch.float64]
+    assert solved[1] == damping
+    rounded = moments.float().double()
+    rounded.diagonal().mul_(1 + damping)
+    expected = torch.linalg.solve(rounded, across.double(), left=False)
+    assert (
+        solved[0] - expected
+    ).norm() < 0.05 * expected.norm()  # the scaled matrix itself is rounded
+
+
+def test_fp32_is_enough_for_ordinary_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, down, kept = problem(400, 60, 70, 40)
+    plain = fit_down(down, kept, gram_of(x), 0.2)
+    monkeypatch.setattr(least_squares, "RESIDUAL", -1.0)
+    exact = fit_down(down, kept, gram_of(x), 0.2)
+    assert plain is not None
+    assert exact is not None
+    assert (plain.weight - exact.weight).norm() < 1e-5 * exact.weight.norm()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -159,7 +206,6 @@ def test_weights_that_overflow_their_dtype_are_no_fit() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_error_is_that_of_the_outputs(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(least_squares, "ROWS", 3)
-    monkeypatch.setattr(least_squares, "COLUMNS", 5)
     x, down, kept = problem(150, 17, 8, 9)
     fit = fit_down(down, kept, gram_of(x[:100]), bias=bias)
     assert fit is not None
@@ -167,6 +213,6 @@ def test_the_error_is_that_of_the_outputs(bias: bool, monkeypatch: pytest.Monkey
     new = x[100:][:, kept] @ fit.weight.T + (fit.bias if fit.bias is not None else 0)
     expected = ((dense - new).square().sum() / dense.square().sum()).item()
     candidates = [(down[:, kept] * 0, None), (fit.weight, fit.bias)]
-    found = output_errors(down, kept, candidates, gram_of(x[100:]))
+    found = output_errors(down, kept, candidates, held_out(x[100:]))
     assert found == [pytest.approx(1.0), pytest.approx(expected, rel=1e-4)]
-    assert output_errors(down, kept, candidates[:1], gram_of(x * 0)) == [0]
+    assert output_errors(down, kept, candidates[:1], held_out(x * 0)) == [0]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import cfsp.pruning.obs
 from cfsp.errors import CfspError
-from cfsp.pruning.obs import error_curve, order_of, plain_error_curve, removal_order, residual_norms
+from cfsp.pruning.obs import error_curve, order_of, plain_error_curve, removal_order
 from cfsp.pruning.plan import select_channels
 
 
@@ -183,26 +183,3 @@ def test_the_order_of_scores_leaves_what_selection_keeps(width: int) -> None:
     scores = torch.tensor([1.0, 0.5, 1.0, 0.5, 0.5, 2.0])
     left = order_of(scores)[len(scores) - width :].sort().values
     assert torch.equal(left, select_channels(scores, width))
-
-
-@settings(max_examples=20, deadline=None)
-@given(channels=st.integers(1, 9), tokens=st.integers(1, 20), seed=st.integers(0, 100))
-def test_residual_norms_are_what_ridge_regression_on_the_others_leaves(
-    channels: int, tokens: int, seed: int
-) -> None:
-    _, gram = random_case(1, channels, tokens, seed)
-    damping, own = 0.7, gram.diagonal()
-    damped = gram + damping * torch.diag(own.clamp_min(1e-3 * own.mean()))
-    expected = []
-    for channel in range(channels):
-        others = [i for i in range(channels) if i != channel]
-        across = damped[others, channel]
-        solved = torch.linalg.solve(damped[others][:, others], across)
-        expected.append(float(damped[channel, channel] - across @ solved) ** 0.5)
-    assert residual_norms(gram, damping).tolist() == pytest.approx(expected, rel=1e-8)
-
-
-def test_much_damping_leaves_the_norm_itself() -> None:
-    _, gram = random_case(1, 7, 30, 0)
-    found = residual_norms(gram, 1e6) / gram.diagonal().sqrt()
-    assert found.tolist() == pytest.approx([1e3] * 7, rel=1e-4)

@@ -1,17 +1,16 @@
-"""Scorer obs and error curves on models: from Gram matrices, kept, used, and searched from."""
+"""Scorer obs and error curves on models: made in a calibration, kept, used, and searched from."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import cfsp
-from cfsp.calibration.collect import collect_statistics
-from cfsp.calibration.grams import temporary_folder
-from cfsp.calibration.statistics import Statistics, statistics_fingerprint
+from cfsp.calibration.collect import DensePass, collect_statistics
+from cfsp.calibration.statistics import BlockStatistics, Statistics, statistics_fingerprint
 from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
@@ -21,9 +20,9 @@ from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import adopt
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
-from cfsp.pruning.plan import make_plan, select_channels
-from cfsp.pruning.ranking import rank, scaled_curves, with_ranking
-from cfsp.pruning.search import CutBlocks, width_search
+from cfsp.pruning.plan import BlockPlan, make_plan, select_channels
+from cfsp.pruning.ranking import Ranker, rank, scaled_curves
+from cfsp.pruning.search import CutBlocks
 
 from ..conftest import make_tiny, make_tokenizer
 
@@ -38,8 +37,31 @@ SEARCH = replace(OBS, allocator="search", search_generations=3, search_offspring
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    """Of the tiny Llama, with Gram matrices."""
-    return cfsp.calibrate(make_tiny(), make_tokenizer(), OBS, gram=True, progress=False)
+    """Of the tiny Llama, ranked by obs, with error curves."""
+    return cfsp.calibrate(make_tiny(), make_tokenizer(), OBS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    opened = adopt(make_tiny(), make_tokenizer())
+    return calibration_windows(opened.model, opened.tokenizer, OBS.calibration)
+
+
+@pytest.fixture(scope="module")
+def known(windows: torch.Tensor) -> list[BlockStatistics]:
+    """Of every block in the second pass, with Gram matrices."""
+    dense = DensePass(make_tiny(), LAYOUTS["llama"], windows, gram=True)
+    return [dense.run(number) for number in range(4)]
+
+
+def ranked(
+    known: Sequence[BlockStatistics], statistics: Statistics, recipe: cfsp.Recipe
+) -> Statistics:
+    """The statistics with the ranking that a calibration for this recipe makes."""
+    ranker = Ranker(LAYOUTS["llama"], recipe)
+    for number, block in enumerate(make_tiny().model.layers):
+        ranker.visit(number, block, known[number])
+    return replace(statistics, rankings=(ranker.ranking(),))
 
 
 def refuse(number: int) -> Sequence[FFNWeights]:
@@ -51,45 +73,46 @@ def weights_of(model: torch.nn.Module) -> Callable[[int], Sequence[FFNWeights]]:
 
 
 def output_error(
-    statistics: Statistics, number: int, kept: torch.Tensor, recipe: cfsp.Recipe
+    known: BlockStatistics, number: int, kept: torch.Tensor, recipe: cfsp.Recipe
 ) -> float:
     """Mean square error of a block's FFN output on the fitting tokens, after compensation."""
     model = make_tiny()
     block = model.model.layers[number]
     dense = block.mlp.down_proj.weight.detach().double()
-    plan = make_plan(statistics, weights_of(model), replace(recipe, allocator="uniform"))
-    own = replace(plan.blocks[number], kept=(kept[None],))
-    known = statistics.blocks[number]
+    own = BlockPlan((kept[None],), 1.0, known.groups)
     prune_block_(block, LAYOUTS["llama"], own, recipe.resolved_compensation, recipe.damping, known)
     change = -dense
     change[:, kept] += block.mlp.down_proj.weight.detach().double()
-    gram = known.gram.fit().moments(centred=recipe.resolved_compensation == "bias").double()
+    gram = known.gram.moments(centred=recipe.resolved_compensation == "bias").double()
     return float((change @ gram * change).sum()) / len(dense)
 
 
 @pytest.mark.parametrize("compensation", ["none", "bias", "least-squares"])
 def test_the_curve_is_the_error_of_the_pruned_ffn(
-    statistics: Statistics, compensation: str
+    statistics: Statistics, known: list[BlockStatistics], compensation: str
 ) -> None:
     recipe = replace(OBS, compensation=compensation)
-    ranking = rank(statistics, weights_of(make_tiny()), recipe)
+    (ranking,) = ranked(known, statistics, recipe).rankings
     for number in (0, 3):
         curve, scores = ranking.curves[number], ranking.scores[number]
         assert curve.widths.tolist() == list(range(49))
         for width in (20, 40):
             kept = select_channels(scores, width)
-            expected = output_error(statistics, number, kept, recipe)
+            expected = output_error(known[number], number, kept, recipe)
             assert float(curve.errors[width]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_obs_with_its_knapsack_errs_least(statistics: Statistics) -> None:
+def test_obs_with_its_knapsack_errs_least(
+    statistics: Statistics, known: list[BlockStatistics]
+) -> None:
     weights = weights_of(make_tiny())
 
     def summed(recipe: cfsp.Recipe) -> float:
-        ranking = rank(statistics, weights, recipe, curves=True)
-        widths = make_plan(statistics, weights, recipe).widths
+        own = ranked(known, statistics, replace(recipe, allocator="knapsack"))
+        (ranking,) = own.rankings
+        widths = make_plan(own, weights, recipe).widths
         assert sum(widths) == round(0.7 * 4 * 48)
-        curves = scaled_curves(ranking, statistics, recipe)
+        curves = scaled_curves(ranking, own, recipe)
         return sum(
             float(curve.at(torch.tensor([width]))[0])
             for curve, width in zip(curves, widths, strict=True)
@@ -116,16 +139,17 @@ def test_scale_and_importance_move_the_widths(statistics: Statistics) -> None:
 
 
 def test_a_kept_ranking_needs_neither_weights_nor_gram_matrices(
-    statistics: Statistics, tmp_path: Path
+    statistics: Statistics, known: list[BlockStatistics], tmp_path: Path
 ) -> None:
     weights = weights_of(make_tiny())
     recipe = replace(OBS, compensation="none")
-    cfsp.save_statistics(with_ranking(statistics, weights, recipe), tmp_path / "s")
-    loaded = cfsp.load_statistics(tmp_path / "s").without_grams()
+    made = ranked(known, statistics, recipe)
+    cfsp.save_statistics(made, tmp_path / "s")
+    loaded = cfsp.load_statistics(tmp_path / "s")
     for sparsity in (0.2, 0.5):
         asked = replace(recipe, sparsity=sparsity)
         found = make_plan(loaded, refuse, asked)
-        expected = make_plan(statistics, weights, asked)
+        expected = make_plan(made, weights, asked)
         assert found.widths == expected.widths
         for a, b in zip(found.blocks, expected.blocks, strict=True):
             assert torch.equal(a.flat_kept, b.flat_kept)
@@ -135,14 +159,31 @@ def test_a_kept_ranking_needs_neither_weights_nor_gram_matrices(
     assert statistics_fingerprint(bare) != statistics_fingerprint(loaded)
 
 
-def test_without_gram_matrices_obs_and_knapsack_are_refused(statistics: Statistics) -> None:
-    bare = statistics.without_grams()
+def test_statistics_that_were_not_made_for_obs_or_knapsack_are_refused(
+    statistics: Statistics,
+) -> None:
+    bare = replace(statistics, rankings=())
     plain = replace(OBS, compensation="none")
     with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
         cfsp.prune(make_tiny(), make_tokenizer(), plain, statistics=bare, progress=False)
     knapsack = cfsp.Recipe(scorer="cfsp", allocator="knapsack", width_multiple=1)
-    with pytest.raises(CfspError, match="allocator 'knapsack' needs Gram matrices"):
-        cfsp.prune(make_tiny(), make_tokenizer(), knapsack, statistics=bare, progress=False)
+    message = "allocator 'knapsack' needs Gram matrices.* calibrate with `scorer='cfsp'`, `alloc"
+    with pytest.raises(CfspError, match=message):
+        cfsp.prune(make_tiny(), make_tokenizer(), knapsack, statistics=statistics, progress=False)
+
+
+def test_a_ranking_by_sums_and_weights_serves_every_compensation(
+    statistics: Statistics, known: list[BlockStatistics]
+) -> None:
+    made = ranked(known, statistics, cfsp.Recipe(scorer="wanda-sp"))
+    asked = cfsp.Recipe(scorer="wanda-sp", compensation="least-squares", damping=0.7)
+    assert rank(made, refuse, asked) is made.rankings[0]
+    (ranking,) = made.rankings
+    expected = rank(statistics, weights_of(make_tiny()), asked)
+    for a, b in zip(ranking.scores, expected.scores, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(AssertionError, match="weights were read"):
+        rank(made, refuse, replace(asked, scorer="flap"))
 
 
 def test_experts_of_an_ffn_get_one_width_by_their_summed_errors() -> None:
@@ -151,9 +192,13 @@ def test_experts_of_an_ffn_get_one_width_by_their_summed_errors() -> None:
     )
     windows = torch.randint(0, 256, (12, 16), generator=torch.Generator().manual_seed(0))
     layout = LAYOUTS["mixtral"]
-    found = collect_statistics(model, layout, windows, progress=False, grams=temporary_folder())
     recipe = replace(OBS, width_multiple=8, calibration=cfsp.Calibration())
-    ranking = rank(found, weights_of(model), recipe)
+    ranker = Ranker(layout, recipe)
+    found = collect_statistics(
+        model, layout, windows, progress=False, gram=True, visit=ranker.visit
+    )
+    ranking = ranker.ranking()
+    found = replace(found, rankings=(ranking,))
     assert [len(scores) for scores in ranking.scores] == [3 * 48] * 2
     assert [int(curve.widths[-1]) for curve in ranking.curves] == [48] * 2
     problem = AllocationProblem(
@@ -176,7 +221,22 @@ def test_a_streamed_run_gives_the_plan_and_the_bytes_of_one_in_memory(
         assert torch.equal(tensor, reloaded[name]), name
 
 
-def test_cut_blocks_are_those_of_the_pruned_model_and_go_again(statistics: Statistics) -> None:
+def cut_to(plan: cfsp.PruningPlan, known: Sequence[BlockStatistics]) -> PreTrainedModel:
+    """The tiny Llama, cut to a plan, its columns fitted to what is known of the dense blocks."""
+    pruned = make_tiny()
+    prune_model_(
+        pruned,
+        LAYOUTS["llama"],
+        plan.recipe,
+        lambda number, block: (plan.blocks[number], known[number]),
+        progress=False,
+    )
+    return pruned
+
+
+def test_cut_blocks_are_those_of_the_pruned_model_and_go_again(
+    statistics: Statistics, known: list[BlockStatistics]
+) -> None:
     model, layout = make_tiny(), LAYOUTS["llama"]
     dense = list(model.model.layers)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -186,17 +246,14 @@ def test_cut_blocks_are_those_of_the_pruned_model_and_go_again(statistics: Stati
 
     def cut(number: int, block: torch.nn.Module, plan: object) -> None:
         cuts.append((number, plan.width))
-        prune_block_(
-            block, layout, plan, OBS.resolved_compensation, OBS.damping, statistics.blocks[number]
-        )
+        prune_block_(block, layout, plan, OBS.resolved_compensation, OBS.damping, known[number])
 
     tokens = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(2))
     blocks = CutBlocks(model, layout, cut)
     with torch.no_grad(), blocks.in_place() as put:
         for plan in (*plans, plans[0]):
             put(plan)
-            pruned = make_tiny()
-            prune_model_(pruned, layout, plan, statistics, progress=False)
+            pruned = cut_to(plan, known)
             assert torch.equal(model(tokens).logits, pruned(tokens).logits)
             assert blocks.bytes <= blocks.room
     assert len(set(cuts)) == 8
@@ -206,19 +263,15 @@ def test_cut_blocks_are_those_of_the_pruned_model_and_go_again(statistics: Stati
 
 
 def test_the_search_finds_no_worse_widths_and_says_so_by_the_pruned_model(
-    statistics: Statistics,
+    statistics: Statistics, windows: torch.Tensor, known: list[BlockStatistics]
 ) -> None:
     model = make_tiny().train()
-    opened = adopt(model, make_tokenizer())
-    windows = calibration_windows(opened.model, opened.tokenizer, OBS.calibration)[-8:]
     found = cfsp.plan(statistics, model, SEARCH, make_tokenizer())
     assert model.training
     start = cfsp.plan(statistics, model, OBS)
 
     def measured(plan: cfsp.PruningPlan) -> float:
-        pruned = make_tiny()
-        prune_model_(pruned, LAYOUTS["llama"], plan, statistics, progress=False)
-        return perplexity(pruned, windows, progress=False).perplexity
+        return perplexity(cut_to(plan, known), windows[-8:], progress=False).perplexity
 
     assert sum(found.widths) == sum(start.widths)
     assert found.widths != start.widths
@@ -239,25 +292,16 @@ def test_a_search_without_a_model_is_refused(statistics: Statistics) -> None:
         replace(SEARCH, calibration=cfsp.Calibration(samples=4))
     with pytest.raises(CfspError, match="not seconds"):
         cfsp.Recipe(allocator="search", budget="latency=0.2")
-    bare = replace(SEARCH, compensation="least-squares", scorer="cfsp")
-    with pytest.raises(CfspError, match="compensation 'least-squares' needs Gram matrices"):
-        width_search(make_tiny(), LAYOUTS["llama"], statistics.without_grams(), bare, None)(
-            lambda widths: make_plan(statistics, refuse, replace(bare, allocator="uniform")),
-            (48,),
-            AllocationProblem(torch.ones(1), (torch.ones(48),), 0.3),
-        )
 
 
-def test_the_command_line_plans_with_search_and_keeps_curves(
-    tiny_folder: Path, statistics: Statistics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_calibrates_for_obs_and_plans_with_search(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(tmp_path / "s.safetensors")
-    cfsp.save_statistics(statistics, file)
+    text = ["--dataset", "builtin", "--samples", "20", "--seqlen", "16", "--quiet"]
+    assert main(["calibrate", str(tiny_folder), "--out", file, "--scorer", "obs", *text]) == 0
+    assert not list(tmp_path.glob("s.safetensors?*"))
     given = [str(tiny_folder), "--statistics", file, "--quiet", "--scorer", "obs"]
-    for new in (True, False):
-        assert main(["curves", *given, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["new"] == new
-    assert len(cfsp.load_statistics(file).rankings) == 1
     plan = ["plan", *given, "--width-multiple", "1", "--out", str(tmp_path / "plan.json")]
     assert main([*plan, "--allocator", "search", "--search-generations", "1"]) == 0
     found = cfsp.load_plan(tmp_path / "plan.json")
@@ -270,3 +314,5 @@ def test_the_command_line_plans_with_search_and_keeps_curves(
     capsys.readouterr()
     assert main(["plan", *given, "--error-scale", "loud"]) == 2
     assert "error scale" in capsys.readouterr().err
+    assert main(["plan", *given, "--damping", "0.5"]) == 2
+    assert "calibrate with --scorer obs, --allocator knapsack" in capsys.readouterr().err

@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
+from cfsp.calibration.collect import DensePass
 from cfsp.costs.fit_costs import RefitCosts
 from cfsp.costs.flops import ModelCosts, costs_of
+from cfsp.costs.workload import Workload
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo
@@ -71,9 +73,9 @@ def test_the_closed_form_is_ridge_regression_on_what_the_block_lacks() -> None:
     model, windows = make_tiny(), torch.randint(0, 256, (10, 24))
     layout = LAYOUTS["llama"]
     recipe = cfsp.Recipe(compensation="none", sequential=True, damping=0.1)
-    refits = Refitting(model, layout, windows, recipe)
+    refits = Refitting(model, DensePass(model, layout, windows), recipe)
     states = refits.pruned.clone()
-    refits.run_dense(0)
+    refits.run(0)
     block = layout.find_blocks(model)[0]
     with torch.no_grad():
         block.mlp.down_proj.weight *= 0.8  # as if something had been cut
@@ -82,11 +84,11 @@ def test_the_closed_form_is_ridge_regression_on_what_the_block_lacks() -> None:
     hook = block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     fitted = len(refits.fitted)
     with torch.no_grad():
-        args, kwargs = refits.dense.arguments[0][0]
+        args, kwargs = refits.calls.arguments[0][0]
         output = hidden_states_of(block(states[:fitted], *args, **kwargs))
     hook.remove()
     z = seen[0].reshape(-1, 48).double()
-    lack = (refits.dense.hidden[:fitted] - output).reshape(-1, 32).double()
+    lack = (refits.targets[:fitted] - output).reshape(-1, 32).double()
     own = z.square().mean(0)
     ridge = (0.1 * own.clamp_min(1e-3 * own.mean()) * len(z)).sqrt().diag()
     matrix = torch.cat([z, ridge])
@@ -155,7 +157,8 @@ def test_from_disk_to_disk_it_is_the_same_bytes(tmp_path: Path) -> None:
 def test_a_window_of_its_own_is_held_out_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = torch.randint(0, 256, (12, 24))
     recipe = cfsp.Recipe(compensation="blockwise", epochs=1)
-    refits = Refitting(make_tiny(), LAYOUTS["llama"], windows, recipe)
+    model = make_tiny()
+    refits = Refitting(model, DensePass(model, LAYOUTS["llama"], windows), recipe)
     assert (refits.fitted, refits.held_out) == (range(11), range(11, 12))
     asked = []
     plain = Refitting._output
@@ -165,7 +168,7 @@ def test_a_window_of_its_own_is_held_out_of_the_fit(monkeypatch: pytest.MonkeyPa
         return plain(self, number, index, values)
 
     monkeypatch.setattr(Refitting, "_output", output)
-    refits.run_dense(0)
+    refits.run(0)
     refits.run_pruned(0)
     assert sorted(index for trained, index in asked if trained) == list(range(11))
 
@@ -173,8 +176,9 @@ def test_a_window_of_its_own_is_held_out_of_the_fit(monkeypatch: pytest.MonkeyPa
 def test_a_single_window_is_fitted_unjudged() -> None:
     windows = torch.randint(0, 256, (1, 24))
     recipe = cfsp.Recipe(compensation="blockwise", sequential=True, epochs=2)
-    refits = Refitting(make_tiny(), LAYOUTS["llama"], windows, recipe)
-    refits.run_dense(0)
+    model = make_tiny()
+    refits = Refitting(model, DensePass(model, LAYOUTS["llama"], windows), recipe)
+    refits.run(0)
     with torch.no_grad():
         refits.blocks[0].mlp.down_proj.weight *= 0.5
     refits.run_pruned(0)
@@ -202,17 +206,34 @@ def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     blocks = layout.find_blocks(model)
     plan = BlockPlan((torch.arange(24)[None],), 0.0, (ChannelGroup(48),))
     epochs = recipe.epochs if recipe.blockwise else 0
-    refits = Refitting(model, layout, torch.randint(0, 256, (20, 32)), recipe)
-    dense = shapes(model)
+    windows, dense = torch.randint(0, 256, (20, 32)), shapes(model)
+    refits = Refitting(model, DensePass(model, layout, windows), recipe)
     with FlopCounterMode(display=False) as counter:
         for number, block in enumerate(blocks):
-            refits.run_dense(number)
+            refits.run(number)
             prune_block_(block, layout, plan, "none", 0.0, None)
             refits.run_pruned(number)
-    costs = RefitCosts(dense, shapes(model), 20, 32, epochs, recipe.sequential)
-    # the reference of gram multiplies whole tiles of 512 columns
-    expected = counter.get_total_flops() - recipe.sequential * 18 * 32 * 4 * 24**2
-    assert costs.flops() == pytest.approx(expected, rel=1e-6)
+    run = Workload(
+        dense=dense,
+        stored=dense,
+        pruned=shapes(model),
+        output_bytes=0,
+        windows=0,
+        fit_windows=20,
+        evaluation_windows=0,
+        seqlen=32,
+        micro_batch=1,
+        streamed=False,
+        scores=False,
+        ranks=1,
+        device="cpu",
+    )
+    costs = RefitCosts(shapes(model), epochs, recipe.sequential)
+    passed = 20 * 32 * dense.block_flops(32)
+    # the reference of gram multiplies whole tiles of 512 columns; solutions are checked
+    beside = 18 * 32 * 4 * 24**2 + 4 * (4 * 32 * 24 + 2 * 24**2)
+    expected = counter.get_total_flops() - recipe.sequential * beside
+    assert costs.flops(run) + passed == pytest.approx(expected, rel=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -79,6 +79,4 @@ def test_scores_match_their_formulas(
     for name, value in expected.items():
         score = SCORERS[name].score(statistics, lambda: weights, DAMPING)
         assert torch.allclose(score, value, rtol=1e-6), name
-    assert set(expected) | {"cfsp", "obs", "cfsp-residual"} == set(
-        SCORERS
-    )  # tests/pruning/test_obs.py
+    assert set(expected) | {"cfsp", "obs"} == set(SCORERS)  # tests/pruning/test_obs.py
