@@ -4,8 +4,8 @@
 
 Two processes under one limit of their address space (``RLIMIT_AS``, which nothing gets around):
 one loads the checkpoint with transformers and must fail for want of memory, one prunes it. The
-resident memory of the second at its peak (``VmHWM``) is set beside two blocks, hidden states and
-1.5 GB. With several ``--checkpoint`` it is told for each, smaller ones first.
+resident memory of the second at its peak (``VmHWM``) is set beside the estimate. With several
+``--checkpoint`` it is told for each, smaller ones first.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import cfsp
 
 from ..common import environment
 from ..common.results import check_work, write_result
@@ -39,7 +41,6 @@ peak = {k: 1024 * int(re.search(rf"{k}:\\s+(\\d+)", status)[1]) for k in ("VmHWM
 Path(sys.argv[1]).write_text(json.dumps(peak))
 raise SystemExit(code)
 """
-SLACK = 1_500_000_000
 
 
 def limited(code: str, *arguments: str, limit: int) -> tuple[int, str]:
@@ -61,7 +62,7 @@ def limited(code: str, *arguments: str, limit: int) -> tuple[int, str]:
 
 
 def shapes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of the weights and of the largest block, blocks, hidden size, bytes per value."""
+    """Bytes of the weights and of the largest block, and the number of blocks."""
     from cfsp.io.safetensors import read_index
 
     sizes: dict[str, int] = {}
@@ -70,12 +71,10 @@ def shapes(checkpoint: Path) -> dict[str, int]:
         if name.startswith("model.layers."):
             block = name.split(".")[2]
             sizes[block] = sizes.get(block, 0) + stored.nbytes
-    norm = tensors["model.norm.weight"]
     return {
         "weights_bytes": sum(stored.nbytes for stored in tensors.values()),
         "block_bytes": max(sizes.values()),
         "blocks": len(sizes),
-        "hidden_bytes_per_token": norm.nbytes,
     }
 
 
@@ -107,8 +106,10 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
         "peak_resident_bytes": json.loads(peak.read_text())["VmHWM"],
         "peak_address_space_bytes": json.loads(peak.read_text())["VmPeak"],
     }
-    hidden = tokens * found.pop("hidden_bytes_per_token")
-    found["allowed_resident_bytes"] = 2 * found["block_bytes"] + hidden + SLACK
+    calibration = cfsp.Calibration(str(text), options.samples, options.seqlen)
+    recipe = cfsp.Recipe(calibration=calibration)
+    estimate = cfsp.estimate(checkpoint, recipe, eval_windows=0, device="cpu")
+    found["estimated_resident_bytes"] = estimate.host_bytes
     shutil.rmtree(out)
     return found
 

@@ -54,8 +54,7 @@ def test_memory_is_measured_under_its_limit(checkpoint: Path, tmp_path: Path) ->
     (run,) = json.loads(found.read_text())["runs"]
     assert run["loading_whole_exit"] == 0  # it is tiny
     assert run["blocks"] == 3
-    assert run["allowed_resident_bytes"] == 2 * run["block_bytes"] + 64 * 64 * 2 + memory.SLACK
-    assert 1e8 < run["peak_resident_bytes"] < run["allowed_resident_bytes"]
+    assert 1e8 < run["peak_resident_bytes"] < run["estimated_resident_bytes"] < 2e9
     assert run["peak_address_space_bytes"] < 8 * 2**30
     with pytest.raises(SystemExit, match="cfsp prune ended with"):
         memory.main([*options, "--limit-gib=0.5"])
