@@ -248,8 +248,7 @@ def _cut(
     if recipe.refits:  # its windows go through the dense blocks beside the pruned ones
         dense = DensePass(model, opened.layout, passes.windows, gram=recipe.fits)
         refitting = Refitting(model, dense, recipe)
-    selects = recipe.fits and not recipe.ranks_by_gram
-    cut = SecondPass(plan, statistics, dense, refitting, selects=selects)
+    cut = SecondPass(plan, statistics, dense, refitting, selects=recipe.selects_again)
     fits, seconds = timed(
         lambda: prune_model_(model, opened.layout, recipe, cut.turn, cut.visits, progress=False)
     )

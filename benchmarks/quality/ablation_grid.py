@@ -113,6 +113,6 @@ def public(recipe: Recipe) -> dict[str, Any]:
 def calibration_kind(recipe: Recipe) -> str:
     """Names the first pass that a recipe needs, the same for all recipes that one can serve."""
     windows = f"{recipe.statistics_windows} windows"
-    if not (recipe.ranks_by_gram or recipe.makes_curves):
+    if not recipe.sums_grams:
         return windows
     return f"{windows}, {recipe.scorer}, {recipe.resolved_compensation}, {recipe.damping:g}"

@@ -90,8 +90,8 @@ class Ranker:
 
     def visit(self, number: int, block: nn.Module, statistics: BlockStatistics) -> None:
         """Score the FFNs of a block; error curves too, where the allocator begins with them."""
-        weights, curves = partial(self.layout.ffn_weights, block), bool(self.recipe.makes_curves)
-        scores, errors = rank_block(statistics, weights, self.recipe, curves)
+        weights = partial(self.layout.ffn_weights, block)
+        scores, errors = rank_block(statistics, weights, self.recipe, self.recipe.makes_curves)
         self.scores += scores
         self.curves += errors
 

@@ -189,11 +189,21 @@ class Recipe:
         return SCORERS[self.scorer].needs_gram or ALLOCATORS[self.resolved_allocator].needs_curves
 
     @property
+    def sums_grams(self) -> bool:
+        """Whether a calibration makes Gram matrices, for scores or error curves."""
+        return self.ranks_by_gram or self.makes_curves
+
+    @property
+    def selects_again(self) -> bool:
+        """Whether the pass that cuts scores and selects channels once more, by what it sees."""
+        return self.fits and not self.ranks_by_gram
+
+    @property
     def statistics_windows(self) -> int:
         """Calibration windows of a first pass that a second follows: a few where all of them go
         through that one, which scores again."""
         samples = self.calibration.samples
-        again = self.fits and not self.ranks_by_gram and not self.searches
+        again = self.selects_again and not self.searches
         return min(self.width_windows, samples) if again else samples
 
     def to_dict(self) -> dict[str, Any]:

@@ -102,8 +102,9 @@ class Run:
         """The statistics of a pass over the calibration tokens, with where they come from, and the
         recipe's ranking where that reads more than sums."""
         opened, recipe, ranks = self.opened, self.recipe, self.ranks
-        ranker, grams = Ranker(opened.layout, recipe), recipe.ranks_by_gram or recipe.makes_curves
-        ranked = self.plan is None and (SCORERS[recipe.scorer].reads_weights or grams)
+        ranker = Ranker(opened.layout, recipe)
+        reads_more = SCORERS[recipe.scorer].reads_weights or recipe.sums_grams
+        ranked = self.plan is None and reads_more
         found = collect_statistics(
             opened.model,
             opened.layout,
@@ -117,7 +118,7 @@ class Run:
             weights=opened.blocks,
             stop=self.stop,
             ranks=ranks,
-            gram=grams,
+            gram=recipe.sums_grams,
             visit=ranker.visit if ranked and ranks.first else lambda *_: None,
         )
         rankings = ranks.of_first(lambda: (ranker.ranking(),) if ranked else ())
@@ -151,7 +152,7 @@ class Run:
             ranks=self.ranks,
         )
         refitting = Refitting(model, dense, recipe) if recipe.refits else None
-        selects = self.plan is None and recipe.fits and not recipe.ranks_by_gram
+        selects = self.plan is None and recipe.selects_again
         return SecondPass(plan, statistics, dense, refitting, selects=selects)
 
     def finish_(

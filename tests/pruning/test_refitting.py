@@ -12,7 +12,6 @@ import cfsp
 from cfsp.calibration.collect import DensePass
 from cfsp.costs.fit_costs import RefitCosts
 from cfsp.costs.flops import ModelCosts, costs_of
-from cfsp.costs.workload import Workload
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo
@@ -23,6 +22,7 @@ from cfsp.pruning.plan import BlockPlan
 from cfsp.pruning.refit import Refitting, check_refits
 
 from ..conftest import make_tiny, make_tokenizer
+from ..costs.test_fit_costs import workload
 from ..models.test_families import make
 from ..models.test_streaming import RECIPE, prune, saved
 
@@ -213,24 +213,10 @@ def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
             refits.run(number)
             prune_block_(block, layout, plan, "none", 0.0, None)
             refits.run_pruned(number)
-    run = Workload(
-        dense=dense,
-        stored=dense,
-        pruned=shapes(model),
-        output_bytes=0,
-        windows=0,
-        fit_windows=20,
-        evaluation_windows=0,
-        seqlen=32,
-        micro_batch=1,
-        streamed=False,
-        scores=False,
-        ranks=1,
-        device="cpu",
-    )
+    run = workload(dense, fit_windows=20, seqlen=32)
     costs = RefitCosts(shapes(model), epochs, recipe.sequential)
     passed = 20 * 32 * dense.block_flops(32)
-    # the reference of gram multiplies whole tiles of 512 columns; solutions are checked
+    # the reference of gram multiplies whole tiles of 384 columns; solutions are checked
     beside = 18 * 32 * 4 * 24**2 + 4 * (4 * 32 * 24 + 2 * 24**2)
     expected = counter.get_total_flops() - recipe.sequential * beside
     assert costs.flops(run) + passed == pytest.approx(expected, rel=1e-6)
