@@ -81,7 +81,7 @@ def _pruned(
     described: Description, request: Request, dense: ModelCosts
 ) -> tuple[Tensors, Footprints | None]:
     """What the pruned checkpoint will hold, and the sizes where the layout is known. Without a
-    plan all widths are about equal: the result of any other plan is as large."""
+    plan all widths are about equal: the result of any other plan is as large in all."""
     recipe, tensors = request.recipe, described.tensors
     if described.layout is None:
         return _cut(dense, tensors, described.blocks, recipe.sparsity), None
@@ -100,6 +100,7 @@ def _features(described: Description, request: Request, run: Workload) -> list[F
         hidden_size=run.dense.hidden_size,
         active_experts=run.dense.blocks[-1].active_experts,
         sparsity=recipe.sparsity,
+        even=recipe.cuts_evenly,
         removes=scores and SCORERS[recipe.scorer].needs_gram,
         curves=scores and recipe.makes_curves,
         fits=recipe.fits,
@@ -139,10 +140,12 @@ def _estimate(
     seqlen, where = recipe.calibration.seqlen, torch.device(hardware.device)
     again = request.prunes and (recipe.fits or recipe.refits)
     slower = [hardware.flops / x if x else 1.0 for x in (hardware.fp32_flops, hardware.fp64_flops)]
+    pruned = model_costs(described, left) if left is not None else None
     run = Workload(
         dense=dense,
         stored=model_costs(described, described.stored, max(stored, key=stored.count)),
-        pruned=model_costs(described, left) if left is not None else None,
+        pruned=pruned,
+        widest=pruned if pruned and (request.plan or recipe.cuts_evenly) else dense,
         output_bytes=sum(shard.file_bytes for shard in shards),
         windows=request.windows,
         fit_windows=recipe.calibration.samples if again else 0,

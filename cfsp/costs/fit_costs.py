@@ -23,6 +23,13 @@ def solving_bytes(hidden: int, width: int) -> int:
     return 2 * FP32 * width * (width + hidden + min(ROWS, hidden))
 
 
+def fitting_bytes(hidden: int, every: int, kept: int) -> int:
+    """On the device while ``kept`` of ``every`` channels are fitted, beside the Gram matrix: the
+    products with removed channels; or what solving takes; or the projection while it is checked."""
+    products = FP32 * ((every - kept) * kept + hidden * every)
+    return max(products, solving_bytes(hidden, kept), 4 * FP32 * hidden * kept)
+
+
 @dataclass(frozen=True)
 class GramCosts:
     """Gram matrices of the block at work, and what is made of them."""
@@ -33,6 +40,8 @@ class GramCosts:
     active_experts: int
     """Experts that a token goes through."""
     sparsity: float
+    even: bool = False
+    """Whether every FFN keeps the same share; otherwise memory is for one that keeps all."""
     removes: bool = False
     """Whether the calibration makes them, to remove all channels greedily."""
     curves: bool = False
@@ -48,7 +57,7 @@ class GramCosts:
 
     @property
     def _sizes(self) -> list[tuple[int, int, int]]:
-        """(experts, channels, kept channels) of every FFN."""
+        """(experts, channels, kept channels) of every FFN, as if all were cut alike."""
         groups = (group for block in self.blocks for group in block)
         return [(g.experts, g.channels, round(g.channels * (1 - self.sparsity))) for g in groups]
 
@@ -140,20 +149,15 @@ class GramCosts:
         return 6.0 * held_out_windows(windows) * seqlen * self.hidden_size * channels
 
     def fit_bytes(self) -> int:
-        """On the device while one FFN is fitted, beside its Gram matrix: the products with removed
-        channels; or what solving takes; or the projection while it is checked."""
-        found, d = [], self.hidden_size
-        for _, every, kept in self._sizes:
-            removed = every - kept
-            found.append(FP32 * (removed * kept + d * every))
-            found += [solving_bytes(d, kept), 4 * FP32 * d * kept]
-        return max(found)
+        """On the device while one FFN is fitted, beside its Gram matrix."""
+        sizes = self._sizes
+        return max(fitting_bytes(self.hidden_size, n, k if self.even else n) for _, n, k in sizes)
 
     def judging_bytes(self, windows: int, seqlen: int, itemsize: int) -> int:
         """On the device while a fit is judged: itself and two changes of the projection; and for
         the held-out tokens, at most all of one expert, an output, and its squares twice."""
         d = self.hidden_size
-        changes = max(itemsize * d * (2 * every + kept) for _, every, kept in self._sizes)
+        changes = max(itemsize * d * (2 * n + (k if self.even else n)) for _, n, k in self._sizes)
         return changes + held_out_windows(windows) * seqlen * d * (itemsize + FP32 + FP64)
 
 
@@ -176,7 +180,7 @@ class SearchCosts:
         busiest = flops
         parts = {
             **run.model_parts(),
-            "cut FFNs": run.dense.ffn_bytes + run.pruned.largest_block,
+            "cut FFNs": run.dense.ffn_bytes + run.widest.largest_block,
             MICRO_BATCH: max(run.working(), run.logits()),
         }
         if self.fits is not None:
@@ -199,6 +203,12 @@ class SearchCosts:
             judged = self.fits.judging_bytes(windows, seqlen, itemsize)
             parts[SOLVING] = max(self.fits.fit_bytes(), judged)
         yield Load("search", flops=flops, busiest=busiest, parts=parts)
+
+
+def widths_of(model: ModelCosts) -> list[int]:
+    """Channels of every block."""
+    numels = (min(x.numel for x in block.ffn.values()) for block in model.blocks)
+    return [numel // model.hidden_size for numel in numels]
 
 
 @dataclass(frozen=True)
@@ -248,31 +258,26 @@ class RefitCosts:
             total += (self.epochs + (not self.sequential)) * judged * ffn
         return total * run.seqlen
 
-    @property
-    def _widths(self) -> list[int]:
-        """Channels of every block."""
-        numels = (min(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
-        return [numel // self.pruned.hidden_size for numel in numels]
-
     def _normal_equations(self) -> float:
         """FLOPs per token of the closed form: z^T z, half of it, and R^T z."""
         d = self.pruned.hidden_size
-        return sum(width * (width + 2.0 * d) for width in self._widths)
+        return sum(width * (width + 2.0 * d) for width in widths_of(self.pruned))
 
     def _solving_flops(self) -> float:
         """fp32 FLOPs of the closed form."""
-        solved = (solving_flops(self.pruned.hidden_size, width) for width in self._widths)
+        solved = (solving_flops(self.pruned.hidden_size, width) for width in widths_of(self.pruned))
         return sum(solved) if self.sequential else 0.0
 
     def _fit_bytes(self, run: Workload) -> int:
         """Of the block at work: what the closed form takes and the weights before it; then, in
         fp32, the weights, their gradient, two moments and in a step their root, and the weights as
         the block computes with them; what a window leaves for the way back."""
-        d, width, itemsize = self.pruned.hidden_size, max(self._widths), run.dense.itemsize
+        d, itemsize = run.widest.hidden_size, run.dense.itemsize
+        width = max(widths_of(run.widest))
         found = [solving_bytes(d, width) + itemsize * d * width] if self.sequential else []
         if self.epochs:
-            values = max(sum(x.numel for x in block.ffn.values()) for block in self.pruned.blocks)
+            values = max(sum(x.numel for x in block.ffn.values()) for block in run.widest.blocks)
             cast = itemsize if itemsize != FP32 else 0
-            left = 3 * self.pruned.working_bytes(1, run.seqlen, "cpu")
+            left = 3 * run.widest.working_bytes(1, run.seqlen, "cpu")
             found += [values * (5 * FP32 + cast), values * (4 * FP32 + 2 * cast) + left]
         return max(found)

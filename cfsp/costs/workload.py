@@ -71,6 +71,8 @@ class Workload:
     """The model as the checkpoint has it."""
     pruned: ModelCosts | None
     """What is left; None: nothing is cut."""
+    widest: ModelCosts
+    """Blocks as wide as they may be left: the dense ones, where only the sum of widths is known."""
     output_bytes: int
     windows: int
     fit_windows: int
@@ -133,7 +135,7 @@ class Workload:
         copies = 2 if self.streamed and self.device == "cpu" else 1
         return {
             **self.model_parts(),
-            "pruned block": copies * self.pruned.largest_block,
+            "pruned block": copies * self.widest.largest_block,
             "hidden states": self.evaluation_states() + self.states(self.of_rank(self.fit_windows)),
         }
 
@@ -159,7 +161,7 @@ def passes(run: Workload) -> Iterator[Load]:
     if run.scores and run.streamed:
         yield Load("score", run.stored.ffn_bytes, copied=run.stored.ffn_bytes)
 
-    evaluated, block = math.ceil(run.evaluation_windows / run.ranks), run.pruned.largest_block
+    evaluated = math.ceil(run.evaluation_windows / run.ranks)
     per_token = run.dense.flops(run.seqlen) + run.pruned.flops(run.seqlen)
     flops = run.evaluation_windows * run.seqlen * per_token
     busiest = flops * (evaluated / max(1, run.evaluation_windows))
@@ -176,7 +178,7 @@ def passes(run: Workload) -> Iterator[Load]:
         yield Load(EVALUATION, parts={**outer, **states, "logits": logits})
         yield Load(EMBEDDING, parts={**outer, **states})
     evaluating = {"hidden states": run.evaluation_states()}
-    parts = {**outer, "blocks": 2 * block, **evaluating} if run.streamed else {}
+    parts = {**outer, "blocks": 2 * run.widest.largest_block, **evaluating} if run.streamed else {}
     yield Load("verify", run.output_bytes, copied=run.output_bytes, parts=parts)
 
 
@@ -245,5 +247,5 @@ def host_parts(run: Workload, loads: Sequence[Load], process: int) -> dict[str, 
     parts["blocks read ahead"] = 2 * run.stored.largest_block
     parts[OUTER] = run.dense.outer_bytes
     if run.pruned is not None:
-        parts["block written behind"] = run.pruned.largest_block
+        parts["block written behind"] = run.widest.largest_block
     return parts

@@ -153,6 +153,11 @@ class Recipe:
         return self.compensation or SCORERS[self.scorer].compensation
 
     @property
+    def cuts_evenly(self) -> bool:
+        """Whether all FFNs are left the same share of their channels."""
+        return self.resolved_allocator == "uniform"
+
+    @property
     def searches(self) -> bool:
         """Whether widths are searched for by measuring pruned models."""
         return self.resolved_allocator == SEARCH

@@ -179,7 +179,8 @@ def memory(field):  # of this process image: getrusage would carry the parent's 
     status = open("/proc/self/status").read()
     return int(status.partition(field)[2].split()[0]) * 1024
 calibration = replace(RECIPE.calibration, samples=4, seqlen=128)
-recipes = [replace(RECIPE, scorer=name, calibration=calibration) for name in {scorers!r}]
+even = replace(RECIPE, allocator="uniform", calibration=calibration)
+recipes = [replace(even, scorer=name) for name in {scorers!r}]
 for recipe in recipes:
     prune(small, out / "first" / recipe.scorer, recipe, eval_windows=1)
 before = memory("VmRSS:")
@@ -209,9 +210,9 @@ SCORERS = ["wanda-sp", "cfsp-output"]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_and_bytes_of_a_run_are_as_estimated(tmp_path: Path) -> None:
-    """Memory: from a block and a half less than was said to one more. How many of reading, cutting
-    and writing meet at the peak is a matter of luck; four runs of the first gave 0.79 to 1.09 of
-    four blocks, three of the second 0.97 to 1.02 of six.
+    """Memory, with widths that are known, all even: from a block and a half less than was said to
+    one more. How many of reading, cutting and writing meet at the peak is a matter of luck; four
+    runs of the first gave 0.79 to 1.09 of four blocks, three of the second 0.97 to 1.02 of six.
     """
     small, large = tmp_path / "small", tmp_path / "large"
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3}
@@ -329,8 +330,10 @@ def test_reference_models_have_their_published_sizes(
 def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
     found = reference("Llama-3-70B")
     assert found.micro_batch == 8
-    found.check(parse_memory("8GiB"))
-    assert OUTER not in found.device_parts
+    found.check(parse_memory("9GiB"))
+    assert found.device_stage == "verify"
+    assert found.device_parts["blocks"] == 4 * (150994944 + 3 * 8192 * 28672 + 2 * 8192)
+    assert OUTER not in reference("Llama-3-70B", recipe=cfsp.Recipe()).device_parts
     assert found.host_parts[OUTER] == 2 * (2 * 128256 * 8192 + 8192)
     longer = replace(PUBLISHED, calibration=cfsp.Calibration(samples=512))
     limit = "13.2GiB"
@@ -343,8 +346,8 @@ def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
     long = replace(PUBLISHED, calibration=cfsp.Calibration(samples=4096, seqlen=2048))
     with pytest.raises(CfspError, match=r"74\.5 GiB to be had; lower `samples` or"):
         reference("Llama-3-70B", recipe=long).check(MemoryBudget())
-    with pytest.raises(CfspError, match=r"7\.0 GiB to be had; lower `eval_windows` or `seqlen`"):
-        reference("Llama-3-70B", max_memory="7GiB").check(parse_memory("7GiB"))
+    with pytest.raises(CfspError, match=r"7\.8 GiB to be had; lower `eval_windows` or `seqlen`"):
+        reference("Llama-3-70B", max_memory="7.8GiB").check(parse_memory("7.8GiB"))
     with pytest.raises(CfspError, match=r"6\.0 GiB to be had; no option lowers embeddings, norm"):
         reference("Llama-3-70B", max_memory="6GiB").check(parse_memory("6GiB"))
     with pytest.raises(CfspError, match=r"host memory: about .*, 2\.0 GiB to be had; no option"):
@@ -353,15 +356,17 @@ def test_a_70b_model_fits_a_24_gb_card_and_says_what_does_not() -> None:
 
 def test_what_lowers_the_memory_of_the_default_is_said() -> None:
     default = {"recipe": cfsp.Recipe()}
-    with pytest.raises(CfspError, match=r"14\.0 GiB to be had; lower `samples` or `seqlen`"):
-        reference("Llama-3-70B", **default).check(parse_memory("14GiB"))
+    with pytest.raises(CfspError, match=r"18\.0 GiB to be had; lower `samples` or `seqlen`"):
+        reference("Llama-3-70B", **default).check(parse_memory("18GiB"))
     with pytest.raises(CfspError, match=r"9\.0 GiB to be had; no option lowers blocks .*, Gram"):
         reference("Llama-3-70B", **default).check(parse_memory("9GiB"))
     # Where blocks are smaller, their calls take more than a fit, and the two take turns.
-    found = reference("Llama-3-8B", **default)
+    assert "least squares" in reference("Llama-3-8B", **default).device_parts
+    even = {"recipe": cfsp.Recipe(allocator="uniform")}
+    found = reference("Llama-3-8B", **even)
     assert found.device_parts["activations of a chunk"] == 2 * 16 * 1024 * 14336 * 2
     assert "least squares" not in found.device_parts
-    smaller = reference("Llama-3-8B", **default, max_memory="5GiB")
+    smaller = reference("Llama-3-8B", **even, max_memory="5GiB")
     assert smaller.micro_batch < found.micro_batch
     smaller.check(parse_memory("5GiB"))
 

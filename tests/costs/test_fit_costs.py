@@ -163,7 +163,8 @@ def test_flops_and_memory_of_a_fit(
     for module in (least_squares, fit_costs):
         monkeypatch.setattr(module, "ROWS", rows)
     x, down, kept, gram = problem(channels, hidden, width, dtype)
-    costs = GramCosts([[ChannelGroup(channels)]], hidden, 1, 1 - width / channels, fits=True)
+    share = 1 - width / channels
+    costs = GramCosts([[ChannelGroup(channels)]], hidden, 1, share, even=True, fits=True)
     windows, seqlen = 20, 35  # of which two are held out
     held_out = HeldOut({0: x[: 2 * seqlen].to(dtype)}, 2 * seqlen, 1, ALONE)
     plain = down[:, kept]
@@ -179,6 +180,11 @@ def test_flops_and_memory_of_a_fit(
     expected = costs.fit_flops() + costs.judging_flops(windows, seqlen)
     assert counter.get_total_flops() == pytest.approx(expected + checked, rel=1e-9)
     assert costs.fit_bytes() == pytest.approx(live.peak, rel=0.1)
+    whole = replace(costs, sparsity=0.0)
+    uneven = replace(costs, even=False)
+    assert uneven.fit_bytes() == whole.fit_bytes() > costs.fit_bytes()
+    assert uneven.judging_bytes(windows, seqlen, 2) == whole.judging_bytes(windows, seqlen, 2)
+    assert uneven.fit_flops() == costs.fit_flops()
     judged = judging.peak + fit.weight.nbytes
     # Within one operation: the squares in fp64, where the output in fp32 is gone, if there was one.
     summed = 2 * seqlen * hidden * 2 * dtype.itemsize
@@ -195,7 +201,7 @@ def test_means_are_taken_off_without_another_matrix(
         monkeypatch.setattr(module, "ROWS", 50)
     monkeypatch.setattr("cfsp.calibration.grams.PANEL", 32)
     _, down, kept, gram = problem(400, 100, 280)
-    costs = GramCosts([[ChannelGroup(400)]], 100, 1, 0.3)
+    costs = GramCosts([[ChannelGroup(400)]], 100, 1, 0.3, even=True)
     with Live([down, kept, gram.product, gram.sum]) as live:
         assert fit_down(down, kept, gram, bias=bias) is not None
     assert costs.fit_bytes() == pytest.approx(live.peak, rel=0.1)
@@ -285,6 +291,7 @@ def workload(model: ModelCosts, fit_windows: int, seqlen: int) -> Workload:
         dense=model,
         stored=model,
         pruned=model,
+        widest=model,
         output_bytes=0,
         windows=0,
         fit_windows=fit_windows,
@@ -352,7 +359,12 @@ def test_a_70b_model_says_what_they_take() -> None:
     parts = fitted.device_parts
     assert parts["Gram matrices"] == 4 * f**2
     assert parts["held-out activations"] == 4096 * f * 2
-    assert parts["least squares"] == 8 * kept * (kept + d + 1024)
+    # Of the widths only the sum is known: a block may keep all its channels.
+    assert parts["least squares"] == 8 * f * (f + d + 1024)
+    assert 2 * parts["pruned block"] == parts["blocks"]
+    even = reference("Llama-3-70B", recipe=replace(DEFAULT, allocator="uniform")).device_parts
+    assert even["least squares"] == 8 * kept * (kept + d + 1024)
+    assert even["pruned block"] == parts["pruned block"] - 3 * 2 * d * (f - 20096)
     assert "embeddings, norm, head" not in parts
     with pytest.raises(CfspError, match=r"device memory: .* 15\.0 GiB to be had"):
         fitted.check(parse_memory("15GiB"))
