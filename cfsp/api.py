@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration.statistics import Statistics, check_statistics, load_statistics
+from .calibration.statistics import Statistics, check_statistics, check_text, load_statistics
 from .calibration.windows import calibration_windows
 from .checkpoints.folder import check_out
-from .costs.budgets import check_biases, check_recipe
+from .costs.budgets import check_biases, check_processes, check_recipe
 from .costs.dry_run import Request, estimate_opened
 from .costs.hardware import MemoryBudget, device_capped, parse_memory
 from .costs.latency import LatencyTable
@@ -32,7 +32,7 @@ from .pruning.ranking import check_ranked
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
 from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory
-from .run.job import as_calibrated, plan_model
+from .run.job import as_calibrated, check_reach, plan_model
 
 
 def calibrate(
@@ -201,8 +201,8 @@ def prune(
     if verify and source is not None:
         _check_files(source, progress, ranks)
     searches = recipe.searches and plan is None
-    if searches and ranks.size > 1:
-        raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+    if searches:
+        check_processes(recipe, ranks.size)
 
     # Open, resolve the budget, check.
     whole = target is None or searches
@@ -218,6 +218,8 @@ def prune(
     windows = torch.empty(0, 0)
     if calibrates or recipe.fits or recipe.refits or searches:
         windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+        if statistics is not None:
+            check_text(statistics, windows)
     texts = recipe.statistics_windows if calibrates else 0, len(held_out.tokens)
     request = Request(recipe, *texts, plan=plan, ranks=ranks.size, table=table)
 
@@ -274,8 +276,9 @@ def _check(
         check_statistics(statistics, opened.blocks)
         if plan is None:
             check_ranked(statistics, recipe)
+            check_reach(statistics, recipe)
     if recipe.refits:
-        check_refits(opened.model, opened.layout, ranks)
+        check_refits(opened.model, opened.layout, ranks.size)
 
 
 def _announced(

@@ -4,9 +4,10 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from .errors import CfspError, unknown_name
 
@@ -64,6 +65,21 @@ def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
     return field.metadata.get(_KEY)
 
 
+KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+}
+
+
+def _check_kind(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Of numbers, which True and False are not here, and of these two."""
+    kind = (*get_args(field.type), field.type)[0]
+    known, text = KINDS.get(kind, (object, ""))
+    if not isinstance(value, known) or (isinstance(value, bool) and kind in (int, float)):
+        raise CfspError(f"{field.name} must be {text}, got {value!r}")
+
+
 def check(settings: Any) -> None:
     """Raise CfspError for the first field of a dataclass whose value breaks its own rules; None is
     valid where it is the default."""
@@ -73,5 +89,6 @@ def check(settings: Any) -> None:
             continue
         if about.choices and value not in about.choices:
             raise unknown_name(about.called or field.name, value, about.choices)
+        _check_kind(field, value)
         if about.must_be is not None and not about.must_be.holds(value):
             raise CfspError(f"{field.name} must be {about.must_be.text}, got {value}")

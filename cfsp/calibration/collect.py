@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,6 +182,17 @@ class DensePass:
         return collector.result(number)
 
 
+def warn_of_idle_experts(blocks: Sequence[BlockStatistics]) -> None:
+    """Warn where experts saw no token."""
+    idle = [number for number, found in enumerate(blocks) for n in found.expert_tokens if n == 0]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
+            "tells their channels apart; calibrate on more, or other, text",
+            stacklevel=2,
+        )
+
+
 Visit = Callable[[int, nn.Module, BlockStatistics], object]
 
 
@@ -238,13 +249,6 @@ def collect_statistics(
                 results.append(replace(found, grams=()))
     finally:
         model.train(training)
-    idle = [number for number, found in enumerate(results) for n in found.expert_tokens if n == 0]
-    if idle:
-        warnings.warn(
-            f"{len(idle)} experts, the first in block {idle[0]}, saw no calibration token: nothing "
-            "tells their channels apart; calibrate on more, or other, text",
-            stacklevel=2,
-        )
     return Statistics(
         tuple(results),
         str(identity["model"]),

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..errors import CfspError
 from ..models.blocks import Blocks
 from ..models.channels import ChannelGroup, sizes_of
+from ..models.fingerprints import tokens_fingerprint
 from .curves import Ranking, ranking_of
 from .grams import Gram
 
@@ -146,6 +147,19 @@ def check_statistics(statistics: Statistics, model: Blocks) -> None:
     """Raise CfspError where the statistics were made with another model."""
     sizes, made_with = statistics.intermediate_sizes, statistics.model_fingerprint
     check_model("the statistics are of", sizes, made_with, model)
+
+
+def check_text(statistics: Statistics, windows: torch.Tensor) -> None:
+    """Raise CfspError where calibration windows [N, S], drawn anew, are not those that the
+    statistics were made of."""
+    known = statistics.provenance
+    if "tokens_sha256" not in known:
+        return
+    if tokens_fingerprint(windows[: known["windows"]]) != known["tokens_sha256"]:
+        raise CfspError(
+            f"dataset {known['calibration']['dataset']} gives other text than when the statistics "
+            "were made: calibrate again"
+        )
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:

@@ -74,9 +74,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     path = getattr(arguments, "recipe", None)
     recipe = load_recipe(path) if path else Recipe()
     if getattr(arguments, "statistics", None):
-        options.refuse(
-            arguments, CALIBRATION_OPTIONS, "--statistics fixes the calibration; drop {}"
-        )
+        fixed = (*CALIBRATION_OPTIONS, "width_windows")
+        options.refuse(arguments, fixed, "--statistics fixes the calibration; drop {}")
     calibration = options.given(arguments, CALIBRATION_OPTIONS)
     choices = options.given(arguments, RECIPE_OPTIONS)
     if "budget" in choices:  # what the file says of the other gives way

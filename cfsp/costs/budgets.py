@@ -119,13 +119,20 @@ def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | N
         _check_stock(described, plan)
 
 
+def check_processes(recipe: Recipe, ranks: int) -> None:
+    """Raise CfspError where a plan takes the whole model, and there are several processes."""
+    if recipe.searches and ranks > 1:
+        raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+
+
 def check_biases(described: Description, compensation: str) -> None:
     """Raise CfspError where a compensation adds a bias to a projection that can have none."""
     for placed in described.ffns if COMPENSATIONS[compensation].adds_bias else ():
         if placed.ffn.down_bias is None:
+            other = "least-squares" if COMPENSATIONS[compensation].needs_gram else "none"
             raise CfspError(
                 f"compensation {compensation!r} adds a bias, and {placed.ffn.down} can have none: "
-                "use compensation 'none'"
+                f"use compensation {other!r}"
             )
 
 

@@ -20,8 +20,9 @@ from ..models.opening import OpenModel
 from ..pruning.compaction import planned_tensors
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
+from ..pruning.refit import check_refits
 from ..pruning.scoring import SCORERS
-from .budgets import even_plan
+from .budgets import check_processes, check_recipe, even_plan
 from .estimates import Estimate
 from .fit_costs import GramCosts, RefitCosts, SearchCosts
 from .flops import ModelCosts, model_costs
@@ -249,6 +250,10 @@ def estimate(
     table = None
     if layout is not None:
         table = known_table(skeleton, layout, where, recipe.model_budget, latency_table)
+        check_recipe(described, recipe, table)
+        check_processes(recipe, ranks)
+        if recipe.refits:
+            check_refits(skeleton, layout, ranks)
     windows = recipe.statistics_windows, eval_windows
     request = Request(recipe, *windows, ranks=ranks, nodes=nodes, table=table)
     return _estimate(described, request, machine, budget)

@@ -31,8 +31,9 @@ Weights = Callable[[int], Sequence[FFNWeights]]
 
 
 def made_by(recipe: Recipe) -> tuple[str, str, float]:
-    """See :attr:`Ranking.made_by`."""
-    return recipe.scorer, recipe.resolved_compensation, recipe.damping
+    """See :attr:`Ranking.made_by`; blockwise fitting begins with least squares."""
+    compensation = "least-squares" if recipe.blockwise else recipe.resolved_compensation
+    return recipe.scorer, compensation, recipe.damping
 
 
 def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
@@ -41,8 +42,10 @@ def stored_ranking(statistics: Statistics, recipe: Recipe) -> Ranking | None:
     allocator = ALLOCATORS[recipe.resolved_allocator]
     for found in statistics.rankings:
         same = found.made_by == made_by(recipe)
-        if not SCORERS[recipe.scorer].needs_gram and not allocator.needs_curves:
+        if not allocator.needs_curves:
+            damped = SCORERS[recipe.scorer].needs_gram
             same = found.scorer == recipe.scorer
+            same &= found.damping == recipe.damping or not damped
         if same and (found.curves or not allocator.needs_curves):
             return found
     return None

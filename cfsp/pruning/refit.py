@@ -26,7 +26,6 @@ from cfsp_kernels import gram
 from ..calibration.collect import DensePass
 from ..calibration.grams import held_out_windows, mirror_
 from ..calibration.statistics import BlockStatistics
-from ..distributed import Ranks
 from ..errors import CfspError
 from ..models.blockwise import record_block_calls
 from ..models.ffn import FFN
@@ -206,13 +205,13 @@ class Refitting:
             yield epoch
 
 
-def check_refits(model: nn.Module, layout: Layout, ranks: Ranks) -> None:
+def check_refits(model: nn.Module, layout: Layout, ranks: int) -> None:
     """Raise CfspError where blocks cannot be fitted again: by several ranks, or with experts."""
     ways = "sequential and blockwise fitting"
-    if ranks.size > 1:
-        raise CfspError(f"{ways} run in one process: drop torchrun")
+    if ranks > 1:
+        raise CfspError(f"{ways} run in one process, not {ranks}")
     if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
-        raise CfspError(f"{ways} know no experts: use compensation 'least-squares'")
+        raise CfspError(f"{ways} know no experts: use compensation 'least-squares' alone")
 
 
 def _cast(masters: Values, parameters: Values) -> dict[str, torch.Tensor]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ..calibration.collect import DensePass, collect_statistics
-from ..calibration.statistics import Statistics, statistics_fingerprint
+from ..calibration.collect import DensePass, collect_statistics, warn_of_idle_experts
+from ..calibration.statistics import Statistics, check_text, statistics_fingerprint
 from ..calibration.windows import Calibration, calibration_windows
 from ..costs.budgets import check_met, resolve
 from ..costs.footprint import Footprints
 from ..costs.latency import LatencyTable
 from ..distributed import Ranks
+from ..errors import CfspError
 from ..evaluation.quality import HeldOut, Perplexity, perplexity
 from ..models.blocks import StoredBlocks
 from ..models.fingerprints import tokens_fingerprint, versions
@@ -39,6 +40,18 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
     return dataclasses.replace(recipe, calibration=Calibration(**known)) if known else recipe
 
 
+def check_reach(statistics: Statistics, recipe: Recipe) -> None:
+    """Raise CfspError where the statistics are of fewer windows than a plan needs that is made by
+    them alone."""
+    made_of = statistics.provenance.get("windows")
+    needed = as_calibrated(recipe, statistics).statistics_windows
+    if made_of is not None and made_of < needed:
+        raise CfspError(
+            f"the statistics are of {made_of} windows and this recipe needs {needed}: make them "
+            "with `cfsp calibrate`"
+        )
+
+
 def plan_model(
     opened: OpenModel,
     statistics: Statistics,
@@ -51,10 +64,12 @@ def plan_model(
     """The plan under the recipe's budget for this very model; raises CfspError where no widths meet
     it. A search measures on the last of ``windows``, [N, S] calibration tokens, drawn if None."""
     model, layout, described, search = opened.model, opened.layout, opened.described, None
+    check_reach(statistics, recipe)
     budget = resolve(described, recipe, table)
     if recipe.searches:
         if windows is None:
             windows = calibration_windows(model, opened.tokenizer, recipe.calibration)
+            check_text(statistics, windows)
         measured = windows[-recipe.search_windows :]
 
         def measure() -> float:
@@ -121,6 +136,8 @@ class Run:
             gram=recipe.sums_grams,
             visit=ranker.visit if ranked and ranks.first else lambda *_: None,
         )
+        if self.first_windows == len(self.windows) and ranks.first:
+            warn_of_idle_experts(found.blocks)
         rankings = ranks.of_first(lambda: (ranker.ranking(),) if ranked else ())
         return dataclasses.replace(found, rankings=rankings)
 
@@ -177,6 +194,7 @@ class Run:
             name=self.opened.name,
             plan=plan,
             statistics=cut.statistics,
+            fitted_sha256=tokens_fingerprint(self.windows) if cut.dense is not None else None,
             fits=tuple(fits),
             refits=tuple(refitting.refits) if refitting is not None else (),
             sizes=sizes,

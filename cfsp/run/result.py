@@ -29,6 +29,9 @@ class PruneReport:
     """The dense model: hub id, folder or file name."""
     plan: PruningPlan
     statistics: Statistics | None
+    fitted_sha256: str | None
+    """Of the calibration tokens that went through the dense blocks as they were cut; None: none
+    did."""
     fits: tuple[tuple[FitRecord, ...], ...]
     """Least-squares fits of every FFN and expert of every block; () for other compensations."""
     refits: tuple[BlockRefit, ...]
@@ -78,6 +81,7 @@ def recipe_document(report: PruneReport) -> dict[str, Any]:
             "model": report.name,
             "model_fingerprint": report.plan.model_fingerprint,
             "statistics": statistics.provenance if statistics is not None else None,
+            "fitted_tokens_sha256": report.fitted_sha256,
             "versions": report.versions,
             "latency_table": report.table.to_dict() if report.table is not None else None,
         },

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
+from cfsp import CfspError
 from cfsp.cli.main import build_parser, main
+from cfsp.pruning.recipe import load_recipe
 
 from ..conftest import TEXT, make_tiny, make_tokenizer
 
@@ -129,6 +132,31 @@ def test_bad_options_are_one_line_and_leave_nothing(
     defaults = [] if "--plan" in options else [*EXACT, *SMALL]
     arguments = ["prune", tiny_folder, "--out", tmp_path / "out", *defaults, *options]
     check_refusal(capsys, tmp_path, arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("width_windows: 2.5", "width_windows must be a whole number, got 2.5"),
+        ("width_windows: null", "width_windows must be a whole number, got None"),
+        ("width_windows: '7'", "width_windows must be a whole number, got '7'"),
+        ("epochs: true", "epochs must be a whole number, got True"),
+        ("micro_batch: 1.5", "micro_batch must be a whole number, got 1.5"),
+        ("calibration: {samples: 2.5}", "samples must be a whole number, got 2.5"),
+        ("damping: '0.3'", "damping must be a number, got '0.3'"),
+        ("damping: true", "damping must be a number, got True"),
+        ("sequential: 'no'", "sequential must be true or false, got 'no'"),
+        ("uniform: 3", "uniform must be true or false, got 3"),
+    ],
+)
+def test_a_recipe_with_a_value_of_another_type_is_refused(
+    values: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(values)
+    with pytest.raises(CfspError, match=re.escape(message)):
+        load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("damping: 1\nmicro_batch: null\nbudget: null")
+    assert load_recipe(tmp_path / "r.yaml") == cfsp.Recipe(damping=1)
 
 
 def check_refusal(
@@ -259,6 +287,7 @@ def test_bad_statistics_are_one_line(
         (["--statistics", stats], "of another model: same shapes, different weights"),
         (["--statistics", tmp_path / "absent"], "cannot read statistics"),
         (["--statistics", stats, "--seed", "1"], "--statistics fixes the calibration; drop --seed"),
+        (["--statistics", stats, "--width-windows", "1"], "--statistics fixes the calibration; dr"),
     ):
         check_refusal(capsys, tmp_path, [*base, *options], message)
     check_refusal(

@@ -30,6 +30,7 @@ from cfsp.models.opening import open_any
 
 from ..cli.test_cli import EXACT, SMALL, run
 from ..conftest import TEXT, make_tiny
+from ..models.test_families import make
 from .test_estimate import CONFIGS, build
 
 TINY_RUN = [*SMALL, *EXACT]
@@ -166,6 +167,44 @@ def test_bad_options_are_one_line_and_leave_nothing(
     assert error.startswith(f"cfsp: error: {message}")
     assert error.count("\n") == 1
     assert [path.name for path in tiny_folder.parent.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sequential", "--ranks", "2"], "sequential and blockwise fitting run in one process"),
+        (["--compensation", "blockwise", "--ranks", "4"], "sequential and blockwise fitting run"),
+        (
+            ["--allocator", "search", "--search-windows", "1", "--ranks", "2"],
+            "allocator 'search' is for one process",
+        ),
+        (["--width-multiple", "512"], "width_multiple 512 is more than the 176 channels"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("llama").config.save_pretrained(tmp_path)
+    code, _, error = run(capsys, "prune", tmp_path, "--dry-run", *SMALL, *options)
+    assert (code, error.startswith(f"cfsp: error: {message}")) == (2, True), error
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"sequential": True}, "know no experts: use compensation 'least-squares' alone"),
+        ({"compensation": "blockwise"}, "know no experts"),
+        ({"compensation": "least-squares-bias"}, "can have none: use compensation 'least-squares'"),
+        ({"compensation": "bias"}, "can have none: use compensation 'none'"),
+    ],
+)
+def test_a_dry_run_refuses_what_experts_have_not(
+    choice: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    make("mixtral").config.save_pretrained(tmp_path)
+    recipe = cfsp.Recipe(width_multiple=8, calibration=cfsp.Calibration(seqlen=32), **choice)
+    with pytest.raises(CfspError, match=message):
+        cfsp.estimate(tmp_path, recipe, hardware="h100")
 
 
 def test_out_is_needed_but_for_a_dry_run(

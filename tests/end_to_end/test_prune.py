@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import cfsp
+from cfsp import CfspError
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.models import modeling_cfsp
 from cfsp.models.layouts import LAYOUTS
@@ -37,6 +38,7 @@ RECIPE = cfsp.Recipe(
     calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32),
 )
 QUIET = {"progress": False}
+TEXT_OF_MANY = " ".join(f"{number} and {number * number}," for number in range(400))
 
 
 def prune_tiny(
@@ -308,6 +310,48 @@ def test_two_budgets_from_one_file_equal_runs_from_scratch(
             pair.append(out)
         for file in ("model.safetensors", "plan.json", "config.json", "recipe.yaml"):
             assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes(), file
+
+
+def test_statistics_of_another_text_or_of_too_few_windows_are_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT_OF_MANY)
+    calibration = cfsp.Calibration(str(text), samples=6, seqlen=32)
+    default = replace(RECIPE, scorer="cfsp-output", width_windows=2, calibration=calibration)
+    few = cfsp.prune(tiny_folder, recipe=default, **QUIET).statistics
+    assert few.provenance["windows"] == 2
+    all_of_them = cfsp.calibrate(tiny_folder, recipe=default, progress=False)
+    again = cfsp.prune(tiny_folder, recipe=default, statistics=few, **QUIET)
+    for scorer, windows in (("flap", 6), ("cfsp", 6), ("cfsp-output", 4)):
+        recipe = replace(default, scorer=scorer, width_windows=4)
+        message = f"of 2 windows and this recipe needs {windows}: make them with `cfsp calibrate`"
+        with pytest.raises(CfspError, match=message):
+            cfsp.prune(tiny_folder, recipe=recipe, statistics=few, **QUIET)
+        with pytest.raises(CfspError, match=message):
+            cfsp.plan(few, make_tiny(), recipe)
+        assert cfsp.prune(tiny_folder, recipe=recipe, statistics=all_of_them, **QUIET).plan
+    text.write_text(TEXT_OF_MANY[::-1])
+    for statistics in (few, all_of_them):
+        with pytest.raises(CfspError, match=r"dataset .*text\.txt gives other text than when"):
+            cfsp.prune(tiny_folder, recipe=default, statistics=statistics, **QUIET)
+    # What fits nothing reads no text.
+    assert cfsp.prune(tiny_folder, recipe=RECIPE, statistics=all_of_them, **QUIET).plan
+    fitted = {again.report.fitted_sha256, all_of_them.provenance["tokens_sha256"]}
+    assert len(fitted) == 1
+
+
+def test_the_text_that_was_fitted_to_is_recorded(tiny_folder: Path, tmp_path: Path) -> None:
+    hashes = []
+    default = replace(RECIPE, scorer="cfsp-output", width_windows=2)
+    plan = cfsp.prune(tiny_folder, recipe=default, **QUIET).plan
+    for number, options in enumerate(({"recipe": default}, {"plan": plan}, {"recipe": RECIPE})):
+        out = tmp_path / str(number)
+        cfsp.prune(tiny_folder, out=out, eval_windows=0, **options, **QUIET)
+        document = yaml.safe_load((out / "recipe.yaml").read_text())
+        hashes.append(document["provenance"]["fitted_tokens_sha256"])
+    statistics = cfsp.calibrate(tiny_folder, recipe=default, progress=False)
+    assert hashes == [*[statistics.provenance["tokens_sha256"]] * 2, None]
 
 
 def test_a_plan_is_applied_as_edited(tiny_folder: Path, tmp_path: Path) -> None:

@@ -72,8 +72,12 @@ def test_it_is_the_least_squares_solution(
     fit = fit_down(down, kept, gram_of(x), damping, bias=bias)
     assert fit is not None
     expected = reference(x, down, kept, damping, bias)
-    scale = expected.abs().max()
-    assert (fit.weight - expected).abs().max() < 1e-3 * scale
+    # x^T x is kept in fp32: taking the means off two tokens that are about equal cancels.
+    own = x[:, kept].double()
+    own = (own - own.mean(0) if bias else own).square().mean(0)
+    least = own.clamp_min(1e-3 * own.mean()).min()
+    rounded = 2**-23 * float(x.double().square().mean(0).max() / least) / damping
+    assert (fit.weight - expected).abs().max() < (1e-4 + rounded) * expected.abs().max()
     assert fit.damping == damping
     assert (fit.bias is not None) == bias
     if fit.bias is not None:

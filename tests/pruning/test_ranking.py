@@ -153,8 +153,16 @@ def test_a_kept_ranking_needs_neither_weights_nor_gram_matrices(
         assert found.widths == expected.widths
         for a, b in zip(found.blocks, expected.blocks, strict=True):
             assert torch.equal(a.flat_kept, b.flat_kept)
+    # Scores of removal have nothing to do with the compensation, error curves have.
+    for other in ({"compensation": "blockwise"}, {"compensation": "least-squares-bias"}):
+        asked = replace(recipe, allocator="uniform", **other)
+        assert rank(loaded, refuse, asked) is loaded.rankings[0]
     with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
         make_plan(loaded, weights, replace(recipe, damping=0.5))
+    with pytest.raises(CfspError, match="scorer 'obs' needs Gram matrices"):
+        make_plan(loaded, weights, replace(recipe, compensation="least-squares"))
+    fitted = ranked(known, statistics, OBS)
+    assert rank(fitted, refuse, replace(OBS, compensation="blockwise")) is fitted.rankings[0]
     bare = replace(loaded, rankings=())
     assert statistics_fingerprint(bare) != statistics_fingerprint(loaded)
 
