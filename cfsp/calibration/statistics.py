@@ -136,8 +136,8 @@ def check_model(what: str, sizes: tuple[int, ...], made_with: str, model: Blocks
     own = model.layout.intermediate_sizes(model.model)
     if sizes != own:
         raise CfspError(
-            f"{what} another model: {len(sizes)} blocks with up to {max(sizes)} channels, the "
-            f"model has {len(own)} with up to {max(own)}"
+            f"{what} another model: {len(sizes)} blocks with {sum(sizes)} channels in all, the "
+            f"model has {len(own)} with {sum(own)}"
         )
     if made_with != model.fingerprint():
         raise CfspError(f"{what} another model: same shapes, different weights")

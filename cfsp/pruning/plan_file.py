@@ -34,7 +34,7 @@ def load_plan(path: str | Path) -> PruningPlan:
     """
     try:
         document = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CfspError(f"cannot read plan {path}: {error}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CfspError(f"{path} is not a plan of this version ({FORMAT})")

@@ -243,7 +243,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     try:
         document = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CfspError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise CfspError(f"recipe {path} must be a mapping")

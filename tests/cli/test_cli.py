@@ -286,6 +286,7 @@ def test_bad_statistics_are_one_line(
     for options, message in (
         (["--statistics", stats], "of another model: same shapes, different weights"),
         (["--statistics", tmp_path / "absent"], "cannot read statistics"),
+        (["--recipe", stats], f"cannot read recipe {stats}: 'utf-8' codec can't decode"),
         (["--statistics", stats, "--seed", "1"], "--statistics fixes the calibration; drop --seed"),
         (["--statistics", stats, "--width-windows", "1"], "--statistics fixes the calibration; dr"),
     ):
