@@ -131,15 +131,18 @@ class RidingWindows:
         run_block(self.blocks[number], number, self.calls, lambda *_: None)
         self._count(started)
 
-    @torch.no_grad()
     def logits(self) -> Iterator[torch.Tensor]:
-        """[1, S, V] of every window, after its last block."""
+        """[1, S, V] of every window, after its last block; nothing here holds them any longer when
+        the next are asked for."""
         with outer_weights(self.model):
             for index, states in self.calls.micro_batches():
                 started = time.perf_counter()
                 tokens = self.windows[index : index + 1].to(states.device)
                 ends = [as_block_output(block, states) for block in self.blocks]
-                with forward_instead(self.blocks, [lambda *_, end=end, **__: end for end in ends]):
+                instead = [lambda *_, end=end, **__: end for end in ends]
+                # As a decorator of a generator it would hold what was given last.
+                with torch.no_grad(), forward_instead(self.blocks, instead):
                     logits = self.model(input_ids=tokens, use_cache=False).logits
                 self._count(started)
                 yield logits
+                del logits

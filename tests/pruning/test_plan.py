@@ -130,5 +130,5 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CfspError, match="cannot read plan"):
         load_plan(tmp_path / "absent")
     (tmp_path / "binary").write_bytes(b"\xb8\x00")
-    with pytest.raises(CfspError, match="cannot read plan .*binary: 'utf-8' codec"):
+    with pytest.raises(CfspError, match=r"cannot read plan .*binary: 'utf-8' codec"):
         load_plan(tmp_path / "binary")
