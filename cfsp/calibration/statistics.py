@@ -156,9 +156,10 @@ def check_text(statistics: Statistics, windows: torch.Tensor) -> None:
     if "tokens_sha256" not in known:
         return
     if tokens_fingerprint(windows[: known["windows"]]) != known["tokens_sha256"]:
+        dataset = known.get("calibration", {}).get("dataset", "of the calibration")
         raise CfspError(
-            f"dataset {known['calibration']['dataset']} gives other text than when the statistics "
-            "were made: calibrate again"
+            f"dataset {dataset} gives other text than when the statistics were made: calibrate "
+            "again"
         )
 
 
