@@ -43,9 +43,11 @@ def as_calibrated(recipe: Recipe, statistics: Statistics) -> Recipe:
 def check_reach(statistics: Statistics, recipe: Recipe) -> None:
     """Raise CfspError where the statistics are of fewer windows than a plan needs that is made by
     them alone."""
-    made_of = statistics.provenance.get("windows")
+    if "calibration" not in statistics.provenance:  # all that there is
+        return
+    made_of = statistics.provenance["windows"]
     needed = as_calibrated(recipe, statistics).statistics_windows
-    if made_of is not None and made_of < needed:
+    if made_of < needed:
         raise CfspError(
             f"the statistics are of {made_of} windows and this recipe needs {needed}: make them "
             "with `cfsp calibrate`"
