@@ -221,12 +221,12 @@ def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = Tr
     if not measure:
         sources = {"flops": "not measured"}
         return Hardware(device.type, device_name(device), *memory, math.inf, sources=sources)
-    flops, fp32, fp64 = (
-        EFFICIENCY * measured_flops(device, own) for own in (dtype, torch.float32, torch.float64)
-    )
+    kinds = dtype, torch.float32, torch.float64
+    measured = {kind: EFFICIENCY * measured_flops(device, kind) for kind in dict.fromkeys(kinds)}
     names = "flops", "fp32_flops", "fp64_flops"
     sources = dict.fromkeys(names, f"{EFFICIENCY:.0%} of a matrix product's, measured")
     name = device_name(device)
+    flops, fp32, fp64 = (measured[kind] for kind in kinds)
     return Hardware(device.type, name, *memory, flops, fp32, fp64, sources=sources)
 
 
