@@ -441,7 +441,7 @@ def _statistic(
     nothing."""
     needed = SCORES[score]
     if needed is None:
-        return torch.empty(shape, device=like.device)
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
     statistic = norms if needed == "norms" else variance
     if statistic is None:
         raise ValueError(f"score {score!r} needs {needed}")

@@ -184,7 +184,7 @@ class _Sum:
 
     def _start_product(self) -> None:
         count, size, device = self.group.experts, self.group.channels, self.device
-        self.products.append(torch.zeros(count, size, size, device=device))
+        self.products.append(torch.zeros(count, size, size, dtype=torch.float32, device=device))
         self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=device))
 
     def end_chunk(self) -> None:

@@ -78,7 +78,7 @@ def even_plan(
     """A plan of about equal widths; the output of any other of this sparsity is as large."""
     sizes = [placed.group.channels for placed in described.ffns]
     budget, multiple = resolve(described, recipe, table), recipe.width_multiple
-    total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes))
+    total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes), dtype=torch.float64)
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
         keep = (1 - sparsity) * total

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors, read_index
 from .channels import ChannelGroup
-from .detection import layout_of
 from .ffn import FFN
+from .inspection import check_config, check_folder_files, placed
 from .layouts import Layout
 from .loading import load_config, make_skeleton, pick_dtype, quiet_loading
 from .tensors import saved_tensors, tensor_infos
+from .trial import checked_layout
 
 
 @dataclass(frozen=True)
@@ -73,29 +74,38 @@ class Description:
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
     """A hub id, folder, config file or GGUF file of any causal LM of transformers; ``whole``: it
-    will be loaded whole, whatever the checkpoint allows."""
-    config, path = load_config(model), Path(model)
+    will be loaded whole, whatever the checkpoint allows. Raises CfspError for what no run accepts.
+    """
+    path = Path(model)
     gguf = path.suffix == ".gguf"
+    if path.is_dir():
+        check_folder_files(path)
+    config = load_config(model)
+    check_config(model, config)
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
-    stored: Tensors = read_index(path) if has_weights else {}
-    precision = pick_dtype(dtype, config, stored, gguf=gguf)
+    stored: Tensors = {}
     with quiet_loading():
-        skeleton = make_skeleton(config, precision)
+        if has_weights:
+            tensors = read_index(path)
+            skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors))
+            sources = placed(path, skeleton, tensors)
+            stored = {name: info for name, info in tensors.items() if sources.get(name) == [name]}
+        else:
+            skeleton = make_skeleton(config, pick_dtype(dtype, config, {}, gguf=gguf))
     try:
-        layout: Layout | None = layout_of(skeleton)
+        layout: Layout | None = checked_layout(skeleton)
     except CfspError:
         layout = None
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     known = {name: info for name, info in stored.items() if name in own}
-    quantised = getattr(config, "quantization_config", None) is not None
     renamed = has_weights and len(known) < len(own)
     if not known:
-        width = config.dtype if isinstance(config.dtype, torch.dtype) else precision
+        width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
-    whole = whole or gguf or quantised or renamed or (path / "adapter_config.json").exists()
     name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
-    return Description(name, skeleton, layout, blocks, own, known, not whole)
+    streamed = not (whole or gguf or renamed)
+    return Description(name, skeleton, layout, blocks, own, known, streamed)
 
 
 def block_path(model: PreTrainedModel) -> str:

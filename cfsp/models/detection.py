@@ -1,6 +1,5 @@
 """Layouts of architectures that none is written down for, where their structure is certain."""
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
@@ -12,6 +11,7 @@ from transformers.activations import ACT2FN
 from .ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, unsupported
 from .modeling_cfsp import set_parameter
+from .surgery import on_meta
 
 TRIAL_CHANNELS = 8
 TOLERANCE = 1e-4
@@ -114,15 +114,12 @@ def _activations(module: nn.Module) -> Iterator[Activation]:
 
 def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Activation) -> bool:
     """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x))."""
-    own = [*module.parameters(), *module.buffers()]
-    meta = {id(tensor): tensor.detach().to("meta").requires_grad_(False) for tensor in own}
-    meta |= {id(p): nn.Parameter(meta[id(p)], requires_grad=False) for p in module.parameters()}
-    trial = copy.deepcopy(module, meta)
+    trial = on_meta(module)
     trial.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     width = trial.get_parameter(f"{down}.weight").shape[0]
     for name, parameter in list(trial.named_parameters()):

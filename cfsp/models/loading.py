@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CfspError
-from ..io.safetensors import Tensors, read_header
-from .detection import detect_layout
-from .layouts import Layout, known_layout, unsupported
+from ..io.safetensors import INDEX_FILE, WEIGHTS_FILE, Tensors
+from .layouts import unsupported
 
 DEVICE = "cfsp_device"
 """Attribute of a skeleton: the GPU that it computes on, with weights on the host meanwhile."""
@@ -85,13 +82,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def load_part(name: str, kind: Any, **options: Any) -> Any:
-    """``from_pretrained`` with the failures a user can mend in one line."""
+    """``from_pretrained`` with every failure in one line: what reads the files, tokenizers and
+    pickles among them, raises of many kinds. No code beside the files is run."""
+    if kind is not GenerationConfig:
+        options["trust_remote_code"] = False
     try:
         return kind.from_pretrained(name, **options)
-    except SafetensorError as error:
-        raise CfspError(f"{name}: corrupt safetensors: {error}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CfspError(
+                f"{name} needs code of its own, which is never run: only architectures of "
+                "transformers itself are read"
+            ) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         where = f"cannot load {name}"
         if isinstance(error, OSError) and not Path(name).exists():
             where = f"no folder {name} here, and cannot load it from the hub"
@@ -122,25 +125,10 @@ def load_config(model: str | Path) -> Any:
     return load_part(name, AutoConfig, **options)
 
 
-def find_layout(config: Any) -> Layout:
-    """The layout of an architecture: the one written down, or what a skeleton of it shows. Raises
-    CfspError for one that is not supported, and says why."""
-    layout = known_layout(config.model_type)
-    if layout is not None:
-        return layout
-    try:
-        with quiet_loading():
-            skeleton = make_skeleton(config, torch.float32)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise unsupported(config.model_type, f"no causal LM of it: {reason}") from error
-    return detect_layout(skeleton)
-
-
 def load_weights(name: str, **options: Any) -> PreTrainedModel:
     """A causal LM with every tensor read: transformers would make up those that are missing."""
     model, info = load_part(name, AutoModelForCausalLM, output_loading_info=True, **options)
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found := sorted(str(key) for key in info[kind]):
             raise CfspError(
                 f"{name}: {kind.replace('_', ' ')} in the weights: {', '.join(found[:3])}"
@@ -154,24 +142,26 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CfspError(f"{folder} is not a folder; a model is a folder, a .gguf file or a hub id")
     check_config(folder)
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
+    if not ((folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()):
         hint = ""
         if pickled := sorted(folder.glob("*.bin")):
             how = "load it with transformers, then save_pretrained"
             hint = f", only {pickled[0].name}: convert it to safetensors first ({how})"
-        raise CfspError(f"{folder} has no safetensors weights{hint}")
-    for shard in shards:
-        read_header(shard)
+        raise CfspError(f"{folder} has no safetensors weights, {WEIGHTS_FILE} or its index{hint}")
 
 
 def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters on meta; buffers are real, since no file holds the rotary ones."""
+    """The model with parameters on meta; buffers are real, since no file holds the rotary ones.
+    Raises CfspError for a config that no causal LM can be built of."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # left out with the values
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()  # left out with the values
+    except Exception as error:  # of whatever kind a family's own code raises
+        reason = " ".join(str(error).split())[:200]
+        raise unsupported(config.model_type, f"no causal LM of it: {reason}") from error
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError
 from ..io.safetensors import StoredTensor, read_index, read_tensors
+from ..io.stamps import Stamps, stamps_of
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
-from .detection import layout_of
+from .inspection import check_config, check_folder_files, placed
 from .layouts import Layout
 from .loading import (
     DEVICE,
     check_folder,
-    find_layout,
     load_config,
     load_part,
     load_weights,
@@ -31,6 +31,7 @@ from .loading import (
 )
 from .surgery import set_buffers_, set_parameters_
 from .tensors import saved_tensors, tensor_infos
+from .trial import checked_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -47,6 +48,8 @@ class OpenModel:
     """What the user called it: hub id, folder or file name; for a live module, its config's."""
     blocks: Blocks
     """Where the weights of its blocks are."""
+    files: Stamps = field(default_factory=dict)
+    """What its files were when it was opened; none of a live model."""
 
     @cached_property
     def described(self) -> Description:
@@ -77,14 +80,42 @@ def open_any(
 
 
 def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
-    """A live module as an OpenModel."""
+    """A live module as an OpenModel; CfspError for one whose weights are elsewhere, quantised or in
+    part those of adapters."""
     if not isinstance(model, PreTrainedModel):
-        raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}")
-    layout = layout_of(model)
+        inner = getattr(model, "get_base_model", None)
+        hint = ": merge its adapters first, merge_and_unload()" if inner is not None else ""
+        raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}{hint}")
+    check_config(type(model).__name__, model.config)
+    _check_live(model)
+    layout = checked_layout(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if Path(name).exists():  # a local path says nothing elsewhere
         name = Path(name).resolve().name
     return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout))
+
+
+def _check_live(model: PreTrainedModel) -> None:
+    adapted = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+    if adapted is not None:
+        raise CfspError(f"{adapted} of the live model is an adapter's: merge it before pruning")
+    devices = set()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CfspError(
+                f"{name} of the live model has no values here, it is offloaded or on meta"
+            )
+        if parameter.dtype not in (*FLOATS, torch.float64):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise CfspError(f"{name} of the live model is {kind}: a quantised model is not pruned")
+        devices.add(parameter.device)
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise CfspError(f"the live model is on several devices ({names}): move it to one")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
@@ -98,25 +129,83 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     Raises:
         CfspError: not found, no weights, corrupt weights, unsupported architecture.
     """
-    where, path = pick_device(device), Path(model)
-    is_gguf = path.suffix == ".gguf"
-    if is_gguf:
-        if not path.is_file():
-            raise CfspError(f"no such file: {path}")
-    elif path.exists():
-        check_folder(path)
-    elif _is_path(model):
-        raise CfspError(f"no such model folder: {model}")
-    layout = find_layout(load_config(model))
-    name, options = pretrained(model)
-    precision = "float32" if is_gguf and dtype == "auto" else dtype
+    where, found = pick_device(device), _inspect(model, dtype)
+    name, options = pretrained(found.path)
+    gguf = found.path.suffix == ".gguf"
+    precision = "float32" if gguf and dtype == "auto" else dtype
     loaded = load_weights(name, dtype=precision, **options)
-    tokenizer = load_part(name, AutoTokenizer, **options)
-    if is_gguf:
+    if gguf:
         loaded = _without_gguf(loaded)
     loaded = loaded.to(where).eval()
-    short = path.stem if is_gguf else path.name if path.exists() else name
-    return OpenModel(loaded, tokenizer, layout, short, LiveBlocks(loaded, layout))
+    return found.opened(loaded, LiveBlocks(loaded, found.layout))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A model that was found and may be loaded."""
+
+    name: str
+    """As in :class:`OpenModel`."""
+    path: Path
+    """A folder, or a .gguf file."""
+    skeleton: PreTrainedModel
+    layout: Layout
+    tensors: dict[str, StoredTensor]
+    """All that is stored; {} of GGUF."""
+    sources: dict[str, list[str]]
+    """See :func:`inspection.placed`."""
+    files: Stamps
+
+    def opened(self, model: PreTrainedModel, blocks: Blocks) -> OpenModel:
+        name, options = pretrained(self.path)
+        tokenizer = load_part(name, AutoTokenizer, **options)
+        return OpenModel(model, tokenizer, self.layout, self.name, blocks, self.files)
+
+
+def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
+    """Find a model and raise CfspError for whatever is wrong with it, before a value is read."""
+    path = find_model(model)
+    gguf = path.suffix == ".gguf"
+    if not gguf:
+        check_folder_files(path)
+    config = load_config(path)
+    check_config(path, config)
+    tensors = {} if gguf else read_index(path)
+    skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors, gguf=gguf))
+    layout = checked_layout(skeleton)
+    sources = {} if gguf else placed(path, skeleton, tensors)
+    local = Path(model).exists()
+    name = path.stem if gguf else path.resolve().name if local else str(model)
+    read = [path] if gguf else [f for pattern in HUB_FILES for f in path.glob(pattern)]
+    return _Checkpoint(name, path, skeleton, layout, tensors, sources, stamps_of(sorted(read)))
+
+
+def find_model(model: str | Path) -> Path:
+    """The .gguf file or folder of a model, of a hub id its local snapshot; CfspError where there is
+    none with weights that are read."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CfspError(f"no such file: {path}")
+        return path
+    if not path.exists():
+        if _is_path(model):
+            raise CfspError(f"no such model folder: {model}")
+        path = _snapshot(str(model))
+    check_folder(path)
+    return path
+
+
+def _snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CfspError(
+            f"no folder {model} here, and cannot load it from the hub: {reason}"
+        ) from error
 
 
 def _is_path(model: str | Path) -> bool:
@@ -141,27 +230,18 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     """Open a model folder or hub id of which only one block at a time will be in memory.
 
     None where the checkpoint does not hold the model's parameters one for one under their own
-    names, as floats: quantised, with an adapter, of an older naming, in GGUF or pickled.
+    names, in fp32, bf16 or fp16: of an older naming, with experts apart, in GGUF.
     """
-    where = pick_device(device)
-    folder = local_folder(model)
-    if folder is None or (folder / "adapter_config.json").exists():
-        return None
-    config = load_config(folder)
-    layout = find_layout(config)
-    if getattr(config, "quantization_config", None) is not None:
-        return None
-    tensors = read_index(folder)
-    floats = {name: stored for name, stored in tensors.items() if stored.dtype in FLOATS}
-    if not floats:
-        return None
-    precision = pick_dtype(dtype, config, floats)
-    skeleton = make_skeleton(config, precision)
-    found = _matched(folder, skeleton, tensors)
+    where, checkpoint = pick_device(device), _inspect(model, dtype)
+    folder, skeleton, layout = checkpoint.path, checkpoint.skeleton, checkpoint.layout
+    found = _one_for_one(checkpoint)
     if found is None:
         return None
+    precision = skeleton.dtype
     in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
     outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
+    for name, value in outer.items():
+        check_finite(f"{name} of {folder}", value)
     set_parameters_(skeleton, {k: value.to(precision) for k, value in outer.items()})
     skeleton.tie_weights()
     if where.type != "cpu":
@@ -173,30 +253,14 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     if not (folder / "generation_config.json").is_file():
         options = {"config_file_name": "config.json", "_from_model_config": True}
     skeleton.generation_config = load_part(str(folder), GenerationConfig, **options)
-    tokenizer = load_part(str(folder), AutoTokenizer)
-    name = folder.name if Path(model).exists() else str(model)
     blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
-    return OpenModel(skeleton, tokenizer, layout, name, blocks)
+    return checkpoint.opened(skeleton, blocks)
 
 
-def local_folder(model: str | Path) -> Path | None:
-    """The folder of a model: itself, or the local snapshot of a hub id. None where there is none
-    with safetensors."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return None
-    if path.exists():
-        check_folder(path)
-        return path
-    if _is_path(model):
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
-    except (OSError, ValueError):  # told in full by the loader that is tried next
-        return None
-    return folder if any(folder.glob("model*.safetensors")) else None
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raise CfspError for NaN or infinity, which a forward pass need not meet to spoil a result."""
+    if not bool(values.isfinite().all()):
+        raise CfspError(f"{name} has values that are not finite")
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
@@ -207,24 +271,22 @@ def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
     return torch.equal(pair["tensor"], pair["source"])
 
 
-def _matched(
-    folder: Path, model: PreTrainedModel, tensors: dict[str, StoredTensor]
-) -> dict[str, StoredTensor] | None:
+def _one_for_one(checkpoint: _Checkpoint) -> dict[str, StoredTensor] | None:
     """The stored tensor of every parameter; None where transformers would convert or rename. Raises
     CfspError where nothing could be a missing tensor, or shapes differ."""
-    tied = model.all_tied_weights_keys
+    model, tensors, sources = checkpoint.skeleton, checkpoint.tensors, checkpoint.sources
+    tied, where = model.all_tied_weights_keys, checkpoint.path
     wanted = {name: value for name, value in model.state_dict().items() if name not in tied}
-    missing = sorted(wanted.keys() - tensors.keys())
-    unknown = sorted(
-        name
-        for name in tensors.keys() - wanted.keys()
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (name in tied and _equal(tensors[name], tensors.get(tied[name])))
-    )
-    if missing and not unknown:
-        raise CfspError(f"{folder}: missing keys in the weights: {', '.join(missing[:3])}")
+    renamed = any(names != [target] for target, names in sources.items())
+    if missing := sorted(wanted.keys() - sources.keys()):
+        if renamed or not sources:
+            return None
+        raise CfspError(f"{where}: missing keys in the weights: {', '.join(missing[:3])}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if missing or unknown or not wanted.keys() <= parameters:
+    twice = sources.keys() & tied.keys()
+    if renamed or not wanted.keys() <= parameters:
+        return None
+    if not all(_equal(tensors[name], tensors.get(tied[name])) for name in twice):
         return None
     found = {name: tensors[name] for name in wanted}
     if any(stored.dtype not in FLOATS for stored in found.values()):
@@ -232,7 +294,7 @@ def _matched(
     for name, stored in found.items():
         if stored.shape != tuple(wanted[name].shape):
             raise CfspError(
-                f"cannot load {folder}: {name} is {list(stored.shape)} in the weights, "
+                f"cannot load {where}: {name} is {list(stored.shape)} in the weights, "
                 f"{list(wanted[name].shape)} by the config"
             )
     return found
@@ -240,9 +302,7 @@ def _matched(
 
 def weight_files(model: str | Path) -> list[Path]:
     """The files that hold a model's weights: a .gguf file, or the safetensors of its folder."""
-    if Path(model).suffix == ".gguf":
-        return [Path(model)]
-    folder = local_folder(model)
-    if folder is None:
-        raise CfspError(f"{model} has no safetensors or GGUF files to verify")
-    return sorted({stored.file for stored in read_index(folder).values()})
+    path = find_model(model)
+    if path.suffix == ".gguf":
+        return [path]
+    return sorted({stored.file for stored in read_index(path).values()})

@@ -1,5 +1,6 @@
 """Changes to a module in place: its parameters, and for a while its ``forward``."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -41,6 +42,15 @@ def empty_(module: nn.Module) -> None:
         for name, value in part.named_parameters(recurse=False):
             empty = torch.empty_like(value, device="meta")
             setattr(part, name, nn.Parameter(empty, requires_grad=False))
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of a module without values."""
+    own = [*module.parameters(), *module.buffers()]
+    meta: dict[int, torch.Tensor] = {id(t): t.detach().to("meta") for t in own}
+    for parameter in module.parameters():
+        meta[id(parameter)] = nn.Parameter(meta[id(parameter)], requires_grad=False)
+    return copy.deepcopy(module, meta)
 
 
 def parameter(data: torch.Tensor, like: torch.Tensor) -> nn.Parameter:

@@ -100,7 +100,7 @@ def _solution(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
         half = solve_triangular(factor.mT, rows.to(matrix.dtype), upper=True, left=False)
         out.copy_(solve_triangular(factor, half, upper=False, left=False))
         if matrix.dtype == torch.float32:
-            signs = torch.ones(len(rows), device=rows.device)
+            signs = rows.new_ones(len(rows), dtype=torch.float32)
             signs[1::2] = -1
             wanted = signs @ rows
             lack = wanted - (signs @ out) @ matrix

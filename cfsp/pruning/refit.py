@@ -152,8 +152,8 @@ class Refitting:
         width, down = ffn.group(block).channels, ffn.projection(block, ffn.down)
         seen: list[torch.Tensor] = []
         hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        product = torch.zeros(width, width, device=device)
-        across = torch.zeros(self.pruned.shape[-1], width, device=device)
+        product = torch.zeros(width, width, dtype=torch.float32, device=device)
+        across = product.new_zeros(self.pruned.shape[-1], width)
         try:
             for index in self.fitted:
                 lack = self._lack(number, index)[0]

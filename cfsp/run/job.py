@@ -16,6 +16,7 @@ from ..costs.latency import LatencyTable
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..evaluation.quality import HeldOut, Perplexity, perplexity
+from ..io.stamps import check_unchanged
 from ..models.blocks import StoredBlocks
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.loading import model_device
@@ -157,6 +158,7 @@ class Run:
     def second_pass(self, plan: PruningPlan, statistics: Statistics | None) -> SecondPass:
         """What carries the plan out, with the calibration windows where these are read again."""
         model, recipe = self.opened.model, self.recipe
+        check_unchanged(self.opened.files)
         if not (recipe.fits or recipe.refits):
             return SecondPass(plan, statistics)
         if recipe.fits and self.ranks.first:
@@ -182,7 +184,9 @@ class Run:
         before: Perplexity | None,
         after: Perplexity | None,
     ) -> PruneReport:
-        """Give the model, whose FFNs were cut, the config and class that reload it; the record."""
+        """Give the model, whose FFNs were cut, the config and class that reload it; the record.
+        Raises CfspError where its files are no longer those that were opened."""
+        check_unchanged(self.opened.files)
         model, plan = self.opened.model, cut.plan
         recipe, refitting = plan.recipe, cut.refitting
         summary = {
@@ -214,9 +218,11 @@ class Run:
             return tokens_fingerprint(windows) if len(windows) else None
 
         plan, statistics, recipe = self.plan, self.statistics, self.recipe.to_dict()
+        stamps = {str(file): list(stamp) for file, stamp in self.opened.files.items()}
         del recipe["micro_batch"]  # what it asks for; the one in force counts
         return {
             "model": blocks.checkpoint_fingerprint(),
+            "model files": self.ranks.of_first(lambda: stamps),
             "recipe": recipe,
             "micro-batch": self.micro_batch,
             "latency table": self.table.fingerprint() if self.table is not None else None,

@@ -101,9 +101,12 @@ def test_only_files_that_are_read_are_hashed(listed: Path) -> None:
 
 
 def test_a_gguf_is_its_own_file_and_a_pickle_has_none(tmp_path: Path) -> None:
-    assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]
+    with pytest.raises(CfspError, match="no such file"):
+        weight_files(tmp_path / "model.gguf")
     with pytest.raises(CfspError, match="cannot read"):
         sha256_of([tmp_path / "model.gguf"], progress=False)
+    (tmp_path / "model.gguf").touch()
+    assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]
 
 
 def test_a_live_model_has_no_file_to_verify_but_its_result_has_hashes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cfsp.errors import CfspError
 from cfsp.models.detection import detect_layout
 from cfsp.models.ffn import FFN
 from cfsp.models.layouts import LAYOUTS
-from cfsp.models.loading import find_layout, make_skeleton
+from cfsp.models.loading import make_skeleton
 from cfsp.models.opening import open_streamed
 
 from ..conftest import TINY, make_tiny, make_tokenizer
@@ -86,7 +86,7 @@ def test_what_is_no_gated_ffn_is_refused_with_what_was_found(
 ) -> None:
     values = {**TINY, **config} if name != "t5" else {}
     with pytest.raises(CfspError, match=f"{message}.*; supported: llama, mistral"):
-        find_layout(AutoConfig.for_model(name, **values))
+        detect_layout(make_skeleton(AutoConfig.for_model(name, **values), torch.float32))
 
 
 class Odd(nn.Module):

@@ -1,0 +1,101 @@
+"""Whether a detected architecture can be pruned: tried on meta, without a value of the model.
+
+An architecture that is written down in :mod:`models.layouts` is tested; one that only shows its
+layout may still hand its blocks something else than hidden states, or build no class of uneven
+widths. Both would otherwise be found after the work.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from .detection import layout_of
+from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
+from .loading import make_skeleton, quiet_loading
+from .modeling_cfsp import set_parameter, set_width
+from .pruned_classes import become_pruned_
+from .surgery import forward_instead, on_meta
+from .tensors import parameter_shapes
+
+TOKENS = 2
+
+
+def checked_layout(model: PreTrainedModel) -> Layout:
+    """The layout of a model, live or a skeleton. Raises CfspError where it has none, or where that
+    was detected and its blocks cannot be run one by one, or have no widths of their own."""
+    layout = layout_of(model)
+    if not len(layout.find_blocks(model)):
+        raise unsupported(model.config.model_type, "its config says that it has no blocks")
+    if known_layout(model.config.model_type) is None:
+        _check_family(make_skeleton(model.config, model.dtype), layout)
+    return layout
+
+
+def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:
+    tries: tuple[tuple[Callable[..., None], str], ...] = (
+        (_run_blocks, "its blocks cannot be run one by one"),
+        (_rebuild, "its classes cannot have a width for every block"),
+    )
+    for attempt, failure in tries:
+        try:
+            with quiet_loading(), torch.no_grad():
+                attempt(skeleton, layout)
+        except Exception as error:  # of whatever kind a family's own code raises
+            reason = " ".join(f"{failure} ({error})".split())[:200]
+            raise unsupported(skeleton.config.model_type, reason) from error
+
+
+class _LastBlock(Exception):
+    """What comes after the blocks is of no interest."""
+
+
+def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
+    """Record what the blocks are called with, as a calibration does, and run each on it."""
+    blocks = layout.find_blocks(skeleton)
+    width = skeleton.get_input_embeddings().weight.shape[1]
+    hidden = torch.zeros(1, TOKENS, width, dtype=skeleton.dtype)
+    recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stand_in(block: nn.Module) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if hidden_states.shape != hidden.shape:
+                raise ValueError(f"given {list(hidden_states.shape)}, not {list(hidden.shape)}")
+            recorded.append((args, kwargs))
+            if len(recorded) == len(blocks):
+                raise _LastBlock
+            return as_block_output(block, hidden_states)
+
+        return forward
+
+    try:
+        with forward_instead(blocks, [stand_in(block) for block in blocks]):
+            skeleton.base_model(inputs_embeds=hidden, use_cache=False)
+    except _LastBlock:
+        pass
+    for block, call in zip(blocks, recorded, strict=True):
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call)
+        output = hidden_states_of(on_meta(block)(hidden.to("meta"), *args, **kwargs))
+        if output.shape != hidden.shape:
+            raise ValueError(f"they give {list(output.shape)}, not {list(hidden.shape)}")
+
+
+def _rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:
+    """Cut a copy to uneven widths and build the class that would reload it."""
+    model = on_meta(skeleton)
+    for number, block in enumerate(layout.find_blocks(model)):
+        parameters = dict(block.named_parameters())
+        for ffn in layout.block_ffns(block):
+            width = max(1, ffn.group(block).channels // (2 + number % 2))
+            for name, axis in ffn.channels.items():
+                if name in parameters:
+                    shape = list(parameters[name].shape)
+                    shape[axis.dimension] = width * axis.copies
+                    set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
+                    set_width(block, name, width)
+    become_pruned_(model, layout, {})
+    if parameter_shapes(make_skeleton(model.config, skeleton.dtype)) != parameter_shapes(model):
+        raise ValueError("a reloaded model has other shapes")
