@@ -136,6 +136,9 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     loaded = load_weights(name, dtype=precision, **options)
     if gguf:
         loaded = _without_gguf(loaded)
+    for key, value in loaded.named_parameters():
+        if found.layout.place_of(key) is None:
+            check_finite(f"{key} of {found.path}", value)
     loaded = loaded.to(where).eval()
     return found.opened(loaded, LiveBlocks(loaded, found.layout))
 

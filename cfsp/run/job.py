@@ -222,7 +222,7 @@ class Run:
         del recipe["micro_batch"]  # what it asks for; the one in force counts
         return {
             "model": blocks.checkpoint_fingerprint(),
-            "model files": self.ranks.of_first(lambda: stamps),
+            "state of the model's files": self.ranks.of_first(lambda: stamps),
             "recipe": recipe,
             "micro-batch": self.micro_batch,
             "latency table": self.table.fingerprint() if self.table is not None else None,

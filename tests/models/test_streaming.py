@@ -1,6 +1,5 @@
 """One block at a time: the same numbers and the same bytes as with the whole model in memory."""
 
-import json
 import os
 import subprocess
 import sys
