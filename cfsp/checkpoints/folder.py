@@ -39,7 +39,8 @@ def load(
     check_config(folder)
     load_config(str(folder))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=precision, **options)
+    options = {"dtype": precision, "trust_remote_code": False, **options}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.to(where).eval()
 
 

@@ -10,7 +10,6 @@ from ..checkpoints.card import fits_summary, refits_summary
 from ..costs.dry_run import estimate
 from ..costs.hardware import parse_memory
 from ..errors import CfspError
-from ..models.layouts import unsupported
 from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
 from . import options
@@ -117,8 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
         given = options.given(arguments, names)
         found = estimate(arguments.model, recipe_of(arguments), **given)
         options.show(arguments, found.to_dict(), found.table())
-        if not found.supported:  # as the run itself would fail
-            raise unsupported(found.architecture)
+        if found.refusal:  # as the run itself would fail
+            raise CfspError(found.refusal)
         found.check(parse_memory(arguments.max_memory))
         return
     options.check_no_dry_run(arguments, DRY_RUN_OPTIONS)

@@ -14,7 +14,6 @@ from ..io.safetensors import TensorInfo, Tensors
 from ..io.shard_writer import MAX_SHARD_BYTES, pack_shards
 from ..models.blockwise import default_micro_batch
 from ..models.descriptions import Description, describe
-from ..models.layouts import unsupported
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
 from ..pruning.compaction import planned_tensors
@@ -170,7 +169,7 @@ def _estimate(
     return Estimate(
         model=described.name,
         architecture=model.config.model_type,
-        supported=described.layout is not None,
+        refusal=described.refusal,
         streamed=described.streamed,
         parameters=dense.parameters,
         parameters_after=(run.pruned or dense).parameters,
@@ -243,7 +242,7 @@ def estimate(
     described = describe(model, recipe.dtype, whole=recipe.searches)
     skeleton, layout = described.model, described.layout
     if layout is None and recipe.budget is not None:
-        raise unsupported(skeleton.config.model_type)
+        raise CfspError(described.refusal)
     check_seqlen(skeleton, recipe.calibration.seqlen)
     machine = choose_hardware(hardware, device, skeleton.dtype, tflops, disk_gbps)
     where = pick_device(device if hardware is None else "cpu")

@@ -102,8 +102,8 @@ class Estimate(RunEstimate):
     model: str
     architecture: str
     """``model_type`` of its config."""
-    supported: bool
-    """Whether the architecture can be pruned; otherwise only its costs are known, roughly."""
+    refusal: str
+    """Why the architecture cannot be pruned: only its costs are known then, roughly. "" if it can."""
     streamed: bool
     """Whether one block at a time is in memory."""
     parameters: int

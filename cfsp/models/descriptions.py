@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import TensorInfo, Tensors, read_index
+from ..io.safetensors import FLOATS, TensorInfo, Tensors, read_index
 from .channels import ChannelGroup
 from .ffn import FFN
 from .inspection import check_config, check_folder_files, placed
@@ -47,6 +47,8 @@ class Description:
     stored: Tensors
     """What its own checkpoint holds under the model's names."""
     streamed: bool
+    refusal: str = ""
+    """Why it cannot be pruned."""
 
     @cached_property
     def parameters(self) -> Tensors:
@@ -89,13 +91,19 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
             tensors = read_index(path)
             skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors))
             sources = placed(path, skeleton, tensors)
-            stored = {name: info for name, info in tensors.items() if sources.get(name) == [name]}
+            stored = {
+                name: info
+                for name, info in tensors.items()
+                if sources.get(name) == [name] and info.dtype in FLOATS
+            }
         else:
             skeleton = make_skeleton(config, pick_dtype(dtype, config, {}, gguf=gguf))
+    layout: Layout | None = None
+    refusal = ""
     try:
-        layout: Layout | None = checked_layout(skeleton)
-    except CfspError:
-        layout = None
+        layout = checked_layout(skeleton)
+    except CfspError as error:
+        refusal = str(error)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     known = {name: info for name, info in stored.items() if name in own}
@@ -105,7 +113,7 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
     name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
     streamed = not (whole or gguf or renamed)
-    return Description(name, skeleton, layout, blocks, own, known, streamed)
+    return Description(name, skeleton, layout, blocks, own, known, streamed, refusal)
 
 
 def block_path(model: PreTrainedModel) -> str:

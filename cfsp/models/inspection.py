@@ -58,7 +58,9 @@ def check_config(name: str | Path, config: Any) -> None:
             if "/" in str(code):
                 raise CfspError(f"{name}: {choice} {code!r} of its config is code from the hub")
     if parts[1] is not config or config.sub_configs:
-        raise unsupported(kind, "a text decoder inside of another model, of images or sound")
+        raise unsupported(
+            kind, "it is multimodal, and its text decoder is not pruned apart from the rest"
+        )
     if config.is_encoder_decoder:
         raise unsupported(kind, "an encoder-decoder")
     if config.is_heterogeneous and not kind.startswith(PRUNED_PREFIX):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import StoredTensor, read_index, read_tensors
+from ..io.safetensors import FLOATS, StoredTensor, read_index, read_tensors
 from ..io.stamps import Stamps, stamps_of
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
@@ -33,7 +33,6 @@ from .surgery import set_buffers_, set_parameters_
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 

@@ -19,7 +19,6 @@ from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.files import format_bytes
 from ..io.safetensors import TensorInfo
 from ..models.descriptions import Description, describe
-from ..models.layouts import unsupported
 from ..models.loading import check_seqlen
 from .settings import Recovery
 from .targets import what_is_trained
@@ -197,7 +196,7 @@ def estimate_recovery(
     described = describe(folder)
     model, layout = described.model, described.layout
     if layout is None:
-        raise unsupported(model.config.model_type)
+        raise CfspError(described.refusal)
     machine = choose_hardware(hardware, device, model.dtype, tflops)
     calibration, where = pruned.plan.recipe.calibration, torch.device(machine.device)
     settings = settings.resolved(calibration, model.num_parameters(), where)

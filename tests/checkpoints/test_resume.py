@@ -112,7 +112,7 @@ def test_a_run_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> No
     statistics = cfsp.calibrate(folder, recipe=RECIPE, progress=False)
     seed = replace(RECIPE, calibration=replace(RECIPE.calibration, seed=1))
     for model, recipe, options, what in (
-        (other, RECIPE, {}, "model"),
+        (other, RECIPE, {}, "model, state of the model's files"),
         (folder, replace(RECIPE, sparsity=0.5), {}, "recipe"),
         (folder, seed, {}, "calibration text, recipe"),
         (folder, RECIPE, {"statistics": statistics}, "calibration text, statistics"),

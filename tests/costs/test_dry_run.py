@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cfsp
 from cfsp import api as pipeline
@@ -54,8 +55,8 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
     for key in ("parameters_after", "blocks", "stages", "device_parts", "dtype", "streamed"):
         assert with_weights[key] == without[key] == from_file[key], key
     assert sorted(path.name for path in tiny_folder.parent.iterdir()) == ["tiny"]
-    assert (with_weights["windows"], with_weights["seqlen"], with_weights["supported"]) == (
-        3, 32, True,
+    assert (with_weights["windows"], with_weights["seqlen"], with_weights["refusal"]) == (
+        3, 32, "",
     )  # fmt: skip
 
 
@@ -70,7 +71,9 @@ def test_what_is_stored_otherwise_or_not_streamed_is_seen(
     assert cast["largest_block_bytes"] == 2 * plain["largest_block_bytes"]
     assert plain["device_parts"]["blocks"] == 2 * plain["largest_block_bytes"]
     assert cast["device_parts"]["blocks"] == 4 * plain["largest_block_bytes"]
-    (folder / "adapter_config.json").write_text("{}")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     whole = estimated(capsys, folder, *TINY_RUN)
     assert (plain["streamed"], whole["streamed"]) == (True, False)
     assert whole["device_parts"]["blocks"] == 4 * plain["largest_block_bytes"]
@@ -220,8 +223,9 @@ def test_an_architecture_that_cannot_be_pruned_has_costs_and_exit_code_2(
     build("nemotron").config.save_pretrained(tmp_path)
     code, printed, error = run(capsys, "prune", tmp_path, "--dry-run", *SMALL, "--json")
     found = json.loads(printed)
-    assert (code, found["supported"], found["blocks"]) == (2, False, 2)
-    assert "unsupported architecture 'nemotron'; supported: llama" in error
+    assert (code, found["blocks"]) == (2, 2)
+    assert "unsupported architecture 'nemotron': NemotronDecoderLayer should have one" in error
+    assert found["refusal"] in error
     before, after = found["parameters"], found["parameters_after"]
     assert before - after == pytest.approx(0.3 * 2 * 2 * 64 * 176, rel=0.01)
 

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ...errors import CfspError
 from ..folder import write_companions
 from . import configuration_decilm
@@ -54,7 +52,7 @@ def write(source: ExportSource, options: ExportOptions, folder: Path, progress: 
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(CONFIG_FILE, folder / CONFIG_FILE.name)
     write_companions(source.opened.model, source.opened.tokenizer, folder)
-    loaded = AutoConfig.from_pretrained(str(folder), trust_remote_code=True).to_dict()
+    loaded = configuration_decilm.DeciLMConfig.from_pretrained(str(folder)).to_dict()
     for name in (*CARRIED, "max_position_embeddings", "mlp_bias", "block_configs"):
         if loaded[name] != values[name]:
             raise RuntimeError(f"config.json loads with {name} {loaded[name]}, not {values[name]}")
