@@ -103,7 +103,7 @@ class Estimate(RunEstimate):
     architecture: str
     """``model_type`` of its config."""
     refusal: str
-    """Why the architecture cannot be pruned: only its costs are known then, roughly. "" if it can."""
+    """Why the architecture cannot be pruned; "" if it can. If not, its costs are rough."""
     streamed: bool
     """Whether one block at a time is in memory."""
     parameters: int

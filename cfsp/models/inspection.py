@@ -17,19 +17,28 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import CfspError
+from ..io.files import format_bytes
 from ..io.safetensors import StoredTensor
 from .layouts import PRUNED_PREFIX, unsupported
 
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, GPTQ and AWQ say how they quantised, beside or instead of the config."""
 ADAPTER_FILE = "adapter_config.json"
+MAX_JSON_BYTES = 1 << 30
+"""The largest vocabularies take a tenth of that."""
 PLAIN = "only plain float weights and GGUF files are read: dequantise it first"
 REMADE = re.compile(r"\b(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 """Buffers that older checkpoints hold and every model makes itself."""
 
 
 def check_folder_files(folder: Path) -> None:
-    """Raise CfspError for a folder of quantised weights or with an adapter, by its files."""
+    """Raise CfspError for a folder with a pipe or device, a huge document, quantised weights or an
+    adapter, by its files."""
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise CfspError(f"{file} is not a regular file")
+        if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise CfspError(f"{file} has more than {format_bytes(MAX_JSON_BYTES)}")
     for name in QUANTISED_FILES:
         if (folder / name).exists():
             raise CfspError(f"{folder} is quantised, it has {name}; {PLAIN}")

@@ -15,6 +15,7 @@ from ..costs.estimates import RunEstimate, format_count, format_seconds, make_ta
 from ..costs.flops import FP32, ModelCosts, model_costs
 from ..costs.hardware import Hardware, MemoryBudget, choose_hardware, parse_memory, resident_bytes
 from ..costs.workload import TEXT_BYTES, Stage, allocator_bytes
+from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.files import format_bytes
 from ..io.safetensors import TensorInfo

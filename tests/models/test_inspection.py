@@ -259,6 +259,25 @@ def test_no_code_that_a_folder_names_is_run(changes: dict[str, object], tmp_path
     check_refused(folder, "code of its own|code from the hub|model type `mine`")
 
 
+@pytest.mark.parametrize(
+    "name", ["more.safetensors", "model.safetensors", "config.json", "tokenizer.json", "notes.txt"]
+)
+def test_a_pipe_in_the_folder_hangs_nobody(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CfspError, match=f"{name} is not a regular file|no config"):
+        open_any(folder)
+
+
+def test_documents_are_bounded(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(CfspError, match=r"tokenizer\.json has more than 1\.0 GiB"):
+        open_any(folder)
+
+
 def test_pickles_are_never_read(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "decoy.safetensors")
