@@ -6,6 +6,7 @@ widths. Both would otherwise be found after the work.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .layouts import Layout, as_block_output, hidden_states_of, known_layout, un
 from .loading import make_skeleton, quiet_loading
 from .modeling_cfsp import set_parameter, set_width
 from .pruned_classes import become_pruned_
-from .surgery import forward_instead, on_meta
+from .surgery import forward_instead, on_meta, set_parameters_
 from .tensors import parameter_shapes
 
 TOKENS = 2
@@ -55,32 +56,32 @@ class _LastBlock(Exception):
 
 def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
     """Record what the blocks are called with, as a calibration does, and run each on it."""
-    blocks = layout.find_blocks(skeleton)
-    width = skeleton.get_input_embeddings().weight.shape[1]
-    hidden = torch.zeros(1, TOKENS, width, dtype=skeleton.dtype)
-    recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    blocks, given = layout.find_blocks(skeleton), list[tuple[torch.Tensor, Any, Any]]()
+    outer = {name: p for name, p in skeleton.named_parameters() if layout.place_of(name) is None}
+    zeros = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in outer.items()}
+    set_parameters_(skeleton, zeros)  # of no size in memory
 
     def stand_in(block: nn.Module) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if hidden_states.shape != hidden.shape:
-                raise ValueError(f"given {list(hidden_states.shape)}, not {list(hidden.shape)}")
-            recorded.append((args, kwargs))
-            if len(recorded) == len(blocks):
+            _check_shape(hidden_states, given[0][0] if given else hidden_states, "given")
+            given.append((hidden_states, args, kwargs))
+            if len(given) == len(blocks):
                 raise _LastBlock
             return as_block_output(block, hidden_states)
 
         return forward
 
-    try:
-        with forward_instead(blocks, [stand_in(block) for block in blocks]):
-            skeleton.base_model(inputs_embeds=hidden, use_cache=False)
-    except _LastBlock:
-        pass
-    for block, call in zip(blocks, recorded, strict=True):
-        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call)
-        output = hidden_states_of(on_meta(block)(hidden.to("meta"), *args, **kwargs))
-        if output.shape != hidden.shape:
-            raise ValueError(f"they give {list(output.shape)}, not {list(hidden.shape)}")
+    with suppress(_LastBlock), forward_instead(blocks, [stand_in(block) for block in blocks]):
+        skeleton.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
+    for block, call in zip(blocks, given, strict=True):
+        hidden, args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call)
+        output = hidden_states_of(on_meta(block)(hidden, *args, **kwargs))
+        _check_shape(output, hidden, "giving")
+
+
+def _check_shape(states: torch.Tensor, others: torch.Tensor, how: str) -> None:
+    if states.shape != others.shape or states.shape[:-1] != (1, TOKENS):
+        raise ValueError(f"{how} {list(states.shape)} for {TOKENS} tokens")
 
 
 def _rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:

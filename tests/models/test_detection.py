@@ -20,16 +20,21 @@ from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits
 
 UNKNOWN = {
-    "helium": FFN(activation=""),
-    "seed_oss": FFN(activation=""),
+    **dict.fromkeys(
+        ("cohere", "ernie4_5", "exaone4", "helium", "hunyuan_v1_dense", "ministral", "ministral3"),
+        FFN(activation=""),
+    ),
+    **dict.fromkeys(("olmo3", "qwen3_5_text", "seed_oss", "vaultgemma"), FFN(activation="")),
     "lfm2": FFN("feed_forward.w3", "feed_forward.w2", "feed_forward.w1", activation=""),
 }
+LINEAR = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
 CONFIG = {
+    "qwen3_5_text": {f"linear_{name}": 4 for name in LINEAR},
     "lfm2": {
         "layer_types": ["conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
         "head_dim": None,
-    }
+    },
 }
 
 
