@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cfsp.models.layouts import LAYOUTS
+
+from ..models import test_detection
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -50,3 +54,18 @@ def test_the_method_page_says_where_the_released_score_degenerates() -> None:
     assert "The released score reads no weights" in text
     (test,) = set(re.findall(r"`(test_the_released_score\w+)`", text))
     assert f"def {test}" in (Path(__file__).parents[1] / "pruning" / "test_scoring.py").read_text()
+
+
+def test_the_page_of_inputs_names_the_families_and_tests_that_there_are() -> None:
+    page, tests = (DOCS / "inputs.md").read_text(), DOCS.parent / "tests"
+    parts = dict(re.findall(r"<!-- (.+?) -->\n(.+?)\n\n", page, flags=re.DOTALL))
+
+    def names(part: str) -> set[str]:
+        return set(re.findall(r"\b[a-z]\w*", parts[part].partition("):")[2]))
+
+    assert names("written down") == set(LAYOUTS)
+    assert names("detected") == set(test_detection.UNKNOWN)
+    for file in re.findall(r"`(\w+/test_\w+\.py)`", page):
+        assert (tests / file).is_file(), file
+    for row in re.findall(r"^\| (?!what|---).+$", page, flags=re.MULTILINE):
+        assert re.search(r"`\w+/test_\w+\.py` \|$", row), row
