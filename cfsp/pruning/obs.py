@@ -65,9 +65,10 @@ def _damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Ten
 def _cholesky(damped: torch.Tensor) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):
+        if not bool(damped.isfinite().all()):
+            raise CfspError("the Gram matrix is not finite: activations are too large for its fp32")
         raise CfspError(
-            "the Gram matrix is singular or not finite: use a larger damping or more calibration "
-            "tokens"
+            "the Gram matrix is singular: use a larger damping or more calibration tokens"
         )
     return factor
 

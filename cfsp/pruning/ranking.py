@@ -94,7 +94,10 @@ class Ranker:
     def visit(self, number: int, block: nn.Module, statistics: BlockStatistics) -> None:
         """Score the FFNs of a block; error curves too, where the allocator begins with them."""
         weights = partial(self.layout.ffn_weights, block)
-        scores, errors = rank_block(statistics, weights, self.recipe, self.recipe.makes_curves)
+        try:
+            scores, errors = rank_block(statistics, weights, self.recipe, self.recipe.makes_curves)
+        except CfspError as error:
+            raise CfspError(f"block {number}: {error}") from error
         self.scores += scores
         self.curves += errors
 

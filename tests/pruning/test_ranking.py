@@ -24,7 +24,7 @@ from cfsp.pruning.plan import BlockPlan, make_plan, select_channels
 from cfsp.pruning.ranking import Ranker, rank, scaled_curves
 from cfsp.pruning.search import CutBlocks
 
-from ..conftest import make_tiny, make_tokenizer
+from ..conftest import TEXT, make_tiny, make_tokenizer
 
 OBS = cfsp.Recipe(
     sparsity=0.3,
@@ -324,3 +324,14 @@ def test_the_command_line_calibrates_for_obs_and_plans_with_search(
     assert "error scale" in capsys.readouterr().err
     assert main(["plan", *given, "--damping", "0.5"]) == 2
     assert "calibrate with --scorer obs, --allocator knapsack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [{"scorer": "obs"}, {"allocator": "knapsack"}])
+def test_activations_beyond_fp32_are_told_with_their_block(recipe: dict[str, str]) -> None:
+    model = make_tiny()
+    for name, factor in (("up_proj", 1e10), ("gate_proj", 1e10), ("down_proj", 1e-20)):
+        getattr(model.model.layers[2].mlp, name).weight.data *= factor
+    calibration = cfsp.Calibration(dataset=TEXT, samples=4, seqlen=32)
+    wanted = cfsp.Recipe(width_multiple=8, calibration=calibration, **recipe)
+    with pytest.raises(CfspError, match=r"block 2: the Gram matrix is not finite"):
+        cfsp.calibrate(model, make_tokenizer(), wanted, progress=False)
