@@ -10,7 +10,6 @@ from torch import nn
 
 from .calibration.statistics import Statistics, check_statistics, check_text, load_statistics
 from .calibration.windows import calibration_windows
-from .checkpoints.folder import check_out
 from .costs.budgets import check_biases, check_processes, check_recipe
 from .costs.dry_run import Request, estimate_opened
 from .costs.hardware import MemoryBudget, device_capped, parse_memory
@@ -31,7 +30,7 @@ from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import check_ranked
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory
+from .run import PruneResult, Run, into_new_folder, prune_from_disk_to_disk, prune_in_memory
 from .run.job import as_calibrated, check_reach, plan_model
 
 
@@ -132,6 +131,7 @@ def plan(
     return make_plan(statistics, weights, recipe, progress=progress)
 
 
+@into_new_folder
 def prune(
     model: nn.Module | str | Path,
     tokenizer: Any = None,
@@ -170,7 +170,7 @@ def prune(
             device. None: for a latency budget, measured once, kept in ~/.cache/cfsp or $CFSP_CACHE.
         max_memory: "20GiB" of the device, or "device=20GiB,host=8GiB"; on a CPU both are the
             process's memory. A micro-batch left open is the largest that fits, up to the default.
-        overwrite: replace ``out`` where it exists, and an interrupted run of it.
+        overwrite: replace ``out``, where cfsp wrote all of it, and an interrupted run of it.
         resume: continue an interrupted run of the same model, recipe and text.
         verify: compare the SHA-256 of the model's weight files with what is known of them (see
             :func:`cfsp.io.hashes.known_hashes`), and list those of the result in ``SHA256SUMS``.
@@ -180,14 +180,13 @@ def prune(
             this call, and ``out`` is on a file system that all see.
 
     Raises:
-        CfspError: bad input or too little memory; the input and an existing ``out`` are untouched.
+        CfspError: bad input, an ``out`` that cannot be or is in use, too little memory; the input
+            and an existing ``out`` are untouched.
         Stopped: ``stop`` said so.
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
     source = None if isinstance(model, nn.Module) else model
     target = Path(out) if out is not None else None
-    if target is not None:
-        check_out(target, overwrite, source, resume=resume)
     if isinstance(statistics, str | Path):
         statistics = load_statistics(statistics)
     if plan is not None:
@@ -235,7 +234,6 @@ def prune(
         held_out=held_out,
         table=table,
         micro_batch=_announced(opened, request, budget, progress, ranks),
-        overwrite=overwrite,
         verify=verify,
         stop=stop,
         progress=progress,
@@ -243,7 +241,7 @@ def prune(
     )
     with device_capped(model_device(opened.model), budget.device):
         if target is not None and isinstance(opened.blocks, StoredBlocks):
-            return prune_from_disk_to_disk(run, opened.blocks, target, resume=resume)
+            return prune_from_disk_to_disk(run, opened.blocks, target)
         return prune_in_memory(run, target, given=source is None)
 
 

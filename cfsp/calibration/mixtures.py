@@ -68,6 +68,12 @@ def _known(text: str) -> tuple[str, float] | None:
         return None
 
 
+def dataset_paths(*texts: str | None) -> list[str]:
+    """What mixtures read from paths: their datasets that have no name, where they exist."""
+    named = [dataset for text in texts if text for dataset in parse_mixture(text)]
+    return [dataset for dataset in named if dataset not in DATASETS and exists(dataset)]
+
+
 def format_mixture(mixture: Mixture) -> str:
     """The text of a mixture, without weights that are 1 or of a dataset alone."""
     if len(mixture) == 1:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CfspError
+from ..io.files import whole_file
+from ..io.places import check_replaceable
 from ..models.blocks import Blocks
 from ..models.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import tokens_fingerprint
@@ -182,15 +183,13 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         "model_fingerprint": statistics.model_fingerprint,
         "provenance": statistics.provenance,
     }
-    partial = path.with_name(f"{path.name}.partial")
     try:
+        check_replaceable(path, path, overwrite=True, kind="file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot write statistics {path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _block(file: Any, header: dict[str, Any], number: int) -> BlockStatistics:

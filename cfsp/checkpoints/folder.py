@@ -1,25 +1,20 @@
 """A folder that reloads: per-block widths in the config, the modeling file beside the weights."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import CfspError, Stopped
-from ..io.files import sync_folder
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
 from ..models.loading import check_config, load_config, pick_device
 from ..models.pruned_classes import is_stock
 from ..models.tensors import converted, saved_tensors, tensor_infos
-from .resume import can_resume
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
 
@@ -42,85 +37,6 @@ def load(
     options = {"dtype": precision, "trust_remote_code": False, **options}
     model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.to(where).eval()
-
-
-def partial_path(out: Path) -> Path:
-    """Where a result is until it is whole."""
-    return out.with_name(f"{out.name}.partial")
-
-
-@contextmanager
-def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` when all went well, and vanishes otherwise. A run that
-    can be resumed stays if it was stopped or the disk failed; a resumed one, after any error."""
-    check_out(out, overwrite, resume=resume)
-    partial, old = partial_path(out), out.with_name(f"{out.name}.old")
-    keep = resume
-    try:
-        if not (resume and can_resume(partial)):
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=resume)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-        sync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        keep = keep or can_resume(partial)
-        hint = "; `resume=True` continues this run" if can_resume(partial) else ""
-        raise CfspError(f"cannot write {out}: {error}{hint}") from error
-    except Stopped:
-        keep = keep or can_resume(partial)
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def new_file(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A file to fill that becomes ``out`` when all went well, and vanishes otherwise."""
-    partial = partial_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        check_out(out, overwrite, kind="file")
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise CfspError(f"cannot write {out}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_out(
-    out: Path,
-    overwrite: bool,
-    source: str | Path | None = None,
-    *,
-    resume: bool = False,
-    kind: str = "folder",
-) -> None:
-    """Refuse an output, a folder or a file, that is the input, or exists and is not to be
-    overwritten, or whose interrupted run is to be neither continued nor overwritten."""
-    if out.exists():
-        if source is not None and Path(source).exists() and out.samefile(source):
-            other = "folder" if kind == "folder" else "name"
-            raise CfspError(f"output {out} is the input; choose another {other}")
-        if not (out.is_dir() if kind == "folder" else out.is_file()):
-            raise CfspError(f"output {out} exists and is not a {kind}")
-        if not overwrite:
-            raise CfspError(f"output {out} exists; `overwrite=True` replaces it")
-    partial = partial_path(out)
-    if can_resume(partial) and not overwrite and not resume:
-        raise CfspError(
-            f"{partial} is an interrupted run: `resume=True` continues it, "
-            "`overwrite=True` begins anew"
-        )
 
 
 def write_tensors(

@@ -1,6 +1,7 @@
 """What a run from disk to disk keeps beside its shards, so that a later one can continue it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,11 @@ from ..calibration.statistics import Statistics, load_statistics, save_statistic
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..io.files import write_json
+from ..io.outputs import MANIFEST, RESULT, STATE_FOLDER, can_resume
 
 FORMAT = "cfsp-run-1"
-STATE_FOLDER = ".cfsp-run"
-MANIFEST = f"{STATE_FOLDER}/manifest.json"
 STATISTICS = f"{STATE_FOLDER}/statistics.safetensors"
-
-
-def can_resume(partial: Path) -> bool:
-    """Whether a folder holds a run that was begun."""
-    return (partial / MANIFEST).is_file()
+SHARDS = f"{STATE_FOLDER}/shards"
 
 
 def check_resume(partial: Path, identity: dict[str, Any]) -> None:
@@ -43,10 +39,42 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def begin(partial: Path, identity: dict[str, Any]) -> None:
-    """Record which run fills a folder, unless :func:`check_resume` found it begun."""
-    if not can_resume(partial):
+    """Record which run fills a folder; of one that :func:`check_resume` found begun only the shards
+    stay that it finished and nobody has touched since."""
+    if can_resume(partial):
+        _drop_unproven(partial)
+    else:
         (partial / STATE_FOLDER).mkdir(exist_ok=True)
         write_json(partial / MANIFEST, {"format": FORMAT, "identity": identity})
+
+
+def keep_shard(file: Path) -> None:
+    """Record a finished shard of a result, so that a later run need not write it again."""
+    records = file.parents[1] / SHARDS
+    records.mkdir(exist_ok=True)
+    write_json(records / f"{file.name}.json", {"file": _state_of(file)})
+
+
+def _state_of(file: Path) -> list[int]:
+    """What no write leaves as it was, nor a copy."""
+    status = file.lstat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _drop_unproven(partial: Path) -> None:
+    """Remove from an unfinished result what is no shard with a record."""
+    for entry in list(os.scandir(partial / RESULT)):
+        file = Path(entry.path)
+        try:
+            known = json.loads((partial / SHARDS / f"{entry.name}.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            known = None
+        if known == {"file": _state_of(file)} and entry.is_file(follow_symlinks=False):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def check_shared(partial: Path, ranks: Ranks) -> None:
@@ -74,8 +102,3 @@ def kept_statistics(partial: Path) -> Statistics | None:
 
 def keep_statistics(partial: Path, statistics: Statistics) -> None:
     save_statistics(statistics, partial / STATISTICS)
-
-
-def end(partial: Path) -> None:
-    """Remove everything that is no part of the result."""
-    shutil.rmtree(partial / STATE_FOLDER)

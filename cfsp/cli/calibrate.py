@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 
 from ..api import calibrate
+from ..calibration.mixtures import dataset_paths
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
-from ..checkpoints.folder import check_out
+from ..io.outputs import new_file
 from ..pruning.recipe import Recipe
+from ..run.output import shared_output
 from .options import MODEL, add_device, add_fields, add_output, given, show
 from .prune import add_calibration, recipe_of
 
@@ -30,17 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
-    check_out(out, arguments.overwrite, kind="file")
-    statistics = calibrate(
-        arguments.model,
-        recipe=recipe_of(arguments),
-        progress=not arguments.quiet,
-        ranks=arguments.group,
-        **given(arguments, ("device", "max_memory")),
-    )
-    if arguments.group.first:
-        save_statistics(statistics, out)
+    out, recipe = Path(arguments.out), recipe_of(arguments)
+    texts = dataset_paths(recipe.calibration.dataset)
+    new = new_file(out, arguments.overwrite, [arguments.model, arguments.recipe, *texts])
+    with shared_output(out, new, arguments.group) as file:
+        statistics = calibrate(
+            arguments.model,
+            recipe=recipe,
+            progress=not arguments.quiet,
+            ranks=arguments.group,
+            **given(arguments, ("device", "max_memory")),
+        )
+        if arguments.group.first:
+            save_statistics(statistics, file)
     importance = {name: statistics.importance(name).tolist() for name in INFLUENCE_METRICS}
     blocks, tokens = len(statistics.blocks), statistics.blocks[0].tokens
     summary = {"statistics": str(out), "blocks": blocks, "tokens": tokens, "importance": importance}

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from ..api import PruneResult, prune
 from ..calibration.windows import Calibration
-from ..checkpoints.folder import check_out, new_folder, write_model
+from ..checkpoints.folder import write_model
 from ..errors import CfspError
+from ..io.outputs import can_resume, check_out, new_file, new_folder
+from ..io.places import partial_path
 from ..models.loading import quiet_loading
 from ..models.opening import open_model
 from ..pruning.recipe import Recipe
@@ -113,8 +115,9 @@ def generate_side_by_side(
 
 def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> DemoResult:
     """Prune 30% of the FFN channels of SmolLM2-135M into ``out`` and measure both models."""
-    pruned_folder = out / f"{NAME}-cfsp-30"
-    check_out(pruned_folder, overwrite, resume=not overwrite)
+    pruned_folder, picture = out / f"{NAME}-cfsp-30", out / "widths.png"
+    resume = not overwrite and can_resume(partial_path(pruned_folder))
+    check_out(pruned_folder, overwrite, resume=resume)
     dense = dense_folder(out / NAME)
     result = prune(
         dense,
@@ -123,14 +126,16 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
         eval_windows=EVALUATION_WINDOWS,
         device=device,
         overwrite=overwrite,
-        resume=not overwrite,  # a demo that was killed goes on
+        resume=resume,
         progress=progress,
     )
     with quiet_loading():
         opened = open_model(dense, device=device)
-    models, picture = (opened.model, result.model), out / "widths.png"
+    models = opened.model, result.model
     before, after = generate_side_by_side(models, opened.tokenizer, PROMPT, NEW_TOKENS)
-    plot_widths(result.plan, picture, f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed")
+    title = f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed"
+    with new_file(picture, overwrite=True) as file:
+        plot_widths(result.plan, file, title)
     return DemoResult(result, before, after, picture)
 
 

@@ -2,14 +2,15 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.table import Table
 
 from ..api import latency_table
-from ..checkpoints.folder import check_out
 from ..costs.latency import LatencyTable, save_table
 from ..errors import CfspError
+from ..io.outputs import new_file
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import Recipe
 from .options import MODEL, add_device, add_fields, add_output, given, show
@@ -36,18 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
     found = re.fullmatch(r"(\d+)x(\d+)", arguments.shape)
     if found is None:
         raise CfspError(f"shape {arguments.shape!r}: expected batch x length, such as 1x1024")
-    out = Path(arguments.out) if arguments.out else None
-    if out is not None:
-        check_out(out, arguments.overwrite, kind="file")
-    table = latency_table(
-        arguments.model,
-        batch=int(found[1]),
-        length=int(found[2]),
-        progress=not arguments.quiet,
-        **given(arguments, ("dtype", "device", "again")),
-    )
-    if out is not None:
-        save_table(table, out)
+    out, inputs = arguments.out, [arguments.model]
+    new = nullcontext() if out is None else new_file(Path(out), arguments.overwrite, inputs)
+    with new as file:
+        table = latency_table(
+            arguments.model,
+            batch=int(found[1]),
+            length=int(found[2]),
+            progress=not arguments.quiet,
+            **given(arguments, ("dtype", "device", "again")),
+        )
+        if file is not None:
+            save_table(table, file)
     dense, outer = table.dense_seconds, table.outer_seconds
     whole = f"dense model: {dense * 1e3:.2f} ms, embeddings and head {outer * 1e3:.2f} ms"
     show(arguments, {**table.to_dict(), "dense_seconds": dense}, _shown(table), whole)

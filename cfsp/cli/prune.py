@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ..api import prune
@@ -10,6 +11,7 @@ from ..checkpoints.card import fits_summary, refits_summary
 from ..costs.dry_run import estimate
 from ..costs.hardware import parse_memory
 from ..errors import CfspError
+from ..io.places import check_place
 from ..pruning.plan_file import load_plan
 from ..pruning.recipe import Recipe, load_recipe
 from . import options
@@ -121,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
         found.check(parse_memory(arguments.max_memory))
         return
     options.check_no_dry_run(arguments, DRY_RUN_OPTIONS)
+    check_place(Path(arguments.out), [arguments.plan, arguments.recipe])
     plan = load_plan(arguments.plan) if arguments.plan else None
     if plan is not None:
         fixed = ("recipe", *RECIPE_OPTIONS, *CALIBRATION_OPTIONS)

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from ..checkpoints.documents import read_evaluation, read_result
-from ..checkpoints.folder import check_out
 from ..errors import CfspError
-from ..report.page import write_report
+from ..io.outputs import new_file
+from ..report.page import report_html
 from ..report.pictures import write_pictures
 from .options import add_output, show
 
@@ -29,15 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
-    check_out(out, arguments.overwrite, kind="file")
-    results = [read_result(folder) for folder in arguments.folders]
-    evaluations = [model for file in arguments.evaluation for model in read_evaluation(file)]
-    pictures: list[str] = []
-    if arguments.png:
-        if len({result.name for result in results}) < len(results):
-            raise CfspError("--png names pictures after folders, and two of them have one name")
-        folder = Path(arguments.png)
-        pictures = [str(path) for result in results for path in write_pictures(result, folder)]
-    write_report(results, out, evaluations)
+    out, overwrite = Path(arguments.out), arguments.overwrite
+    inputs, paths = [*arguments.folders, *arguments.evaluation], list[Path]()
+    with new_file(out, overwrite, inputs) as page:
+        results = [read_result(folder) for folder in arguments.folders]
+        evaluations = [model for file in arguments.evaluation for model in read_evaluation(file)]
+        if arguments.png:
+            if len({result.name for result in results}) < len(results):
+                raise CfspError("--png names pictures after folders, and two of them have one name")
+            for result in results:
+                paths += write_pictures(result, Path(arguments.png), overwrite, inputs)
+        page.write_text(report_html(results, evaluations), encoding="utf-8")
+    pictures = list(map(str, paths))
     show(arguments, {"report": str(out), "pictures": pictures}, str(out), *pictures)

@@ -14,6 +14,7 @@ import numpy as np
 from ..apportion import reachable
 from ..errors import CfspError
 from ..io.files import write_json
+from ..io.places import check_replaceable
 from ..pruning.budget import Widths
 
 FORMAT = "cfsp-latency-1"
@@ -113,6 +114,7 @@ def load_table(path: str | Path) -> LatencyTable:
 def save_table(table: LatencyTable, path: Path) -> None:
     document = table.to_dict()
     try:
+        check_replaceable(path, path, overwrite=True, kind="file")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, document)
     except OSError as error:

@@ -2,15 +2,30 @@
 
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to fill that becomes ``path`` when all went well, and vanishes otherwise. Nobody can
+    have put a link where it is meanwhile: its name is not to be guessed."""
+    partial = path.with_name(f".cfsp-{secrets.token_hex(8)}")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ wherever they come from, and is known before the first tensor is.
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class _OpenShard:
         for name, info in shard.tensors.items():
             self.starts[name] = end
             end += info.nbytes
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         self.descriptor = os.open(self.temporary, flags, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
@@ -152,10 +152,15 @@ class ShardWriter:
     Unfinished ones vanish on the way out of an error; those in ``others`` are not written."""
 
     def __init__(
-        self, folder: Path, shards: Iterable[Shard], others: frozenset[str] = frozenset()
+        self,
+        folder: Path,
+        shards: Iterable[Shard],
+        others: frozenset[str] = frozenset(),
+        finished: Callable[[Path], None] = lambda file: None,
     ) -> None:
         self.folder = folder
         self.others = others
+        self.finished = finished
         self.shard_of = {name: shard for shard in shards for name in shard.tensors}
         self.open: dict[str, _OpenShard] = {}
         self.closed = 0
@@ -188,4 +193,5 @@ class ShardWriter:
         if not current.left:
             del self.open[shard.name]
             current.finish()
+            self.finished(current.path)
             self.closed += 1

@@ -97,6 +97,7 @@ def prune_to_shards_(
     before: Sequence[Visit] = (),
     after: Sequence[Visit] = (),
     stop: Callable[[], bool] = bool,
+    finished_shard: Callable[[Path], None] = lambda file: None,
     progress: bool = True,
     ranks: Ranks = ALONE,
     together: bool = False,
@@ -124,7 +125,7 @@ def prune_to_shards_(
     shown = BlockProgress(bar, len(plan.blocks))
     with (
         bar,
-        ShardWriter(folder, shards, others) as writer,
+        ShardWriter(folder, shards, others, finished_shard) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write-behind") as behind,
         blocks.turns(wanted) as turns,
     ):

@@ -11,6 +11,7 @@ import torch
 from ..calibration.curves import ErrorCurve
 from ..errors import CfspError
 from ..io.files import write_json
+from ..io.places import check_replaceable
 from ..models.channels import ChannelGroup
 from .plan import BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
@@ -21,6 +22,7 @@ FORMAT = "cfsp-plan-1"
 def save_plan(plan: PruningPlan, path: str | Path) -> None:
     """Write a plan as JSON; kept channels are ranges such as "0-5,7"."""
     try:
+        check_replaceable(Path(path), Path(path), overwrite=True, kind="file")
         write_json(Path(path), plan_to_dict(plan))
     except OSError as error:
         raise CfspError(f"cannot write plan {path}: {error}") from None

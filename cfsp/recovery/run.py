@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..calibration.mixtures import dataset_paths
 from ..calibration.windows import calibration_windows
 from ..checkpoints.documents import PLAN, add_recovery, read_pruned
-from ..checkpoints.folder import check_out, new_folder, partial_path, write_model
-from ..checkpoints.resume import STATE_FOLDER, begin, check_resume, end
+from ..checkpoints.folder import write_model
+from ..checkpoints.resume import STATE_FOLDER, begin, check_resume
 from ..checkpoints.verification import take_probe, verify
-from ..costs.hardware import parse_memory, resident_bytes, this_machine
+from ..costs.hardware import MemoryBudget, parse_memory, resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, held_out_text
+from ..io.outputs import new_folder
 from ..models.fingerprints import SAMPLED_VALUES, samples_fingerprint, tokens_fingerprint, versions
 from ..models.loading import model_device, quiet_loading
 from ..models.opening import OpenModel, open_model
@@ -62,7 +65,7 @@ def recover(
         max_memory: what training may take, "20GiB": decides on gradient checkpointing where that is
             left open, and refuses what does not fit. None: what a GPU has free.
         keep_adapter: keep the adapters too, as peft loads them, in ``out/adapter``.
-        overwrite: replace ``out`` where it exists, and an interrupted run of it.
+        overwrite: replace ``out``, where cfsp wrote all of it, and an interrupted run of it.
         resume: continue a run of the same model, settings and text that was interrupted.
         stop: asked after every step, for an orderly end before the last; then ``resume`` continues.
         progress: show an estimate and bars on stderr.
@@ -76,9 +79,40 @@ def recover(
         raise CfspError(f"method {settings.method!r} has no adapter to keep")
     if settings.method == "lora":
         require_peft()
-    folder, goal = Path(folder), Path(out)
-    check_out(goal, overwrite, folder, resume=resume)
-    budget = parse_memory(max_memory)
+    teacher = settings.distillation.teacher if settings.distillation is not None else None
+    inputs = [folder, teacher, *dataset_paths(settings.dataset, eval_dataset)]
+    with new_folder(Path(out), overwrite, resume, inputs) as new:
+        model, tokenizer, report = _recovered(
+            Path(folder),
+            new,
+            settings,
+            eval_dataset,
+            eval_windows,
+            device,
+            parse_memory(max_memory),
+            keep_adapter=keep_adapter,
+            stop=stop,
+            progress=progress,
+        )
+    return RecoveryResult(model, tokenizer, report, Path(out))
+
+
+def _recovered(
+    folder: Path,
+    new: Path,
+    settings: Recovery,
+    eval_dataset: str | None,
+    eval_windows: int,
+    device: str,
+    budget: MemoryBudget,
+    *,
+    keep_adapter: bool,
+    stop: Callable[[], bool],
+    progress: bool,
+) -> tuple[PreTrainedModel, Any, RecoveryReport]:
+    """:func:`recover` into a folder that is there: the model as it reloads, its tokenizer, and what
+    came of it."""
+    partial = new.parent
 
     # Open, resolve the settings, check.
     process, pruned = resident_bytes(), read_pruned(folder)
@@ -124,47 +158,44 @@ def recover(
         "evaluation text": tokens_fingerprint(held_out.tokens) if len(held_out.tokens) else None,
         "machine or version": made_by,
     }
-    if resume:
-        check_resume(partial_path(goal), identity)
+    check_resume(partial, identity)
     half = where.type == "cuda" and torch.cuda.is_bf16_supported()
-    with new_folder(goal, overwrite, resume) as partial:
-        begin(partial, identity)
-        before = held_out.measure(model, progress=progress)
-        checkpointing = estimate.gradient_checkpointing
-        learning = _learning(opened, settings, trained, half, checkpointing)
-        with _random_state_kept(), learning as learner:
-            losses = train(
-                learner,
-                windows,
-                settings,
-                partial / STATE_FOLDER / "training",
-                teacher=teacher.model if teacher is not None else None,
-                half=half,
-                stop=stop,
-                progress=progress,
-            )
-            if keep_adapter:
-                save_adapter(learner, partial / ADAPTER, opened.name)
-        if teacher is not None:
-            empty_(teacher.model)
-        report = RecoveryReport(
-            name=opened.name,
-            settings=settings,
-            ranks=trained.ranks,
-            trained_parameters=trained.parameters,
-            uniform_parameters=trained.uniform_parameters,
-            losses=losses,
-            perplexity_before=before,
-            perplexity_after=held_out.measure(model, progress=progress),
-            versions=made_by,
+    begin(partial, identity)
+    before = held_out.measure(model, progress=progress)
+    checkpointing = estimate.gradient_checkpointing
+    learning = _learning(opened, settings, trained, half, checkpointing)
+    with _random_state_kept(), learning as learner:
+        losses = train(
+            learner,
+            windows,
+            settings,
+            partial / STATE_FOLDER / "training",
+            teacher=teacher.model if teacher is not None else None,
+            half=half,
+            stop=stop,
+            progress=progress,
         )
-        write_model(model, opened.tokenizer, partial)
-        add_recovery(pruned, partial, recovery_document(report))
-        expected = take_probe(model)
-        empty_(model)  # one model in memory at a time
-        reloaded = verify(partial, expected, where)
-        end(partial)
-    return RecoveryResult(reloaded, opened.tokenizer, report, goal)
+        if keep_adapter:
+            save_adapter(learner, new / ADAPTER, opened.name)
+    if teacher is not None:
+        empty_(teacher.model)
+    report = RecoveryReport(
+        name=opened.name,
+        settings=settings,
+        ranks=trained.ranks,
+        trained_parameters=trained.parameters,
+        uniform_parameters=trained.uniform_parameters,
+        losses=losses,
+        perplexity_before=before,
+        perplexity_after=held_out.measure(model, progress=progress),
+        versions=made_by,
+    )
+    write_model(model, opened.tokenizer, new)
+    add_recovery(pruned, new, recovery_document(report))
+    expected = take_probe(model)
+    empty_(model)  # one model in memory at a time
+    reloaded = verify(new, expected, where)
+    return reloaded, opened.tokenizer, report
 
 
 def _teacher(student: OpenModel, settings: Recovery, device: str) -> OpenModel | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from .. import __version__
 from ..checkpoints.documents import Result
-from ..checkpoints.folder import new_file
 from ..io.files import format_bytes
+from ..io.outputs import new_file
 from ..pruning.allocation import ALLOCATORS
 from . import figures
 from .svg import kept_strip
@@ -31,13 +32,14 @@ def write_report(
 
     Args:
         results: of :func:`cfsp.checkpoints.documents.read_result`; more than one are also compared.
-        path: of the HTML file.
+        path: of the HTML file; a report that is there is replaced.
         evaluations: of :func:`documents.read_evaluation`, of these models and of others.
 
     Raises:
-        CfspError: the file cannot be written.
+        CfspError: the file cannot be written, or is there and no report.
     """
-    with new_file(Path(path), overwrite=True) as partial:
+    inputs = [result.folder for result in results]
+    with new_file(Path(path), overwrite=True, inputs=inputs) as partial:
         partial.write_text(report_html(results, evaluations), encoding="utf-8")
 
 
@@ -54,6 +56,7 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
     pairs = list(zip(labels, results, strict=True))
     return template.render(
         css=(folder / "report.css").read_text("utf-8"),
+        version=__version__,
         title=labels[0] if len(results) == 1 else f"{len(results)} pruned models",
         results=[_result(result, label, evaluations) for label, result in pairs],
         widths_compared=figures.widths_compared([(label, r.plan) for label, r in pairs]),

@@ -1,14 +1,16 @@
 """Pictures of a plan, for model cards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..checkpoints.documents import Result
 from ..errors import CfspError
+from ..io.outputs import new_file
 from ..pruning.plan import PruningPlan
 from .figures import score_axis, score_spread
 from .svg import STRIP_BINS, kept_shares
@@ -16,21 +18,20 @@ from .svg import STRIP_BINS, kept_shares
 KEPT, REMOVED, LINE = "#2f6fb0", "#d9e2ec", "#c2512f"
 
 
-def write_pictures(result: Result, folder: Path) -> list[Path]:
+def write_pictures(
+    result: Result, folder: Path, overwrite: bool = False, inputs: Sequence[object] = ()
+) -> list[Path]:
     """Write the pictures of a result as PNGs named after its folder, whose paths are returned;
-    CfspError where matplotlib is not installed, or they cannot be written."""
+    CfspError where matplotlib is not installed, or they cannot be written. See :func:`new_file`."""
     title = f"{result.name}: {result.plan.sparsity:.0%} of FFN channels removed"
     pictures = {"widths": plot_widths, "kept": plot_kept}
     if score_spread(result.plan):
         pictures["scores"] = plot_scores
     paths = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, draw in pictures.items():
-            paths.append(folder / f"{result.name}-{kind}.png")
-            draw(result.plan, paths[-1], title)
-    except OSError as error:
-        raise CfspError(f"cannot write pictures into {folder}: {error}") from None
+    for kind, draw in pictures.items():
+        paths.append(folder / f"{result.name}-{kind}.png")
+        with new_file(paths[-1], overwrite, inputs) as file:
+            draw(result.plan, file, title)
     return paths
 
 
@@ -47,7 +48,7 @@ def _picture(path: str | Path, title: str) -> Iterator[tuple[Any, Any]]:
     figure, axes = pyplot.subplots(figsize=(9, 4), dpi=150, layout="constrained")
     axes.set_title(title)
     yield figure, axes
-    figure.savefig(path)
+    figure.savefig(path, format="png", metadata={"Software": f"cfsp {__version__}"})
     pyplot.close(figure)
 
 

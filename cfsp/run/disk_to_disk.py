@@ -1,7 +1,6 @@
 """Prune a model from disk to disk; pass 2 reads each block once, for everything."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import torch
 from ..calibration.statistics import Statistics
 from ..checkpoints import resume as state
 from ..checkpoints.documents import write_documents
-from ..checkpoints.folder import new_folder, partial_path, write_settings
+from ..checkpoints.folder import write_settings
 from ..checkpoints.verification import probe_tokens, verify_streamed
 from ..costs.footprint import footprints
-from ..distributed import Ranks
-from ..errors import CfspError, RankLost, Stopped
+from ..errors import RankLost, Stopped
 from ..io.hashes import write_hashes
+from ..io.outputs import staged
 from ..models.blocks import StoredBlocks, empty_
 from ..models.blockwise import RidingWindows
 from ..pruning.compaction_streamed import prune_to_shards_
@@ -24,62 +23,45 @@ from .job import Run
 from .result import PruneReport, PruneResult, recipe_document
 
 
-def prune_from_disk_to_disk(
-    run: Run, blocks: StoredBlocks, out: Path, *, resume: bool
-) -> PruneResult:
-    """Calibrate, plan, cut, document, verify and publish, on every rank."""
+def prune_from_disk_to_disk(run: Run, blocks: StoredBlocks, out: Path) -> PruneResult:
+    """Calibrate, plan, cut, document and verify what is then published, on every rank; go on where
+    an interrupted run of the same is there."""
     opened, ranks, identity = run.opened, run.ranks, run.identity(blocks)
+    folder = staged(out)
+    staging = folder.parent
     ranks.check_same(identity)
-    if resume:
-        ranks.of_first(lambda: state.check_resume(partial_path(out), identity))
-    with _shared_folder(out, run.overwrite, resume, ranks) as folder:
-        if ranks.first:
-            state.begin(folder, identity)
-        state.check_shared(folder, ranks)
-        statistics = _calibrated(run, folder)
-        plan = run.planned(statistics)
-        finish_, probe = _cut(run, plan, statistics, folder)
+    ranks.of_first(lambda: state.check_resume(staging, identity))
+    if ranks.first:
+        state.begin(staging, identity)
+    state.check_shared(staging, ranks)
+    statistics = _calibrated(run, staging)
+    plan = run.planned(statistics)
+    finish_, probe = _cut(run, plan, statistics, folder)
 
-        def publish() -> PruneReport:
-            report = finish_()
-            rows = report.sizes.rows()
-            write_settings(opened.model, opened.tokenizer, folder)
-            write_documents(folder, report.plan, recipe_document(report), rows, report.stock)
-            empty_(opened.model)  # one model's embeddings in memory at a time
-            verify_streamed(folder, probe, blocks.device)
-            if run.verify:
-                write_hashes(folder, progress=run.progress)
-            state.end(folder)
-            return report
+    def completed() -> PruneReport:
+        report = finish_()
+        rows = report.sizes.rows()
+        write_settings(opened.model, opened.tokenizer, folder)
+        write_documents(folder, report.plan, recipe_document(report), rows, report.stock)
+        empty_(opened.model)  # one model's embeddings in memory at a time
+        verify_streamed(folder, probe, blocks.device)
+        if run.verify:
+            write_hashes(folder, progress=run.progress)
+        return report
 
-        report = ranks.of_first(publish)
+    report = ranks.of_first(completed)
     return PruneResult(opened.tokenizer, report, out, None, blocks.device)
 
 
-@contextmanager
-def _shared_folder(out: Path, overwrite: bool, resume: bool, ranks: Ranks) -> Iterator[Path]:
-    """:func:`new_folder` of the first rank, for all to fill."""
-    if ranks.first:
-        with new_folder(out, overwrite, resume) as folder:
-            yield folder
-    else:
-        try:
-            yield partial_path(out)
-        except OSError as error:
-            message = f"cannot write {out}: {error}; `resume=True` continues this run"
-            raise CfspError(message) from error
-    ranks.barrier()
-
-
-def _calibrated(run: Run, folder: Path) -> Statistics | None:
+def _calibrated(run: Run, staging: Path) -> Statistics | None:
     """The statistics given, those that an interrupted run kept, or new ones, which are kept."""
     if not run.calibrates:
         return run.statistics
-    statistics = run.ranks.of_first(lambda: state.kept_statistics(folder))
+    statistics = run.ranks.of_first(lambda: state.kept_statistics(staging))
     if statistics is None:
         statistics = run.calibrated()
         if run.ranks.first:
-            state.keep_statistics(folder, statistics)
+            state.keep_statistics(staging, statistics)
     return statistics
 
 
@@ -109,6 +91,7 @@ def _cut(
             before=[w.ride for w in [dense] if len(w.windows)],
             after=[*cut.visits, *(w.ride for w in (pruned, probe) if len(w.windows))],
             stop=run.stop,
+            finished_shard=state.keep_shard,
             progress=run.progress,
             ranks=ranks,
             together=cut.dense is not None,

@@ -4,11 +4,12 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints.documents import write_documents
-from ..checkpoints.folder import check_out, new_folder, write_model
+from ..checkpoints.folder import write_model
 from ..checkpoints.verification import take_probe, verify
 from ..costs.footprint import footprints
 from ..errors import Stopped
 from ..io.hashes import write_hashes
+from ..io.outputs import staged
 from ..models.blocks import empty_
 from ..models.loading import model_device
 from ..pruning.compaction import prune_model_
@@ -17,11 +18,9 @@ from .result import PruneResult, recipe_document
 
 
 def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
-    """Calibrate, plan, cut, document, verify and publish; ``given``: the model is the caller's own,
-    so that the result is that very model."""
+    """Calibrate, plan, cut, document and verify what is then published; ``given``: the model is the
+    caller's own, so that the result is that very model."""
     opened, model, ranks = run.opened, run.opened.model, run.ranks
-    if out is not None:
-        check_out(out, run.overwrite)  # nothing here can be resumed
     statistics = run.calibrated() if run.calibrates else run.statistics
     plan = run.planned(statistics)
     training, device = model.training, model_device(model)
@@ -36,15 +35,15 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     )
     report = run.finish_(cut, sizes, fits, before, measure())
     if out is not None and ranks.first:
-        with new_folder(out, run.overwrite) as folder:
-            write_model(model, opened.tokenizer, folder)
-            write_documents(folder, cut.plan, recipe_document(report), sizes.rows(), report.stock)
-            expected = take_probe(model)
-            if not given:
-                empty_(model)  # one model in memory at a time
-            reloaded = verify(folder, expected, device)
-            if run.verify:
-                write_hashes(folder, progress=run.progress)
+        folder = staged(out)
+        write_model(model, opened.tokenizer, folder)
+        write_documents(folder, cut.plan, recipe_document(report), sizes.rows(), report.stock)
+        expected = take_probe(model)
+        if not given:
+            empty_(model)  # one model in memory at a time
+        reloaded = verify(folder, expected, device)
+        if run.verify:
+            write_hashes(folder, progress=run.progress)
         model = model if given else reloaded
     ranks.barrier()
     model.train(training)

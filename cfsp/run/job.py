@@ -110,7 +110,6 @@ class Run:
     """Latency of the model on the device that the result is for."""
     micro_batch: int
     """Windows per forward call of calibration."""
-    overwrite: bool = False
     verify: bool = False
     stop: Callable[[], bool] = bool
     progress: bool

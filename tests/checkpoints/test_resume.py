@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,12 +39,13 @@ def after(calls: int) -> Callable[[], bool]:
 
 def finished(partial: Path) -> dict[str, int]:
     """Shard -> when it was written."""
-    return {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    folder = partial / "result" if partial.suffix == ".partial" else partial
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
 
 
-def stopped(folder: Path, out: Path, calls: int, **options: object) -> Path:
+def stopped(folder: Path, out: Path, calls: int, recipe: cfsp.Recipe = RECIPE) -> Path:
     with pytest.raises(Stopped):
-        prune(folder, out, stop=after(calls), **options)
+        prune(folder, out, recipe, stop=after(calls))
     assert not out.exists()
     return out.with_name(f"{out.name}.partial")
 
@@ -56,7 +58,7 @@ def test_a_run_stopped_in_the_second_pass_keeps_shards_and_statistics(
     partial = stopped(folder, tmp_path / "out", 5)  # four blocks of pass 1, one of pass 2
     done = finished(partial)
     assert 0 < len(done) < len(finished(tmp_path / "reference"))
-    assert not list(partial.glob(".*.tmp"))
+    assert not list(partial.rglob(".*.tmp"))
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
@@ -129,21 +131,83 @@ def test_a_run_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> No
 def test_a_folder_without_a_manifest_is_begun_anew(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     prune(folder, tmp_path / "reference")
-    prune(saved(tmp_path / "other" / "m", seed=1), tmp_path / "out.partial")
+    partial = stopped(folder, tmp_path / "out", 5, replace(RECIPE, sparsity=0.5))
+    (partial / ".cfsp-run" / "manifest.json").unlink()
     prune(folder, tmp_path / "out", resume=True)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_finished_result_that_has_the_name_is_refused_and_left_alone(
+    options: dict[str, bool], tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m")
+    prune(folder, tmp_path / "reference")
+    shutil.copytree(tmp_path / "reference", tmp_path / "out.partial")
+    with pytest.raises(CfspError, match=r"out\.partial is in the way"):
+        prune(folder, tmp_path / "out", **options)
+    assert_same_files(tmp_path / "out.partial", tmp_path / "reference")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_shard_of_another_layout_is_written_again(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     prune(folder, tmp_path / "reference")
     partial = stopped(folder, tmp_path / "out", 5)
-    shard = min(partial.glob("*.safetensors"))
+    shard = min(partial.glob("result/*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[20] ^= 1
     shard.write_bytes(content)
     prune(folder, tmp_path / "out", resume=True)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
+
+
+def test_a_shard_of_the_right_size_and_header_that_was_touched_is_written_again(
+    tmp_path: Path,
+) -> None:
+    folder = saved(tmp_path / "m")
+    prune(folder, tmp_path / "reference")
+    partial = stopped(folder, tmp_path / "out", 5)
+    forged, copied, *_ = sorted(partial.glob("result/*.safetensors"))
+    times = forged.stat()
+    with forged.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\1\2\3\4")
+    os.utime(forged, ns=(times.st_atime_ns, times.st_mtime_ns))
+    content = bytearray(copied.read_bytes())
+    content[-1] ^= 1
+    copied.unlink()
+    copied.write_bytes(content)
+    prune(folder, tmp_path / "out", resume=True)
+    assert_same_files(tmp_path / "out", tmp_path / "reference")
+
+
+def test_what_a_resumed_run_did_not_write_is_no_part_of_its_result(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    prune(folder, tmp_path / "reference")
+    partial = stopped(folder, tmp_path / "out", 5)
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    for place in (partial, partial / "result"):
+        (place / "notes.txt").write_text("x")
+        (place / "model-00099-of-00100.safetensors").write_text("x")
+        (place / "generation_config.json").symlink_to(secret)
+        (place / "deep" / "er").mkdir(parents=True)
+        (place / "deep" / "er" / "tokenizer.json").write_text("{}")
+    prune(folder, tmp_path / "out", resume=True)
+    assert_same_files(tmp_path / "out", tmp_path / "reference")
+    assert secret.read_text() == "s"
+
+
+def test_nothing_is_left_to_resume_of_a_complete_result(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    prune(folder, tmp_path / "out")
+    before = finished(tmp_path / "out")
+    with pytest.raises(CfspError, match="out is complete: there is nothing left to resume") as told:
+        prune(folder, tmp_path / "out", resume=True)
+    assert "overwrite" not in str(told.value)
+    assert finished(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
 
 
 def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CfspError, unknown_name
+from ...io.outputs import new_file, new_folder
 from ...models.loading import quiet_loading
-from ..folder import check_out, new_file, new_folder
 from . import gguf_model, nemotron_nas, padded
 from .source import Details, ExportOptions, ExportSource, open_source
 
@@ -75,7 +75,7 @@ def export(
         type: gguf: "F32", "F16", "BF16" or "Q8_0"; as stored by default.
         pre: gguf: llama.cpp's name of the tokenizer's pre-tokenizer; found out by default.
         multiple: padded: the width becomes a multiple of this, 1 by default.
-        overwrite: replace ``out``.
+        overwrite: replace ``out``, where cfsp wrote all of it.
         progress: show a bar on stderr.
 
     Raises:
@@ -93,12 +93,10 @@ def export(
             raise CfspError(f"{name} is an option of {', '.join(valid)}, not of {to}")
     if exporter.suffix and out.suffix != exporter.suffix:
         raise CfspError(f"output {out}: {to} is one file, its name ends in {exporter.suffix}")
-    new_output, kind = (new_file, "file") if exporter.suffix else (new_folder, "folder")
-    check_out(out, overwrite, model, kind=kind)
-    with quiet_loading():
+    new_output = new_file if exporter.suffix else new_folder
+    with quiet_loading(), new_output(out, overwrite, inputs=[model]) as partial:
         source = open_source(model)
         exporter.check(source, options)
-        with new_output(out, overwrite) as partial:
-            details = exporter.write(source, options, partial, progress)
+        details = exporter.write(source, options, partial, progress)
     nbytes = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     return ExportResult(to, out, source.widths, nbytes, details)
