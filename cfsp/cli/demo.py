@@ -118,6 +118,7 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
     pruned_folder, picture = out / f"{NAME}-cfsp-30", out / "widths.png"
     resume = not overwrite and can_resume(partial_path(pruned_folder))
     check_out(pruned_folder, overwrite, resume=resume)
+    check_out(picture, overwrite=True, kind="file")
     dense = dense_folder(out / NAME)
     result = prune(
         dense,

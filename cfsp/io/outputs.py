@@ -46,7 +46,7 @@ NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 def can_resume(partial: Path) -> bool:
     """Whether a folder holds a run that was begun."""
-    return (partial / MANIFEST).is_file()
+    return os.path.isfile(partial / MANIFEST)
 
 
 def staged(out: Path) -> Path:

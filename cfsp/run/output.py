@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 from ..calibration.mixtures import dataset_paths
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..io.outputs import new_folder, write_errors
+from ..io.outputs import new_folder, staged, write_errors
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -21,14 +21,14 @@ def shared_output(out: Path, output: AbstractContextManager[Path], ranks: Ranks)
     """``output``, of :mod:`cfsp.io.outputs`, which the first rank makes for all; what it cannot
     make it refuses on all."""
     with write_errors(out), ExitStack() as stack:
-        found, problem = None, None
+        problem = None
         if ranks.first:
             try:
-                found = stack.enter_context(output)
+                stack.enter_context(output)
             except CfspError as error:
                 problem = str(error)
         ranks.check(problem)
-        yield ranks.of_first(lambda: found) or out
+        yield staged(out)
     ranks.barrier()
 
 
