@@ -82,16 +82,23 @@ def test_overwrite_replaces_the_folder_whole(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["prune", tiny_folder, "--out", out, *EXACT, *SMALL]
-    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments, "--verify")[0] == 2  # no hash is known of the model
+    assert not out.exists()
+    assert run(capsys, *arguments, "--uniform")[0] == 0
+    assert not (out / "modeling_cfsp.py").exists()
+    exists = f"output {out} exists; --overwrite replaces it"
+    check_refusal(capsys, tmp_path, arguments, exists)
     (out / "stale").write_text("x")
-    code, _, error = run(capsys, *arguments)
-    assert (code, error.strip()) == (
-        2,
-        f"cfsp: error: output {out} exists; --overwrite replaces it",
+    foreign = (
+        f"output {out} exists and holds stale, which cfsp did not write; choose another folder"
     )
-    assert (out / "stale").exists()
+    check_refusal(capsys, tmp_path, arguments, foreign)
+    check_refusal(capsys, tmp_path, [*arguments, "--overwrite"], foreign)
+    (out / "stale").unlink()
     assert run(capsys, *arguments, "--overwrite")[0] == 0
-    assert not (out / "stale").exists()
+    assert (out / "modeling_cfsp.py").exists()
+    assert run(capsys, *arguments, "--uniform", "--overwrite")[0] == 0
+    assert not (out / "modeling_cfsp.py").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
 
 

@@ -388,16 +388,18 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 ) -> None:
     (tmp_path / "wrong.json").write_text('{"models": [{"perplexity": 3}]}')
     (tmp_path / "broken").mkdir()
+    (tmp_path / "empty").mkdir()
     shutil.copy(results[0].folder / "plan.json", tmp_path / "broken")
     shutil.copy(results[0].folder / "config.json", tmp_path / "broken")
     (tmp_path / "broken" / "recipe.yaml").write_text("- 1")
     plain, out = results[0].folder, tmp_path / "r.html"
     for arguments, message in (
-        ((tmp_path,), "has no plan.json; a report is of a folder that cfsp prune wrote"),
+        ((tmp_path / "empty",), "has no plan.json; a report is of a folder that cfsp prune wrote"),
         ((tmp_path / "broken",), "recipe.yaml must be a mapping"),
         ((plain, "--evaluation", tmp_path / "absent"), "cannot read evaluation"),
         ((plain, "--evaluation", tmp_path / "wrong.json"), "is not what cfsp evaluate --json"),
         ((plain, plain, "--png", tmp_path / "p"), "two of them have one name"),
+        ((tmp_path,), "r.html is inside the input"),
     ):
         code, said = cli(capsys, *arguments, "--out", out)
         assert (code, len(said.splitlines())) == (2, 1)
