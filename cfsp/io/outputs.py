@@ -7,13 +7,13 @@ is removed is in there, and a run that was killed leaves nothing else.
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 
 from ..errors import CfspError, Stopped
 from .files import sync_folder
@@ -29,12 +29,6 @@ from .places import (
     is_staging,
     partial_path,
 )
-
-flocks: ModuleType | None
-try:
-    import fcntl as flocks
-except ImportError:  # not a POSIX system
-    flocks = None
 
 RESULT, OLD = "result", "old"
 STATE_FOLDER = ".cfsp-run"
@@ -199,12 +193,11 @@ def _locked(out: Path, partial: Path) -> int:
                 raise _in_the_way(out, partial) from None
             raise
         try:
-            if flocks is not None:
-                flocks.flock(descriptor, flocks.LOCK_EX | flocks.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise CfspError(f"another run is writing {out}") from None
-        except OSError:
+        except OSError:  # this file system has no locks
             pass
         status = os.fstat(descriptor)
         if identity(partial) == (status.st_dev, status.st_ino):

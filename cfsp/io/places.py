@@ -45,10 +45,9 @@ def check_place(out: Path, inputs: Iterable[object] = (), kind: Kind = "folder")
     real = _followed(out)
     own, around = identity(real), _lineage(real)
     for given in inputs:
-        source = identity(given) if isinstance(given, str | Path) else None
-        if source is None:
+        if not isinstance(given, str | Path) or (source := identity(given)) is None:
             continue
-        if source == own:
+        if own is not None and own in (source, *_inside(given)):
             raise CfspError(f"output {out} is the input; choose another {other}")
         if source in around:
             raise CfspError(f"output {out} is inside the input {given}; choose another {other}")
@@ -95,6 +94,14 @@ def identity(path: str | Path) -> Identity | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+def _inside(folder: str | Path) -> list[Identity | None]:
+    """What a folder holds, which may be links to elsewhere."""
+    try:
+        return [identity(entry.path) for entry in os.scandir(folder)]
+    except OSError:  # a file, or not to be read, which is said when it is read
+        return []
 
 
 def _lineage(path: Path) -> set[Identity | None]:

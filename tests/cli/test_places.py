@@ -12,7 +12,6 @@ import pytest
 
 import cfsp
 from cfsp.cli.main import main
-from cfsp.run import into_new_folder
 
 from ..conftest import TEXT, make_tiny, make_tokenizer
 from .test_cli import EXACT, SMALL, check_refusal, contents, run
@@ -178,20 +177,23 @@ def test_a_link_with_a_temporary_name_is_not_followed(
     assert Path("target").read_text() == "precious"
 
 
-def test_only_the_outputs_of_a_live_job_are_claimed(here: Path) -> None:
-    """The refusal comes before a live model is touched, and no output needs no place."""
+def test_prune_claims_its_output_before_it_opens_a_model(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
-    @into_new_folder
-    def job(model, recipe=cfsp.Recipe(), out=None, *, eval_dataset=None, statistics=None,  # noqa
-            latency_table=None, overwrite=False, resume=False, ranks=cfsp.distributed.ALONE):  # fmt: skip  # noqa
+    def opened(*_: object, **__: object) -> None:
         seen.append(sorted(path.name for path in here.glob("*.partial")))
+        raise cfsp.CfspError("seen")
 
-    job("m")
-    job("m", out="new")
-    with pytest.raises(cfsp.CfspError, match="output m is the input"):
-        job("m", out="m")
-    assert seen == [[], ["new.partial"]]
+    monkeypatch.setattr("cfsp.api.open_any", opened)
+    before = contents(here)
+    for model in ("m", make_tiny()):
+        for out in (None, "new"):
+            with pytest.raises(cfsp.CfspError, match="seen"):
+                cfsp.prune(model, make_tokenizer(), out=out, progress=False)
+    assert seen == [[], ["new.partial"]] * 2
+    assert contents(here) == before
 
 
 KILL = """

@@ -1,6 +1,7 @@
 """Where results may go, and that nothing of anybody's is lost, whatever happens meanwhile."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -143,13 +144,16 @@ def test_places_that_cannot_be_are_refused_before_the_work(
 
 
 def test_an_input_is_no_output_by_another_path_either(tmp_path: Path) -> None:
-    stats = tmp_path / "stats"
+    stats, folder = tmp_path / "stats", tmp_path / "folder"
     stats.write_text("")  # what may be replaced if it is no input
     os.link(stats, tmp_path / "hard")
     (tmp_path / "soft").symlink_to("stats")
-    for name in ("stats", "hard", "soft", "../" + tmp_path.name + "/stats"):
-        again = new_file(tmp_path / name, True, [stats])
-        refused("is the input; choose another name", again, tmp_path)
+    folder.mkdir()
+    (folder / "plan.json").symlink_to(stats)
+    for name in ("stats", "hard", "soft", "folder/../stats"):
+        for given in (stats, tmp_path / "soft", folder):
+            again = new_file(tmp_path / name, True, [given])
+            refused("is the input; choose another name", again, tmp_path)
 
 
 @pytest.mark.parametrize("links", [["out"], ["out", "middle"], ["out", "far/away/middle"]])
@@ -364,9 +368,8 @@ def test_a_run_goes_on_without_locks_where_the_file_system_has_none(
     def none(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(outputs.flocks, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     result(tmp_path / "out")
-    monkeypatch.setattr(outputs, "flocks", None)
     result(tmp_path / "out", "new", overwrite=True)
     assert (tmp_path / "out" / "model").read_text() == "new"
 
