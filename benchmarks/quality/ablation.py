@@ -32,15 +32,8 @@ import cfsp
 from cfsp import Calibration, CfspError, PruningPlan, Recipe, Statistics
 from cfsp.calibration.collect import DensePass
 from cfsp.calibration.statistics import BlockStatistics
-from cfsp.calibration.text import (
-    BOS_CHOICES,
-    EVALUATE,
-    SEPARATORS,
-    bos_token,
-    consecutive_windows,
-    load_text,
-    tokenize,
-)
+from cfsp.calibration.text import EVALUATE, SEPARATORS, load_text
+from cfsp.calibration.tokens import BOS_CHOICES, bos_token, consecutive_windows, tokenize
 from cfsp.calibration.windows import calibration_windows
 from cfsp.costs.footprint import footprints
 from cfsp.distributed import ALONE

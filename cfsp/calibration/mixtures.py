@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
 
 from ..apportion import apportion
 from ..errors import CfspError
-from .text import DATASETS, bos_token, check_dataset, exists, load_text, tokenize
+from .text import DATASETS, check_dataset, exists, load_text
+from .tokens import bos_token, tokenize
 
+MOST_WINDOWS = 10**9
+"""More than any text has; counts and shares of so many are exact in fp64."""
 Mixture = Mapping[str, float]
 """Dataset -> weight, in the order in which they were named."""
 
@@ -85,7 +87,10 @@ def format_mixture(mixture: Mixture) -> str:
 
 def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str, int]:
     """Windows of each dataset, by weight: the largest-remainder method, at least one each.
-    CfspError for fewer windows than datasets; ``what`` is the setting to blame."""
+    CfspError for fewer windows than datasets, or more than MOST_WINDOWS; ``what`` is the setting to
+    blame."""
+    if windows > MOST_WINDOWS:
+        raise CfspError(f"{what} must be {MOST_WINDOWS} or less, got {windows}")
     if windows < len(mixture):
         raise CfspError(
             f"{what} must be {len(mixture)} or more, one for each dataset of "
@@ -105,7 +110,13 @@ def interleaved(counts: Sequence[int]) -> list[int]:
     Window i of n of a dataset is at (i + 1/2) / n of the whole, among equals that of the first
     dataset: any stretch has windows of every dataset in about the proportions of all.
     """
-    places = [Fraction(2 * window + 1, 2 * count) for count in counts for window in range(count)]
+    whole = math.lcm(*counts)
+    steps = [whole // count for count in counts]
+    places = [
+        (2 * window + 1) * step
+        for count, step in zip(counts, steps, strict=True)
+        for window in range(count)
+    ]
     return sorted(range(len(places)), key=places.__getitem__)
 
 
@@ -115,15 +126,17 @@ def windows_of_each(
     purpose: str,
     bos: str,
     cut: Callable[[torch.Tensor, int, int | None], torch.Tensor],
+    column: str | None = None,
 ) -> list[torch.Tensor]:
     """Windows [count, S] of every dataset, which ``cut`` makes from its tokens, their number and
-    the token that they start with. CfspError for a dataset that is unknown or has too few."""
+    the token that they start with. ``column`` is that of the text in local files. CfspError for a
+    dataset that is unknown or has too few."""
     for dataset in counts:
         check_dataset(dataset)
     start = bos_token(tokenizer, bos)
     found = []
     for dataset, count in counts.items():
-        tokens = tokenize(tokenizer, load_text(dataset, purpose))
+        tokens = tokenize(tokenizer, load_text(dataset, purpose, column, tokenizer))
         try:
             found.append(cut(tokens, count, start))
         except CfspError as error:

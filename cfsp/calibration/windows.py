@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from ..models.loading import check_seqlen
 from ..settings import at_least, check, setting
+from .columns import ORDER
 from .mixtures import interleaved, parse_mixture, share_out, windows_of_each
-from .text import BOS_CHOICES, CALIBRATE, DATASETS, random_windows
+from .text import CALIBRATE, DATASETS, LOCAL
+from .tokens import BOS_CHOICES, check_tokens, random_windows
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Calibration:
 
     dataset: str = setting(
         "wikitext2",
-        f"{', '.join(DATASETS)}, or a text, parquet, json or arrow file; windows of several, such "
-        "as wikitext2:3,c4:1, are shared out by weight.",
+        f"{', '.join(DATASETS)}, or the path of a {LOCAL}, of whose splits train is read; windows "
+        "of several, such as wikitext2:3,c4:1, are shared out by weight.",
         metavar="NAME|PATH[:WEIGHT],...",
     )
     samples: int = setting(128, "Number of windows, of all datasets.", must_be=at_least(1))
@@ -30,6 +32,13 @@ class Calibration:
         "auto",
         "Whether windows start with a BOS token; auto: where the tokenizer itself puts one.",
         choices=BOS_CHOICES,
+    )
+    text_column: str | None = setting(
+        None,
+        "Column of the text in local files that have columns: strings, or chats for the "
+        "tokenizer's chat template.",
+        metavar="NAME",
+        unset=ORDER,
     )
 
     def __post_init__(self) -> None:
@@ -46,11 +55,14 @@ def calibration_windows(
     model: PreTrainedModel, tokenizer: Any, settings: Calibration
 ) -> torch.Tensor:
     """Token windows [samples, seqlen] that a calibration runs on. CfspError where seqlen is beyond
-    the model's positions, a dataset is unknown or has too few tokens."""
+    the model's positions or a token beyond its embeddings, a dataset is unknown or has too few
+    tokens."""
     check_seqlen(model, settings.seqlen)
     if tokenizer is None:
         raise CfspError("a live model needs its tokenizer to be calibrated on a dataset")
-    return calibration_tokens(tokenizer, settings)
+    windows = calibration_tokens(tokenizer, settings)
+    check_tokens(model, tokenizer, windows)
+    return windows
 
 
 def calibration_tokens(tokenizer: Any, settings: Calibration) -> torch.Tensor:
@@ -61,5 +73,5 @@ def calibration_tokens(tokenizer: Any, settings: Calibration) -> torch.Tensor:
         return random_windows(tokens, count, settings.seqlen, settings.seed, bos)
 
     counts = settings.windows_by_dataset
-    drawn = windows_of_each(tokenizer, counts, CALIBRATE, settings.bos, cut)
+    drawn = windows_of_each(tokenizer, counts, CALIBRATE, settings.bos, cut, settings.text_column)
     return torch.cat(drawn)[interleaved(list(counts.values()))]

@@ -18,7 +18,7 @@ cfsp evaluate HuggingFaceTB/SmolLM2-135M pruned --windows 0 --speed --batch 8 --
 """
 GENERATION = vars(Generation())
 OPTIONS = (
-    *("dataset", "seqlen", "windows", "bos", "dtype", "device", "speed"),
+    *("dataset", "seqlen", "windows", "bos", "text_column", "dtype", "device", "speed"),
     *(*GENERATION, "task_path", "limit"),
 )
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     text = "One dataset, its held-out part, or a file (default: %(default)s)"
     add("--dataset", metavar="NAME|PATH", default=Calibration.dataset, help=text)
-    add_fields(group, Calibration, ("seqlen", "bos"))
+    add_fields(group, Calibration, ("seqlen", "bos", "text_column"))
     add("--windows", type=int, metavar="N", help="Only the first N; 0: none (default: all)")
     group = parser.add_argument_group("speed", "Of generation, the models taking turns.")
     add = group.add_argument

@@ -14,7 +14,7 @@ cfsp recover pruned --out recovered --teacher HuggingFaceTB/SmolLM2-135M
 """
 SETTINGS = options.names_of(Recovery, but="distillation")
 WEIGHTS = options.names_of(Distillation, but="teacher")
-TEXT = ("dataset", "seqlen", "seed", "bos")
+TEXT = ("dataset", "text_column", "seqlen", "seed", "bos")
 MEMORY = ("micro_batch", "gradient_checkpointing")
 DRY_RUN_OPTIONS = ("hardware", "tflops")
 

@@ -18,7 +18,8 @@ from ..calibration.mixtures import (
     share_out,
     windows_of_each,
 )
-from ..calibration.text import EVALUATE, bos_token, consecutive_windows, load_text, tokenize
+from ..calibration.text import EVALUATE, load_text
+from ..calibration.tokens import bos_token, check_tokens, consecutive_windows, tokenize
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
@@ -127,6 +128,7 @@ def perplexity(
         progress: show a bar on stderr.
         ranks: each reads its share of the windows; the perplexity does not depend on how many.
     """
+    check_tokens(model, None, windows)
     held_out = HeldOut(windows, dataset, counts or {})
     measured = held_out.measure(model, progress=progress, ranks=ranks)
     if measured is None:
@@ -150,17 +152,15 @@ def _loss(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
 
 
 def evaluation_windows(
-    tokenizer: Any, dataset: str, seqlen: int, windows: int | None, bos: str
+    tokenizer: Any,
+    dataset: str,
+    seqlen: int,
+    windows: int | None,
+    bos: str,
+    text_column: str | None = None,
 ) -> torch.Tensor:
     """Non-overlapping windows [N, S] of a dataset's held-out text."""
-    return text_windows(tokenizer, load_text(dataset, EVALUATE), seqlen, windows, bos)
-
-
-def text_windows(
-    tokenizer: Any, text: str, seqlen: int, windows: int | None, bos: str
-) -> torch.Tensor:
-    """Non-overlapping windows [N, S] of a text."""
-    tokens = tokenize(tokenizer, text)
+    tokens = tokenize(tokenizer, load_text(dataset, EVALUATE, text_column, tokenizer))
     return consecutive_windows(tokens, seqlen, windows, bos_token(tokenizer, bos))
 
 
@@ -182,5 +182,8 @@ def held_out_text(
     def cut(tokens: torch.Tensor, count: int, start: int | None) -> torch.Tensor:
         return consecutive_windows(tokens, calibration.seqlen, count, start)
 
-    drawn = windows_of_each(opened.tokenizer, counts, EVALUATE, calibration.bos, cut)
-    return HeldOut(torch.cat(drawn), format_mixture(mixture), counts)
+    bos, column = calibration.bos, calibration.text_column
+    drawn = windows_of_each(opened.tokenizer, counts, EVALUATE, bos, cut, column)
+    tokens = torch.cat(drawn)
+    check_tokens(opened.model, opened.tokenizer, tokens)
+    return HeldOut(tokens, format_mixture(mixture), counts)

@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.text import EVALUATE, load_text
+from ..calibration.text import check_dataset
+from ..calibration.tokens import check_tokens
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
 from ..models.opening import open_model
-from .quality import perplexity, text_windows
+from .quality import evaluation_windows, perplexity
 from .speed import Generation, PeakMemory, measure_speed, time_round
 from .tasks import find_tasks, run_tasks
 
@@ -24,6 +25,7 @@ def evaluate(
     seqlen: int = Calibration.seqlen,
     windows: int | None = None,
     bos: str = Calibration.bos,
+    text_column: str | None = None,
     speed: bool = False,
     batch: int = Generation.batch,
     prompt_tokens: int = Generation.prompt_tokens,
@@ -45,6 +47,7 @@ def evaluate(
         seqlen: tokens of a window.
         windows: only the first so many; 0: no perplexity; None: all.
         bos: as in :class:`cfsp.Calibration`.
+        text_column: likewise.
         speed: time prefill and decode of random prompts, the models taking turns; holds all of
             them in memory.
         batch: prompts at a time; of tasks, examples.
@@ -73,13 +76,14 @@ def evaluate(
         raise CfspError("`speed` and `tasks` are for one process; start it without torchrun")
     if windows == 0 and not speed and not tasks:
         raise CfspError("nothing to measure: `windows=0` leaves out the perplexity")
+    if windows != 0:
+        check_dataset(dataset)
     if limit is not None and limit < 1:
         raise CfspError(f"limit must be 1 or more, got {limit}")
     index = find_tasks(tasks, task_path, progress=progress) if tasks else None
     kept: list[PreTrainedModel] = []
     found: list[dict[str, Any]] = []
     peaks: list[int | None] = []
-    text: str | None = None
     for name in models:
         memory = PeakMemory(pick_device(ranks.device(device)))
         opened = open_model(name, dtype, ranks.device(device))
@@ -93,8 +97,8 @@ def evaluate(
         if windows != 0:
             Calibration(seqlen=seqlen, bos=bos)  # refuses what is neither
             check_seqlen(model, seqlen)
-            text = load_text(dataset, EVALUATE) if text is None else text
-            held_out = text_windows(tokenizer, text, seqlen, windows, bos)
+            held_out = evaluation_windows(tokenizer, dataset, seqlen, windows, bos, text_column)
+            check_tokens(model, tokenizer, held_out)
             bars = progress and ranks.first
             measured = perplexity(model, held_out, dataset=dataset, progress=bars, ranks=ranks)
             values |= measured.to_dict()

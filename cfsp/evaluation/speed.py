@@ -90,7 +90,11 @@ def _resident(key: str) -> int | None:
 def random_prompts(model: PreTrainedModel, generation: Generation) -> torch.Tensor:
     """[batch, prompt_tokens] int64 on the model's device, the same for equal vocabularies;
     CfspError for more tokens than the model has positions."""
-    check_seqlen(model, generation.prompt_tokens + generation.new_tokens)
+    prompt, new = generation.prompt_tokens, generation.new_tokens
+    try:
+        check_seqlen(model, prompt + new)
+    except CfspError as error:
+        raise CfspError(f"prompt_tokens {prompt} and new_tokens {new}: {error}") from None
     generator = torch.Generator().manual_seed(0)
     shape = (generation.batch, generation.prompt_tokens)
     vocabulary = model.get_input_embeddings().num_embeddings

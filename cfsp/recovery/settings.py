@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..calibration.mixtures import parse_mixture
-from ..calibration.text import BOS_CHOICES
+from ..calibration.tokens import BOS_CHOICES
 from ..calibration.windows import Calibration
 from ..errors import CfspError
 from ..models.blockwise import default_micro_batch
@@ -91,6 +91,12 @@ class Recovery:
         metavar="NAME|PATH[:WEIGHT],...",
         unset=AS_PRUNED,
     )
+    text_column: str | None = setting(
+        None,
+        "Column of the text, as for calibration.",
+        metavar="NAME",
+        unset=f"{AS_PRUNED}, where --dataset is not given",
+    )
     seqlen: int | None = setting(None, "Tokens per window.", unset=AS_PRUNED)
     bos: str | None = setting(
         None, "Whether windows start with a BOS token.", choices=BOS_CHOICES, unset=AS_PRUNED
@@ -143,6 +149,7 @@ class Recovery:
         return dataclasses.replace(
             self,
             dataset=self.dataset or calibration.dataset,
+            text_column=self.text_column or (None if self.dataset else calibration.text_column),
             seqlen=seqlen,
             bos=self.bos or calibration.bos,
             batch_size=batch,
@@ -156,5 +163,10 @@ class Recovery:
         if self.dataset is None or self.seqlen is None or self.bos is None:
             raise ValueError("settings that are not resolved")
         return Calibration(
-            self.dataset, self.steps * (self.batch_size or 1), self.seqlen, self.seed, self.bos
+            self.dataset,
+            self.steps * (self.batch_size or 1),
+            self.seqlen,
+            self.seed,
+            self.bos,
+            self.text_column,
         )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import cfsp
 from cfsp.calibration import text
+from cfsp.calibration import tokens as windowing
 from cfsp.calibration.mixtures import interleaved, parse_mixture, share_out
 from cfsp.calibration.windows import Calibration, calibration_tokens
 from cfsp.errors import CfspError
@@ -133,18 +134,18 @@ def test_each_dataset_gives_what_it_gives_alone_in_even_turns(files: Path) -> No
     assert Counter(names[-10:]) == {"letters": 6, "digits": 3, "marks": 1}
     for name, content in MIXED.items():
         own = found[[index for index, of in enumerate(names) if of == name]]
-        tokens = text.tokenize(tokenizer, content)
-        assert torch.equal(own, text.random_windows(tokens, len(own), 16, 5))
+        tokens = windowing.tokenize(tokenizer, content)
+        assert torch.equal(own, windowing.random_windows(tokens, len(own), 16, 5))
     again = calibration_tokens(tokenizer, settings)
     assert torch.equal(found, again)
 
 
 def test_one_dataset_is_as_it_ever_was(files: Path) -> None:
     tokenizer = make_tokenizer(puts_bos=True)
-    tokens = text.tokenize(tokenizer, text.load_text("digits", text.CALIBRATE))
+    tokens = windowing.tokenize(tokenizer, text.load_text("digits", text.CALIBRATE))
     for named in ("digits", "digits:3"):
         found = calibration_tokens(tokenizer, Calibration(named, 9, 16, 3))
-        assert torch.equal(found, text.random_windows(tokens, 9, 16, 3, bos=256))
+        assert torch.equal(found, windowing.random_windows(tokens, 9, 16, 3, bos=256))
 
 
 def test_unknown_and_short_datasets_are_named(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from cfsp.calibration.text import (
-    CALIBRATE,
-    DATASETS,
-    EVALUATE,
-    bos_token,
-    consecutive_windows,
-    load_text,
-    random_windows,
-    tokenize,
-)
+from cfsp.calibration.text import CALIBRATE, DATASETS, EVALUATE, load_text
+from cfsp.calibration.tokens import bos_token, consecutive_windows, random_windows, tokenize
 from cfsp.errors import CfspError
 
 from ..conftest import make_tokenizer
@@ -103,7 +95,7 @@ def test_unknown_and_unreadable_datasets_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(CfspError, match="needs a column 'text' or a single column of strings"):
         load_text(str(tmp_path / "numbers.parquet"), CALIBRATE)
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(CfspError, match="cannot load dataset"):
+    with pytest.raises(CfspError, match=r"latin.txt is not text in UTF-8, at byte 0$"):
         load_text(str(tmp_path / "latin.txt"), CALIBRATE)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from cfsp.calibration.text import EVALUATE, load_text, tokenize
+from cfsp.calibration.text import EVALUATE, load_text
+from cfsp.calibration.tokens import tokenize
 from cfsp.distributed import ALONE
 from cfsp.evaluation.quality import HeldOut, evaluation_windows, perplexity
 from cfsp.models.blockwise import RidingWindows

@@ -1,0 +1,78 @@
+"""The texts of a file or folder: plain text, tables, what ``datasets`` saved and folders that are
+laid out as on the hub. No code of a folder is ever run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CfspError
+from .columns import pick_column, row_text
+from .table_files import FORMATS, Table, arrow_columns, lines_of, open_table, suffixes
+
+
+def local_texts(
+    path: Path, splits: Sequence[str], column: str | None, tokenizer: Any
+) -> Iterator[str]:
+    """The texts of a file, or of a folder: of the first of ``splits`` that is there, else of its
+    only one. Of a table, those of the column ``column``, or else of the one that
+    :func:`pick_column` picks, without nulls; chats go through the tokenizer's chat template.
+    CfspError where there is nothing to read."""
+    if not path.is_dir():
+        yield from _file_texts(path, column, tokenizer)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        yield from _saved_texts(path, splits, column, tokenizer)
+    else:
+        from datasets import load_dataset_builder
+
+        files = load_dataset_builder(str(path.resolve())).config.data_files or {}
+        for file in _split({str(name): found for name, found in files.items()}, splits, path):
+            yield from _file_texts(Path(file), column, tokenizer)
+
+
+def _file_texts(path: Path, column: str | None, tokenizer: Any) -> Iterator[str]:
+    if suffixes(path)[0] in FORMATS:
+        yield from _column_texts(open_table(path), path, column, tokenizer)
+    else:
+        yield "".join(lines_of(path)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _saved_texts(
+    path: Path, splits: Sequence[str], column: str | None, tokenizer: Any
+) -> Iterator[str]:
+    from datasets import Dataset, load_from_disk
+
+    found = load_from_disk(str(path))
+    data = (found if isinstance(found, Dataset) else _split(found, splits, path)).data
+
+    def values(name: str) -> Iterator[Any]:
+        for chunk in data.column(name).chunks:
+            yield from chunk.to_pylist()
+
+    yield from _column_texts(Table(arrow_columns(data.schema), values), path, column, tokenizer)
+
+
+def _split(found: Mapping[str, Any], wanted: Sequence[str], path: Path) -> Any:
+    name = next((name for name in wanted if name in found), None)
+    if name is None and len(found) != 1:
+        raise CfspError(
+            f"{path} has no split {' or '.join(wanted)}, got {', '.join(found) or 'none'}"
+        )
+    return found[name or next(iter(found))]
+
+
+def _column_texts(table: Table, path: Path, column: str | None, tokenizer: Any) -> Iterator[str]:
+    column = pick_column(table.columns, column, str(path))
+    number = count = 0
+    for number, value in enumerate(table.values(column), 1):
+        try:
+            text = row_text(value, tokenizer)
+        except CfspError as error:
+            told = ", ".join(f"{name} ({kind})" for name, kind in table.columns.items())
+            raise CfspError(
+                f"{path}, row {number} of column {column!r}: {error}; columns: {told}"
+            ) from error
+        if text is not None:
+            count += 1
+            yield text
+    if not count:
+        raise CfspError(f"{path}: column {column!r} has no text, all its {number} rows are null")

@@ -1,0 +1,220 @@
+"""Files with columns: their types, and the values of one column at a time.
+
+Parquet and Arrow are read by pyarrow; JSON and CSV row by row, so that columns that are not asked
+for may hold anything."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from ..errors import CfspError
+from .columns import CHAT, NULL, TEXT, is_turn
+
+ROWS_LOOKED_AT = 1000
+"""By which the columns of JSON and CSV are known."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns with their types, and how the values of one are read."""
+
+    columns: Mapping[str, str]
+    values: Callable[[str], Iterator[Any]]
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    import zstandard
+
+    whole = zstandard.ZstdDecompressor(max_window_size=2**31)
+    stream = whole.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+    return io.BufferedReader(stream)
+
+
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+"""Suffix -> what opens such a file for reading."""
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """(suffix of the format, suffix of the compression or "")."""
+    last = path.suffix.lower()
+    if last in COMPRESSIONS:
+        return Path(path.stem).suffix.lower(), last
+    return last, ""
+
+
+def opened(path: Path) -> Any:
+    """The bytes of a file, decompressed. ImportError where the package for it is missing."""
+    if not path.is_file():
+        raise CfspError(f"{path} is no file")
+    return COMPRESSIONS.get(suffixes(path)[1], lambda plain: plain.open("rb"))(path)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file in UTF-8, each with its end; CfspError with the byte that is not."""
+    place = 0
+    with opened(path) as stream:
+        for line in stream:
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = place + error.start
+                raise CfspError(f"{path} is not text in UTF-8, at byte {where}") from None
+            place += len(line)
+
+
+def open_table(path: Path) -> Table:
+    """The table in a file with the suffix of one of :data:`FORMATS`."""
+    return FORMATS[suffixes(path)[0]](path)
+
+
+def arrow_columns(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: _arrow_kind(field.type) for field in schema}
+
+
+def _arrow_kind(kind: pa.DataType) -> str:
+    of, types = kind, pa.types
+    if types.is_dictionary(kind):
+        of = kind.value_type
+    if types.is_string(of) or types.is_large_string(of) or types.is_string_view(of):
+        return TEXT
+    if types.is_null(kind):
+        return NULL
+    if isinstance(kind, pa.ListType | pa.LargeListType) and types.is_struct(kind.value_type):
+        turn = kind.value_type
+        if is_turn(turn.field(number).name for number in range(turn.num_fields)):
+            return CHAT
+    return str(kind) if len(str(kind)) <= 60 else f"{str(kind)[:57]}..."
+
+
+def _parquet(path: Path) -> Table:
+    def values(column: str) -> Iterator[Any]:
+        with opened(path) as stream:
+            for batch in parquet.ParquetFile(stream).iter_batches(256, columns=[column]):
+                yield from batch.column(column).to_pylist()
+
+    with opened(path) as stream:
+        return Table(arrow_columns(parquet.ParquetFile(stream).schema_arrow), values)
+
+
+def _arrow(path: Path) -> Table:
+    """A stream, as datasets caches them, or a file with a footer."""
+
+    def batches(stream: IO[bytes]) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+        start = stream.read(6)
+        stream.seek(0)
+        if start != b"ARROW1":
+            reader = pa.ipc.open_stream(stream)
+            return reader.schema, reader
+        reader = pa.ipc.open_file(stream)
+        numbers = range(reader.num_record_batches)
+        return reader.schema, (reader.get_batch(number) for number in numbers)
+
+    def values(column: str) -> Iterator[Any]:
+        with opened(path) as stream:
+            for batch in batches(stream)[1]:
+                yield from batch.column(column).to_pylist()
+
+    with opened(path) as stream:
+        return Table(arrow_columns(batches(stream)[0]), values)
+
+
+def _json(path: Path) -> Table:
+    """A list of objects, or an object a line."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        lines = lines_of(path)
+        first = next((line for line in lines if line.strip("\ufeff \t\r\n")), "")
+        first = first.removeprefix("\ufeff")
+        if first.lstrip().startswith("["):
+            found = json.loads("".join(chain([first], lines)))
+        else:
+            found = (_json_line(line, path) for line in chain([first], lines) if line.strip())
+        for number, row in enumerate(found, 1):
+            if not isinstance(row, dict):
+                raise CfspError(f"{path}: row {number} is no object with columns")
+            yield row
+
+    return _by_rows(rows, _json_kind)
+
+
+def _json_line(line: str, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        start = line if len(line) <= 40 else f"{line[:40]}..."
+        raise CfspError(f"{path} is not JSON, at {start.strip()!r}: {error}") from None
+
+
+def _json_kind(values: list[Any]) -> str:
+    """The type of these values, which are not null."""
+    if not values:
+        return NULL
+    if all(isinstance(value, str) for value in values):
+        return TEXT
+    if all(
+        isinstance(value, list) and all(isinstance(t, dict) and is_turn(t) for t in value)
+        for value in values
+    ):
+        return CHAT
+    words = {dict: "object", str: TEXT, bool: "boolean", int: "number", float: "number"}
+    return " or ".join(sorted({words.get(type(value), "list") for value in values}))
+
+
+def _csv(path: Path) -> Table:
+    """Text with a header, between commas; between tabs where the suffix says so."""
+    delimiter = "\t" if suffixes(path)[0] == ".tsv" else ","
+
+    def rows() -> Iterator[dict[str, Any]]:
+        csv.field_size_limit(sys.maxsize)  # or a document of more than 128 KiB is an error
+        lines = lines_of(path)
+        lines = chain([next(lines, "").removeprefix("\ufeff")], lines)
+        for row in csv.DictReader(lines, delimiter=delimiter):
+            yield {name: value or None for name, value in row.items() if name is not None}
+
+    return _by_rows(rows, _csv_kind)
+
+
+def _csv_kind(values: list[str]) -> str:
+    try:
+        return "number" if [float(value) for value in values] else NULL
+    except ValueError:
+        return TEXT
+
+
+def _by_rows(rows: Callable[[], Iterator[dict[str, Any]]], kind: Callable[[Any], str]) -> Table:
+    found: dict[str, list[Any]] = {}
+    for row in islice(rows(), ROWS_LOOKED_AT):
+        for name, value in row.items():
+            known = found.setdefault(name, [])
+            if value is not None:
+                known.append(value)
+    columns = {name: kind(values) for name, values in found.items()}
+    return Table(columns, lambda column: (row.get(column) for row in rows()))
+
+
+FORMATS: dict[str, Callable[[Path], Table]] = {
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".json": _json,
+    ".jsonl": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+}
+"""Suffix -> what opens such a file; others are plain text."""
