@@ -18,7 +18,9 @@ MESSAGES = ({"role", "content"}, {"from", "value"})
 def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> str:
     """The column to read, of those with these types; CfspError where none fits, or not the one that
     is wanted."""
-    told = ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"
+    if not columns:
+        raise CfspError(f"{where} has no rows")
+    told = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
     if wanted is not None:
         if wanted not in list(columns):
             raise CfspError(f"`text_column` {wanted!r} is not in {where}; its columns: {told}")
@@ -43,7 +45,8 @@ def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> s
 
 def is_turn(fields: Any) -> bool:
     """Whether a message with these fields can be one of a chat."""
-    return any(names <= set(fields) for names in MESSAGES)
+    found = set(fields)
+    return any(names <= found for names in MESSAGES)
 
 
 def row_text(value: Any, tokenizer: Any) -> str | None:
@@ -53,7 +56,7 @@ def row_text(value: Any, tokenizer: Any) -> str | None:
     if isinstance(value, list):
         return _well_formed(_rendered([_turn(turn) for turn in value], tokenizer))
     if not isinstance(value, str):
-        raise CfspError(f"a {type(value).__name__} where others have text")
+        raise CfspError(f"not text but of type {type(value).__name__}")
     return _well_formed(value)
 
 

@@ -1,6 +1,7 @@
 """The texts of a file or folder: plain text, tables, what ``datasets`` saved and folders that are
 laid out as on the hub. No code of a folder is ever run."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ def local_texts(
     else:
         from datasets import load_dataset_builder
 
-        files = load_dataset_builder(str(path.resolve())).config.data_files or {}
+        whole = path.resolve()
+        files = load_dataset_builder(str(whole)).config.data_files or {}
         for file in _split({str(name): found for name, found in files.items()}, splits, path):
+            if not Path(os.path.normpath(file)).is_relative_to(whole):
+                raise CfspError(f"{path}: its README names {file!r}, outside of the folder")
             yield from _file_texts(Path(file), column, tokenizer)
 
 

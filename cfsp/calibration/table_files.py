@@ -34,19 +34,11 @@ class Table:
     values: Callable[[str], Iterator[Any]]
 
 
-def _open_zst(path: Path) -> IO[bytes]:
-    import zstandard
-
-    whole = zstandard.ZstdDecompressor(max_window_size=2**31)
-    stream = whole.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-    return io.BufferedReader(stream)
-
-
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zst,
+    ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 """Suffix -> what opens such a file for reading."""
 
@@ -60,10 +52,16 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def opened(path: Path) -> Any:
-    """The bytes of a file, decompressed. ImportError where the package for it is missing."""
+    """The bytes of a file, decompressed."""
     if not path.is_file():
         raise CfspError(f"{path} is no file")
     return COMPRESSIONS.get(suffixes(path)[1], lambda plain: plain.open("rb"))(path)
+
+
+def _seekable(path: Path) -> Any:
+    """A file for readers that jump; zst is read whole for them."""
+    stream = opened(path)
+    return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -105,11 +103,11 @@ def _arrow_kind(kind: pa.DataType) -> str:
 
 def _parquet(path: Path) -> Table:
     def values(column: str) -> Iterator[Any]:
-        with opened(path) as stream:
+        with _seekable(path) as stream:
             for batch in parquet.ParquetFile(stream).iter_batches(256, columns=[column]):
                 yield from batch.column(column).to_pylist()
 
-    with opened(path) as stream:
+    with _seekable(path) as stream:
         return Table(arrow_columns(parquet.ParquetFile(stream).schema_arrow), values)
 
 
@@ -127,11 +125,11 @@ def _arrow(path: Path) -> Table:
         return reader.schema, (reader.get_batch(number) for number in numbers)
 
     def values(column: str) -> Iterator[Any]:
-        with opened(path) as stream:
+        with _seekable(path) as stream:
             for batch in batches(stream)[1]:
                 yield from batch.column(column).to_pylist()
 
-    with opened(path) as stream:
+    with _seekable(path) as stream:
         return Table(arrow_columns(batches(stream)[0]), values)
 
 

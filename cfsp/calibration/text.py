@@ -65,10 +65,6 @@ def _without_retries() -> Iterator[None]:
         config.HF_HUB_OFFLINE = True
     try:
         yield
-    except ConnectionError as error:
-        raise CfspError(
-            f"cannot reach the hub: {error}; dataset 'builtin', or a file, needs no network"
-        ) from error
     finally:
         config.HF_HUB_OFFLINE = offline
 
@@ -140,13 +136,17 @@ def load_text(dataset: str, purpose: str, column: str | None = None, tokenizer: 
             texts = DATASETS[dataset](purpose)
         else:
             texts = list(local_texts(Path(dataset), SPLITS[purpose], column, tokenizer))
-    except CfspError as error:
-        named = str(error) if dataset in str(error) else f"dataset {dataset!r}: {error}"
-        raise CfspError(named) from error
+    except CfspError:
+        raise
+    except ConnectionError as error:
+        raise CfspError(
+            f"dataset {dataset!r}: {error}; 'builtin', or a file of your own, needs no network"
+        ) from error
     except ImportError as error:
-        raise CfspError(f"dataset {dataset!r} needs the package {error.name!r}") from None
+        needed = repr(error.name) if error.name else str(error)
+        raise CfspError(f"dataset {dataset!r} needs the package {needed}") from None
     except Exception as error:  # datasets and its readers raise of many kinds
         reason = " ".join(str(error).split())[:300]
         message = f"cannot load dataset {dataset!r}: {type(error).__name__}: {reason}"
         raise CfspError(message) from error
-    return SEPARATORS[purpose].join(texts)
+    return SEPARATORS[purpose].join(text for text in texts if text is not None)

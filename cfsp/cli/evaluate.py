@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, Recipe, ("dtype",))
     group = parser.add_argument_group("perplexity", "On held-out text, over whole windows.")
     add = group.add_argument
-    text = "One dataset, its held-out part, or a file (default: %(default)s)"
+    text = "One dataset, its held-out part, or a local file or folder (default: %(default)s)"
     add("--dataset", metavar="NAME|PATH", default=Calibration.dataset, help=text)
     add_fields(group, Calibration, ("seqlen", "bos", "text_column"))
     add("--windows", type=int, metavar="N", help="Only the first N; 0: none (default: all)")

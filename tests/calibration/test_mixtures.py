@@ -94,6 +94,35 @@ def test_windows_are_shared_out_by_weight() -> None:
     assert share_out({"a": 1e308, "b": 1e308}, 4) == {"a": 2, "b": 2}
 
 
+@pytest.mark.parametrize(
+    ("mixture", "windows", "counts"),
+    [
+        ({"a": 1e300, "b": 1e-300}, 8, [7, 1]),
+        ({"a": 1e-300, "b": 1e-300, "c": 2e-300}, 8, [2, 2, 4]),
+        ({"a": 5e-324, "b": 1.7e308}, 10**9, [1, 10**9 - 1]),
+        ({"a": 1, "b": 2}, 10**9, [333333333, 666666667]),
+    ],
+)
+def test_weights_and_windows_of_any_size_are_shared_out_at_once(
+    mixture: dict[str, float], windows: int, counts: list[int]
+) -> None:
+    assert list(share_out(mixture, windows).values()) == counts
+
+
+@pytest.mark.parametrize("samples", [10**9 + 1, 10**30, 10**400])
+@pytest.mark.parametrize("dataset", ["builtin", "builtin:3,c4"])
+def test_more_windows_than_any_text_has_are_refused(samples: int, dataset: str) -> None:
+    with pytest.raises(CfspError, match=f"samples must be 1000000000 or less, got {samples}"):
+        Calibration(dataset, samples)
+
+
+@pytest.mark.parametrize("dataset", ["letters", "letters,digits", "letters:1e300,digits:1e-300"])
+def test_samples_are_bounded_by_the_text(dataset: str, files: Path) -> None:
+    """At once: a loop over so many takes minutes."""
+    with pytest.raises(CfspError, match=r"samples \d+ is more than the 304 places where a window"):
+        calibration_tokens(make_tokenizer(), Calibration(dataset, 10**9, 16))
+
+
 @given(
     st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6),
     st.integers(6, 200),

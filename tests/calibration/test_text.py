@@ -152,3 +152,42 @@ def test_bos_follows_the_tokenizer_unless_told() -> None:
 
 def test_tokenize_adds_no_special_tokens() -> None:
     assert 256 not in tokenize(make_tokenizer(puts_bos=True), "abc").tolist()
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    name: str, reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            if not reached:
+                raise RuntimeError("no route to host")
+
+    def load_dataset(*_: object, **__: object) -> None:
+        assert datasets.config.HF_HUB_OFFLINE is not reached
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    told = (
+        f"dataset '{name}': Couldn't reach it; 'builtin', or a file of your own, needs no network"
+    )
+    with pytest.raises(CfspError, match=f"^{told}$"):
+        load_text(name, CALIBRATE)
+    assert len(asked) == 1
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb"])
+def test_offline_the_hub_is_not_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("asked"))
+    with pytest.raises(
+        CfspError, match=f"dataset '{name}': Couldn't reach '.*; 'builtin', or a fi"
+    ):
+        load_text(name, CALIBRATE)

@@ -172,7 +172,10 @@ def test_mistakes_are_told_before_a_model_is_read(
         (("absent/model/x", "--tasks", "questions"), missing),
         (("absent/model/x", "--speed", "--rounds", 0), "rounds must be 1 or more, got 0"),
         ((folders[0], "--windows", 0), "nothing to measure"),
-        ((folders[0], *SPEED, "--prompt-tokens", 127), "seqlen 129 is beyond the model's 128"),
+        (
+            (folders[0], *SPEED, "--prompt-tokens", 127),
+            "prompt_tokens 127 and new_tokens 2: seqlen 129 is beyond the model's 128",
+        ),
     ):
         code, printed, error = cli(capsys, *arguments)
         assert (code, printed) == (2, "")
