@@ -168,8 +168,8 @@ def consecutive_windows(
     length = seqlen if bos is None else seqlen - 1
     count = limit or max(1, len(tokens) // length)
     if len(tokens) < count * length:
+        need = f"a window of {seqlen} needs" if count == 1 else f"{count} of {seqlen} need"
         raise CfspError(
-            f"the evaluation text has {len(tokens)} tokens; "
-            f"{count} x {seqlen} needs {count * length} or more"
+            f"the evaluation text has {len(tokens)} tokens; {need} {count * length} or more"
         )
     return _with_bos(tokens[: count * length].view(count, length), bos)

@@ -95,7 +95,7 @@ class Recovery:
         None,
         "Column of the text, as for calibration.",
         metavar="NAME",
-        unset=f"{AS_PRUNED}, where --dataset is not given",
+        unset=f"{AS_PRUNED}, where it is on the same dataset",
     )
     seqlen: int | None = setting(None, "Tokens per window.", unset=AS_PRUNED)
     bos: str | None = setting(
