@@ -21,9 +21,17 @@ FAMILY_PREFIX = f"transformers.models.{PRUNED_PREFIX}"
 AUTO = "transformers.models.auto"
 TABLES = {
     f"{AUTO}.configuration_auto": ("CONFIG_MAPPING_NAMES",),
-    f"{AUTO}.modeling_auto": ("MODEL_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    f"{AUTO}.modeling_auto": (
+        "MODEL_MAPPING_NAMES",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    ),
 }
 """The tables of each module of transformers, in the order in which it imports them."""
+PEFT = "peft.utils.constants"
+"""Has tables of what is adapted in a family where the user does not say it."""
 
 
 class _Family(ModuleType):
@@ -40,13 +48,15 @@ class _Family(ModuleType):
 
 
 def name_families(module: ModuleType) -> None:
-    """Add the pruned families to the tables of a module of transformers."""
-    for table in TABLES[module.__name__]:
-        names = getattr(module, table)
-        for family, stock in list(names.items()):
+    """Add the pruned families to the tables of a module of transformers or peft."""
+    of_peft = module.__name__ == PEFT
+    names = [name for name in vars(module) if name.startswith("TRANSFORMERS_MODELS_TO_")]
+    for table in (getattr(module, name) for name in TABLES.get(module.__name__, names)):
+        for family, known in list(table.items()):
             # Some families have several models.
-            if isinstance(stock, str) and not family.startswith(PRUNED_PREFIX):
-                names.setdefault(PRUNED_PREFIX + family, CLASS_PREFIX + stock)
+            if not family.startswith(PRUNED_PREFIX) and (of_peft or isinstance(known, str)):
+                own = known if of_peft else CLASS_PREFIX + known
+                table.setdefault(PRUNED_PREFIX + family, own)
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -58,7 +68,7 @@ class _Finder(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if name.startswith(FAMILY_PREFIX):
             return ModuleSpec(name, self)
-        spec = PathFinder.find_spec(name, path, target) if name in TABLES else None
+        spec = PathFinder.find_spec(name, path, target) if name in (*TABLES, PEFT) else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -82,8 +92,9 @@ def know_pruned_models() -> None:
     """Let the Auto classes of transformers know pruned models, imported before or later."""
     configs, models = TABLES
     sys.meta_path.insert(0, _Finder())
-    if configs in sys.modules:
-        name_families(sys.modules[configs])
+    for name in (configs, PEFT):
+        if name in sys.modules:
+            name_families(sys.modules[name])
     if models in sys.modules:  # what it derives from the tables is made: each family in full
         from .models.registration import register
 

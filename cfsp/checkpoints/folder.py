@@ -71,13 +71,10 @@ def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     if not is_stock(model):
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-        prefix = modeling_cfsp.PREFIX  # a reloaded model's base is of the family's own class
-        classes = {
-            "AutoConfig": type(model.config).__name__,
-            "AutoModel": prefix + type(model.base_model).__name__.removeprefix(prefix),
-            "AutoModelForCausalLM": type(model).__name__,
-        }
-        config["auto_map"] = {k: f"{MODELING_FILE.stem}.{name}" for k, name in classes.items()}
+        stock = modeling_cfsp.stock_config(type(model.config))
+        classes = {"AutoConfig": stock, **modeling_cfsp.family_classes(stock)}
+        module = f"{MODELING_FILE.stem}.{modeling_cfsp.PREFIX}"
+        config["auto_map"] = {auto: module + kind.__name__ for auto, kind in classes.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_companions(model, tokenizer, folder)
 

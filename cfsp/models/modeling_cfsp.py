@@ -15,6 +15,8 @@ A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transfor
   family has not.
 """
 
+from contextlib import contextmanager
+
 import torch
 import transformers
 from torch import nn
@@ -22,11 +24,31 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "CFSP"
 MODEL_TYPE_PREFIX = "cfsp_"
 WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim")
+AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
+"""The Auto classes that load a pruned model, and transformers' tables of the families' classes."""
+
+
+def stock_config(config_class):
+    """The config class of transformers that one of ours was derived from."""
+    return config_class.__bases__[0]
+
+
+def family_classes(stock_config):
+    """transformers' own classes for a config class, by Auto class."""
+    tables = {auto: getattr(transformers, table) for auto, table in AUTO_CLASSES.items()}
+    return {auto: table[stock_config] for auto, table in tables.items() if stock_config in table}
 
 
 def set_parameter(block, name, parameter):
@@ -71,20 +93,32 @@ def resize_ffns(decoder, config):
                 set_parameter(block, f"{path}.bias", nn.Parameter(bias))
 
 
+@contextmanager
+def one_width(config):
+    """Have a config say one width for all blocks, as the stock constructors read it."""
+    widths = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = widths
+
+
 class PerBlockWidths:
     """Builds the stock model, then gives every block its own FFN widths."""
 
     def __init__(self, config, *args, **kwargs):
-        # The stock constructor reads one width for all blocks; that is put right below.
         config.allow_global_per_layer_attribute_access = True
-        super().__init__(config, *args, **kwargs)
+        with one_width(config):
+            super().__init__(config, *args, **kwargs)
         with torch.no_grad():
             resize_ffns(self.base_model, config)
         self.post_init()
 
 
-def register_conversions(own, stock):
-    """Where checkpoints of a family have other names or shapes than its modules, so have ours."""
+def register_conversions(own, stock, causal_lm):
+    """Where checkpoints of a family have other names or shapes than its modules, so have ours; and
+    a class that has the decoder under another name than the causal LM finds it in its weights."""
     config, stock_config = own.config_class, stock.config_class
     for mine, theirs in (
         (own.__name__, stock.__name__),
@@ -93,6 +127,12 @@ def register_conversions(own, stock):
         conversions = get_checkpoint_conversion_mapping(theirs)
         if conversions is not None:
             register_checkpoint_conversion_mapping(mine, conversions, overwrite=True)
+    if stock.base_model_prefix not in ("", causal_lm.base_model_prefix):
+        renaming = WeightRenaming(
+            rf"^{causal_lm.base_model_prefix}\.", f"{stock.base_model_prefix}."
+        )
+        known = get_checkpoint_conversion_mapping(own.__name__) or []
+        register_checkpoint_conversion_mapping(own.__name__, [renaming, *known], overwrite=True)
 
 
 def __getattr__(name):
@@ -108,5 +148,10 @@ def __getattr__(name):
         bases, values = (PerBlockWidths, stock), {"config_class": own_config}
     own = globals()[name] = type(name, bases, {**values, "__module__": __name__})
     if issubclass(own, PerBlockWidths):
-        register_conversions(own, stock)
+        family = family_classes(stock.config_class)
+        register_conversions(own, stock, family["AutoModelForCausalLM"])
+        if stock is not family["AutoModel"]:  # heads make their decoder by AutoModel
+            decoder = globals().get(PREFIX + family["AutoModel"].__name__)
+            decoder = decoder or __getattr__(PREFIX + family["AutoModel"].__name__)
+            transformers.AutoModel.register(own.config_class, decoder, exist_ok=True)
     return own

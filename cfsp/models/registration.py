@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-)
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from . import modeling_cfsp
 from .layouts import LAYOUTS
@@ -27,14 +21,13 @@ def register() -> None:
 
 def register_family(model_type: str) -> None:
     stock = CONFIG_MAPPING[model_type]
-    stocks = (stock, MODEL_MAPPING[stock], MODEL_FOR_CAUSAL_LM_MAPPING[stock])
-    config, model, causal_lm = map(pruned_class, stocks)
+    config = pruned_class(stock)
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+    for auto, stock_class in modeling_cfsp.family_classes(stock).items():
+        own = pruned_class(stock_class)
+        getattr(transformers, auto).register(config, own, exist_ok=True)
+        own.register_for_auto_class(auto)
 
 
 def pruned_class(stock: type) -> Any:
