@@ -141,7 +141,7 @@ def test_peft_adapts_by_default_what_it_adapts_in_the_dense_family(
 ) -> None:
     pytest.importorskip("peft")
     pairs = []
-    for name in ("llama", "gpt2", "opt", "phi3"):
+    for name in ("llama", "gpt2", "opt", "mistral"):
         out = folders[name, "cfsp"]
         pairs += [str(out.with_name(name)), str(out)]
     run = subprocess.run(
