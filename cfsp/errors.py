@@ -1,6 +1,7 @@
 """The one exception for what a user can mend: a line for a person, exit code 2 in a command."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class CfspError(ValueError):
@@ -18,4 +19,17 @@ class RankLost(Stopped):
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> CfspError:
     """The error for a name that a registry does not hold; lists those it does."""
-    return CfspError(f"unknown {what} {name!r}; valid: {', '.join(valid)}")
+    known = list(valid)
+    return CfspError(f"unknown {what} {name!r}{nearest(name, known)}; valid: {', '.join(known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to add where a name is not known, but looks like one that is."""
+    close = get_close_matches(name, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def printable(text: object) -> str:
+    """Text that shows as it reads: what would move a cursor, turn the direction of writing, break
+    the line or is no character at all is told by its escape, as in ``\\x1b``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -35,8 +35,8 @@ class BlockProgress:
         """A block's turn has come, whose reading took ``stored_bytes`` from disk."""
         self.bytes_read += stored_bytes
         elapsed, shown = self.bar.format_dict["elapsed"], f"block {number + 1}/{self.blocks}"
-        if self.bytes_read and elapsed:
-            shown += f", {self.bytes_read / elapsed / 1e9:.2f} GB/s read"
+        if elapsed and (speed := self.bytes_read / elapsed / 1e9) >= 0.01:
+            shown += f", {speed:.2f} GB/s read"
         self.bar.set_postfix_str(shown)
 
 

@@ -1,11 +1,13 @@
 """The texts about a pruned model: its card, the section of a recovery, the fits in one line."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from ..errors import printable
 from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
 from ..pruning.refit import BlockRefit
@@ -14,21 +16,26 @@ Rows = Sequence[tuple[str, str, str]]
 """(title, before, after)."""
 
 
-def model_card(plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool) -> str:
+def model_card(
+    plan: PruningPlan,
+    record: Mapping[str, Any],
+    sizes: Rows,
+    stock: bool,
+    terms: Mapping[str, Any],
+) -> str:
     """README.md with the hub's front matter. ``record``: recipe.yaml; ``stock``: whether it is an
-    architecture of transformers itself."""
+    architecture of transformers itself; ``terms``: the license, as the front matter says it."""
     name, result = record["provenance"]["model"], record["result"]
-    front_matter = yaml.safe_dump({"base_model": name}, allow_unicode=True, width=math.inf)
     counts = plan.recipe.calibration.windows_by_dataset
-    several = ", ".join(f"`{dataset}` ({count})" for dataset, count in counts.items())
+    several = ", ".join(f"{_code(dataset)} ({count})" for dataset, count in counts.items())
     return _render(
         "card.md",
-        base_model=front_matter.rstrip("\n"),
+        front_matter=_yaml({**terms, "base_model": name}),
         name=name,
         plan=plan,
         sizes=sizes,
         perplexities=_perplexities("perplexity", result),
-        datasets=several if len(counts) > 1 else f"`{plan.recipe.calibration.dataset}`",
+        datasets=several if len(counts) > 1 else _code(plan.recipe.calibration.dataset),
         fits=result.get("fits"),
         refits=result.get("refits"),
         stock=stock,
@@ -53,8 +60,33 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(error=_error, range=_range)
+    environment.filters.update(error=_error, range=_range, code=_code, plain=_plain)
     return environment.get_template(template).render(values)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    """Lines of front matter; names outside ASCII as they are if they can be shown."""
+    lines = (
+        yaml.safe_dump({key: value}, allow_unicode=str(value).isprintable(), width=math.inf)
+        for key, value in values.items()
+    )
+    return "".join(lines).rstrip("\n")
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown and HTML find no markup."""
+    return (
+        re.sub(r"([\\`*\[\]|~])", r"\\\1", printable(text))
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+    )
+
+
+def _code(text: str) -> str:
+    """Text as inline code, in a table too."""
+    shown = printable(text).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
 
 
 def _perplexities(title: str, result: Mapping[str, Any]) -> Rows:
@@ -63,10 +95,10 @@ def _perplexities(title: str, result: Mapping[str, Any]) -> Rows:
     if before is None or after is None:
         return []
     windows = f"{before['windows']} windows of {before['seqlen']} tokens"
-    label = f"{title}, `{before['dataset']}`, {windows}"
+    label = f"{title}, {_code(before['dataset'])}, {windows}"
     rows = [(label, before["perplexity"], after["perplexity"])]
     for name, value in before.get("by_dataset", {}).items():
-        rows.append((f"of these, `{name}`", value, after["by_dataset"][name]))
+        rows.append((f"of these, {_code(name)}", value, after["by_dataset"][name]))
     return [(label, f"{was:.2f}", f"{now:.2f}") for label, was, now in rows]
 
 

@@ -15,6 +15,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import load_plan, save_plan
 from ..pruning.refit import BlockRefit
 from .card import Rows, model_card, recovery_section
+from .terms import front_matter_terms
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
 Parse = Callable[[str], Any]
@@ -148,11 +149,17 @@ def _read(file: Path, parse: Parse) -> Any:
 
 
 def write_documents(
-    folder: Path, plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool
+    folder: Path,
+    plan: PruningPlan,
+    record: Mapping[str, Any],
+    sizes: Rows,
+    stock: bool,
+    source: Path | None,
 ) -> None:
-    """plan.json, recipe.yaml and README.md of a pruned model; see :func:`card.model_card`."""
+    """plan.json, recipe.yaml and README.md of a pruned model, see :func:`card.model_card`;
+    ``source``: the folder of the dense one."""
     save_plan(plan, folder / PLAN)
-    _write(folder, record, model_card(plan, record, sizes, stock))
+    _write(folder, record, model_card(plan, record, sizes, stock, front_matter_terms(source)))
 
 
 def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -> None:

@@ -13,8 +13,10 @@ from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
 from ..models.loading import check_config, load_config, pick_device
+from ..models.opening import OpenModel
 from ..models.pruned_classes import is_stock
 from ..models.tensors import converted, saved_tensors, tensor_infos
+from .terms import copy_terms
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
 
@@ -56,14 +58,15 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
     write_tensors(folder, tensor_infos(tensors), tensors.items())
 
 
-def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Weights, config, modeling file, generation config and tokenizer of a model."""
-    write_weights(model, folder)
-    write_settings(model, tokenizer, folder)
+def write_model(opened: OpenModel, folder: Path) -> None:
+    """Everything of a model's folder: weights, config, modeling file, and what is beside them."""
+    write_weights(opened.model, folder)
+    write_settings(opened, folder)
 
 
-def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+def write_settings(opened: OpenModel, folder: Path) -> None:
     """Everything of a model's folder but the weights."""
+    model = opened.model
     config = model.config.to_diff_dict()
     for name in ("_name_or_path", "_model_name_or_path", "auto_map"):
         config.pop(name, None)
@@ -76,12 +79,13 @@ def write_settings(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None
         module = f"{MODELING_FILE.stem}.{modeling_cfsp.PREFIX}"
         config["auto_map"] = {auto: module + kind.__name__ for auto, kind in classes.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_companions(model, tokenizer, folder)
+    write_companions(opened, folder)
 
 
-def write_companions(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Generation config, and the tokenizer with its chat template."""
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def write_companions(opened: OpenModel, folder: Path) -> None:
+    """Generation config, the tokenizer with its chat template, and the terms of the license."""
+    if opened.model.generation_config is not None:
+        opened.model.generation_config.save_pretrained(folder)
+    if opened.tokenizer is not None:
+        opened.tokenizer.save_pretrained(folder)
+    copy_terms(opened.folder, folder)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..api import PruneResult, prune
 from ..calibration.windows import Calibration
 from ..checkpoints.folder import write_model
-from ..errors import CfspError
+from ..errors import CfspError, printable
 from ..io.outputs import can_resume, check_out, new_file, new_folder
 from ..io.places import partial_path
 from ..models.loading import quiet_loading
@@ -83,7 +83,7 @@ def dense_folder(folder: Path) -> Path:
     if not folder.exists():
         opened = open_model(demo_model())
         with new_folder(folder, overwrite=False) as partial:
-            write_model(opened.model, opened.tokenizer, partial)
+            write_model(opened, partial)
     return folder
 
 
@@ -158,5 +158,5 @@ def print_demo(demo: DemoResult, console: Console) -> None:
     console.print(f"[bold]{PROMPT}[/bold]")
     console.print(f"  before: {demo.before.text.strip()!r}", markup=False)
     console.print(f"  after:  {demo.after.text.strip()!r}", markup=False)
-    console.print(f"model:   {demo.result.out}", markup=False, soft_wrap=True)
-    console.print(f"picture: {demo.picture}", markup=False, soft_wrap=True)
+    console.print(printable(f"model:   {demo.result.out}"), markup=False, soft_wrap=True)
+    console.print(printable(f"picture: {demo.picture}"), markup=False, soft_wrap=True)

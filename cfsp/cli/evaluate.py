@@ -2,9 +2,11 @@
 
 import argparse
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..calibration.windows import Calibration
+from ..errors import printable
 from ..evaluation.side_by_side import evaluate
 from ..evaluation.speed import Generation
 from ..pruning.recipe import Recipe
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         shown, told = Table(""), evaluation_table(found, ())
         for label in told["labels"]:
-            shown.add_column(label, justify="right", overflow="fold")
+            shown.add_column(escape(printable(label)), justify="right", overflow="fold")
         for measure in told["measures"]:
-            shown.add_row(measure["title"], *measure["texts"])
+            shown.add_row(escape(printable(measure["title"])), *measure["texts"])
     show(arguments, values, shown)

@@ -14,8 +14,8 @@ from typing import Any
 
 from .. import __version__
 from ..distributed import joined, own_rank
-from ..errors import CfspError
-from .process import ended, keep_memory, quiet
+from ..errors import CfspError, nearest, printable
+from .process import ended, keep_memory, one_line_warnings, quiet
 
 COMMANDS = {
     "demo": "the whole job on SmolLM2-135M, offline",
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line, told by one rank."""
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if own_rank() == 0:
@@ -64,7 +64,11 @@ class _Command(_Parser):
             self.description, self.epilog = module.__doc__, f"examples:\n{examples}"
             module.add_arguments(self)
             self.set_defaults(run=module.run)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        options = [arg.partition("=")[0] for arg in unknown if arg.startswith("--")]
+        for option in options:
+            self.error(f"unknown option {option}{nearest(option, self._option_string_actions)}")
+        return found, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.group.size > 1 and arguments.command not in SHARED:
         raise CfspError(f"cfsp {arguments.command} is for one process; start it without torchrun")
     keep_memory()
-    with quiet(arguments.group, arguments.quiet):
+    with one_line_warnings(), quiet(arguments.group, arguments.quiet):
         arguments.run(arguments)
 
 
@@ -96,5 +100,5 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(message, file=sys.stderr)
             return code
     except CfspError as error:
-        print(f"cfsp: error: {error}", file=sys.stderr)
+        print(f"cfsp: error: {printable(error)}", file=sys.stderr)
         return 2

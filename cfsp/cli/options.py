@@ -10,7 +10,7 @@ from typing import Any, get_args
 from rich.console import Console, RenderableType
 
 from ..costs.hardware import HARDWARE
-from ..errors import CfspError
+from ..errors import CfspError, printable
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
 from ..settings import Setting, setting_of
 from .flags import flag
@@ -132,7 +132,7 @@ def show(
         return
     for item in shown:
         if isinstance(item, str):
-            print(item)
+            print(printable(item))
         elif item is not None:
             Console().print(item)
 

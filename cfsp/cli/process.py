@@ -3,16 +3,20 @@
 import ctypes
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Event, current_thread, main_thread
 from types import FrameType
+from typing import Any
 
 from ..distributed import Ranks, launched
-from ..errors import CfspError, RankLost, Stopped
+from ..errors import CfspError, RankLost, Stopped, printable
 from .flags import with_flags
 
+PACKAGE = Path(__file__).resolve().parents[1]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt; the second is at most 32 MiB."""
 
@@ -36,6 +40,22 @@ def sigterm() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Warnings of cfsp are one line each, without the source; other libraries' stay as they are."""
+    told = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *more: Any, **options: Any) -> None:
+        if Path(filename).is_relative_to(PACKAGE):
+            print(f"cfsp: warning: {printable(with_flags(str(message)))}", file=sys.stderr)
+        else:
+            told(message, category, filename, *more, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager
@@ -70,7 +90,7 @@ def ended(run: Callable[[], None]) -> tuple[int, str]:
     try:
         run()
     except CfspError as error:
-        return 2, f"cfsp: error: {with_flags(' '.join(str(error).split()))}"
+        return 2, f"cfsp: error: {printable(with_flags(' '.join(str(error).split())))}"
     except RankLost as error:
         return 1, f"cfsp: another rank has ended ({error}); prune continues with --resume"
     except Stopped:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
-from ..errors import CfspError
+from ..errors import CfspError, printable
 from ..io.files import format_bytes
 from .footprint import Footprints
 from .hardware import Hardware, MemoryBudget
@@ -202,7 +203,7 @@ class Estimate(RunEstimate):
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(printable(title)))
     for column in columns:
         table.add_column(column, justify="right" if column in NUMBERS else "left")
     for row in rows:

@@ -162,7 +162,7 @@ class LatencyLimit:
             shown = [f"{max(0.0, end):.4f}" for end in ends]
             raise CfspError(
                 f"{self.text} is out of reach: by the table the FFNs, in multiples of {multiple}, "
-                f"can bring the model to latency={shown[0]} to {shown[1]}"
+                f"allow latency={shown[0]} to {shown[1]}"
             )
         if steps.seconds(widest) <= self.seconds:
             return widest

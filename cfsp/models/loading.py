@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -95,10 +101,25 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
                 "transformers itself are read"
             ) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        where = f"cannot load {name}"
-        if isinstance(error, OSError) and not Path(name).exists():
-            where = f"no folder {name} here, and cannot load it from the hub"
-        raise CfspError(f"{where}: {reason}") from error
+        raise CfspError(f"cannot load {name}: {reason}") from error
+
+
+def hub_folder(model: str | Path, patterns: list[str]) -> Path:
+    """The local snapshot of a hub id, with files of these names; what the cache has where there is
+    no network. Raises CfspError at once for a name that is neither a folder nor on the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        why = "no such model, or none that you may read"
+    except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "it cannot be reached"
+    except HFValidationError:
+        why = "its models are called OWNER/NAME"
+    except OSError as error:
+        why = " ".join(str(error).split())[:300]
+    raise CfspError(f"no folder {model} here, and cannot load it from the hub: {why}")
 
 
 def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
@@ -122,6 +143,8 @@ def load_config(model: str | Path) -> Any:
         raise CfspError("reading GGUF needs the package 'gguf': pip install gguf")
     if path.is_dir():
         check_config(path)
+    elif not options and not path.exists():
+        name = str(hub_folder(model, ["config.json"]))
     return load_part(name, AutoConfig, **options)
 
 

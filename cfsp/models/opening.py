@@ -21,6 +21,7 @@ from .layouts import Layout
 from .loading import (
     DEVICE,
     check_folder,
+    hub_folder,
     load_config,
     load_part,
     load_weights,
@@ -33,7 +34,9 @@ from .surgery import set_buffers_, set_parameters_
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = [*MODEL_FILES, "README.md", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*"]
+HUB_FILES += ["[Nn][Oo][Tt][Ii][Cc][Ee]*", "[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class OpenModel:
     """What the user called it: hub id, folder or file name; for a live module, its config's."""
     blocks: Blocks
     """Where the weights of its blocks are."""
+    folder: Path | None = None
+    """Where its files are, with the terms that it comes with; None where that is not known."""
     files: Stamps = field(default_factory=dict)
-    """What its files were when it was opened; none of a live model."""
+    """What these files were when it was opened; none of a live model."""
 
     @cached_property
     def described(self) -> Description:
@@ -89,9 +94,10 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
     _check_live(model)
     layout = checked_layout(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    if Path(name).exists():  # a local path says nothing elsewhere
-        name = Path(name).resolve().name
-    return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout))
+    folder = Path(name) if Path(name).exists() else None
+    if folder is not None:  # a local path says nothing elsewhere
+        name = folder.resolve().name
+    return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout), folder)
 
 
 def _check_live(model: PreTrainedModel) -> None:
@@ -161,7 +167,8 @@ class _Checkpoint:
     def opened(self, model: PreTrainedModel, blocks: Blocks) -> OpenModel:
         name, options = pretrained(self.path)
         tokenizer = load_part(name, AutoTokenizer, **options)
-        return OpenModel(model, tokenizer, self.layout, self.name, blocks, self.files)
+        folder = self.path if self.path.is_dir() else None
+        return OpenModel(model, tokenizer, self.layout, self.name, blocks, folder, self.files)
 
 
 def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
@@ -178,7 +185,7 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     sources = {} if gguf else placed(path, skeleton, tensors)
     local = Path(model).exists()
     name = path.stem if gguf else path.resolve().name if local else str(model)
-    read = [path] if gguf else [f for pattern in HUB_FILES for f in path.glob(pattern)]
+    read = [path] if gguf else [f for pattern in MODEL_FILES for f in path.glob(pattern)]
     return _Checkpoint(name, path, skeleton, layout, tensors, sources, stamps_of(sorted(read)))
 
 
@@ -193,27 +200,20 @@ def find_model(model: str | Path) -> Path:
     if not path.exists():
         if _is_path(model):
             raise CfspError(f"no such model folder: {model}")
-        path = _snapshot(str(model))
+        path = hub_folder(model, HUB_FILES)
     check_folder(path)
     return path
-
-
-def _snapshot(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CfspError(
-            f"no folder {model} here, and cannot load it from the hub: {reason}"
-        ) from error
 
 
 def _is_path(model: str | Path) -> bool:
     """Whether a name that does not exist here cannot be a hub id either."""
     name = str(model)
-    return Path(model).is_absolute() or name.startswith(".") or name.count("/") > 1
+    return (
+        Path(model).is_absolute()
+        or name.startswith((".", "~"))
+        or name.count("/") > 1
+        or name.endswith("/")
+    )
 
 
 def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:

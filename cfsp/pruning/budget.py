@@ -126,8 +126,8 @@ def channel_budget(
     if not least - slack <= wanted <= most + slack:
         low, high = (budget.written(kept, total) for kept in (most, least))
         raise CfspError(
-            f"{budget.text} is out of reach: the FFNs, in multiples of {multiple}, can bring the "
-            f"model to {budget.kind}={low} to {high}"
+            f"{budget.text} is out of reach: the FFNs, in multiples of {multiple}, allow "
+            f"{budget.kind}={low} to {high}"
         )
     kept = min(max(wanted, least), most) - fixed
     unit = math.gcd(*costs)

@@ -1,5 +1,6 @@
 """The pruning plan: which channels of which block stay. Small, printable, editable."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -86,6 +87,21 @@ class PruningPlan:
     def sparsity(self) -> float:
         """Fraction of all FFN channels that goes."""
         return 1 - sum(self.widths) / sum(block.intermediate_size for block in self.blocks)
+
+    def warn_of_rounding(self) -> None:
+        """Warn where nothing goes, or a sparsity is missed by a point of percentage or more."""
+        asked, multiple = self.recipe.sparsity, self.recipe.width_multiple
+        hint = "" if multiple == 1 else "; a smaller `width_multiple` comes closer"
+        if self.sparsity == 0:
+            warnings.warn(
+                f"the plan removes nothing, in multiples of {multiple}{hint}", stacklevel=2
+            )
+        elif self.recipe.budget is None and abs(self.sparsity - asked) >= 0.01:
+            warnings.warn(
+                f"the plan removes {self.sparsity:.2%} of the FFN channels, not {asked:.2%}, in "
+                f"multiples of {multiple}{hint}",
+                stacklevel=2,
+            )
 
     def table(self) -> Table:
         """The plan as a table for a terminal."""

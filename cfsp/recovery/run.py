@@ -190,7 +190,7 @@ def _recovered(
         perplexity_after=held_out.measure(model, progress=progress),
         versions=made_by,
     )
-    write_model(model, opened.tokenizer, new)
+    write_model(opened, new)
     add_recovery(pruned, new, recovery_document(report))
     expected = take_probe(model)
     empty_(model)  # one model in memory at a time

@@ -41,8 +41,9 @@ def prune_from_disk_to_disk(run: Run, blocks: StoredBlocks, out: Path) -> PruneR
     def completed() -> PruneReport:
         report = finish_()
         rows = report.sizes.rows()
-        write_settings(opened.model, opened.tokenizer, folder)
-        write_documents(folder, report.plan, recipe_document(report), rows, report.stock)
+        write_settings(opened, folder)
+        document = recipe_document(report)
+        write_documents(folder, report.plan, document, rows, report.stock, opened.folder)
         empty_(opened.model)  # one model's embeddings in memory at a time
         verify_streamed(folder, probe, blocks.device)
         if run.verify:

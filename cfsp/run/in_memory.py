@@ -36,8 +36,9 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     report = run.finish_(cut, sizes, fits, before, measure())
     if out is not None and ranks.first:
         folder = staged(out)
-        write_model(model, opened.tokenizer, folder)
-        write_documents(folder, cut.plan, recipe_document(report), sizes.rows(), report.stock)
+        write_model(opened, folder)
+        document, rows = recipe_document(report), sizes.rows()
+        write_documents(folder, cut.plan, document, rows, report.stock, opened.folder)
         expected = take_probe(model)
         if not given:
             empty_(model)  # one model in memory at a time

@@ -84,6 +84,7 @@ def plan_model(
     weights = opened.blocks.ffn_weights
     plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     check_met(described, plan, table)
+    plan.warn_of_rounding()
     return plan
 
 
@@ -146,6 +147,8 @@ class Run:
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
         if self.plan is not None:
+            if self.ranks.first and self.plan.sparsity == 0:
+                self.plan.warn_of_rounding()
             return self.plan
         if statistics is None:
             raise ValueError("a run has a plan or statistics")

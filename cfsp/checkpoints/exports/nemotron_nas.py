@@ -51,7 +51,7 @@ def write(source: ExportSource, options: ExportOptions, folder: Path, progress: 
     write_changed_weights(source, folder, partial(add_zero_biases_, source=source), progress)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     shutil.copyfile(CONFIG_FILE, folder / CONFIG_FILE.name)
-    write_companions(source.opened.model, source.opened.tokenizer, folder)
+    write_companions(source.opened, folder)
     loaded = configuration_decilm.DeciLMConfig.from_pretrained(str(folder)).to_dict()
     for name in (*CARRIED, "max_position_embeddings", "mlp_bias", "block_configs"):
         if loaded[name] != values[name]:

@@ -68,7 +68,7 @@ def write(source: ExportSource, options: ExportOptions, folder: Path, progress: 
     become_pruned_(opened.model, layout, {**summary, "padded_from": list(source.widths)})
     if not is_stock(opened.model):
         raise RuntimeError("padding did not make the stock architecture")
-    write_settings(opened.model, opened.tokenizer, folder)
+    write_settings(opened, folder)
     return {"width": width, "probe_difference": probe_difference(source.path, folder)}
 
 
