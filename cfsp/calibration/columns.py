@@ -11,7 +11,7 @@ TEXT, CHAT, NULL = "string", "chat", "null"
 CHATS = ("messages", "conversations")
 ORDER = "text, else messages or conversations, else the only column of strings, else content"
 ROLES = {"human": "user", "gpt": "assistant"}
-MESSAGES = ({"role", "content"}, {"from", "value"})
+MESSAGES = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 """What the turns of a chat have: the usual form, and ShareGPT's."""
 
 
@@ -83,6 +83,8 @@ def _turn(turn: Any) -> dict[str, Any]:
     if "role" not in turn and "from" in turn:
         said_by = turn.pop("from")
         turn = {"role": ROLES.get(said_by, said_by), "content": turn.pop("value", "")} | turn
+    if "role" not in turn:
+        raise CfspError("a message without a role")
     content = turn.get("content", "")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):

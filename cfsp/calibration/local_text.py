@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CfspError
 from .columns import pick_column, row_text
-from .table_files import FORMATS, Table, arrow_columns, lines_of, open_table, suffixes
+from .table_files import FORMATS, Table, arrow_columns, checked, lines_of, open_table, suffixes
 
 
 def local_texts(
@@ -20,14 +20,18 @@ def local_texts(
     CfspError where there is nothing to read."""
     if not path.is_dir():
         yield from _file_texts(path, column, tokenizer)
-    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return
+    odd = (entry for entry in path.rglob("*") if not entry.is_file() and not entry.is_dir())
+    if found := next(odd, None):  # datasets would wait for a pipe
+        raise CfspError(f"{found} is neither a file nor a folder")
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         yield from _saved_texts(path, splits, column, tokenizer)
     else:
         from datasets import load_dataset_builder
 
         whole = path.resolve()
         files = load_dataset_builder(str(whole)).config.data_files or {}
-        for file in _split({str(name): found for name, found in files.items()}, splits, path):
+        for file in _split({str(name): those for name, those in files.items()}, splits, path):
             if not Path(os.path.normpath(file)).is_relative_to(whole):
                 raise CfspError(f"{path}: its README names {file!r}, outside of the folder")
             yield from _file_texts(Path(file), column, tokenizer)
@@ -50,7 +54,7 @@ def _saved_texts(
 
     def values(name: str) -> Iterator[Any]:
         for chunk in data.column(name).chunks:
-            yield from chunk.to_pylist()
+            yield from checked(chunk)
 
     yield from _column_texts(Table(arrow_columns(data.schema), values), path, column, tokenizer)
 
@@ -66,7 +70,6 @@ def _split(found: Mapping[str, Any], wanted: Sequence[str], path: Path) -> Any:
 
 def _column_texts(table: Table, path: Path, column: str | None, tokenizer: Any) -> Iterator[str]:
     column = pick_column(table.columns, column, str(path))
-    number = count = 0
     for number, value in enumerate(table.values(column), 1):
         try:
             text = row_text(value, tokenizer)
@@ -76,7 +79,4 @@ def _column_texts(table: Table, path: Path, column: str | None, tokenizer: Any) 
                 f"{path}, row {number} of column {column!r}: {error}; columns: {told}"
             ) from error
         if text is not None:
-            count += 1
             yield text
-    if not count:
-        raise CfspError(f"{path}: column {column!r} has no text, all its {number} rows are null")

@@ -101,6 +101,13 @@ def _arrow_kind(kind: pa.DataType) -> str:
     return str(kind) if len(str(kind)) <= 60 else f"{str(kind)[:57]}..."
 
 
+def checked(values: pa.Array) -> list[Any]:
+    """The values of an array of Arrow's own format, which is memory as it is: a damaged offset in
+    it would be followed anywhere."""
+    values.validate(full=True)
+    return values.to_pylist()
+
+
 def _parquet(path: Path) -> Table:
     def values(column: str) -> Iterator[Any]:
         with _seekable(path) as stream:
@@ -127,7 +134,7 @@ def _arrow(path: Path) -> Table:
     def values(column: str) -> Iterator[Any]:
         with _seekable(path) as stream:
             for batch in batches(stream)[1]:
-                yield from batch.column(column).to_pylist()
+                yield from checked(batch.column(column))
 
     with _seekable(path) as stream:
         return Table(arrow_columns(batches(stream)[0]), values)

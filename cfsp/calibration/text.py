@@ -149,4 +149,7 @@ def load_text(dataset: str, purpose: str, column: str | None = None, tokenizer: 
         reason = " ".join(str(error).split())[:300]
         message = f"cannot load dataset {dataset!r}: {type(error).__name__}: {reason}"
         raise CfspError(message) from error
-    return SEPARATORS[purpose].join(text for text in texts if text is not None)
+    texts = [text for text in texts if text is not None]
+    if not texts:
+        raise CfspError(f"dataset {dataset!r} has no text: all its rows are null")
+    return SEPARATORS[purpose].join(texts)

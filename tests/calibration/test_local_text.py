@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_nulls_are_skipped(name: str, tmp_path: Path) -> None:
 def test_nothing_but_nulls_is_one_line(name: str, tmp_path: Path) -> None:
     table = pa.table({"text": pa.array([None, None], pa.string()), "n": [1, 2]})
     (WRITERS | FLAT)[name](table, tmp_path / name)
-    with pytest.raises(CfspError, match="column 'text' has no text, all its 2 rows are null"):
+    with pytest.raises(CfspError, match=f"{name}' has no text: all its rows are null$"):
         load_text(str(tmp_path / name), CALIBRATE)
 
 
@@ -207,6 +208,7 @@ def with_template(template: str = ROLES) -> PreTrainedTokenizerFast:
             "<user>ab",
         ),
         ([{"role": "assistant", "content": None, "weight": 1}], "<assistant>"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "<assistant>"),
     ],
 )  # fmt: skip
 def test_chats_go_through_the_chat_template(
@@ -357,6 +359,12 @@ def test_a_folder_has_splits(
     assert said[EVALUATE].split("-")[0].split("\n")[0] == evaluated
 
 
+def test_a_shard_of_nulls_is_passed_over(tmp_path: Path) -> None:
+    folder = splits(tmp_path / "set", "train-00001-of-00003", "train-00002-of-00003")
+    jsonl(folder / "train-00000-of-00003.jsonl", {"text": None}, {"text": None})
+    assert load_text(str(folder), CALIBRATE) == "train-00001-of-00003 x train-00002-of-00003 x"
+
+
 def test_the_cards_own_splits_count(tmp_path: Path) -> None:
     folder = splits(tmp_path / "set", "a", "b")
     configs = (
@@ -390,6 +398,8 @@ def other_splits(folder: Path) -> None:
         (card_outside, r"README names '.*secret.jsonl', outside of the folder"),
         (two_configs, "pick one among the available configs"),
         (other_splits, "has no split train, got left, right"),
+        (lambda folder: os.mkfifo(folder / "README.md"), "README.md is neither a file nor a fo"),
+        (lambda folder: os.mkfifo(folder / "state.json"), "state.json is neither a file nor"),
         (lambda folder: (folder / "train.jsonl").unlink(), "doesn't contain any data files"),
         (lambda folder: (folder / "set.py").write_text("raise SystemExit('it ran')"),
          "Dataset scripts are no longer supported"),
@@ -440,3 +450,30 @@ def test_every_command_takes_the_column(
     code, _, error = run(capsys, "evaluate", out, "--dataset", file, "--seqlen", 16)
     assert code == 2
     assert "got a (string), b (string); --text-column names another" in error
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *FLAT, "a.jsonl.gz", "a.jsonl.zst", "saved"])
+def test_damaged_files_are_text_or_one_line(name: str, tmp_path: Path) -> None:
+    """Arrow's offsets are checked before they are followed: a wrong one would end the process."""
+    table, file = pa.table({"n": [1, 2, 3] * 9, "text": TEXTS * 9}), tmp_path / name
+    if name == "saved":
+        Dataset(table).save_to_disk(file)
+        (damaged,) = file.glob("*.arrow")
+    else:
+        damaged = file
+        suffix = name.partition("jsonl.")[2]
+        WRITERS.get(name, FLAT.get(name, write_lines))(table, file)
+        if suffix:
+            file.write_bytes(COMPRESS[f".{suffix}"](file.read_bytes()))
+    good, draw, errors = damaged.read_bytes(), random.Random(0), []
+    for number in range(150):
+        data = bytearray(good)
+        for _ in range(draw.choice((1, 3, 20))):
+            data[draw.randrange(len(data))] = draw.choice((0, 127, 255, draw.randrange(256)))
+        damaged.write_bytes(data if number % 3 else data[: draw.randrange(len(data))])
+        try:
+            assert isinstance(load_text(str(file), CALIBRATE), str)
+        except CfspError as error:
+            errors.append(str(error))
+    assert len(errors) > 10
+    assert not [error for error in errors if "\n" in error]
