@@ -143,7 +143,7 @@ def _read_mapping(file: Path, parse: Parse, wrong: str = "must be a mapping") ->
 
 def _read(file: Path, parse: Parse) -> Any:
     try:
-        return parse(file.read_text())
+        return parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CfspError(f"cannot read {file.parent}: {' '.join(str(error).split())}") from None
 
@@ -170,8 +170,8 @@ def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -
 
 
 def _write(folder: Path, record: Mapping[str, Any], card: str) -> None:
-    (folder / RECIPE).write_text(yaml.safe_dump(record, sort_keys=False))
-    (folder / CARD).write_text(card)
+    (folder / RECIPE).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def drop_times_(result: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class RunEstimate:
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        return "\n".join(f"estimate: {line}" for line in self._lines())
+        return "\n".join(f"estimate: {printable(line)}" for line in self._lines())
 
     def _lines(self) -> Sequence[str]:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from .channels import ChannelGroup
 from .ffn import FFN
 from .inspection import check_config, check_folder_files, placed
 from .layouts import Layout
-from .loading import load_config, make_skeleton, pick_dtype, quiet_loading
+from .loading import folder_name, load_config, make_skeleton, pick_dtype, quiet_loading
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
@@ -111,7 +111,7 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     if not known:
         width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype
         known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
-    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else str(model)
+    name = folder_name(path) if path.is_dir() else path.stem if path.is_file() else str(model)
     streamed = not (whole or gguf or renamed)
     return Description(name, skeleton, layout, blocks, own, known, streamed, refusal)
 

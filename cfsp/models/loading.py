@@ -130,6 +130,11 @@ def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
     return str(model), {}
 
 
+def folder_name(folder: Path) -> str:
+    """What a folder is called, by the link that it was given as too; "." and ".." have no name."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+
+
 def check_config(folder: str | Path) -> None:
     """Raise CfspError for a folder without a config."""
     if not (Path(folder) / "config.json").is_file():

@@ -21,6 +21,7 @@ from .layouts import Layout
 from .loading import (
     DEVICE,
     check_folder,
+    folder_name,
     hub_folder,
     load_config,
     load_part,
@@ -96,7 +97,7 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     folder = Path(name) if Path(name).exists() else None
     if folder is not None:  # a local path says nothing elsewhere
-        name = folder.resolve().name
+        name = folder_name(folder)
     return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout), folder)
 
 
@@ -184,7 +185,7 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     layout = checked_layout(skeleton)
     sources = {} if gguf else placed(path, skeleton, tensors)
     local = Path(model).exists()
-    name = path.stem if gguf else path.resolve().name if local else str(model)
+    name = path.stem if gguf else folder_name(path) if local else str(model)
     read = [path] if gguf else [f for pattern in MODEL_FILES for f in path.glob(pattern)]
     return _Checkpoint(name, path, skeleton, layout, tensors, sources, stamps_of(sorted(read)))
 

@@ -1,9 +1,12 @@
 """The model card: front matter that is YAML whatever the model is called."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 import cfsp
@@ -34,3 +37,31 @@ def test_the_front_matter_names_the_dense_model(
     assert card.text.startswith(f"\n# {name}, ")
     if name in ("plain", "größe 7"):
         assert f"\nbase_model: {name}\n" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("x\nlicense: mit", r"x\\nlicense: mit"),
+        ("a\x1b[31mred\x07", r"a\\x1b\[31mred\\x07"),
+        ("e\u202egnp", r"e\\u202egnp"),
+        ("|x|`y`<b>&[l](u)", r"\|x\|\`y\`&lt;b>&amp;\[l\](u)"),
+        ("%s", "%s"),
+    ],
+)
+def test_a_name_is_no_markup(tiny_folder: Path, tmp_path: Path, name: str, title: str) -> None:
+    dense, out = tmp_path / name, tmp_path / "out"
+    shutil.copytree(tiny_folder, dense)
+    text = shutil.copyfile(TEXT, tmp_path / f"{name}.txt")
+    recipe = replace(RECIPE, calibration=replace(RECIPE.calibration, dataset=str(text)))
+    cfsp.prune(dense, recipe=recipe, out=out, eval_windows=1, progress=False, eval_dataset=TEXT)
+    written = (out / "README.md").read_text(encoding="utf-8")
+    assert all(letter.isprintable() or letter == "\n" for letter in written)
+    card = ModelCard.load(out / "README.md")
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "base_model", "tags"}
+    assert card.data.base_model == name
+    assert card.text.startswith(f"\n# {title}, ")
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| calibration | "))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    assert row.count("``") == (2 if "`" in name else 0)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["provenance"]["model"] == name
