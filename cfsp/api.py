@@ -32,6 +32,7 @@ from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
 from .run import PruneResult, Run, into_new_folder, prune_from_disk_to_disk, prune_in_memory
 from .run.job import as_calibrated, check_reach, plan_model
+from .typed import check_whole
 
 
 def calibrate(
@@ -99,8 +100,8 @@ def latency_table(
     Raises:
         CfspError: bad input, no memory for it, or no place to keep the table.
     """
-    if min(batch, length) < 1:
-        raise CfspError(f"batch and length must be 1 or more, got {batch} x {length}")
+    check_whole("batch", batch, 1)
+    check_whole("length", length, 1)
     opened = open_any(model, None, dtype, device)
     return table_of(opened, batch, length, again=again, progress=progress)
 
@@ -195,8 +196,7 @@ def prune(
         recipe = as_calibrated(recipe, statistics)
     if eval_windows is None:
         eval_windows = EVALUATION_WINDOWS if target is not None else 0
-    if eval_windows < 0:
-        raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
+    check_whole("eval_windows", eval_windows)
     if verify and source is not None:
         _check_files(source, progress, ranks)
     searches = recipe.searches and plan is None

@@ -4,23 +4,16 @@
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, TypeVar, get_args
 
 from .errors import CfspError, unknown_name
+from .typed import MOST, Bound, decode, is_finite, shown
 
 Value = TypeVar("Value")
 _KEY = "setting"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a number must be; ``text`` in the words of an error: "1 or more"."""
-
-    text: str
-    holds: Callable[[Any], bool]
 
 
 FRACTION = Bound("in [0, 1)", lambda value: 0 <= value < 1)
@@ -45,6 +38,8 @@ class Setting:
     choices: Collection[str] = ()
     """The valid values; a mapping tells each in one line."""
     must_be: Bound | None = None
+    most: int = MOST
+    """Of a whole number: the largest, of either sign."""
     unset: str = ""
     """What the default stands for where it does not say it itself."""
     metavar: str | None = None
@@ -65,30 +60,23 @@ def setting_of(field: "dataclasses.Field[Any]") -> Setting | None:
     return field.metadata.get(_KEY)
 
 
-KINDS: dict[type, tuple[type, str]] = {
-    bool: (bool, "true or false"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-}
-
-
-def _check_kind(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Of numbers, which True and False are not here, and of these two."""
-    kind = (*get_args(field.type), field.type)[0]
-    known, text = KINDS.get(kind, (object, ""))
-    if not isinstance(value, known) or (isinstance(value, bool) and kind in (int, float)):
-        raise CfspError(f"{field.name} must be {text}, got {value!r}")
-
-
 def check(settings: Any) -> None:
-    """Raise CfspError for the first field of a dataclass whose value breaks its own rules; None is
-    valid where it is the default."""
+    """Raise CfspError for the first field of a dataclass whose value is not of its type or breaks
+    its own rules; None is valid where it is the default."""
     for field in dataclasses.fields(settings):
-        about, value = setting_of(field), getattr(settings, field.name)
-        if about is None or (value is None and field.default is None):
+        about, value = setting_of(field) or Setting(""), getattr(settings, field.name)
+        if value is None and field.default is None:
             continue
+        kind = next(kind for kind in (*get_args(field.type), field.type) if kind is not NoneType)
+        number = is_finite(value) or isinstance(value, float)
+        if about.must_be is not None and number and not about.must_be.holds(value):
+            raise CfspError(f"{field.name} must be {about.must_be.text}, got {shown(value)}")
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise CfspError(f"{field.name} must be a {kind.__name__}, got {shown(value)}")
+            continue
+        decode(kind, value, "", field.name)
+        if kind is int and abs(value) > about.most:
+            raise CfspError(f"{field.name} must be at most {about.most}, got {value}")
         if about.choices and value not in about.choices:
             raise unknown_name(about.called or field.name, value, about.choices)
-        _check_kind(field, value)
-        if about.must_be is not None and not about.must_be.holds(value):
-            raise CfspError(f"{field.name} must be {about.must_be.text}, got {value}")

@@ -32,6 +32,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "distributed": "several processes",
         "vllm_plugin": "",
     },
+    {"typed": "values by their types"},
     {"errors": "CfspError", "cfsp_kernels": "the Triton ops"},
 )
 """The rooms floor by floor, each with what it is for: a room imports only rooms on lower floors.

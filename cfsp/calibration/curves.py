@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count, takewhile
 
 import torch
 
@@ -11,6 +11,8 @@ CURVE_POINTS = 64
 ERROR_SCALES = ("output", "hidden", "absolute")
 """What errors of different blocks are measured in: the energy of the FFN's own output; that of the
 block's hidden state; nothing."""
+SCORES, CURVE = "{:05d}.scores", ("{:05d}.widths", "{:05d}.errors")
+"""Names of a ranking's tensors in a file, of each FFN."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,25 @@ class Ranking:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything but the names, for a file."""
-        named = {f"{ffn:05d}.scores": scores for ffn, scores in enumerate(self.scores)}
+        named = {SCORES.format(ffn): scores for ffn, scores in enumerate(self.scores)}
         for ffn, curve in enumerate(self.curves):
-            named[f"{ffn:05d}.widths"] = curve.widths
-            named[f"{ffn:05d}.errors"] = curve.errors
+            values = (curve.widths, curve.errors)
+            named |= {name.format(ffn): x for name, x in zip(CURVE, values, strict=True)}
         return named
 
 
-def ranking_of(made_by: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> Ranking:
-    """What :attr:`Ranking.made_by` and :meth:`Ranking.tensors` take apart."""
+def ranking_of(
+    made_by: tuple[str, str, float], prefix: str, tensors: Mapping[str, torch.Tensor]
+) -> Ranking:
+    """What :attr:`Ranking.made_by` and :meth:`Ranking.tensors` take apart, the latter under a
+    prefix."""
 
-    def each(name: str) -> list[torch.Tensor]:
-        return [tensors[key] for key in sorted(tensors) if key.endswith(f".{name}")]
+    def each(form: str) -> list[torch.Tensor]:
+        names = map((prefix + form).format, count())
+        return [tensors[name] for name in takewhile(tensors.__contains__, names)]
 
-    curves = map(ErrorCurve, each("widths"), each("errors"))
-    scorer, compensation, damping = made_by
-    return Ranking(scorer, compensation, damping, tuple(each("scores")), tuple(curves))
+    curves = map(ErrorCurve, *map(each, CURVE))
+    return Ranking(*made_by, tuple(each(SCORES)), tuple(curves))
 
 
 def curve_widths(channels: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from ..apportion import apportion
 from ..errors import CfspError
+from ..typed import shown
 from .text import DATASETS, check_dataset, exists, load_text
 from .tokens import bos_token, tokenize
 
@@ -15,6 +16,8 @@ MOST_WINDOWS = 10**9
 """More than any text has; counts and shares of so many are exact in fp64."""
 Mixture = Mapping[str, float]
 """Dataset -> weight, in the order in which they were named."""
+MAX_PARTS = 200
+"""Between commas, of which any run may be the name of a file."""
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -26,6 +29,8 @@ def parse_mixture(text: str) -> dict[str, float]:
     """
     if not isinstance(text, str):
         raise CfspError(f"dataset must be text such as wikitext2:3,c4:1, got {text!r}")
+    if text.count(",") >= MAX_PARTS:
+        raise CfspError(f"dataset {shown(text)} has more than {MAX_PARTS} parts")
     found: dict[str, float] = {}
     for dataset, weight in _entries(text.split(",")):
         if not dataset:

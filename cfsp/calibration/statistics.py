@@ -1,28 +1,33 @@
 """What a calibration says about every block and channel, and its file."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import CfspError
+from ..io.documents import to_json
 from ..io.files import whole_file
 from ..io.places import check_replaceable
+from ..io.safetensors import memory_of, open_header, read_tensors
 from ..models.blocks import Blocks
 from ..models.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import tokens_fingerprint
 from .curves import Ranking, ranking_of
 from .grams import Gram
-
-FORMAT = "cfsp-statistics-3"
-READABLE = (FORMAT, "cfsp-statistics-2")
-"""The earlier one kept no scores."""
-INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
+from .statistics_header import (
+    FORMAT,
+    INFLUENCE_METRICS,
+    SUMS,
+    StatisticsHeader,
+    check_tensors,
+    decoded,
+)
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,6 @@ class BlockStatistics:
         return float(self.influence[INFLUENCE_METRICS.index(metric)]) / self.tokens
 
 
-SUMS = ("sum", "sum_of_squares", "influence")
-"""The tensors of a block in the statistics file."""
-
-
 @dataclass(frozen=True)
 class Statistics:
     """The artefact of a calibration: serves any number of budgets."""
@@ -118,17 +119,39 @@ class Statistics:
 
 
 def statistics_fingerprint(statistics: Statistics) -> str:
-    """SHA-256 over all sums and rankings, as 64 hexadecimal digits."""
-    digest = hashlib.sha256(statistics.model_fingerprint.encode())
-    for block in statistics.blocks:
-        digest.update(f"{block.tokens} {block.windows} {block.expert_tokens}".encode())
-        for name in SUMS:
-            digest.update(getattr(block, name).numpy().tobytes())
-    for ranking in statistics.rankings:
-        digest.update(repr(ranking.made_by).encode())
-        for name, tensor in ranking.tensors().items():
-            digest.update(name.encode() + tensor.numpy().tobytes())
+    """SHA-256 over everything that statistics hold, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(to_json(_header(statistics)).encode())
+    for name, tensor in sorted(_tensors(statistics).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(memory_of(tensor.contiguous()))
     return digest.hexdigest()
+
+
+def _header(statistics: Statistics) -> dict[str, Any]:
+    """All but the tensors, as plain values."""
+    blocks = statistics.blocks
+    return {
+        "format": FORMAT,
+        "tokens": [block.tokens for block in blocks],
+        "windows": [block.windows for block in blocks],
+        "groups": [[[g.channels, g.experts] for g in block.groups] for block in blocks],
+        "expert_tokens": [block.expert_tokens for block in blocks],
+        "rankings": [
+            [*ranking.made_by[:2], float(ranking.damping)] for ranking in statistics.rankings
+        ],
+        "influence_metrics": INFLUENCE_METRICS,
+        "model_fingerprint": statistics.model_fingerprint,
+        "provenance": statistics.provenance,
+    }
+
+
+def _tensors(statistics: Statistics) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for number, block in enumerate(statistics.blocks):
+        tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
+    for number, ranking in enumerate(statistics.rankings):
+        tensors.update({f"ranking.{number:04d}.{k}": t for k, t in ranking.tensors().items()})
+    return tensors
 
 
 def check_model(what: str, sizes: tuple[int, ...], made_with: str, model: Blocks) -> None:
@@ -165,40 +188,33 @@ def check_text(statistics: Statistics, windows: torch.Tensor) -> None:
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
-    """Write statistics as one safetensors file, whole or not at all."""
-    path, blocks = Path(path), statistics.blocks
-    tensors = {}
-    for number, block in enumerate(blocks):
-        tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
-    for number, ranking in enumerate(statistics.rankings):
-        tensors.update({f"ranking.{number:04d}.{k}": t for k, t in ranking.tensors().items()})
-    header = {
-        "format": FORMAT,
-        "tokens": [block.tokens for block in blocks],
-        "windows": [block.windows for block in blocks],
-        "groups": [[[g.channels, g.experts] for g in block.groups] for block in blocks],
-        "expert_tokens": [block.expert_tokens for block in blocks],
-        "rankings": [ranking.made_by for ranking in statistics.rankings],
-        "influence_metrics": INFLUENCE_METRICS,
-        "model_fingerprint": statistics.model_fingerprint,
-        "provenance": statistics.provenance,
-    }
+    """Write statistics as one safetensors file, whole or not at all. Raises CfspError where they
+    hold what :func:`load_statistics` would refuse."""
+    path, tensors = Path(path), _tensors(statistics)
+    sums = {"sha256": statistics_fingerprint(statistics)}
+    text = to_json({**_header(statistics), **sums})
+    check_tensors(decoded(text), tensors)
     try:
         check_replaceable(path, path, overwrite=True, kind="file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"cfsp": json.dumps(header)})
+            save_file(tensors, partial, metadata={"cfsp": text})
     except (OSError, SafetensorError) as error:
         raise CfspError(f"cannot write statistics {path}: {error}") from None
 
 
-def _block(file: Any, header: dict[str, Any], number: int) -> BlockStatistics:
+def _block(
+    header: StatisticsHeader, number: int, tensors: Mapping[str, torch.Tensor]
+) -> BlockStatistics:
+    total, squares, influence = (tensors[f"block.{number:04d}.{name}"] for name in SUMS)
     return BlockStatistics(
-        header["tokens"][number],
-        header["windows"][number],
-        **{name: file.get_tensor(f"block.{number:04d}.{name}") for name in SUMS},
-        groups=tuple(ChannelGroup(*group) for group in header["groups"][number]),
-        expert_tokens=tuple(header["expert_tokens"][number]),
+        header.tokens[number],
+        header.windows[number],
+        total,
+        squares,
+        influence,
+        tuple(ChannelGroup(*group) for group in header.groups[number]),
+        header.expert_tokens[number],
     )
 
 
@@ -206,21 +222,22 @@ def load_statistics(path: str | Path) -> Statistics:
     """Read what :func:`save_statistics` wrote.
 
     Raises:
-        CfspError: no such file, or not a statistics file.
+        CfspError: no such file, not a statistics file of this version, or damaged.
     """
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("cfsp", "{}"))
-            if header.get("format") not in READABLE:
-                raise CfspError(f"{path} is not a statistics file of this version ({FORMAT})")
-            count = len(header["tokens"])
-            blocks = tuple(_block(file, header, number) for number in range(count))
-            rankings = []
-            for number, made_by in enumerate(header.get("rankings", ())):
-                prefix = f"ranking.{number:04d}."
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-                rankings.append(ranking_of(made_by, tensors))
-    except (OSError, SafetensorError) as error:
+        file = open_header(Path(path))
+        header = decoded(file.metadata.get("cfsp", "{}"))
+        check_tensors(header, file.tensors)
+        tensors = read_tensors(file.tensors)
+        check_tensors(header, tensors)
+    except CfspError as error:
         raise CfspError(f"cannot read statistics {path}: {error}") from None
-    return Statistics(blocks, header["model_fingerprint"], header["provenance"], tuple(rankings))
+    blocks = tuple(_block(header, number, tensors) for number in range(len(header.tokens)))
+    rankings = tuple(
+        ranking_of(made_by, f"ranking.{number:04d}.", tensors)
+        for number, made_by in enumerate(header.rankings)
+    )
+    found = Statistics(blocks, header.model_fingerprint, header.provenance, rankings)
+    if statistics_fingerprint(found) != header.sha256:
+        raise CfspError(f"cannot read statistics {path}: its checksum does not match: damaged")
+    return found

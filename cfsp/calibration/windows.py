@@ -14,6 +14,9 @@ from .mixtures import interleaved, parse_mixture, share_out, windows_of_each
 from .text import CALIBRATE, DATASETS, LOCAL
 from .tokens import BOS_CHOICES, check_tokens, random_windows
 
+MAX_WINDOWS = 1_000_000
+"""Of a calibration: more tokens than anyone's memory has room for."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -25,7 +28,9 @@ class Calibration:
         "of several, such as wikitext2:3,c4:1, are shared out by weight.",
         metavar="NAME|PATH[:WEIGHT],...",
     )
-    samples: int = setting(128, "Number of windows, of all datasets.", must_be=at_least(1))
+    samples: int = setting(
+        128, "Number of windows, of all datasets.", must_be=at_least(1), most=MAX_WINDOWS
+    )
     seqlen: int = setting(1024, "Tokens per window.", must_be=at_least(2))
     seed: int = setting(0, "Seed of the random start of each window.")
     bos: str = setting(

@@ -1,24 +1,22 @@
 """What a pruned folder says of itself: plan.json, recipe.yaml and README.md, read and written."""
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import CfspError
+from ..io.documents import read_json, read_text, read_yaml, to_yaml
 from ..models.layouts import PRUNED_PREFIX
 from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import load_plan, save_plan
 from ..pruning.refit import BlockRefit
+from ..typed import decode
 from .card import Rows, model_card, recovery_section
 from .terms import front_matter_terms
 
 PLAN, RECIPE, CARD = "plan.json", "recipe.yaml", "README.md"
-Parse = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,10 @@ def read_result(folder: str | Path) -> Result:
     folder = Path(folder)
     if not (folder / PLAN).is_file():
         raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
-    record = _read_mapping(folder / RECIPE, yaml.safe_load)
-    config = _read_mapping(folder / "config.json", json.loads)
+    record = _record(folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CfspError(f"{folder / 'config.json'} must be a mapping")
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Result(folder, load_plan(folder / PLAN), record, config, nbytes)
 
@@ -127,25 +127,24 @@ def read_pruned(folder: Path) -> PrunedFolder:
     for name in (PLAN, RECIPE, CARD):
         if not (folder / name).is_file():
             raise CfspError(f"{folder} is not a folder that cfsp prune wrote: no {name}")
-    wrong = "is not a recipe that cfsp wrote"
-    record = _read_mapping(folder / RECIPE, yaml.safe_load, wrong)
-    if not isinstance(record.get("recovery", []), list):
-        raise CfspError(f"{folder / RECIPE} {wrong}")
-    return PrunedFolder(folder, load_plan(folder / PLAN), record, _read(folder / CARD, str))
+    return PrunedFolder(folder, load_plan(folder / PLAN), _record(folder), read_text(folder / CARD))
 
 
-def _read_mapping(file: Path, parse: Parse, wrong: str = "must be a mapping") -> dict[str, Any]:
-    document = _read(file, parse)
-    if not isinstance(document, dict):
-        raise CfspError(f"{file} {wrong}")
-    return document
+@dataclass(frozen=True)
+class _Record:
+    """recipe.yaml."""
+
+    recipe: dict[str, Any]
+    provenance: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    recovery: tuple[dict[str, Any], ...] = ()
 
 
-def _read(file: Path, parse: Parse) -> Any:
-    try:
-        return parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CfspError(f"cannot read {file.parent}: {' '.join(str(error).split())}") from None
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / RECIPE
+    record = read_yaml(file)
+    decode(_Record, record, f"{file} is not a recipe that cfsp wrote", "recipe.yaml")
+    return record
 
 
 def write_documents(
@@ -170,7 +169,7 @@ def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -
 
 
 def _write(folder: Path, record: Mapping[str, Any], card: str) -> None:
-    (folder / RECIPE).write_text(yaml.safe_dump(record, sort_keys=False), encoding="utf-8")
+    (folder / RECIPE).write_text(to_yaml(record), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -183,13 +182,10 @@ def drop_times_(result: dict[str, Any]) -> None:
 
 def read_evaluation(path: str | Path) -> list[dict[str, Any]]:
     """The models of a file that holds what ``cfsp evaluate --json`` printed, or CfspError."""
-    try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise CfspError(f"cannot read evaluation {path}: {error}") from None
-    models = document.get("models", [document]) if isinstance(document, dict) else None
-    if not isinstance(models, list) or not all(
-        isinstance(model, dict) and isinstance(model.get("model"), str) for model in models
-    ):
-        raise CfspError(f"{path} is not what cfsp evaluate --json prints")
+    document = read_json(path, "evaluation ")
+    several = isinstance(document, dict) and "models" in document
+    models = document["models"] if several else [document]
+    wrong = f"{path} is not what cfsp evaluate --json prints"
+    for model in decode(tuple[dict[str, Any], ...], models, wrong, "models"):
+        decode(str, model.get("model"), wrong, "model")
     return models

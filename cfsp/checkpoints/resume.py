@@ -1,8 +1,8 @@
 """What a run from disk to disk keeps beside its shards, so that a later one can continue it."""
 
-import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,12 +10,19 @@ from uuid import uuid4
 from ..calibration.statistics import Statistics, load_statistics, save_statistics
 from ..distributed import Ranks
 from ..errors import CfspError
+from ..io.documents import read_as, read_json
 from ..io.files import write_json
 from ..io.outputs import MANIFEST, RESULT, STATE_FOLDER, can_resume
 
 FORMAT = "cfsp-run-1"
 STATISTICS = f"{STATE_FOLDER}/statistics.safetensors"
 SHARDS = f"{STATE_FOLDER}/shards"
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format: str
+    identity: dict[str, Any]
 
 
 def check_resume(partial: Path, identity: dict[str, Any]) -> None:
@@ -25,10 +32,9 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
         return
     file = partial / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        known = manifest["identity"] if manifest["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CfspError(f"cannot resume: {file}: {type(error).__name__}: {error}") from None
+        known = read_as(_Manifest, file, "manifest", FORMAT).identity
+    except CfspError as error:
+        raise CfspError(f"cannot resume: {error}") from None
     keys = sorted(identity.keys() | known.keys())
     differing = ", ".join(key for key in keys if identity.get(key) != known.get(key))
     if differing:
@@ -66,8 +72,8 @@ def _drop_unproven(partial: Path) -> None:
     for entry in list(os.scandir(partial / RESULT)):
         file = Path(entry.path)
         try:
-            known = json.loads((partial / SHARDS / f"{entry.name}.json").read_text())
-        except (OSError, ValueError, RecursionError):
+            known = read_json(partial / SHARDS / f"{entry.name}.json")
+        except CfspError:
             known = None
         if known == {"file": _state_of(file)} and entry.is_file(follow_symlinks=False):
             continue

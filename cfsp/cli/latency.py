@@ -13,6 +13,7 @@ from ..errors import CfspError
 from ..io.outputs import new_file
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import Recipe
+from ..typed import shown
 from .options import MODEL, add_device, add_fields, add_output, given, show
 
 EXAMPLES = """\
@@ -34,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    found = re.fullmatch(r"(\d+)x(\d+)", arguments.shape)
+    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", arguments.shape)
     if found is None:
-        raise CfspError(f"shape {arguments.shape!r}: expected batch x length, such as 1x1024")
+        raise CfspError(f"shape {shown(arguments.shape)}: expected batch x length, such as 1x1024")
     out, inputs = arguments.out, [arguments.model]
     new = nullcontext() if out is None else new_file(Path(out), arguments.overwrite, inputs)
     with new as file:

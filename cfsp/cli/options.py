@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args
@@ -12,6 +11,7 @@ from rich.console import Console, RenderableType
 from ..costs.hardware import HARDWARE
 from ..errors import CfspError, printable
 from ..evaluation.quality import EVALUATION_WINDOWS, Perplexity
+from ..io.documents import to_json
 from ..settings import Setting, setting_of
 from .flags import flag
 
@@ -128,7 +128,7 @@ def show(
     if not arguments.group.first:
         return
     if arguments.json:
-        print(json.dumps(values))
+        print(to_json(values))
         return
     for item in shown:
         if isinstance(item, str):

@@ -21,6 +21,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.refit import check_refits
 from ..pruning.scoring import SCORERS
+from ..typed import check_whole
 from .budgets import check_processes, check_recipe, even_plan
 from .estimates import Estimate
 from .fit_costs import GramCosts, RefitCosts, SearchCosts
@@ -236,8 +237,7 @@ def estimate(
     """
     if not 1 <= nodes <= ranks:
         raise CfspError(f"ranks must be at least nodes, and nodes 1, got {ranks} and {nodes}")
-    if eval_windows < 0:
-        raise CfspError(f"eval_windows must be 0 or more, got {eval_windows}")
+    check_whole("eval_windows", eval_windows)
     budget = parse_memory(max_memory)
     described = describe(model, recipe.dtype, whole=recipe.searches)
     skeleton, layout = described.model, described.layout

@@ -17,6 +17,7 @@ from torch.nn import functional
 from ..errors import CfspError, unknown_name
 from ..models.fingerprints import device_name
 from ..models.loading import pick_device, synchronize
+from ..typed import decode, is_finite, shown
 
 EFFICIENCY = 0.6
 """Share of the speed of one large matrix product that a whole forward pass is taken to reach."""
@@ -28,6 +29,7 @@ UNITS = {"B": 1} | {
     for unit, base in (("B", 1000), ("IB", 1024))
     for power, letter in enumerate("KMGT", 1)
 }
+SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-zA-Z]{1,3})\s*")
 FIGURES = {
     "flops": "compute, FLOP/s",
     "fp32_flops": "fp32, FLOP/s",
@@ -73,7 +75,7 @@ class Hardware:
     def stated(self, tflops: float | None = None, disk_gbps: float | None = None) -> "Hardware":
         """With speeds that the user states: 1e12 FLOP/s in a forward pass, 1e9 bytes/s of disk."""
         for name, value in (("tflops", tflops), ("disk_gbps", disk_gbps)):
-            if value is not None and not value > 0:
+            if value is not None and not (is_finite(value) and value > 0):
                 raise CfspError(f"`{name}` must be above 0, got {value}")
         speeds: dict[str, Any] = {} if tflops is None else {"flops": tflops * 1e12}
         if disk_gbps is not None:
@@ -139,10 +141,10 @@ class MemoryBudget:
 
 def parse_bytes(text: str) -> int:
     """ "20GiB" -> 21474836480. Units: B, and K, M, G, T with B (1000) or iB (1024), in any case."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    found = SIZE.fullmatch(text)
     unit = UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
-        raise CfspError(f"not a size: {text.strip()!r}; write it as 20GiB, 800MiB or 20GB")
+        raise CfspError(f"not a size: {shown(text.strip())}; write it as 20GiB, 800MiB or 20GB")
     if (size := int(float(found[1]) * unit)) < 1:
         raise CfspError(f"not a size: {text.strip()!r} is no memory at all")
     return size
@@ -152,6 +154,7 @@ def parse_memory(text: str | None) -> MemoryBudget:
     """ "20GiB" (of the device) or "device=20GiB,host=8GiB"; None says nothing."""
     if text is None:
         return MemoryBudget()
+    decode(str, text, "", "max_memory")
     if "=" not in text and "," not in text:
         return MemoryBudget(device=parse_bytes(text))
     sizes: dict[str, int] = {}
@@ -160,7 +163,8 @@ def parse_memory(text: str | None) -> MemoryBudget:
         kind = kind.strip()
         if kind not in ("device", "host") or kind in sizes:
             raise CfspError(
-                f"max memory {text!r}: expected a size such as 20GiB, or device=20GiB,host=8GiB"
+                f"max memory {shown(text)}: expected a size such as 20GiB, or "
+                "device=20GiB,host=8GiB"
             )
         sizes[kind] = parse_bytes(size)
     return MemoryBudget(**sizes)

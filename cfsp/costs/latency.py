@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import lt
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ..apportion import reachable
 from ..errors import CfspError
+from ..io.documents import read_as
 from ..io.files import write_json
 from ..io.places import check_replaceable
 from ..pruning.budget import Widths
+from ..typed import Bound, Count, Natural, NotNegative, decode
 
 FORMAT = "cfsp-latency-1"
 HALVINGS = 14
@@ -92,23 +95,43 @@ class LatencyTable:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Curve:
+    widths: Annotated[
+        tuple[Count, ...],
+        Bound("ascending", lambda widths: widths and all(map(lt, widths, widths[1:]))),
+    ]
+    seconds: tuple[NotNegative, ...]
+
+
+@dataclass(frozen=True)
+class _Document:
+    format: str
+    identity: dict[str, Any]
+    outer_seconds: NotNegative
+    kinds: tuple[Annotated[tuple[_Curve, ...], Bound("of 1 or more FFNs", len)], ...]
+    blocks: Annotated[tuple[Natural, ...], Bound("of 1 or more blocks", len)]
+
+
 def load_table(path: str | Path) -> LatencyTable:
-    try:
-        document = json.loads(Path(path).read_text())
-        if document["format"] != FORMAT:
-            raise ValueError(document["format"])
-        kinds = tuple(
-            tuple(WidthCurve(tuple(c["widths"]), tuple(c["seconds"])) for c in kind)
-            for kind in document["kinds"]
-        )
-        identity, outer = document["identity"], document["outer_seconds"]
-        table = LatencyTable(identity, outer, kinds, tuple(document["blocks"]))
-        table.predicted([curve.widths[-1] for curve in table.curves])
-        return table
-    except OSError as error:
-        raise CfspError(f"cannot read latency table {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise CfspError(f"{path} is not a latency table of `cfsp latency`") from None
+    """Read what :func:`save_table` wrote; CfspError for anything else."""
+    wrong = f"{path} is not a valid latency table"
+    document = read_as(_Document, path, "latency table", FORMAT)
+    for name in ("batch", "length"):
+        decode(Count, document.identity.get(name), wrong, f"identity.{name}")
+    for kind, curves in enumerate(document.kinds):
+        if any(len(curve.widths) != len(curve.seconds) for curve in curves):
+            raise CfspError(f"{wrong}: kinds[{kind}] has more or fewer seconds than widths")
+    if max(document.blocks) >= len(document.kinds):
+        raise CfspError(f"{wrong}: blocks must be below {len(document.kinds)}, the number of kinds")
+    kinds = tuple(
+        tuple(WidthCurve(curve.widths, curve.seconds) for curve in curves)
+        for curves in document.kinds
+    )
+    table = LatencyTable(document.identity, document.outer_seconds, kinds, document.blocks)
+    if not 0 < table.dense_seconds < math.inf:
+        raise CfspError(f"{wrong}: the dense model takes {table.dense_seconds} seconds")
+    return table
 
 
 def save_table(table: LatencyTable, path: Path) -> None:

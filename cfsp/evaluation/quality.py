@@ -25,6 +25,7 @@ from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, model_device
 from ..models.opening import OpenModel
+from ..typed import check_whole
 
 EVALUATION_WINDOWS = 16
 ROWS_PER_LOSS = 256  # positions per cross entropy, so that no second copy of all logits is made
@@ -169,6 +170,7 @@ def held_out_text(
 ) -> HeldOut:
     """Held-out windows to measure on: of ``dataset``, or else of those of the calibration's
     datasets that have a held-out part, see :func:`cfsp.calibration.mixtures.held_out_mixture`."""
+    check_whole("eval_windows", windows)
     if windows == 0:
         return HeldOut(torch.empty(0, calibration.seqlen, dtype=torch.int64))
     mixture = parse_mixture(dataset or calibration.dataset)

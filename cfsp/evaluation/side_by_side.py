@@ -13,6 +13,7 @@ from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
 from ..models.opening import open_model
+from ..typed import check_whole
 from .quality import evaluation_windows, perplexity
 from .speed import Generation, PeakMemory, measure_speed, time_round
 from .tasks import find_tasks, run_tasks
@@ -76,10 +77,12 @@ def evaluate(
         raise CfspError("`speed` and `tasks` are for one process; start it without torchrun")
     if windows == 0 and not speed and not tasks:
         raise CfspError("nothing to measure: `windows=0` leaves out the perplexity")
+    if windows is not None:
+        check_whole("windows", windows)
     if windows != 0:
         check_dataset(dataset)
-    if limit is not None and limit < 1:
-        raise CfspError(f"limit must be 1 or more, got {limit}")
+    if limit is not None:
+        check_whole("limit", limit, 1)
     index = find_tasks(tasks, task_path, progress=progress) if tasks else None
     kept: list[PreTrainedModel] = []
     found: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError
 from ..models.loading import check_seqlen, model_device, synchronize
+from ..typed import check_whole
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
-                raise CfspError(f"{name} must be 1 or more, got {value}")
+            check_whole(name, value, 1)
 
 
 @dataclass(frozen=True)

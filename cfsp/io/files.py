@@ -1,12 +1,13 @@
 """Small files, folders, and sizes as people read them."""
 
-import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .documents import to_json
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.write_text(to_json(document, 1) + "\n", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CfspError
+from ..typed import shown
+from .documents import check_regular, read_text
 
 SUMS_FILE = "SHA256SUMS"  # the format of coreutils' sha256sum
+MAX_LIST_BYTES = 16 << 20
 READ_BYTES = 16 << 20
 HASHERS = min(8, os.cpu_count() or 1)
 
@@ -21,7 +24,9 @@ def sha256_of(
 ) -> list[str]:
     """Hexadecimal SHA-256 of files, read side by side; ``from_disk``: drop them from the page cache
     first, where the system takes that advice."""
-    total = sum(file.stat().st_size for file in files if file.exists())
+    for file in files:
+        check_regular(file)
+    total = sum(file.stat().st_size for file in files)
     bar = tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress)
 
     def sha256(file: Path) -> str:
@@ -44,12 +49,17 @@ def sha256_of(
 def _listed(folder: Path) -> dict[str, str]:
     """File name -> hash, by the list in a folder; an absent one is empty."""
     sums = folder / SUMS_FILE
-    try:
-        lines = sums.read_text().splitlines() if sums.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise CfspError(f"cannot read {sums}: {error}") from None
-    found = (re.match(r"([0-9a-f]{64}) [ *](.+)", line) for line in lines)
-    return {match[2]: match[1] for match in found if match is not None}
+    known: dict[str, str] = {}
+    lines = read_text(sums, most=MAX_LIST_BYTES).split("\n") if sums.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line or line.startswith("#"):
+            continue
+        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if found is None:
+            raise CfspError(f"{sums}, line {number}: expected a SHA-256 and a name")
+        if known.setdefault(found[2], found[1].lower()) != found[1].lower():
+            raise CfspError(f"{sums}, line {number}: another SHA-256 of {shown(found[2])}")
+    return known
 
 
 def known_hashes(files: Sequence[Path]) -> dict[Path, str]:

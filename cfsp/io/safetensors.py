@@ -1,6 +1,5 @@
 """Safetensors files: headers are read once, tensors where and when they are needed."""
 
-import json
 import math
 import mmap
 import os
@@ -10,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from ..errors import CfspError
+from ..typed import Bound, decode
+from .documents import check_regular, parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -23,6 +24,13 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -38,8 +46,8 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 1 << 20
 READ_BYTES = 32 << 20  # per call, so that threads share one matrix; Linux moves at most 2 GiB
 READERS = min(8, os.cpu_count() or 1)  # a fast disk wants several requests at a time
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
-"""What JSON raises that does not hold what it should."""
+MAX_DIMENSIONS = 64
+Natural64 = Annotated[int, Bound("0 or more", lambda value: value >= 0)]
 
 Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 """(shape, dtype) -> a tensor to fill."""
@@ -75,62 +83,133 @@ class StoredTensor(TensorInfo):
     """First byte of the values, from the start of the file."""
 
 
-def _entry(file: Path, base: int, entry: dict[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise CfspError(f"{file} holds tensors of type {entry['dtype']}, which is not supported")
-    start, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    tensor = StoredTensor(DTYPES[entry["dtype"]], shape, file, base + start)
-    if start < 0 or tensor.nbytes != end - start:
-        raise ValueError(f"offsets {start} to {end} for shape {list(shape)}")
-    return tensor
+Shape = Annotated[
+    tuple[Natural64, ...],
+    Bound(
+        f"at most {MAX_DIMENSIONS} sizes of fewer than 2^63 bytes in all",
+        lambda sizes: (
+            len(sizes) <= MAX_DIMENSIONS and math.prod(max(1, size) for size in sizes) < 2**59
+        ),
+    ),
+]
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor of a safetensors file; raises CfspError for one that cannot be
-    read, is truncated, or something else."""
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: Shape
+    data_offsets: tuple[Natural64, Natural64]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before the first value."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
+def open_header(file: Path) -> Header:
+    """The header of a safetensors file, by the format's own rules: nothing twice, dtypes known,
+    sizes and offsets whole, and tensors that cover the data to its end without gap or overlap.
+    Raises CfspError for a file that breaks one, is truncated, cannot be read or is something else.
+    """
+    check_regular(file)
+    corrupt = f"{file} is corrupt"
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-                raise CfspError(f"{file} is corrupt: its header of {length} bytes is not there")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        base = 8 + length
-        tensors = {name: _entry(file, base, entry) for name, entry in header.items()}
+                raise CfspError(f"{corrupt}: its header of {length} bytes is not there")
+            text = stream.read(length).decode()
+        header = parse_json(text)
+        if not isinstance(header, dict) or text[0] != "{":
+            raise ValueError("it is no JSON object")
     except OSError as error:
         raise CfspError(f"cannot read {file}: {error.strerror}") from None
     except CfspError:
         raise
-    except MALFORMED as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
-        raise CfspError(f"{file} is corrupt: bad header: {reason}") from None
-    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=base)
-    if end != size:
-        raise CfspError(f"{file} is corrupt: {size} bytes, its header speaks of {end}")
-    return tensors
+        raise CfspError(f"{corrupt}: bad header: {reason}") from None
+    what = f"{corrupt}: bad header"
+    metadata = decode(dict[str, str], header.pop("__metadata__", {}), what, "__metadata__")
+    entries = decode(dict[str, _Entry], header, what)
+    base, end = 8 + length, 0
+    tensors = {}
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise CfspError(f"{file} holds tensors of type {entry.dtype}, which is not supported")
+        start = base + entry.data_offsets[0]
+        tensors[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, file, start)
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        if start != end or stop - start != tensors[name].nbytes:
+            raise CfspError(
+                f"{what}: {name!r} has offsets {start} to {stop} for shape {list(entry.shape)}, "
+                f"where the tensor before it ends at {end}"
+            )
+        end = stop
+    if base + end != size:
+        raise CfspError(f"{corrupt}: {size} bytes, its header speaks of {base + end}")
+    return Header(tensors, metadata)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Name -> place of every tensor of a safetensors file; raises CfspError as
+    :func:`open_header` does."""
+    return open_header(file).tensors
+
+
+def _is_file_name(text: str) -> bool:
+    return Path(text).name == text != ".." and "\\" not in text
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[
+        str, Annotated[str, Bound("the name of a file in the same folder", _is_file_name)]
+    ]
+    metadata: Any = None
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
     """Name -> place of every tensor of a model folder, of one file or of several shards; raises
-    CfspError where a file is missing or corrupt, or lacks what the index says."""
+    CfspError where a file is missing or corrupt, or index and shards hold different tensors."""
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file() or not index.is_file():
         return read_header(single)
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
-    except OSError as error:
-        raise CfspError(f"cannot read {index}: {error.strerror}") from None
-    except MALFORMED as error:
-        raise CfspError(f"{index} is corrupt: {type(error).__name__}: {error}") from None
-    headers = {shard: read_header(file) for shard, file in shards.items()}
+    weight_map = decode(_Index, read_json(index), str(index)).weight_map
+    headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise CfspError(f"{folder / shard} lacks {name}, which {index.name} says it holds")
+    for shard, tensors in headers.items():
+        for name in tensors:
+            if weight_map.get(name) != shard:
+                raise CfspError(f"{folder / shard} holds {name}, which {index.name} does not say")
     return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CfspError for the first of ``what``'s tensors that holds NaN or infinity, which would
+    spread wherever its values are used. Sums tell, in one reading; a sum that is too large alone
+    has the values looked at."""
+    floats = {k: x for k, x in tensors.items() if x.is_floating_point() and not x.is_meta}
+    if not floats:
+        return
+    sums = [
+        x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in floats.values()
+    ]
+    if all(torch.stack([x.double() for x in sums]).isfinite().tolist()):
+        return
+    for name, tensor in floats.items():
+        if not tensor.detach().isfinite().all():
+            raise CfspError(f"{what}: {name} holds NaN or infinite values")
 
 
 def mapped_bytes(nbytes: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..io.block_reader import read_ahead
-from ..io.safetensors import StoredTensor, first_values, read_tensors
+from ..io.safetensors import StoredTensor, check_finite, first_values, read_tensors
 from .channels import FFNWeights
 from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
@@ -113,7 +113,10 @@ def _turns(
     blocks: Sequence[tuple[int, nn.Module]], weights: Iterator[dict[str, torch.Tensor]]
 ) -> Generator[tuple[int, nn.Module], None, None]:
     for number, block in blocks:
-        set_parameters_(block, next(weights))  # no name keeps them, so that they go with the turn
+        parameters = next(weights)
+        check_finite(f"the weights of block {number}", parameters)
+        set_parameters_(block, parameters)
+        del parameters  # no name keeps them, so that they go with the turn
         try:
             yield number, block
         finally:

@@ -8,10 +8,15 @@ from operator import mul
 
 from ..apportion import reachable
 from ..errors import CfspError
+from ..typed import shown
 
 KINDS = ("params", "flops", "latency")
 FORM = "params=0.25, params=6B, flops=0.25 or latency=0.25, the last two perhaps with @1x1024"
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+FORMS = re.compile(
+    r"(\w{1,9})=(\d{0,20}\.?\d{1,20})([KMBT]?)(?:@(\d{1,9})x(\d{1,9}))?", re.ASCII | re.IGNORECASE
+)
+MOST_PARAMETERS = 10**15
 BATCH, LENGTH = 1, 1024
 """What FLOPs and latency are of, where nothing else is said."""
 TOLERANCES = {"params": 0.005, "flops": 0.005, "latency": 0.05}
@@ -64,18 +69,21 @@ def parse_model_budget(text: str) -> ModelBudget:
     A number below 1 is a fraction to remove, any other the parameters to keep; K, M, B and T are
     thousands to trillions. Anything else raises CfspError.
     """
-    found = re.fullmatch(r"(\w+)=(\d*\.?\d+)([KMBT]?)(?:@(\d+)x(\d+))?", text.strip(), re.I)
+    wrong = f"budget {shown(text)}:"
+    found = FORMS.fullmatch(text.strip())
     if found is None or found[1] not in KINDS:
-        raise CfspError(f"budget {text!r}: expected {FORM}")
+        raise CfspError(f"{wrong} expected {FORM}")
     kind, number, unit = found[1], float(found[2]), found[3].upper()
     batch, length = int(found[4] or BATCH), int(found[5] or LENGTH)
     absolute = bool(unit) or number >= 1
     if absolute and kind != "params":
-        raise CfspError(f"budget {text!r}: {kind} is a fraction to remove, below 1")
+        raise CfspError(f"{wrong} {kind} is a fraction to remove, below 1")
     if found[4] and kind == "params":
-        raise CfspError(f"budget {text!r}: parameters are the same at any batch and length")
+        raise CfspError(f"{wrong} parameters are the same at any batch and length")
     if min(batch, length) < 1:
-        raise CfspError(f"budget {text!r}: batch and length must be 1 or more")
+        raise CfspError(f"{wrong} batch and length must be 1 or more")
+    if number * COUNTS[unit] > MOST_PARAMETERS:
+        raise CfspError(f"{wrong} no model has more than {MOST_PARAMETERS} parameters")
     parameters = round(number * COUNTS[unit]) if absolute else None
     return ModelBudget(text.strip(), kind, None if absolute else number, parameters, batch, length)
 

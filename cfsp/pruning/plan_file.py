@@ -1,22 +1,29 @@
 """The file of a plan: JSON, with kept channels as ranges and error curves as pairs."""
 
-import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, starmap
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from ..calibration.curves import ErrorCurve
 from ..errors import CfspError
+from ..io.documents import read_as
 from ..io.files import write_json
 from ..io.places import check_replaceable
 from ..models.channels import ChannelGroup
-from .plan import BlockPlan, PruningPlan
+from ..typed import Bound, Count, between, decode, shown
+from .plan import QUANTILES, BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
 
 FORMAT = "cfsp-plan-1"
+MAX_CHANNELS = 1 << 27
+"""Of all blocks: 1 GiB of indices. A model of a trillion parameters has 48 million."""
+MAX_BLOCKS = 10_000
+RANGE = re.compile(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*")
 
 
 def save_plan(plan: PruningPlan, path: str | Path) -> None:
@@ -28,26 +35,54 @@ def save_plan(plan: PruningPlan, path: str | Path) -> None:
         raise CfspError(f"cannot write plan {path}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _FFN:
+    experts: Count
+    intermediate_size: Count
+
+
+@dataclass(frozen=True)
+class _Block:
+    intermediate_size: Annotated[int, between(1, MAX_CHANNELS)]
+    width: Count
+    importance: float
+    kept: str
+    block: int | None = None
+    ffns: tuple[_FFN, ...] = ()
+    score_quantiles: str = ""
+    error_curves: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Document:
+    format: str
+    model_fingerprint: str
+    recipe: dict[str, Any]
+    blocks: Annotated[
+        tuple[_Block, ...],
+        Bound(
+            f"1 to {MAX_BLOCKS} blocks of {MAX_CHANNELS} channels in all",
+            lambda blocks: (
+                1 <= len(blocks) <= MAX_BLOCKS
+                and sum(block.intermediate_size for block in blocks) <= MAX_CHANNELS
+            ),
+        ),
+    ]
+
+
 def load_plan(path: str | Path) -> PruningPlan:
     """Read a plan, perhaps edited.
 
     Raises:
-        CfspError: unreadable, or kept channels that are out of range, repeated or not ``width``.
+        CfspError: unreadable, a field of another type, or kept channels that are out of range,
+            repeated or not ``width``.
     """
+    document = read_as(_Document, path, "plan", FORMAT)
     try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise CfspError(f"cannot read plan {path}: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CfspError(f"{path} is not a plan of this version ({FORMAT})")
-    try:
-        blocks = tuple(starmap(_block_from_dict, enumerate(document["blocks"])))
-        recipe = recipe_from_dict(document["recipe"])
-        return PruningPlan(blocks, document["model_fingerprint"], recipe)
-    except CfspError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CfspError(f"{path} is not a valid plan: {type(error).__name__}: {error}") from None
+        blocks = tuple(starmap(_block_of, enumerate(document.blocks)))
+        return PruningPlan(blocks, document.model_fingerprint, recipe_from_dict(document.recipe))
+    except CfspError as error:
+        raise CfspError(f"{path}: {error}") from None
 
 
 def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
@@ -79,34 +114,26 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
     return entry
 
 
-def _block_from_dict(number: int, entry: dict[str, Any]) -> BlockPlan:
-    at = f"plan, block {number}:"
-    size, width = int(entry["intermediate_size"]), int(entry["width"])
-    kept = sorted(from_ranges(entry["kept"]))
-    if len(set(kept)) != len(kept) or not kept or kept[0] < 0 or kept[-1] >= size:
-        raise CfspError(f"{at} kept must be distinct channels in [0, {size - 1}], one or more")
-    if len(kept) != width:
-        raise CfspError(f"{at} width is {width} but kept names {len(kept)} channels")
-    ffns = entry.get("ffns", [])
-    groups = tuple(ChannelGroup(int(f["intermediate_size"]), int(f["experts"])) for f in ffns)
+def _block_of(number: int, entry: _Block) -> BlockPlan:
+    at, size = f"plan, block {number}:", entry.intermediate_size
+    if entry.block not in (None, number):
+        raise CfspError(f"{at} it says that it is block {entry.block}")
+    groups = tuple(ChannelGroup(ffn.intermediate_size, ffn.experts) for ffn in entry.ffns)
     groups = groups or (ChannelGroup(size),)
-    for group in groups:
-        if min(group.experts, group.channels) < 1:
-            raise CfspError(
-                f"{at} each of its ffns must have 1 or more experts of 1 or more channels, "
-                f"got {group.experts} of {group.channels}"
-            )
-    quantiles = tuple(float(value) for value in entry.get("score_quantiles", "").split())
-    curves = tuple(from_pairs(text) for text in entry.get("error_curves", []))
-    by_ffn = _by_ffn(at, torch.tensor(kept), groups)
-    block = BlockPlan(by_ffn, float(entry["importance"]), groups, quantiles, curves)
-    if block.intermediate_size != size:
-        raise CfspError(f"{at} its ffns have {block.intermediate_size} channels in all")
+    if (channels := sum(group.total for group in groups)) != size:
+        raise CfspError(f"{at} its ffns have {channels} channels in all, not {size}")
+    kept = from_ranges(entry.kept, size, f"{at} kept")
+    if len(kept) != entry.width:
+        raise CfspError(f"{at} width is {entry.width} but kept names {len(kept)} channels")
+    quantiles = _floats(entry.score_quantiles.split(), f"{at} score_quantiles")
+    if len(quantiles) not in (0, QUANTILES) or list(quantiles) != sorted(quantiles):
+        raise CfspError(f"{at} score_quantiles must be {QUANTILES} ascending numbers, or none")
+    curves = tuple(from_pairs(text, f"{at} error_curves") for text in entry.error_curves)
     sizes = [group.channels for group in groups]
     ends = [int(curve.widths[-1]) for curve in curves]
     if ends and ends != sizes:
         raise CfspError(f"{at} its error curves end at widths {ends}, its FFNs have {sizes}")
-    return block
+    return BlockPlan(_by_ffn(at, kept, groups), entry.importance, groups, quantiles, curves)
 
 
 def _by_ffn(
@@ -134,10 +161,19 @@ def to_ranges(kept: torch.Tensor) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-def from_ranges(text: str) -> list[int]:
-    """ "0-2,5" -> [0, 1, 2, 5]."""
-    ends = (part.strip().partition("-")[::2] for part in text.split(","))
-    return [index for low, high in ends for index in range(int(low), int(high or low) + 1)]
+def from_ranges(text: str, size: int, what: str = "kept") -> torch.Tensor:
+    """ "0-2,5" -> [0, 1, 2, 5], int64 and ascending; CfspError for what is not distinct channels in
+    [0, size - 1], one or more, before they take memory."""
+    parts = [RANGE.fullmatch(part) for part in text.split(",")]
+    ends = sorted((int(found[1]), int(found[2] or found[1])) for found in parts if found)
+    after = [low for low, _ in ends[1:]] + [size]
+    ascend = all(low <= high < more for (low, high), more in zip(ends, after, strict=False))
+    if None in parts or not ascend:
+        raise CfspError(
+            f"{what} must be distinct channels in [0, {size - 1}], one or more, such as 0-5,7; "
+            f"got {shown(text)}"
+        )
+    return torch.cat([torch.arange(low, high + 1) for low, high in ends])
 
 
 def to_pairs(curve: ErrorCurve) -> str:
@@ -146,11 +182,23 @@ def to_pairs(curve: ErrorCurve) -> str:
     return " ".join(f"{width}:{error:.5g}" for width, error in points)
 
 
-def from_pairs(text: str) -> ErrorCurve:
-    """What :func:`to_pairs` wrote; ValueError for anything else."""
-    points = [pair.split(":") for pair in text.split()]
-    widths = [int(width) for width, _ in points]
-    if len(widths) < 2 or widths[0] != 0 or any(low >= high for low, high in pairwise(widths)):
-        raise ValueError(f"the widths of an error curve must ascend from 0: {text[:60]!r}")
-    errors = torch.tensor([float(error) for _, error in points], dtype=torch.float64)
-    return ErrorCurve(torch.tensor(widths), errors)
+def from_pairs(text: str, what: str = "an error curve") -> ErrorCurve:
+    """What :func:`to_pairs` wrote; CfspError for anything else."""
+    pairs = [pair.partition(":") for pair in text.split()]
+    points = _floats([part for width, _, error in pairs for part in (width, error)], what)
+    widths = [int(width) for width in points[::2]]
+    if (
+        len(widths) < 2
+        or tuple(widths) != points[::2]
+        or widths[0] != 0
+        or any(low >= high for low, high in pairwise(widths))
+    ):
+        raise CfspError(f"{what}: widths must ascend from 0, got {shown(text)}")
+    return ErrorCurve(torch.tensor(widths), torch.tensor(points[1::2], dtype=torch.float64))
+
+
+def _floats(texts: Sequence[str], what: str) -> tuple[float, ...]:
+    try:
+        return decode(tuple[float, ...], [float(text) for text in texts], what)
+    except ValueError as error:  # a CfspError too
+        raise CfspError(f"{what}: {error}" if what not in str(error) else str(error)) from None

@@ -3,15 +3,15 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from ..calibration.curves import ERROR_SCALES
 from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
 from ..errors import CfspError, unknown_name
-from ..settings import FRACTION, NOT_NEGATIVE, Bound, at_least, check, positive, setting
+from ..io.documents import read_yaml
+from ..settings import FRACTION, NOT_NEGATIVE, at_least, check, positive, setting
+from ..typed import Bound, shown
 from .allocation import ALLOCATORS, SEARCH
 from .budget import FORM, ModelBudget, parse_model_budget
 from .compensation import COMPENSATIONS
@@ -219,20 +219,25 @@ class Recipe:
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe of a mapping such as :meth:`Recipe.to_dict` gives; missing keys are defaults.
     CfspError for an unknown key or a value out of range."""
-    values = dict(values)
-    calibration = values.pop("calibration", None) or {}
-    parts = (("recipe", Recipe, values), ("calibration", Calibration, calibration))
-    for name, kind, given in parts:
-        if not isinstance(given, dict):
-            raise CfspError(f"{name} must be a mapping, got {type(given).__name__}")
-        fields = [field.name for field in dataclasses.fields(kind)]
-        for key in given:
-            if key not in fields:
-                raise unknown_name(f"{name} key", str(key), fields)
-    try:
-        return Recipe(**values, calibration=Calibration(**calibration))
-    except TypeError as error:
-        raise CfspError(f"recipe: {error}") from None
+    if not isinstance(values, dict):
+        raise CfspError(f"recipe must be a mapping, got {shown(values)}")
+    calibration = values.get("calibration")
+    settings = _settings("calibration", Calibration, {} if calibration is None else calibration)
+    return _settings("recipe", Recipe, {**values, "calibration": settings})
+
+
+Kind = TypeVar("Kind", Recipe, Calibration)
+
+
+def _settings(name: str, kind: type[Kind], given: Any) -> Kind:
+    """Of a mapping that has keys of the dataclass alone, which checks their values."""
+    if not isinstance(given, dict):
+        raise CfspError(f"{name} must be a mapping, got {type(given).__name__}")
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in given:
+        if key not in fields:
+            raise unknown_name(f"{name} key", str(key)[:80], fields)
+    return kind(**given)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -241,10 +246,10 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         CfspError: no such file, not YAML, an unknown key or a value out of range.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CfspError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from None
+    document = read_yaml(path, "recipe ")
     if not isinstance(document, dict):
         raise CfspError(f"recipe {path} must be a mapping")
-    return recipe_from_dict(document.get("recipe", document))
+    try:
+        return recipe_from_dict(document.get("recipe", document))
+    except CfspError as error:
+        raise CfspError(f"{path}: {error}") from None

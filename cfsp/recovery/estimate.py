@@ -21,6 +21,7 @@ from ..io.files import format_bytes
 from ..io.safetensors import TensorInfo
 from ..models.descriptions import Description, describe
 from ..models.loading import check_seqlen
+from ..typed import check_whole
 from .settings import Recovery
 from .targets import what_is_trained
 
@@ -193,6 +194,7 @@ def estimate_recovery(
     tflops: float | None = None,
 ) -> RecoveryEstimate:
     """What :func:`cfsp.recover` will take of a pruned folder; its weights are not read."""
+    check_whole("eval_windows", eval_windows)
     process, pruned = resident_bytes(), read_pruned(Path(folder))
     described = describe(folder)
     model, layout = described.model, described.layout

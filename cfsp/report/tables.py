@@ -6,6 +6,7 @@ from typing import Any
 
 from ..checkpoints.documents import Result
 from ..io.files import format_bytes
+from ..typed import is_finite
 from .svg import series
 
 Values = Mapping[str, Any]
@@ -28,9 +29,9 @@ def value_at(values: Any, *path: str) -> Any:
 
 
 def number_at(values: Any, *path: str) -> float | None:
-    """The number at a path of nested mappings, None where there is none."""
+    """The finite number at a path of nested mappings, None where there is none."""
     found = value_at(values, *path)
-    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+    return found if is_finite(found) else None
 
 
 def perplexities(result: Result) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Gram matrices of the block at work: the numbers, what is held out, and what stays."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from cfsp.calibration.grams import Gram, Split, check_ranks, held_out_windows, m
 from cfsp.calibration.statistics import (
     BlockStatistics,
     Statistics,
-    load_statistics,
-    save_statistics,
 )
 from cfsp.distributed import Ranks
 from cfsp.errors import CfspError
@@ -149,17 +146,3 @@ def test_what_is_held_out_and_who_sums_it(windows: int, micro_batch: int) -> Non
         assert sum(map(len, shares)) == len(set(chunks))
     with pytest.raises(CfspError, match="take 1, 2, 4 or 8 ranks, not 3"):
         check_ranks(3)
-
-
-@pytest.mark.parametrize("earlier", ["cfsp-statistics-2"])
-def test_statistics_of_the_version_before_are_read(
-    earlier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cfsp.calibration.statistics.FORMAT", earlier)
-    found, _ = collect(make_tiny(), gram=False)
-    save_statistics(found, tmp_path / "s")
-    monkeypatch.undo()
-    back = load_statistics(tmp_path / "s")
-    assert torch.equal(back.blocks[3].sum, found.blocks[3].sum)
-    assert back.rankings == ()
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -122,9 +122,16 @@ def test_a_run_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> No
     ):
         with pytest.raises(CfspError, match=f"it was begun with another {what};"):
             prune(model, tmp_path / "out", recipe, resume=True, **options)
-    (partial / ".cfsp-run" / "manifest.json").write_text("{")
-    with pytest.raises(CfspError, match=r"cannot resume: .*manifest\.json"):
-        prune(folder, tmp_path / "out", resume=True)
+    for manifest in (
+        "{",
+        "[" * 100_000,
+        '{"format": "cfsp-run-1"}',
+        '{"format": "cfsp-run-1", "identity": []}',
+        '{"format": "cfsp-run-1", "identity": {"a": 1, "a": 2}}',
+    ):
+        (partial / ".cfsp-run" / "manifest.json").write_text(manifest)
+        with pytest.raises(CfspError, match=r"cannot resume: .*manifest\.json"):
+            prune(folder, tmp_path / "out", resume=True)
     assert finished(partial) == before
 
 

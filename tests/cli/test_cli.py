@@ -241,7 +241,7 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
             tensors = load_file(weights)
             tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
             save_file(tensors, weights, metadata={"format": "pt"})
-            return folder, out, "block 2 gave NaN or infinite activations in calibration window 0"
+            return folder, out, "block 2: mlp.down_proj.weight holds NaN or infinite values"
         case "out is the input":
             return folder, folder, "is the input; choose another folder"
         case "out exists":
@@ -293,7 +293,7 @@ def test_bad_statistics_are_one_line(
     for options, message in (
         (["--statistics", stats], "of another model: same shapes, different weights"),
         (["--statistics", tmp_path / "absent"], "cannot read statistics"),
-        (["--recipe", stats], f"cannot read recipe {stats}: 'utf-8' codec can't decode"),
+        (["--recipe", stats], f"cannot read recipe {stats}: it is not UTF-8, at byte"),
         (["--statistics", stats, "--seed", "1"], "--statistics fixes the calibration; drop --seed"),
         (["--statistics", stats, "--width-windows", "1"], "--statistics fixes the calibration; dr"),
     ):

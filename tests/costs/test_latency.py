@@ -254,12 +254,71 @@ def test_tables_of_something_else_are_refused(
     assert cached_table(known) is not None
     monkeypatch.setattr(latency_measure, "MEASURING", latency_measure.MEASURING + 1)
     assert cached_table(table_identity(*where[:3], 1, 16)) is None
-    for text in ("{}", "[1", '{"format": "cfsp-latency-1", "kinds": 3}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(CfspError, match=r"bad.json is not a latency table"):
-            load_table(tmp_path / "bad.json")
     with pytest.raises(CfspError, match="cannot read latency table"):
         load_table(tmp_path / "absent.json")
+
+
+KIND = {"widths": [8, 64], "seconds": [0.5, 1.0]}
+TABLE = {
+    "format": "cfsp-latency-1",
+    "identity": {"model": "m", "batch": 1, "length": 16},
+    "outer_seconds": 0.5,
+    "kinds": [[KIND]],
+    "blocks": [0, 0],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kinds": 3}, "kinds must be a list, got 3"),
+        ({"kinds": [[]]}, r"kinds\[0\] must be of 1 or more FFNs"),
+        ({"kinds": [[{**KIND, "seconds": [-1.0, 1.0]}]]}, r"seconds\[0\] must be 0 or more"),
+        ({"kinds": [[{**KIND, "seconds": [1.0]}]]}, "more or fewer seconds than widths"),
+        ({"kinds": [[{**KIND, "widths": [64, 8]}]]}, "widths must be ascending"),
+        ({"kinds": [[{**KIND, "widths": [8, 8]}]]}, "widths must be ascending"),
+        ({"kinds": [[{**KIND, "widths": [0, 8]}]]}, r"widths\[0\] must be in \[1, "),
+        ({"kinds": [[{**KIND, "widths": []}]]}, "widths must be ascending"),
+        ({"outer_seconds": -0.1}, "outer_seconds must be 0 or more"),
+        ({"outer_seconds": "1"}, "outer_seconds must be a number, got '1'"),
+        ({"outer_seconds": 10**400}, "outer_seconds must be a finite number"),
+        ({"blocks": [0, 1]}, "blocks must be below 1"),
+        ({"blocks": [True]}, r"blocks\[0\] must be a whole number, got True"),
+        ({"identity": {"batch": 1}}, "identity.length must be a whole number, got None"),
+        ({"identity": {"batch": "x", "length": 1}}, "identity.batch must be a whole number"),
+        ({"identity": {"batch": 0, "length": 1}}, r"identity.batch must be in \[1, "),
+        ({"more": 1}, "has the unknown key 'more'"),
+        (
+            {"outer_seconds": 0, "kinds": [[{**KIND, "seconds": [0, 0]}]]},
+            "the dense model takes 0.0 seconds",
+        ),
+    ],
+)
+def test_a_table_of_other_values_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(TABLE))
+    assert load_table(file).to_dict() == TABLE
+    file.write_text(json.dumps({**TABLE, **changes}))
+    with pytest.raises(CfspError, match=f"t.json is not a valid latency table: .*{message}"):
+        load_table(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is not a latency table of this version"),
+        ("[1", "cannot read latency table"),
+        (json.dumps(TABLE).replace("1.0", "NaN"), "'NaN'|NaN is not a finite number"),
+        (json.dumps(TABLE).replace("1.0", "1e999"), "1e999 is not a finite number"),
+        (json.dumps(TABLE)[:-1] + ', "blocks": [0]}', "key 'blocks' is there twice"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(CfspError, match=message):
+        load_table(tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(

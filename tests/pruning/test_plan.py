@@ -53,9 +53,10 @@ def test_score_quantiles_run_from_the_lowest_finite_score_to_the_highest() -> No
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_round_trip(kept: set[int]) -> None:
-    assert from_ranges(to_ranges(torch.tensor(sorted(kept)))) == sorted(kept)
+    assert from_ranges(to_ranges(torch.tensor(sorted(kept))), 61).tolist() == sorted(kept)
 
 
+QUANTILES = (-1e-9, *[0.25] * 31, 3e7)
 CURVE = ErrorCurve(torch.tensor([0, 3, 8]), torch.tensor([2.0, 1.23456789e-7, 0.0]).double())
 
 
@@ -66,7 +67,7 @@ def saved(tmp_path: Path) -> Path:
             (torch.tensor([[0, 1, 2, 5]]),),
             0.5,
             (ChannelGroup(8),),
-            (-1e-9, 0.25, 3e7),
+            QUANTILES,
             (CURVE,),
         ),
         BlockPlan((torch.tensor([[7]]),), 0.1, (ChannelGroup(8),)),
@@ -86,7 +87,7 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
     assert plan.widths == (4, 1)
     assert plan.blocks[0].removed.tolist() == [3, 4, 6, 7]
     assert plan.recipe == Recipe(sparsity=0.6, width_multiple=1)
-    assert [block.score_quantiles for block in plan.blocks] == [(-1e-9, 0.25, 3e7), ()]
+    assert [block.score_quantiles for block in plan.blocks] == [QUANTILES, ()]
     (curve,) = plan.blocks[0].error_curves
     assert plan.blocks[1].error_curves == ()
     assert curve.widths.tolist() == [0, 3, 8]
@@ -102,17 +103,42 @@ def test_a_plan_round_trips_and_can_be_edited(saved: Path) -> None:
         ({"width": 3}, "width is 3 but kept names 4 channels"),
         ({"kept": "0-2,2"}, "distinct channels"),
         ({"kept": "0-2,9"}, r"channels in \[0, 7\]"),
-        ({"kept": "x"}, "not a valid plan"),
-        ({"kept": ""}, "not a valid plan"),
-        ({"kept": 5}, "not a valid plan: AttributeError"),
-        ({"score_quantiles": 5}, "not a valid plan: AttributeError"),
+        ({"kept": "x"}, "distinct channels in .* got 'x'"),
+        ({"kept": ""}, "distinct channels in .* got ''"),
+        ({"kept": "0-999999999999"}, "distinct channels in .* got '0-999999999999'"),
+        ({"kept": "0-400000000", "width": 400000001}, "distinct channels"),
+        ({"kept": "3-0"}, "distinct channels"),
+        ({"kept": "-1"}, "distinct channels"),
+        ({"kept": "٣"}, "distinct channels"),
+        ({"kept": "0," * 5}, "distinct channels"),
+        ({"kept": 5}, r"not a valid plan: blocks\[0\].kept must be text, got 5"),
+        ({"width": "4"}, r"blocks\[0\].width must be a whole number, got '4'"),
+        ({"width": 4.0}, r"blocks\[0\].width must be a whole number, got 4.0"),
+        ({"width": True}, r"blocks\[0\].width must be a whole number, got True"),
+        ({"intermediate_size": 10**12}, r"intermediate_size must be in \[1, "),
+        ({"intermediate_size": 9}, "ends at|end at widths"),
+        ({"importance": None}, r"importance must be a number, got None"),
+        ({"importance": [1]}, r"importance must be a number, got \[1\]"),
+        ({"block": 1}, "block 0: it says that it is block 1"),
+        ({"more": 1}, r"blocks\[0\] has the unknown key 'more'"),
+        ({"score_quantiles": 5}, r"score_quantiles must be text, got 5"),
+        ({"score_quantiles": "1 2 3"}, "33 ascending numbers"),
+        ({"score_quantiles": " ".join(["2"] * 32 + ["1"])}, "33 ascending numbers"),
+        ({"score_quantiles": " ".join(["nan"] * 33)}, "must be a finite number, got nan"),
+        ({"score_quantiles": "a"}, "could not convert string to float: 'a'"),
+        ({"error_curves": ["0:1 8:inf"]}, "must be a finite number, got inf"),
+        ({"error_curves": ["0:1 8.5:0"]}, "must ascend from 0"),
+        ({"error_curves": [5]}, r"error_curves\[0\] must be text, got 5"),
         ({"error_curves": ["0:1 9:0"]}, r"error curves end at widths \[9\], its FFNs have \[8\]"),
         ({"error_curves": ["0:1 8:0"] * 2}, r"end at widths \[8, 8\], its FFNs have \[8\]"),
-        ({"error_curves": ["0:1 8:0 3:1"]}, "must ascend from 0: '0:1 8:0 3:1'"),
-        ({"error_curves": ["0:1 8"]}, "not a valid plan"),
-        ({"ffns": [{"experts": 0, "intermediate_size": 8}]}, "1 or more channels, got 0 of 8"),
-        ({"ffns": [{"experts": -1, "intermediate_size": 8}]}, "1 or more channels, got -1 of 8"),
-        ({"ffns": [{"experts": 1, "intermediate_size": 0}]}, "1 or more channels, got 1 of 0"),
+        ({"error_curves": ["0:1 8:0 3:1"]}, "must ascend from 0, got '0:1 8:0 3:1'"),
+        ({"error_curves": ["0:1 8"]}, "could not convert string to float: ''"),
+        ({"ffns": [{"experts": 0, "intermediate_size": 8}]}, r"experts must be in \[1, .* got 0"),
+        ({"ffns": [{"experts": -1, "intermediate_size": 8}]}, r"experts must be in \[1, .* got -1"),
+        ({"ffns": [{"experts": 1, "intermediate_size": 0}]}, r"size must be in \[1, .* got 0"),
+        ({"ffns": [{"experts": 1, "intermediate_size": 9}]}, "9 channels in all, not 8"),
+        ({"ffns": [{"experts": 2}]}, r"ffns\[0\].intermediate_size is missing"),
+        ({"ffns": "x"}, r"ffns must be a list, got 'x'"),
     ],
 )
 def test_a_broken_edit_is_one_clear_error(
@@ -130,5 +156,26 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CfspError, match="cannot read plan"):
         load_plan(tmp_path / "absent")
     (tmp_path / "binary").write_bytes(b"\xb8\x00")
-    with pytest.raises(CfspError, match=r"cannot read plan .*binary: 'utf-8' codec"):
+    with pytest.raises(CfspError, match=r"cannot read plan .*binary: it is not UTF-8, at byte 0"):
         load_plan(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": []}, "blocks must be 1 to 10000 blocks"),
+        ({"blocks": 5}, "blocks must be a list, got 5"),
+        ({"blocks": [{}]}, r"blocks\[0\].importance is missing"),
+        ({"model_fingerprint": 7}, "model_fingerprint must be text, got 7"),
+        ({"recipe": []}, r"recipe must be a mapping"),
+        ({"recipe": {"budget": 5}}, "budget must be text, got 5"),
+        ({"recipe": {"calibration": {"seed": None}}}, "seed must be a whole number, got None"),
+        ({"recipe": {"uniform": "false"}}, "uniform must be true or false, got 'false'"),
+    ],
+)
+def test_a_document_of_other_values_is_refused(
+    saved: Path, changes: dict[str, object], message: str
+) -> None:
+    saved.write_text(json.dumps({**json.loads(saved.read_text()), **changes}))
+    with pytest.raises(CfspError, match=message):
+        load_plan(saved)

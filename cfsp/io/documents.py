@@ -1,0 +1,173 @@
+"""JSON and YAML from files that others may have written: read whole, bounded, with one value for a
+key, or refused in one line; and JSON as it is written."""
+
+import json
+import math
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import CfspError
+from ..typed import decode
+
+MAX_BYTES = 100_000_000
+"""Of a JSON document: the plan of a model with 30 million channels, kept at random, fits."""
+MAX_YAML_BYTES = 500_000
+"""A parser in Python takes seconds for it; recipe.yaml of a large model has a tenth."""
+MAX_CONTAINERS = 1 << 20
+"""Lists and mappings of a JSON document: each takes 20 times the memory of its two characters."""
+
+
+def check_regular(path: str | Path, what: str = "") -> None:
+    """Raise CfspError for what is no regular file, or a link to one: opening a FIFO waits for ever
+    and a device may have no end. ``what`` is the kind of document, "plan "."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unreadable(path, what, error) from None
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "FIFO, socket or device"
+        raise CfspError(f"cannot read {what}{path}: it is a {kind}, not a file")
+
+
+def _unreadable(path: str | Path, what: str, error: Exception) -> CfspError:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return CfspError(f"cannot read {what}{path}: {' '.join(text.split())[:200]}")
+
+
+def read_text(path: str | Path, what: str = "", most: int = MAX_BYTES) -> str:
+    """A UTF-8 file of at most so many bytes; CfspError for anything else."""
+    check_regular(path, what)
+    try:
+        with Path(path).open("rb") as stream:
+            data = stream.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it has more than the {most:,} bytes of a document")
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise CfspError(
+            f"cannot read {what}{path}: it is not UTF-8, at byte {error.start}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, what, error) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice[:60]!r} is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if text == "-0":  # a whole number in Python alone
+        raise ValueError("-0 is not a whole number")
+    return int(text)
+
+
+def parse_json(text: str) -> Any:
+    """JSON as its standard has it, without NaN; ValueError for anything else, for a key that is
+    there twice, for half a surrogate pair, and for deep nesting."""
+    if text.count("[") + text.count("{") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS:,} lists and mappings")
+    try:
+        document = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+        if "\\ud" in text.lower():
+            json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return document
+
+
+class _Loader(yaml.SafeLoader):
+    """Of plain documents, of the size that their text has."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep)
+        if isinstance(node, yaml.MappingNode) and len(found) < len(node.value):
+            raise yaml.YAMLError(f"a key is there twice, before line {node.end_mark.line + 1}")
+        return found
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML, without aliases; ValueError for anything else."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None  # PyYAML trips over some malformed scalars
+
+
+def read_json(path: str | Path, what: str = "") -> Any:
+    """A JSON document, or CfspError."""
+    return _parsed(parse_json, read_text(path, what), path, what)
+
+
+def read_yaml(path: str | Path, what: str = "") -> Any:
+    """A YAML document, or CfspError."""
+    return _parsed(parse_yaml, read_text(path, what, MAX_YAML_BYTES), path, what)
+
+
+def _parsed(parse: Callable[[str], Any], text: str, path: str | Path, what: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise _unreadable(path, what, error) from None
+
+
+def read_as(kind: Any, path: str | Path, what: str, form: str) -> Any:
+    """A JSON document whose ``format`` is this one, as a dataclass of :func:`cfsp.typed.decode`."""
+    document = read_json(path, f"{what} ")
+    if not isinstance(document, dict) or document.get("format") != form:
+        raise CfspError(f"{path} is not a {what} of this version ({form})")
+    return decode(kind, document, f"{path} is not a valid {what}")
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """JSON in one line, or indented; null for numbers that are not finite, which JSON lacks."""
+    return json.dumps(_without_nan(document), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what is there twice twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def to_yaml(document: Any) -> str:
+    """YAML of plain values, in their order."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
