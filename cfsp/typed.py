@@ -51,6 +51,11 @@ def shown(value: Any) -> str:
     return _REPR.repr(value)
 
 
+def named(text: str) -> str:
+    """A name in an error: as it is, but short and without what a terminal would act on."""
+    return shown(text)[1:-1]
+
+
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -169,7 +174,7 @@ def _dict(decoder: Decoder, value: Any) -> dict[str, Any]:
         try:
             found[key] = decoder(part)
         except _Wrong as wrong:
-            wrong.path = f".{shown(key)[1:-1]}{wrong.path}"
+            wrong.path = f".{named(key)}{wrong.path}"
             raise
     return found
 

@@ -36,7 +36,7 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     except CfspError as error:
         raise CfspError(f"cannot resume: {error}") from None
     keys = sorted(identity.keys() | known.keys())
-    differing = ", ".join(key for key in keys if identity.get(key) != known.get(key))
+    differing = ", ".join(key for key in keys if identity.get(key, ...) != known.get(key, ...))
     if differing:
         raise CfspError(
             f"cannot resume {partial}: it was begun with another {differing}; "

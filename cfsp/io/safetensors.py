@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from ..errors import CfspError
-from ..typed import Bound, decode
+from ..typed import Bound, decode, named, shown
 from .documents import check_regular, parse_json, read_json
 
 DTYPES = {
@@ -143,15 +143,17 @@ def open_header(file: Path) -> Header:
     tensors = {}
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
-            raise CfspError(f"{file} holds tensors of type {entry.dtype}, which is not supported")
+            raise CfspError(
+                f"{file} holds tensors of type {named(entry.dtype)}, which is not supported"
+            )
         start = base + entry.data_offsets[0]
         tensors[name] = StoredTensor(DTYPES[entry.dtype], entry.shape, file, start)
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         if start != end or stop - start != tensors[name].nbytes:
             raise CfspError(
-                f"{what}: {name!r} has offsets {start} to {stop} for shape {list(entry.shape)}, "
-                f"where the tensor before it ends at {end}"
+                f"{what}: {named(name)} has offsets {start} to {stop} for shape "
+                f"{shown(list(entry.shape))}, where the tensor before it ends at {end}"
             )
         end = stop
     if base + end != size:
@@ -166,7 +168,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(text: str) -> bool:
-    return Path(text).name == text != ".." and "\\" not in text
+    return text not in ("", "..") and Path(text).name == text and text.isprintable()
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,15 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise CfspError(f"{folder / shard} lacks {name}, which {index.name} says it holds")
+            raise CfspError(
+                f"{folder / shard} lacks {named(name)}, which {index.name} says it holds"
+            )
     for shard, tensors in headers.items():
         for name in tensors:
             if weight_map.get(name) != shard:
-                raise CfspError(f"{folder / shard} holds {name}, which {index.name} does not say")
+                raise CfspError(
+                    f"{folder / shard} holds {named(name)}, which {index.name} does not say"
+                )
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
@@ -209,7 +215,7 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
         return
     for name, tensor in floats.items():
         if not tensor.detach().isfinite().all():
-            raise CfspError(f"{what}: {name} holds NaN or infinite values")
+            raise CfspError(f"{what}: {named(name)} holds NaN or infinite values")
 
 
 def mapped_bytes(nbytes: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ class Recovery:
         metavar="NAME",
         unset=f"{AS_PRUNED}, where it is on the same dataset",
     )
-    seqlen: int | None = setting(None, "Tokens per window.", unset=AS_PRUNED)
+    seqlen: int | None = setting(None, "Tokens per window.", must_be=at_least(2), unset=AS_PRUNED)
     bos: str | None = setting(
         None, "Whether windows start with a BOS token.", choices=BOS_CHOICES, unset=AS_PRUNED
     )

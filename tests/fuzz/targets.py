@@ -300,6 +300,10 @@ def _judge_statistics(original: Statistics, found: Statistics, _: bytes, folder:
     hold(same(found) == same(original), "other statistics than were saved")
 
 
+def _no_weights(_: int) -> Any:
+    raise CfspError("no weights")
+
+
 def _judge_forged(found: Statistics, _: bytes, folder: Path) -> None:
     for block in found.blocks:
         sums = torch.cat([block.sum, block.sum_of_squares, block.influence])
@@ -311,7 +315,7 @@ def _judge_forged(found: Statistics, _: bytes, folder: Path) -> None:
     for scorer in ("flap", "obs"):
         with contextlib.suppress(CfspError):
             recipe = cfsp.Recipe(scorer=scorer, allocator="uniform", width_multiple=1)
-            _judge_plan(make_plan(found, lambda _: (), recipe), b"", folder)
+            _judge_plan(make_plan(found, _no_weights, recipe), b"", folder)
 
 
 def _statistics(seeds: Path) -> list[Target]:
