@@ -21,9 +21,9 @@ HEAD_BYTES = 2048
 OURS = re.compile(
     rb'\{\s*"format": "cfsp-'  # plans, latency tables
     rb'|.{8}\{"__metadata__":\{"cfsp":'  # statistics
-    rb"|GGUF.{20,200}cfsp\.version"
-    rb'|<!doctype html>.{0,900}<meta name="generator" content="cfsp '
-    rb"|\x89PNG.{8,200}tEXtSoftware\0cfsp ",
+    rb"|GGUF.{20,200}cfsp\.format"
+    rb'|<!doctype html>.{0,900}<meta name="generator" content="cfsp">'
+    rb"|\x89PNG.{8,200}tEXtSoftware\0cfsp",
     re.DOTALL,
 )
 """How the files that cfsp writes begin."""
@@ -47,9 +47,9 @@ def check_place(out: Path, inputs: Iterable[object] = (), kind: Kind = "folder")
     for given in inputs:
         if not isinstance(given, str | Path) or (source := identity(given)) is None:
             continue
-        if own is not None and own in (source, *_inside(given)):
+        if source == own:
             raise CfspError(f"output {out} is the input; choose another {other}")
-        if source in around:
+        if source in around or (own is not None and own in _inside(given)):
             raise CfspError(f"output {out} is inside the input {given}; choose another {other}")
         if own in _lineage(Path(os.path.realpath(str(given)))):
             raise CfspError(f"output {out} holds the input {given}; choose another {other}")

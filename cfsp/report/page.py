@@ -7,7 +7,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from .. import __version__
 from ..checkpoints.documents import Result
 from ..io.files import format_bytes
 from ..io.outputs import new_file
@@ -56,7 +55,6 @@ def report_html(results: Sequence[Result], evaluations: Sequence[Values] = ()) -
     pairs = list(zip(labels, results, strict=True))
     return template.render(
         css=(folder / "report.css").read_text("utf-8"),
-        version=__version__,
         title=labels[0] if len(results) == 1 else f"{len(results)} pruned models",
         results=[_result(result, label, evaluations) for label, result in pairs],
         widths_compared=figures.widths_compared([(label, r.plan) for label, r in pairs]),

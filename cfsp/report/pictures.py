@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..checkpoints.documents import Result
 from ..errors import CfspError
 from ..io.outputs import new_file
@@ -48,7 +47,7 @@ def _picture(path: str | Path, title: str) -> Iterator[tuple[Any, Any]]:
     figure, axes = pyplot.subplots(figsize=(9, 4), dpi=150, layout="constrained")
     axes.set_title(title)
     yield figure, axes
-    figure.savefig(path, format="png", metadata={"Software": f"cfsp {__version__}"})
+    figure.savefig(path, format="png", metadata={"Software": "cfsp"})
     pyplot.close(figure)
 
 

@@ -21,7 +21,7 @@ from cfsp.io.outputs import MANIFEST, new_file, new_folder
 from cfsp.io.places import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = '<!doctype html>\n<meta name="generator" content="cfsp 1">\n'
+PAGE = '<!doctype html>\n<meta name="generator" content="cfsp">\n'
 
 
 def everything(folder: Path) -> dict[str, str]:
@@ -152,8 +152,8 @@ def test_an_input_is_no_output_by_another_path_either(tmp_path: Path) -> None:
     (folder / "plan.json").symlink_to(stats)
     for name in ("stats", "hard", "soft", "folder/../stats"):
         for given in (stats, tmp_path / "soft", folder):
-            again = new_file(tmp_path / name, True, [given])
-            refused("is the input; choose another name", again, tmp_path)
+            message = "is inside the input" if given == folder else "is the input; choose another"
+            refused(message, new_file(tmp_path / name, True, [given]), tmp_path)
 
 
 @pytest.mark.parametrize("links", [["out"], ["out", "middle"], ["out", "far/away/middle"]])

@@ -188,7 +188,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     with pytest.raises(Stopped):
         prune(folder / "m", tmp_path / "out", BIASED, stop=lambda: next(left, None) is None)
     state = tmp_path / "out.partial" / ".cfsp-run"
-    assert sorted(f.name for f in state.iterdir()) == ["manifest.json", "statistics.safetensors"]
+    kept = ["manifest.json", "shards", "statistics.safetensors"]
+    assert sorted(f.name for f in state.iterdir()) == kept
     damping = replace(BIASED, damping=0.2)
     with pytest.raises(cfsp.CfspError, match="it was begun with another recipe"):
         prune(folder / "m", tmp_path / "out", damping, resume=True)

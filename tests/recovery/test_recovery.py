@@ -84,7 +84,7 @@ def test_training_lowers_loss_and_perplexity(recovered: Recovered) -> None:
 def test_the_result_is_a_pruned_folder_with_a_recovery(recovered: Recovered) -> None:
     before, after = contents(recovered.pruned), contents(recovered.result.out)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"README.md", "recipe.yaml", "model.safetensors"}
+    assert changed == {"README.md", "recipe.yaml", "model.safetensors", "cfsp.json"}
     added = {name.partition("/")[0] for name in after.keys() - before.keys()}
     assert added == {"adapter"}
     assert after["README.md"].startswith(before["README.md"])

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import __version__
 from ...errors import CfspError
 from .gguf_tensors import GGUF_TYPES, STORED, GgufTensor, check_gguf_tensor, gguf_bytes
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
@@ -159,7 +158,7 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     config, blocks, per_block = source.config, len(source.widths), arch == "deci"
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = _head_dim(config)
-    writer.add_string("cfsp.version", __version__)  # by which it may be replaced
+    writer.add_string("cfsp.format", "cfsp-gguf-1")  # by which it is known as ours
     writer.add_type("model")
     writer.add_name(source.opened.name)
     writer.add_file_type(GGUF_TYPES[chosen])
