@@ -42,7 +42,7 @@ AUTO_CLASSES = {
 
 def stock_config(config_class):
     """The config class of transformers that one of ours was derived from."""
-    return config_class.__bases__[0]
+    return config_class.__bases__[-1]
 
 
 def family_classes(stock_config):
@@ -104,6 +104,14 @@ def one_width(config):
         config.per_layer_config = widths
 
 
+class PerBlockConfig:
+    """Says its number of blocks under the common name too: without this file, the widths per block
+    are checked against that, which AutoTokenizer has done as it looks into config.json."""
+
+    def to_dict(self):
+        return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}
+
+
 class PerBlockWidths:
     """Builds the stock model, then gives every block its own FFN widths."""
 
@@ -141,7 +149,10 @@ def __getattr__(name):
     if not name.startswith(PREFIX) or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PreTrainedConfig):
-        bases, values = (stock,), {"model_type": MODEL_TYPE_PREFIX + stock.model_type}
+        bases, values = (
+            (PerBlockConfig, stock),
+            {"model_type": MODEL_TYPE_PREFIX + stock.model_type},
+        )
     else:
         own_config = globals().get(PREFIX + stock.config_class.__name__)
         own_config = own_config or __getattr__(PREFIX + stock.config_class.__name__)
