@@ -1,7 +1,12 @@
 """The one exception for what a user can mend: a line for a person, exit code 2 in a command."""
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
 
 
 class CfspError(ValueError):
@@ -17,10 +22,23 @@ class RankLost(Stopped):
     """Another rank of the job has ended, so that this one cannot go on; what is done is kept."""
 
 
+def shown(value: Any) -> str:
+    """A value in an error: in one line, and short."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return _REPR.repr(value)
+
+
+def named(text: str) -> str:
+    """A name in an error: as it is, but short and without what a terminal would act on."""
+    return shown(text)[1:-1]
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> CfspError:
     """The error for a name that a registry does not hold; lists those it does."""
     known = list(valid)
-    return CfspError(f"unknown {what} {name!r}{nearest(name, known)}; valid: {', '.join(known)}")
+    near = nearest(name, known)
+    return CfspError(f"unknown {what} {shown(name)}{near}; valid: {', '.join(known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

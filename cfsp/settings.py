@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
-from .errors import CfspError, unknown_name
-from .typed import MOST, Bound, decode, is_finite, shown
+from .errors import CfspError, shown, unknown_name
+from .typed import MOST, Bound, decode, is_finite
 
 Value = TypeVar("Value")
 _KEY = "setting"

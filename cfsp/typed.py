@@ -9,14 +9,13 @@ parser gave, and names the place of the first value that is not what its annotat
 import dataclasses
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from .errors import CfspError
+from .errors import CfspError, named, shown
 
 MOST = 2**31 - 1
 """What a count or a seed is at most, where nothing else is said."""
@@ -39,21 +38,6 @@ def between(low: float, high: float) -> Bound:
 Count = Annotated[int, between(1, MOST)]
 Natural = Annotated[int, between(0, MOST)]
 NotNegative = Annotated[float, Bound("0 or more", lambda value: value >= 0)]
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-
-
-def shown(value: Any) -> str:
-    """A value in an error: in one line, and short."""
-    if isinstance(value, int) and value.bit_length() > 2 * MAX_BITS:
-        return f"a number of {value.bit_length()} bits"
-    return _REPR.repr(value)
-
-
-def named(text: str) -> str:
-    """A name in an error: as it is, but short and without what a terminal would act on."""
-    return shown(text)[1:-1]
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from ..apportion import apportion
-from ..errors import CfspError
-from ..typed import shown
+from ..errors import CfspError, shown
 from .text import DATASETS, check_dataset, exists, load_text
 from .tokens import bos_token, tokenize
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import torch
 
-from ..errors import CfspError
+from ..errors import CfspError, shown
 from ..io.documents import parse_json
 from ..io.safetensors import StoredTensor
-from ..typed import Bound, Count, Natural, decode, shown
+from ..typed import Bound, Count, Natural, decode
 from .curves import CURVE, SCORES
 from .windows import Calibration
 

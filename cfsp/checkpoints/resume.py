@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from ..calibration.statistics import Statistics, load_statistics, save_statistics
 from ..distributed import Ranks
-from ..errors import CfspError
+from ..errors import CfspError, named
 from ..io.documents import read_as, read_json
 from ..io.files import write_json
 from ..io.outputs import MANIFEST, RESULT, STATE_FOLDER, can_resume
@@ -36,10 +36,10 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
     except CfspError as error:
         raise CfspError(f"cannot resume: {error}") from None
     keys = sorted(identity.keys() | known.keys())
-    differing = ", ".join(key for key in keys if identity.get(key, ...) != known.get(key, ...))
+    differing = [named(key) for key in keys if identity.get(key, ...) != known.get(key, ...)]
     if differing:
         raise CfspError(
-            f"cannot resume {partial}: it was begun with another {differing}; "
+            f"cannot resume {partial}: it was begun with another {', '.join(differing)}; "
             "`overwrite=True` without `resume=True` begins anew"
         )
 

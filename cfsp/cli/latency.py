@@ -9,11 +9,10 @@ from rich.table import Table
 
 from ..api import latency_table
 from ..costs.latency import LatencyTable, save_table
-from ..errors import CfspError
+from ..errors import CfspError, shown
 from ..io.outputs import new_file
 from ..pruning.budget import BATCH, LENGTH
 from ..pruning.recipe import Recipe
-from ..typed import shown
 from .options import MODEL, add_device, add_fields, add_output, given, show
 
 EXAMPLES = """\

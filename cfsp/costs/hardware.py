@@ -14,10 +14,10 @@ import psutil
 import torch
 from torch.nn import functional
 
-from ..errors import CfspError, unknown_name
+from ..errors import CfspError, shown, unknown_name
 from ..models.fingerprints import device_name
 from ..models.loading import pick_device, synchronize
-from ..typed import decode, is_finite, shown
+from ..typed import decode, is_finite
 
 EFFICIENCY = 0.6
 """Share of the speed of one large matrix product that a whole forward pass is taken to reach."""

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import CfspError
-from ..typed import shown
+from ..errors import CfspError, shown
 from .documents import check_regular, read_text
 
 SUMS_FILE = "SHA256SUMS"  # the format of coreutils' sha256sum

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import torch
 
-from ..errors import CfspError
-from ..typed import Bound, decode, named, shown
+from ..errors import CfspError, named, shown
+from ..typed import Bound, decode
 from .documents import check_regular, parse_json, read_json
 
 DTYPES = {
@@ -168,7 +168,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(text: str) -> bool:
-    return text not in ("", "..") and Path(text).name == text and text.isprintable()
+    return (
+        text not in ("", "..")
+        and Path(text).name == text
+        and text.isprintable()
+        and len(text) < 256
+    )
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from ..errors import CfspError
+from ..errors import CfspError, shown
 from ..io.safetensors import INDEX_FILE, WEIGHTS_FILE, Tensors
 from .layouts import unsupported
 
+MAX_LAYERS = 2_000
 DEVICE = "cfsp_device"
 """Attribute of a skeleton: the GPU that it computes on, with weights on the host meanwhile."""
 
@@ -183,6 +184,9 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     Raises CfspError for a config that no causal LM can be built of."""
     from accelerate import init_empty_weights
 
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CfspError(f"num_hidden_layers {shown(layers)} is more than any model has")
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

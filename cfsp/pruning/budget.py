@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from operator import mul
 
 from ..apportion import reachable
-from ..errors import CfspError
-from ..typed import shown
+from ..errors import CfspError, shown
 
 KINDS = ("params", "flops", "latency")
 FORM = "params=0.25, params=6B, flops=0.25 or latency=0.25, the last two perhaps with @1x1024"

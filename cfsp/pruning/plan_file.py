@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import torch
 
 from ..calibration.curves import ErrorCurve
-from ..errors import CfspError
+from ..errors import CfspError, shown
 from ..io.documents import read_as
 from ..io.files import write_json
 from ..io.places import check_replaceable
 from ..models.channels import ChannelGroup
-from ..typed import Bound, Count, between, decode, shown
+from ..typed import Bound, Count, between, decode
 from .plan import QUANTILES, BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from ..calibration.curves import ERROR_SCALES
 from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
-from ..errors import CfspError, unknown_name
+from ..errors import CfspError, shown, unknown_name
 from ..io.documents import read_yaml
 from ..settings import FRACTION, NOT_NEGATIVE, at_least, check, positive, setting
-from ..typed import Bound, shown
+from ..typed import Bound
 from .allocation import ALLOCATORS, SEARCH
 from .budget import FORM, ModelBudget, parse_model_budget
 from .compensation import COMPENSATIONS

@@ -1,6 +1,7 @@
 """A run that was interrupted goes on to the same bytes, or is refused; nothing else is touched."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 import cfsp
 from cfsp.checkpoints import folder as checkpoint
+from cfsp.checkpoints.resume import check_resume
 from cfsp.cli.main import main
 from cfsp.errors import CfspError, Stopped
 from cfsp.io import shard_writer
@@ -133,6 +135,14 @@ def test_a_run_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> No
         with pytest.raises(CfspError, match=r"cannot resume: .*manifest\.json"):
             prune(folder, tmp_path / "out", resume=True)
     assert finished(partial) == before
+    for change in ({"": None}, {"plan": None}, {"more": None}):
+        known = {"model": "a"}
+        (partial / ".cfsp-run" / "manifest.json").write_text(
+            json.dumps({"format": "cfsp-run-1", "identity": {**known, **change}})
+        )
+        with pytest.raises(CfspError, match="it was begun with another"):
+            check_resume(partial, known)
+        check_resume(partial, {**known, **change})
 
 
 def test_a_folder_without_a_manifest_is_begun_anew(tmp_path: Path) -> None:

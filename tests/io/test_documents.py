@@ -12,14 +12,14 @@ import pytest
 from cfsp.calibration.statistics import load_statistics
 from cfsp.checkpoints.documents import read_evaluation
 from cfsp.costs.latency import load_table
-from cfsp.errors import CfspError
+from cfsp.errors import CfspError, shown
 from cfsp.io import documents
 from cfsp.io.documents import parse_json, parse_yaml, read_json, read_text, read_yaml, to_json
 from cfsp.io.hashes import known_hashes, sha256_of
 from cfsp.io.safetensors import read_header
 from cfsp.pruning.plan_file import load_plan
 from cfsp.pruning.recipe import load_recipe
-from cfsp.typed import Bound, Count, between, check_whole, decode, shown
+from cfsp.typed import Bound, Count, between, check_whole, decode
 
 READERS = [
     *(read_text, read_json, read_yaml, load_plan, load_recipe, load_table, load_statistics),
@@ -187,7 +187,7 @@ def test_values_in_errors_are_short() -> None:
     for _ in range(200):
         deep = [deep]
     for value in ("x" * 10**6, deep, list(range(10**5)), 10**5000, {"a" * 5000: "b" * 5000}):
-        assert len(shown(value)) < 250
+        assert len(shown(value)) < 300
 
 
 def test_a_count_of_a_call_is_checked() -> None:
