@@ -29,6 +29,7 @@ UNITS = {"B": 1} | {
     for unit, base in (("B", 1000), ("IB", 1024))
     for power, letter in enumerate("KMGT", 1)
 }
+MOST_MEMORY = 1 << 60
 SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-zA-Z]{1,3})\s*")
 FIGURES = {
     "flops": "compute, FLOP/s",
@@ -147,6 +148,8 @@ def parse_bytes(text: str) -> int:
         raise CfspError(f"not a size: {shown(text.strip())}; write it as 20GiB, 800MiB or 20GB")
     if (size := int(float(found[1]) * unit)) < 1:
         raise CfspError(f"not a size: {text.strip()!r} is no memory at all")
+    if size > MOST_MEMORY:
+        raise CfspError(f"not a size: {text.strip()!r} is more than any machine has")
     return size
 
 

@@ -26,8 +26,9 @@ class LiveBlocks:
     def turns(
         self, wanted: Container[int] | None = None
     ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
-        """(number, block) of every wanted block in order; None: of all."""
-        yield iter(_wanted(self.layout.find_blocks(self.model), wanted))
+        """(number, block) of every wanted block in order; None: of all. Raises CfspError at the
+        turn of a block whose weights are not finite."""
+        yield _finite(_wanted(self.layout.find_blocks(self.model), wanted))
 
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
@@ -68,7 +69,7 @@ class StoredBlocks:
         self, wanted: Container[int] | None = None
     ) -> Iterator[Iterator[tuple[int, nn.Module]]]:
         """As of LiveBlocks; a block's weights go when the next ones come, which take their memory.
-        Raises CfspError at the turn of a block whose shard cannot be read."""
+        Raises CfspError at the turn of a block whose shard cannot be read, or not finite."""
         blocks = _wanted(self.layout.find_blocks(self.model), wanted)
         stored = [self._stored(number) for number, _ in blocks]
         with (
@@ -107,6 +108,12 @@ def _wanted(
     blocks: Sequence[nn.Module], wanted: Container[int] | None
 ) -> list[tuple[int, nn.Module]]:
     return [(n, block) for n, block in enumerate(blocks) if wanted is None or n in wanted]
+
+
+def _finite(blocks: Sequence[tuple[int, nn.Module]]) -> Iterator[tuple[int, nn.Module]]:
+    for number, block in blocks:
+        check_finite(f"the weights of block {number}", dict(block.named_parameters()))
+        yield number, block
 
 
 def _turns(

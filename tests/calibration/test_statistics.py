@@ -134,11 +134,20 @@ def test_the_model_is_left_as_it_was_found(windows: torch.Tensor) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_it_is_left_so_after_an_error_too(windows: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"block 2: mlp\.up_proj\.weight holds NaN"),
+        (3e38, r"block 2 gave NaN .* in calibration window 0"),  # finite, its products are not
+    ],
+)
+def test_it_is_left_so_after_an_error_too(
+    value: float, message: str, windows: torch.Tensor
+) -> None:
     model = make_tiny()
     with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[3, 3] = float("nan")
-    with pytest.raises(CfspError, match=r"block 2 gave NaN .* in calibration window 0"):
+        model.model.layers[2].mlp.up_proj.weight[3] = value
+    with pytest.raises(CfspError, match=message):
         collect(model, windows)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)

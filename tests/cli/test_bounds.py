@@ -42,7 +42,17 @@ def test_any_text_is_read_or_refused_in_one_line(parse: Any, text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["9" * 400 + "GiB", "9" * 5000 + "B", "٣GiB", "1e30GiB", "-1GiB", "0B", "nanGiB", "1GiB\0"],
+    [
+        "9" * 400 + "GiB",
+        "9" * 5000 + "B",
+        "9" * 20 + "TiB",
+        "٣GiB",
+        "1e30GiB",
+        "-1GiB",
+        "0B",
+        "nanGiB",
+        "1GiB\0",
+    ],
 )
 def test_memory_is_of_a_size_that_exists(text: str) -> None:
     for whole in (text, f"device={text}", f"device=1GiB,host={text}"):
