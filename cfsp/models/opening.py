@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import FLOATS, StoredTensor, read_index, read_tensors
+from ..io.safetensors import FLOATS, StoredTensor, check_finite, read_index, read_tensors
 from ..io.stamps import Stamps, stamps_of
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
@@ -142,9 +142,9 @@ def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> 
     loaded = load_weights(name, dtype=precision, **options)
     if gguf:
         loaded = _without_gguf(loaded)
-    for key, value in loaded.named_parameters():
-        if found.layout.place_of(key) is None:
-            check_finite(f"{key} of {found.path}", value)
+    place_of = found.layout.place_of
+    outer = {key: value for key, value in loaded.named_parameters() if place_of(key) is None}
+    check_finite(str(found.path), outer)  # the blocks are checked at their turns
     loaded = loaded.to(where).eval()
     return found.opened(loaded, LiveBlocks(loaded, found.layout))
 
@@ -243,8 +243,7 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     precision = skeleton.dtype
     in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
     outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
-    for name, value in outer.items():
-        check_finite(f"{name} of {folder}", value)
+    check_finite(str(folder), outer)
     set_parameters_(skeleton, {k: value.to(precision) for k, value in outer.items()})
     skeleton.tie_weights()
     if where.type != "cpu":
@@ -258,12 +257,6 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     skeleton.generation_config = load_part(str(folder), GenerationConfig, **options)
     blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
     return checkpoint.opened(skeleton, blocks)
-
-
-def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raise CfspError for NaN or infinity, which a forward pass need not meet to spoil a result."""
-    if not bool(values.isfinite().all()):
-        raise CfspError(f"{name} has values that are not finite")
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
