@@ -243,8 +243,9 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
     precision = skeleton.dtype
     in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
     outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
+    outer = {name: value.to(precision) for name, value in outer.items()}
     check_finite(str(folder), outer)
-    set_parameters_(skeleton, {k: value.to(precision) for k, value in outer.items()})
+    set_parameters_(skeleton, outer)
     skeleton.tie_weights()
     if where.type != "cpu":
         setattr(skeleton, DEVICE, where)

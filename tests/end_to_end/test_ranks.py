@@ -155,14 +155,23 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 
 def with_a_broken_token(folder: Path, text: Path) -> Path:
-    """A model that overflows at a token which the first windows of its calibration lack."""
+    """A model whose first attention overflows at a token that the first windows of its calibration
+    lack; all weights are finite."""
     saved(folder)
     opened = open_model(folder)
     windows = calibration_windows(
         opened.model, opened.tokenizer, cfsp.Calibration(str(text), SAMPLES, seqlen=32)
     )
     token = next(t for t in windows[4].tolist() if not (windows[:4] == t).any())
-    rewrite(folder, lambda t: t["model.embed_tokens.weight"][token].fill_(1e30))
+
+    def overflow(tensors: dict[str, torch.Tensor]) -> None:
+        embeddings = tensors["model.embed_tokens.weight"]
+        embeddings[:, 0] = 0
+        embeddings[token, 0] = 1
+        for name in ("q_proj", "k_proj"):
+            tensors[f"model.layers.0.self_attn.{name}.weight"][:, 0] = 1e25
+
+    rewrite(folder, overflow)
     return folder
 
 
