@@ -205,7 +205,7 @@ def spoilt(name: str, content: str | None) -> Callable[[Path, Path], Path]:
     ("options", "message"),
     [
         (["--rank", "9999"], "rank 9999 is beyond the"),
-        (["--method", "dora"], "unknown method 'dora'; valid: lora, ffn"),
+        (["--method", "dora"], "unknown method 'dora' (did you mean lora?); valid: lora, ffn"),
         (["--temperature", "2"], "--temperature needs --teacher MODEL"),
         (["--method", "ffn", "--keep-adapter"], "method 'ffn' has no adapter to keep"),
         (["--seqlen", "4096"], "seqlen 4096 is beyond the model's 128 positions"),
