@@ -274,7 +274,12 @@ def test_the_folder_holds_the_whole_story(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny"]
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "cfsp_llama"
-    assert sorted(config["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    heads = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        *(f"AutoModelFor{head}" for head in heads),
+    }
     widths = {int(k): v["intermediate_size"] for k, v in config["per_layer_config"].items()}
     full = config["intermediate_size"]
     assert tuple(widths.get(number, full) for number in range(4)) == result.plan.widths
