@@ -11,8 +11,6 @@ from ..errors import CfspError, shown
 from .text import DATASETS, check_dataset, exists, load_text
 from .tokens import bos_token, tokenize
 
-MOST_WINDOWS = 10**9
-"""More than any text has; counts and shares of so many are exact in fp64."""
 Mixture = Mapping[str, float]
 """Dataset -> weight, in the order in which they were named."""
 MAX_PARTS = 200
@@ -91,10 +89,7 @@ def format_mixture(mixture: Mixture) -> str:
 
 def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str, int]:
     """Windows of each dataset, by weight: the largest-remainder method, at least one each.
-    CfspError for fewer windows than datasets, or more than MOST_WINDOWS; ``what`` is the setting to
-    blame."""
-    if windows > MOST_WINDOWS:
-        raise CfspError(f"{what} must be {MOST_WINDOWS} or less, got {windows}")
+    CfspError for fewer windows than datasets; ``what`` is the setting to blame."""
     if windows < len(mixture):
         raise CfspError(
             f"{what} must be {len(mixture)} or more, one for each dataset of "

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -17,8 +19,9 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import CfspError
+from ..io.documents import check_regular
 from ..io.files import format_bytes
-from ..io.safetensors import StoredTensor
+from ..io.safetensors import FLOATS, StoredTensor
 from .layouts import PRUNED_PREFIX, unsupported
 
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -35,8 +38,8 @@ def check_folder_files(folder: Path) -> None:
     """Raise CfspError for a folder with a pipe or device, a huge document, quantised weights or an
     adapter, by its files."""
     for file in sorted(folder.iterdir()):
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise CfspError(f"{file} is not a regular file")
+        if file.exists() and not file.is_dir():
+            check_regular(file)
         if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
             raise CfspError(f"{file} has more than {format_bytes(MAX_JSON_BYTES)}")
     for name in QUANTISED_FILES:
@@ -74,6 +77,31 @@ def check_config(name: str | Path, config: Any) -> None:
         raise unsupported(kind, "an encoder-decoder")
     if config.is_heterogeneous and not kind.startswith(PRUNED_PREFIX):
         raise unsupported(kind, "its blocks have sizes of their own")
+
+
+def check_live(model: PreTrainedModel) -> None:
+    """Raise CfspError for a live model whose weights are elsewhere, quantised or in part those of
+    adapters."""
+    adapted = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
+    if adapted is not None:
+        raise CfspError(f"{adapted} of the live model is an adapter's: merge it before pruning")
+    devices = set()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CfspError(
+                f"{name} of the live model has no values here, it is offloaded or on meta"
+            )
+        if parameter.dtype not in (*FLOATS, torch.float64):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise CfspError(f"{name} of the live model is {kind}: a quantised model is not pruned")
+        devices.add(parameter.device)
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise CfspError(f"the live model is on several devices ({names}): move it to one")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def placed(

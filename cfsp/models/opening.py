@@ -16,7 +16,7 @@ from ..io.safetensors import FLOATS, StoredTensor, check_finite, read_index, rea
 from ..io.stamps import Stamps, stamps_of
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
-from .inspection import check_config, check_folder_files, placed
+from .inspection import check_config, check_folder_files, check_live, placed
 from .layouts import Layout
 from .loading import (
     DEVICE,
@@ -92,36 +92,13 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
         hint = ": merge its adapters first, merge_and_unload()" if inner is not None else ""
         raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}{hint}")
     check_config(type(model).__name__, model.config)
-    _check_live(model)
+    check_live(model)
     layout = checked_layout(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     folder = Path(name) if Path(name).exists() else None
     if folder is not None:  # a local path says nothing elsewhere
         name = folder_name(folder)
     return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout), folder)
-
-
-def _check_live(model: PreTrainedModel) -> None:
-    adapted = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
-    if adapted is not None:
-        raise CfspError(f"{adapted} of the live model is an adapter's: merge it before pruning")
-    devices = set()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise CfspError(
-                f"{name} of the live model has no values here, it is offloaded or on meta"
-            )
-        if parameter.dtype not in (*FLOATS, torch.float64):
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise CfspError(f"{name} of the live model is {kind}: a quantised model is not pruned")
-        devices.add(parameter.device)
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise CfspError(f"the live model is on several devices ({names}): move it to one")
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:

@@ -109,10 +109,10 @@ def test_weights_and_windows_of_any_size_are_shared_out_at_once(
     assert list(share_out(mixture, windows).values()) == counts
 
 
-@pytest.mark.parametrize("samples", [10**9 + 1, 10**30, 10**400])
+@pytest.mark.parametrize("samples", [10**6 + 1, 10**30, 10**400])
 @pytest.mark.parametrize("dataset", ["builtin", "builtin:3,c4"])
 def test_more_windows_than_any_text_has_are_refused(samples: int, dataset: str) -> None:
-    with pytest.raises(CfspError, match=f"samples must be 1000000000 or less, got {samples}"):
+    with pytest.raises(CfspError, match=r"samples must be (at most 1000000|a whole number), got"):
         Calibration(dataset, samples)
 
 
@@ -120,7 +120,7 @@ def test_more_windows_than_any_text_has_are_refused(samples: int, dataset: str) 
 def test_samples_are_bounded_by_the_text(dataset: str, files: Path) -> None:
     """At once: a loop over so many takes minutes."""
     with pytest.raises(CfspError, match=r"samples \d+ is more than the 304 places where a window"):
-        calibration_tokens(make_tokenizer(), Calibration(dataset, 10**9, 16))
+        calibration_tokens(make_tokenizer(), Calibration(dataset, 10**6, 16))
 
 
 @given(

@@ -210,9 +210,10 @@ def test_a_fifo_or_device_is_no_document(
     option: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
     prune = ("prune", tiny_folder, "--out", tmp_path / "out")
     small = () if option == "--statistics" else SMALL
-    for file in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+    for file in (tmp_path / "fifo", Path("/dev/zero"), tmp_path / "folder"):
         code, _, error = run(capsys, *prune, *small, option, file)
         assert code == 2
         assert "not a file" in error
