@@ -1,9 +1,12 @@
 """Every reader of cfsp with inputs to damage, and what must hold of those that it accepts."""
 
+import bz2
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
+import lzma
 import math
 import random
 import re
@@ -14,11 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import safetensors
 import torch
 import yaml
+from pyarrow import parquet
 
 import cfsp
 from cfsp.calibration import statistics as statistics_file
@@ -222,7 +228,11 @@ def _models(seeds: Path) -> list[Target]:
         make = _json_maker(json.loads((model / name).read_text()))
         return Target(name, weight, make, reader(name), isolated=True)
 
-    found = [target("config.json", 4), target("tokenizer_config.json", 2)]
+    found = [
+        target("config.json", 12),
+        target("tokenizer_config.json", 6),
+        target("tokenizer.json", 6),
+    ]
     gguf = seeds / "model.gguf"
     if gguf.is_file():
         data = gguf.read_bytes()
@@ -232,7 +242,7 @@ def _models(seeds: Path) -> list[Target]:
             return mutate_bytes(rng, head) + data[len(head) :]
 
         read = partial(_file, "x.gguf", partial(open_any, device="cpu"))
-        found.append(Target("GGUF", 2, make, read, isolated=True))
+        found.append(Target("GGUF", 6, make, read, isolated=True))
     return found
 
 
@@ -472,18 +482,27 @@ def _documents(seeds: Path) -> list[Target]:
 
 def _texts(seeds: Path) -> list[Target]:
     rows = [{"text": f"line {n} of é text"} for n in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     files = {
         "x.json": json.dumps(rows).encode(),
-        "x.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "x.jsonl": lines,
+        "chat.jsonl": b"".join(json.dumps({"messages": chat}).encode() + b"\n" for _ in rows),
         "x.csv": b'text,n\nfirst,1\n"second, or not",2\n',
+        "x.tsv": b"text\tn\nfirst\t1\nsecond\t2\n",
         "x.txt": "some text\nand é\n".encode(),
+        "x.jsonl.gz": gzip.compress(lines, mtime=0),
+        "x.txt.xz": lzma.compress(lines),
+        "x.jsonl.bz2": bz2.compress(lines),
     }
-    with contextlib.suppress(ImportError):
-        from pyarrow import Table, parquet
-
+    nested = pa.Table.from_pylist([{**row, "more": {"n": [1, None]}} for row in rows])
+    for name, write in (("x.parquet", parquet.write_table), ("x.arrow", _write_arrow)):
         buffer = io.BytesIO()
-        parquet.write_table(Table.from_pylist(rows), buffer)
-        files["x.parquet"] = buffer.getvalue()
+        write(nested, buffer)
+        files[name] = buffer.getvalue()
+    chats = SimpleNamespace(
+        chat_template="{}", apply_chat_template=lambda turns, tokenize: str(turns)
+    )
 
     def make(rng: random.Random) -> bytes:
         name = pick(rng, sorted(files))
@@ -493,13 +512,23 @@ def _texts(seeds: Path) -> list[Target]:
         name, _, changed = data.partition(b"\n")
         if name.decode(errors="replace") not in files:
             raise CfspError("of no format")
-        return _file(name.decode(), lambda file: load_text(str(file), "calibrate"), changed, folder)
+        return _file(
+            name.decode(),
+            lambda file: load_text(str(file), "calibrate", None, chats),
+            changed,
+            folder,
+        )
 
     def judge(found: Any, data: bytes, _: Path) -> None:
         texts = [found] if isinstance(found, str) else found
         hold(all(isinstance(text, str) for text in texts), "no text")
 
-    return [Target("text", 4, make, read, judge, isolated=True)]
+    return [Target("text", 60, make, read, judge, isolated=True)]
+
+
+def _write_arrow(table: Any, buffer: io.BytesIO) -> None:
+    with pa.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table)
 
 
 # Strings of the command line
