@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 import cfsp
 from cfsp.errors import CfspError
@@ -227,6 +227,8 @@ HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_g
 def test_families_that_cannot_be_pruned_yet_are_refused_before_any_work(
     kind: str, config: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
     folder = tmp_path / "m"
     values = {**TINY, **config}
     if kind == "gemma3n_text":
