@@ -128,19 +128,21 @@ def register_conversions(own, stock, causal_lm):
     """Where checkpoints of a family have other names or shapes than its modules, so have ours; and
     a class that has the decoder under another name than the causal LM finds it in its weights."""
     config, stock_config = own.config_class, stock.config_class
-    for mine, theirs in (
-        (own.__name__, stock.__name__),
-        (config.model_type, stock_config.model_type),
-    ):
+    names = (own.__name__, stock.__name__), (config.model_type, stock_config.model_type)
+    for mine, theirs in names:
         conversions = get_checkpoint_conversion_mapping(theirs)
         if conversions is not None:
             register_checkpoint_conversion_mapping(mine, conversions, overwrite=True)
     if stock.base_model_prefix not in ("", causal_lm.base_model_prefix):
-        renaming = WeightRenaming(
-            rf"^{causal_lm.base_model_prefix}\.", f"{stock.base_model_prefix}."
-        )
+        decoder = rf"^{causal_lm.base_model_prefix}\."
+        renaming = WeightRenaming(decoder, f"{stock.base_model_prefix}.")
         known = get_checkpoint_conversion_mapping(own.__name__) or []
         register_checkpoint_conversion_mapping(own.__name__, [renaming, *known], overwrite=True)
+
+
+def pruned_class(stock):
+    """The class with per-block widths of a class of transformers."""
+    return globals().get(PREFIX + stock.__name__) or __getattr__(PREFIX + stock.__name__)
 
 
 def __getattr__(name):
@@ -149,20 +151,14 @@ def __getattr__(name):
     if not name.startswith(PREFIX) or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PreTrainedConfig):
-        bases, values = (
-            (PerBlockConfig, stock),
-            {"model_type": MODEL_TYPE_PREFIX + stock.model_type},
-        )
+        base, values = PerBlockConfig, {"model_type": MODEL_TYPE_PREFIX + stock.model_type}
     else:
-        own_config = globals().get(PREFIX + stock.config_class.__name__)
-        own_config = own_config or __getattr__(PREFIX + stock.config_class.__name__)
-        bases, values = (PerBlockWidths, stock), {"config_class": own_config}
-    own = globals()[name] = type(name, bases, {**values, "__module__": __name__})
+        base, values = PerBlockWidths, {"config_class": pruned_class(stock.config_class)}
+    own = globals()[name] = type(name, (base, stock), {**values, "__module__": __name__})
     if issubclass(own, PerBlockWidths):
         family = family_classes(stock.config_class)
         register_conversions(own, stock, family["AutoModelForCausalLM"])
         if stock is not family["AutoModel"]:  # heads make their decoder by AutoModel
-            decoder = globals().get(PREFIX + family["AutoModel"].__name__)
-            decoder = decoder or __getattr__(PREFIX + family["AutoModel"].__name__)
+            decoder = pruned_class(family["AutoModel"])
             transformers.AutoModel.register(own.config_class, decoder, exist_ok=True)
     return own

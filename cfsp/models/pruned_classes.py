@@ -7,7 +7,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from .layouts import PRUNED_PREFIX, Layout
 from .loading import make_skeleton
-from .registration import pruned_class, register_family
+from .modeling_cfsp import pruned_class
+from .registration import register_family
 from .tensors import parameter_shapes
 
 OF_PRUNED = (

@@ -1,7 +1,5 @@
 """The classes of pruned models with per-block widths, made known to transformers."""
 
-from typing import Any
-
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -21,15 +19,10 @@ def register() -> None:
 
 def register_family(model_type: str) -> None:
     stock = CONFIG_MAPPING[model_type]
-    config = pruned_class(stock)
+    config = modeling_cfsp.pruned_class(stock)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     config.register_for_auto_class()
     for auto, stock_class in modeling_cfsp.family_classes(stock).items():
-        own = pruned_class(stock_class)
+        own = modeling_cfsp.pruned_class(stock_class)
         getattr(transformers, auto).register(config, own, exist_ok=True)
         own.register_for_auto_class(auto)
-
-
-def pruned_class(stock: type) -> Any:
-    """The class with per-block widths of a class of transformers."""
-    return getattr(modeling_cfsp, modeling_cfsp.PREFIX + stock.__name__)
