@@ -17,11 +17,7 @@ Rows = Sequence[tuple[str, str, str]]
 
 
 def model_card(
-    plan: PruningPlan,
-    record: Mapping[str, Any],
-    sizes: Rows,
-    stock: bool,
-    terms: Mapping[str, Any],
+    plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool, terms: Mapping[str, Any]
 ) -> str:
     """README.md with the hub's front matter. ``record``: recipe.yaml; ``stock``: whether it is an
     architecture of transformers itself; ``terms``: the license, as the front matter says it."""

@@ -124,10 +124,7 @@ def _clock(device: torch.device) -> float:
 
 
 def measure_speed(
-    models: Sequence[PreTrainedModel],
-    generation: Generation,
-    *,
-    peak_memory: Sequence[int | None],
+    models: Sequence[PreTrainedModel], generation: Generation, *, peak_memory: Sequence[int | None]
 ) -> list[Speed]:
     """Speeds of causal LMs in eval mode that can be compared: they take turns, so that each sees
     the same machine. The caller has run each once, or their first round is slow."""

@@ -13,14 +13,7 @@ from ..io.outputs import new_file
 from ..pruning.allocation import ALLOCATORS
 from . import figures
 from .svg import kept_strip
-from .tables import (
-    Values,
-    evaluation_table,
-    number_at,
-    perplexities,
-    perplexities_compared,
-    tiles,
-)
+from .tables import Values, evaluation_table, number_at, perplexities, perplexities_compared, tiles
 from .usage import loading_commands
 
 
