@@ -16,14 +16,15 @@ BOS_CHOICES = ("auto", "always", "never")
 PIECE, OVERLAP, AGREED = 100_000, 4_000, 8
 """Characters that are tokenised at a time and that two pieces share, and the tokens on either side
 of a seam that both must have."""
+PLAIN = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 LONGEST = 1_000_000
-"""Characters of a piece that is cut where it ends, for it goes on without a seam: one endless
-word."""
+"""A piece that has grown to so many characters without a seam, as one endless word does, is cut
+where it ends."""
 
 
 @contextmanager
 def _as_it_was(tokenizer: Any) -> Iterator[None]:
-    """Give a tokenizer.json's own truncation and padding back, which a call without them drops."""
+    """Restore the truncation and padding of a tokenizer.json, which a call without them drops."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     try:
@@ -63,8 +64,7 @@ def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
     with _as_it_was(tokenizer):
         if fast and len(text) > PIECE:
             return torch.cat(list(_joined(tokenizer, text)))
-        options = {"add_special_tokens": False, "truncation": False, "padding": False}
-        return torch.tensor(tokenizer(text, **options, verbose=False).input_ids, dtype=torch.int64)
+        return torch.tensor(tokenizer(text, **PLAIN).input_ids, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,10 @@ def _joined(tokenizer: Any, text: str) -> Iterator[torch.Tensor]:
     def piece(begin: int, end: int) -> _Piece:
         found = tokenizer(
             text[begin:end],
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
+            **PLAIN,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,
         )
         return _Piece(begin, min(end, len(text)), found["input_ids"], found["offset_mapping"])
 
