@@ -47,6 +47,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def reason(error: object) -> str:
+    """What an exception says, in one short line."""
+    return " ".join(str(error).split())[:300]
+
+
+def first_of(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
+
+
 def printable(text: object) -> str:
     """Text that shows as it reads: what would move a cursor, turn the direction of writing, break
     the line or is no character at all is told by its escape, as in ``\\x1b``."""

@@ -136,31 +136,26 @@ def _bounded(decoder: Decoder, bounds: tuple[Bound, ...], value: Any) -> Any:
     return found
 
 
+def _part(step: str | int, decoder: Decoder, value: Any) -> Any:
+    """What is wrong with a part is told with the way to it: a key or a position."""
+    try:
+        return decoder(value)
+    except _Wrong as wrong:
+        wrong.path = (f"[{step}]" if isinstance(step, int) else f".{named(step)}") + wrong.path
+        raise
+
+
 def _tuple(decoders: tuple[Decoder, ...], value: Any) -> tuple[Any, ...]:
     """Of any length where there is one decoder."""
     if not isinstance(value, list | tuple):
         raise _must_be("a list", value)
     if len(decoders) > 1 and len(value) != len(decoders):
         raise _must_be(f"a list of {len(decoders)}", value)
-    found: list[Any] = []
-    try:
-        for part in value:
-            found.append(decoders[len(found) % len(decoders)](part))
-    except _Wrong as wrong:
-        wrong.path = f"[{len(found)}]{wrong.path}"
-        raise
-    return tuple(found)
+    return tuple(_part(n, decoders[n % len(decoders)], part) for n, part in enumerate(value))
 
 
 def _dict(decoder: Decoder, value: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, part in _mapping(value).items():
-        try:
-            found[key] = decoder(part)
-        except _Wrong as wrong:
-            wrong.path = f".{named(key)}{wrong.path}"
-            raise
-    return found
+    return {key: _part(key, decoder, part) for key, part in _mapping(value).items()}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -187,20 +182,12 @@ def _dataclass(kind: Any, value: Any) -> Any:
         raise _Wrong(f"has the unknown key {key}; valid: {valid}")
     if missing := sorted(needed - value.keys()):
         raise _Wrong("is missing", f".{missing[0]}")
-    found: dict[str, Any] = {}
-    for key, part in value.items():
-        try:
-            found[key] = decoders[key](part)
-        except _Wrong as wrong:
-            wrong.path = f".{key}{wrong.path}"
-            raise
-    return kind(**found)
+    return kind(**{key: _part(key, decoders[key], part) for key, part in value.items()})
 
 
 def check_whole(name: str, value: Any, least: int = 0, most: int = MOST) -> None:
     """Raise CfspError for a parameter that is not a whole number, or too small or large."""
     decode(int, value, "", name)
-    if value < least:
-        raise CfspError(f"{name} must be {least} or more, got {value}")
-    if value > most:
-        raise CfspError(f"{name} must be at most {most}, got {value}")
+    if not least <= value <= most:
+        wanted = f"{least} or more" if value < least else f"at most {most}"
+        raise CfspError(f"{name} must be {wanted}, got {value}")

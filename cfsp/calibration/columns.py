@@ -4,10 +4,10 @@ model's own chat template."""
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CfspError
+from ..errors import CfspError, reason
 
 TEXT, CHAT, NULL = "string", "chat", "null"
-"""Types of columns that can be read; others are told in the words of their format."""
+"""Types of columns that can be read; others go by the names of their format."""
 CHATS = ("messages", "conversations")
 ORDER = "text, else messages or conversations, else the only column of strings, else content"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -16,8 +16,8 @@ MESSAGES = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
 
 def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> str:
-    """The column to read, of those with these types; CfspError where none fits, or not the one that
-    is wanted."""
+    """The column to read, of those with these types: the ``wanted`` one, or the one that is text by
+    :data:`ORDER`. CfspError where that is not there or has neither text nor chats."""
     if not columns:
         raise CfspError(f"{where} has no rows")
     told = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
@@ -71,8 +71,8 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception as error:  # a template raises what it likes
-        reason = " ".join(str(error).split())[:200]
-        raise CfspError(f"the chat template fails: {type(error).__name__}: {reason}") from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise CfspError(f"the chat template fails: {why}") from error
 
 
 def _turn(turn: Any) -> dict[str, Any]:

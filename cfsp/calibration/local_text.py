@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CfspError
 from .columns import pick_column, row_text
-from .table_files import FORMATS, Table, arrow_columns, checked, lines_of, open_table, suffixes
+from .table_files import Table, arrow_columns, checked, lines_of, open_table
 
 
 def local_texts(
@@ -18,45 +18,39 @@ def local_texts(
     only one. Of a table, those of the column ``column``, or else of the one that
     :func:`pick_column` picks, without nulls; chats go through the tokenizer's chat template.
     CfspError where there is nothing to read."""
+    for source, table in _sources(path, splits):
+        if table is None:
+            yield "".join(lines_of(source)).replace("\r\n", "\n").replace("\r", "\n")
+        else:
+            yield from _column_texts(table, source, column, tokenizer)
+
+
+def _sources(path: Path, splits: Sequence[str]) -> Iterator[tuple[Path, Table | None]]:
+    """Every file to read with its table, None for plain text; or the folder with the one of all."""
     if not path.is_dir():
-        yield from _file_texts(path, column, tokenizer)
+        yield path, open_table(path)
         return
     odd = (entry for entry in path.rglob("*") if not entry.is_file() and not entry.is_dir())
     if found := next(odd, None):  # datasets would wait for a pipe
         raise CfspError(f"{found} is neither a file nor a folder")
+    from datasets import Dataset, load_dataset_builder, load_from_disk
+
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        yield from _saved_texts(path, splits, column, tokenizer)
-    else:
-        from datasets import load_dataset_builder
+        saved = load_from_disk(str(path))
+        data = (saved if isinstance(saved, Dataset) else _split(saved, splits, path)).data
 
-        whole = path.resolve()
-        files = load_dataset_builder(str(whole)).config.data_files or {}
-        for file in _split({str(name): those for name, those in files.items()}, splits, path):
-            if not Path(os.path.normpath(file)).is_relative_to(whole):
-                raise CfspError(f"{path}: its README names {file!r}, outside of the folder")
-            yield from _file_texts(Path(file), column, tokenizer)
+        def values(name: str) -> Iterator[Any]:
+            for chunk in data.column(name).chunks:
+                yield from checked(chunk)
 
-
-def _file_texts(path: Path, column: str | None, tokenizer: Any) -> Iterator[str]:
-    if suffixes(path)[0] in FORMATS:
-        yield from _column_texts(open_table(path), path, column, tokenizer)
-    else:
-        yield "".join(lines_of(path)).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _saved_texts(
-    path: Path, splits: Sequence[str], column: str | None, tokenizer: Any
-) -> Iterator[str]:
-    from datasets import Dataset, load_from_disk
-
-    found = load_from_disk(str(path))
-    data = (found if isinstance(found, Dataset) else _split(found, splits, path)).data
-
-    def values(name: str) -> Iterator[Any]:
-        for chunk in data.column(name).chunks:
-            yield from checked(chunk)
-
-    yield from _column_texts(Table(arrow_columns(data.schema), values), path, column, tokenizer)
+        yield path, Table(arrow_columns(data.schema), values)
+        return
+    whole = path.resolve()
+    files = load_dataset_builder(str(whole)).config.data_files or {}
+    for file in _split({str(name): those for name, those in files.items()}, splits, path):
+        if not Path(os.path.normpath(file)).is_relative_to(whole):
+            raise CfspError(f"{path}: its README names {file!r}, outside of the folder")
+        yield Path(file), open_table(Path(file))
 
 
 def _split(found: Mapping[str, Any], wanted: Sequence[str], path: Path) -> Any:

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import CfspError
 from ..io.documents import to_json
-from ..io.files import whole_file
-from ..io.places import check_replaceable
+from ..io.files import saved_file
 from ..io.safetensors import memory_of, open_header, read_tensors
 from ..models.blocks import Blocks
 from ..models.channels import ChannelGroup, sizes_of
@@ -190,17 +188,12 @@ def check_text(statistics: Statistics, windows: torch.Tensor) -> None:
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
     """Write statistics as one safetensors file, whole or not at all. Raises CfspError where they
     hold what :func:`load_statistics` would refuse."""
-    path, tensors = Path(path), _tensors(statistics)
+    tensors = _tensors(statistics)
     sums = {"sha256": statistics_fingerprint(statistics)}
     text = to_json({**_header(statistics), **sums})
     check_tensors(decoded(text), tensors)
-    try:
-        check_replaceable(path, path, overwrite=True, kind="file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"cfsp": text})
-    except (OSError, SafetensorError) as error:
-        raise CfspError(f"cannot write statistics {path}: {error}") from None
+    with saved_file(path, "statistics") as partial:
+        partial.write_bytes(save(tensors, metadata={"cfsp": text}))
 
 
 def _block(

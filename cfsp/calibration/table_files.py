@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from ..errors import CfspError
+from ..io.documents import check_regular
 from .columns import CHAT, NULL, TEXT, is_turn
 
 ROWS_LOOKED_AT = 1000
@@ -53,8 +54,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 def opened(path: Path) -> Any:
     """The bytes of a file, decompressed."""
-    if not path.is_file():
-        raise CfspError(f"{path} is no file")
+    check_regular(path)
     return COMPRESSIONS.get(suffixes(path)[1], lambda plain: plain.open("rb"))(path)
 
 
@@ -77,9 +77,10 @@ def lines_of(path: Path) -> Iterator[str]:
             place += len(line)
 
 
-def open_table(path: Path) -> Table:
-    """The table in a file with the suffix of one of :data:`FORMATS`."""
-    return FORMATS[suffixes(path)[0]](path)
+def open_table(path: Path) -> Table | None:
+    """The table in a file; None where its suffix is none of :data:`FORMATS`."""
+    table_of = FORMATS.get(suffixes(path)[0])
+    return table_of(path) if table_of is not None else None
 
 
 def arrow_columns(schema: pa.Schema) -> dict[str, str]:

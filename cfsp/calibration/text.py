@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import CfspError
+from ..errors import CfspError, reason
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate"
 SPLITS = {CALIBRATE: ("train",), EVALUATE: ("test", "validation")}
@@ -34,20 +34,17 @@ class HubDataset:
     """Read only so many, without downloading the rest."""
 
     def texts(self, purpose: str) -> list[str]:
-        with _without_retries():
-            return self._texts(purpose)
-
-    def _texts(self, purpose: str) -> list[str]:
         from datasets import load_dataset
 
         split = "train" if purpose == CALIBRATE else self.held_out
         options: dict[str, Any] = {"split": split, "revision": self.revision}
         if self.data_files is not None:
             options["data_files"] = {split: self.data_files[split]}
-        if self.documents is None:
-            return list(load_dataset(self.path, self.name, **options)[self.column])
-        stream = load_dataset(self.path, self.name, streaming=True, **options)
-        return [row[self.column] for row in islice(stream, self.documents)]
+        with _without_retries():
+            if self.documents is None:
+                return list(load_dataset(self.path, self.name, **options)[self.column])
+            stream = load_dataset(self.path, self.name, streaming=True, **options)
+            return [row[self.column] for row in islice(stream, self.documents)]
 
 
 @contextmanager
@@ -146,9 +143,8 @@ def load_text(dataset: str, purpose: str, column: str | None = None, tokenizer: 
         needed = repr(error.name) if error.name else str(error)
         raise CfspError(f"dataset {dataset!r} needs the package {needed}") from None
     except Exception as error:  # datasets and its readers raise of many kinds
-        reason = " ".join(str(error).split())[:300]
-        message = f"cannot load dataset {dataset!r}: {type(error).__name__}: {reason}"
-        raise CfspError(message) from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise CfspError(f"cannot load dataset {dataset!r}: {why}") from error
     texts = [text for text in texts if text is not None]
     if not texts:
         raise CfspError(f"dataset {dataset!r} has no text: all its rows are null")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
-from ..models.loading import check_config, load_config, pick_device
+from ..models.loading import check_has_config, load_config, pick_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import is_stock
 from ..models.tensors import converted, saved_tensors, tensor_infos
@@ -33,7 +33,7 @@ def load(
         options: handed to ``from_pretrained``.
     """
     where = pick_device(device)
-    check_config(folder)
+    check_has_config(folder)
     load_config(str(folder))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     options = {"dtype": precision, "trust_remote_code": False, **options}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from ..calibration.statistics import Statistics, load_statistics, save_statistics
 from ..distributed import Ranks
 from ..errors import CfspError, named
 from ..io.documents import read_as, read_json
@@ -21,7 +20,6 @@ SHARDS = f"{STATE_FOLDER}/shards"
 
 @dataclass(frozen=True)
 class _Manifest:
-    format: str
     identity: dict[str, Any]
 
 
@@ -45,8 +43,9 @@ def check_resume(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def begin(partial: Path, identity: dict[str, Any]) -> None:
-    """Record which run fills a folder; of one that :func:`check_resume` found begun only the shards
-    stay that it finished and nobody has touched since."""
+    """Record which run fills a folder, or continue it, see :func:`check_resume`: of what is there
+    only the shards stay that it finished and nobody has touched since."""
+    check_resume(partial, identity)
     if can_resume(partial):
         _drop_unproven(partial)
     else:
@@ -98,13 +97,3 @@ def check_shared(partial: Path, ranks: Ranks) -> None:
     ranks.check(None if mark.exists() else unseen)
     if ranks.first:
         mark.unlink()
-
-
-def kept_statistics(partial: Path) -> Statistics | None:
-    """The calibration of a run that had finished its first pass."""
-    file = partial / STATISTICS
-    return load_statistics(file) if file.is_file() else None
-
-
-def keep_statistics(partial: Path, statistics: Statistics) -> None:
-    save_statistics(statistics, partial / STATISTICS)

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-FILES = ("license", "licence", "notice", "use_policy")
-"""What the names of such files begin with, in any case."""
+from ..models.opening import TERMS
+
 WEIGHTS_AND_CODE = (".safetensors", ".bin", ".gguf", ".json", ".py")
 MAX_BYTES = 1 << 20
 FRONT_MATTER = ("license", "license_name", "license_link")
@@ -21,7 +21,7 @@ def copy_terms(source: Path | None, folder: Path) -> None:
     if source is None:
         return
     for file in sorted(source.iterdir()):
-        if not file.name.lower().startswith(FILES) or file.suffix.lower() in WEIGHTS_AND_CODE:
+        if not file.name.lower().startswith(TERMS) or file.suffix.lower() in WEIGHTS_AND_CODE:
             continue
         if _is_of(source, file) and file.stat().st_size <= MAX_BYTES:
             shutil.copyfile(file, folder / file.name)

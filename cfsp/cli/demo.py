@@ -18,7 +18,7 @@ from ..api import PruneResult, prune
 from ..calibration.windows import Calibration
 from ..checkpoints.folder import write_model
 from ..errors import CfspError, printable
-from ..io.outputs import can_resume, check_out, new_file, new_folder
+from ..io.outputs import can_resume, new_file, new_folder
 from ..io.places import partial_path
 from ..models.loading import quiet_loading
 from ..models.opening import open_model
@@ -117,25 +117,23 @@ def run_demo(out: Path, *, overwrite: bool, device: str, progress: bool) -> Demo
     """Prune 30% of the FFN channels of SmolLM2-135M into ``out`` and measure both models."""
     pruned_folder, picture = out / f"{NAME}-cfsp-30", out / "widths.png"
     resume = not overwrite and can_resume(partial_path(pruned_folder))
-    check_out(pruned_folder, overwrite, resume=resume)
-    check_out(picture, overwrite=True, kind="file")
-    dense = dense_folder(out / NAME)
-    result = prune(
-        dense,
-        recipe=RECIPE,
-        out=pruned_folder,
-        eval_windows=EVALUATION_WINDOWS,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
-    )
-    with quiet_loading():
-        opened = open_model(dense, device=device)
-    models = opened.model, result.model
-    before, after = generate_side_by_side(models, opened.tokenizer, PROMPT, NEW_TOKENS)
-    title = f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed"
     with new_file(picture, overwrite=True) as file:
+        dense = dense_folder(out / NAME)
+        result = prune(
+            dense,
+            recipe=RECIPE,
+            out=pruned_folder,
+            eval_windows=EVALUATION_WINDOWS,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
+        with quiet_loading():
+            opened = open_model(dense, device=device)
+        models = opened.model, result.model
+        before, after = generate_side_by_side(models, opened.tokenizer, PROMPT, NEW_TOKENS)
+        title = f"{NAME}: {result.plan.sparsity:.0%} of FFN channels removed"
         plot_widths(result.plan, file, title)
     return DemoResult(result, before, after, picture)
 

@@ -90,15 +90,10 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.run(arguments)
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether an argument can be written anywhere: bytes of another encoding come as surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     for text in sys.argv[1:] if argv is None else argv:
-        if not _is_utf8(text):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that are no text
             print(f"cfsp: error: {printable(text)} is not UTF-8", file=sys.stderr)
             return 2
     arguments = build_parser().parse_args(argv)

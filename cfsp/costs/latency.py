@@ -15,8 +15,7 @@ import numpy as np
 from ..apportion import reachable
 from ..errors import CfspError
 from ..io.documents import read_as
-from ..io.files import write_json
-from ..io.places import check_replaceable
+from ..io.files import json_text, saved_file
 from ..pruning.budget import Widths
 from ..typed import Bound, Count, Natural, NotNegative, decode
 
@@ -30,13 +29,17 @@ CLOSE = 1e-3
 class WidthCurve:
     """Seconds of a block for widths of one of its FFNs, its others being dense."""
 
-    widths: Widths
-    """Ascending; the last one is the dense FFN's."""
-    seconds: tuple[float, ...]
+    widths: Annotated[tuple[Count, ...], Bound("ascending", lambda w: w and all(map(lt, w, w[1:])))]
+    """The last one is the dense FFN's."""
+    seconds: tuple[NotNegative, ...]
 
     def at(self, widths: np.ndarray) -> np.ndarray:
         """Seconds less those of the dense FFN, linear in between; below the least width its own."""
         return np.interp(widths, self.widths, self.seconds) - self.seconds[-1]
+
+
+Curves = Annotated[tuple[WidthCurve, ...], Bound("of 1 or more FFNs", len)]
+Kinds = Annotated[tuple[Natural, ...], Bound("of 1 or more blocks", len)]
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class LatencyTable:
 
     identity: dict[str, Any]
     """What it was measured of and on: device, dtype, batch, length, versions, model."""
-    outer_seconds: float
+    outer_seconds: NotNegative
     """Of embeddings, norm and head."""
-    kinds: tuple[tuple[WidthCurve, ...], ...]
+    kinds: tuple[Curves, ...]
     """A curve for every FFN of every kind of block."""
-    blocks: tuple[int, ...]
+    blocks: Kinds
     """The kind of every block."""
 
     @property
@@ -95,53 +98,25 @@ class LatencyTable:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Curve:
-    widths: Annotated[
-        tuple[Count, ...],
-        Bound("ascending", lambda widths: widths and all(map(lt, widths, widths[1:]))),
-    ]
-    seconds: tuple[NotNegative, ...]
-
-
-@dataclass(frozen=True)
-class _Document:
-    format: str
-    identity: dict[str, Any]
-    outer_seconds: NotNegative
-    kinds: tuple[Annotated[tuple[_Curve, ...], Bound("of 1 or more FFNs", len)], ...]
-    blocks: Annotated[tuple[Natural, ...], Bound("of 1 or more blocks", len)]
-
-
 def load_table(path: str | Path) -> LatencyTable:
     """Read what :func:`save_table` wrote; CfspError for anything else."""
     wrong = f"{path} is not a valid latency table"
-    document = read_as(_Document, path, "latency table", FORMAT)
+    table: LatencyTable = read_as(LatencyTable, path, "latency table", FORMAT)
     for name in ("batch", "length"):
-        decode(Count, document.identity.get(name), wrong, f"identity.{name}")
-    for kind, curves in enumerate(document.kinds):
+        decode(Count, table.identity.get(name), wrong, f"identity.{name}")
+    for kind, curves in enumerate(table.kinds):
         if any(len(curve.widths) != len(curve.seconds) for curve in curves):
             raise CfspError(f"{wrong}: kinds[{kind}] has more or fewer seconds than widths")
-    if max(document.blocks) >= len(document.kinds):
-        raise CfspError(f"{wrong}: blocks must be below {len(document.kinds)}, the number of kinds")
-    kinds = tuple(
-        tuple(WidthCurve(curve.widths, curve.seconds) for curve in curves)
-        for curves in document.kinds
-    )
-    table = LatencyTable(document.identity, document.outer_seconds, kinds, document.blocks)
+    if max(table.blocks) >= len(table.kinds):
+        raise CfspError(f"{wrong}: blocks must be below {len(table.kinds)}, the number of kinds")
     if not 0 < table.dense_seconds < math.inf:
         raise CfspError(f"{wrong}: the dense model takes {table.dense_seconds} seconds")
     return table
 
 
 def save_table(table: LatencyTable, path: Path) -> None:
-    document = table.to_dict()
-    try:
-        check_replaceable(path, path, overwrite=True, kind="file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, document)
-    except OSError as error:
-        raise CfspError(f"cannot write latency table {path}: {error.strerror}") from None
+    with saved_file(path, "latency table") as partial:
+        partial.write_text(json_text(table.to_dict()), encoding="utf-8")
 
 
 @dataclass(frozen=True)

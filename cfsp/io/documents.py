@@ -5,13 +5,14 @@ import json
 import math
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import CfspError
+from ..errors import CfspError, reason
 from ..typed import decode
 
 MAX_BYTES = 100_000_000
@@ -22,38 +23,41 @@ MAX_CONTAINERS = 1 << 20
 """Lists and mappings of a JSON document: each takes 20 times the memory of its two characters."""
 
 
-def check_regular(path: str | Path, what: str = "") -> None:
-    """Raise CfspError for what is no regular file, or a link to one: opening a FIFO waits for ever
-    and a device may have no end. ``what`` is the kind of document, "plan "."""
+@contextmanager
+def reading(path: str | Path, what: str = "") -> Iterator[None]:
+    """An error while a file is read, or in what it holds, is one line: of the system, or a
+    ValueError, as for a NUL in the name. ``what`` is the kind of document, "plan "."""
     try:
+        yield
+    except CfspError:
+        raise
+    except (OSError, ValueError) as error:
+        why = reason(getattr(error, "strerror", None) or error)
+        raise CfspError(f"cannot read {what}{path}: {why}") from None
+
+
+def check_regular(path: str | Path, what: str = "") -> None:
+    """Raise CfspError for what is not a regular file or a link to one: opening a FIFO waits for
+    ever, and a device may have no end."""
+    with reading(path, what):
         mode = Path(path).stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _unreadable(path, what, error) from None
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "FIFO, socket or device"
         raise CfspError(f"cannot read {what}{path}: it is a {kind}, not a file")
 
 
-def _unreadable(path: str | Path, what: str, error: Exception) -> CfspError:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return CfspError(f"cannot read {what}{path}: {' '.join(text.split())[:200]}")
-
-
 def read_text(path: str | Path, what: str = "", most: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most so many bytes; CfspError for anything else."""
     check_regular(path, what)
-    try:
+    with reading(path, what):
         with Path(path).open("rb") as stream:
             data = stream.read(most + 1)
         if len(data) > most:
             raise ValueError(f"it has more than the {most:,} bytes of a document")
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise CfspError(
-            f"cannot read {what}{path}: it is not UTF-8, at byte {error.start}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, what, error) from None
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8, at byte {error.start}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if text == "-0":  # a whole number in Python alone
+    if text == "-0":  # of JSON's parsers only Python's takes it for a whole number
         raise ValueError("-0 is not a whole number")
     return int(text)
 
@@ -97,7 +101,7 @@ def parse_json(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of plain documents, of the size that their text has."""
+    """Reads plain documents, which hold no more than their text says."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -123,25 +127,21 @@ def parse_yaml(text: str) -> Any:
 
 def read_json(path: str | Path, what: str = "") -> Any:
     """A JSON document, or CfspError."""
-    return _parsed(parse_json, read_text(path, what), path, what)
+    with reading(path, what):
+        return parse_json(read_text(path, what))
 
 
 def read_yaml(path: str | Path, what: str = "") -> Any:
     """A YAML document, or CfspError."""
-    return _parsed(parse_yaml, read_text(path, what, MAX_YAML_BYTES), path, what)
-
-
-def _parsed(parse: Callable[[str], Any], text: str, path: str | Path, what: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise _unreadable(path, what, error) from None
+    with reading(path, what):
+        return parse_yaml(read_text(path, what, MAX_YAML_BYTES))
 
 
 def read_as(kind: Any, path: str | Path, what: str, form: str) -> Any:
-    """A JSON document whose ``format`` is this one, as a dataclass of :func:`cfsp.typed.decode`."""
+    """What a JSON document has beside its ``format``, which must be ``form``; ``kind`` as for
+    :func:`cfsp.typed.decode`."""
     document = read_json(path, f"{what} ")
-    if not isinstance(document, dict) or document.get("format") != form:
+    if not isinstance(document, dict) or document.pop("format", None) != form:
         raise CfspError(f"{path} is not a {what} of this version ({form})")
     return decode(kind, document, f"{path} is not a valid {what}")
 
@@ -162,7 +162,7 @@ def _without_nan(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what is there twice twice."""
+    """Writes a value in full wherever it occurs, without aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

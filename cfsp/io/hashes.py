@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CfspError, shown
-from .documents import check_regular, read_text
+from .documents import check_regular, read_text, reading
 
 SUMS_FILE = "SHA256SUMS"  # the format of coreutils' sha256sum
 MAX_LIST_BYTES = 16 << 20
@@ -30,15 +30,12 @@ def sha256_of(
 
     def sha256(file: Path) -> str:
         digest = hashlib.sha256()
-        try:
-            with file.open("rb") as stream:
-                if from_disk and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                while part := stream.read(READ_BYTES):
-                    digest.update(part)
-                    bar.update(len(part))
-        except OSError as error:
-            raise CfspError(f"cannot read {file}: {error.strerror}") from None
+        with reading(file), file.open("rb") as stream:
+            if from_disk and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while part := stream.read(READ_BYTES):
+                digest.update(part)
+                bar.update(len(part))
         return digest.hexdigest()
 
     with bar, ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as pool:

@@ -8,15 +8,14 @@ is removed is in there, and a run that was killed leaves nothing else.
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CfspError, Stopped
-from .files import sync_folder
+from .files import json_text, sync, write_json
 from .places import (
     FOLDER_FORMAT,
     MARKER,
@@ -65,28 +64,11 @@ def new_folder(
         yield folder
 
 
-@contextmanager
-def new_file(out: Path, overwrite: bool, inputs: Iterable[object] = ()) -> Iterator[Path]:
+def new_file(
+    out: Path, overwrite: bool, inputs: Iterable[object] = ()
+) -> AbstractContextManager[Path]:
     """A file to write that becomes ``out`` when all went well, and vanishes otherwise."""
-    with _output(out, "file", overwrite, False, inputs) as file:
-        yield file
-
-
-def check_out(
-    out: Path,
-    overwrite: bool,
-    inputs: Iterable[object] = (),
-    *,
-    resume: bool = False,
-    kind: Kind = "folder",
-) -> None:
-    """Refuse what :func:`new_folder` or :func:`new_file` would, but for a run under way."""
-    with write_errors(out):
-        real = check_place(out, inputs, kind)
-        begun = can_resume(partial_path(real))
-        check_replaceable(out, real, overwrite, kind, resumes=resume and not begun)
-        if begun and not (overwrite or resume):
-            raise _interrupted(out)
+    return _output(out, "file", overwrite, False, inputs)
 
 
 @contextmanager
@@ -117,17 +99,22 @@ def _output(
                 _put_back(partial, real)
                 check_replaceable(out, real, overwrite, kind, resumes=resume and not begun)
                 if begun and not (resume or overwrite):
-                    raise _interrupted(out)
+                    raise CfspError(
+                        f"{partial_path(out)} is an interrupted run: `resume=True` continues it, "
+                        "`overwrite=True` begins anew"
+                    )
                 if not (begun and resume):
                     _clear(partial)
                 keep = resume
                 yield partial / RESULT
                 keep = True
                 if kind == "folder":
-                    _mark(partial / RESULT)
-                _sync(partial / RESULT)
-                if real.exists():
-                    check_replaceable(out, real, overwrite, kind)
+                    ours = sorted({MARKER, *contents(partial / RESULT)})
+                    marker = {"format": FOLDER_FORMAT, "files": ours}
+                    write_json(partial / RESULT / MARKER, marker)
+                for path in (partial / RESULT, *(partial / RESULT).rglob("*")):
+                    sync(path)
+                check_replaceable(out, real, overwrite, kind)
                 _publish(partial / RESULT, real, partial / OLD)
                 keep = False
             except (OSError, Stopped):
@@ -142,13 +129,6 @@ def _output(
                         partial.rmdir()
 
 
-def _interrupted(out: Path) -> CfspError:
-    return CfspError(
-        f"{partial_path(out)} is an interrupted run: `resume=True` continues it, "
-        "`overwrite=True` begins anew"
-    )
-
-
 @contextmanager
 def _claimed(out: Path, real: Path) -> Iterator[Path]:
     """The staging folder, this run's alone. Folders above that were made for it and hold nothing
@@ -160,7 +140,10 @@ def _claimed(out: Path, real: Path) -> Iterator[Path]:
         descriptor = _locked(out, partial)
         names = os.listdir(partial)
         if not names or (names == [MARKER] and (partial / MARKER).lstat().st_size == 0):
-            _write_marker(partial, {"format": STAGING_FORMAT})
+            # Not under another name first: what a kill would leave of it is not ours by any marker.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(partial / MARKER, flags, 0o666), "w") as stream:
+                stream.write(json_text({"format": STAGING_FORMAT}))
         if not is_staging(partial):
             raise _in_the_way(out, partial)
         yield partial
@@ -205,40 +188,13 @@ def _locked(out: Path, partial: Path) -> int:
         os.close(descriptor)  # locked after another run had removed it
 
 
-def _write_marker(folder: Path, document: dict[str, object]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(folder / MARKER, flags, 0o666), "w") as stream:
-        stream.write(json.dumps(document, indent=1) + "\n")
-
-
-def _mark(folder: Path) -> None:
-    """Say what is in a result."""
-    (folder / MARKER).unlink(missing_ok=True)
-    _write_marker(folder, {"format": FOLDER_FORMAT, "files": sorted([MARKER, *contents(folder)])})
-
-
 def _clear(partial: Path) -> None:
-    """Remove everything but the marker from a staging folder, what a run goes on from first."""
+    """Empty a staging folder but for its marker, first of what a run could be continued from."""
     for entry in sorted(os.scandir(partial), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
         elif entry.name != MARKER:
             os.unlink(entry.path)
-
-
-def _sync(result: Path) -> None:
-    """Have everything on the disk."""
-    for root, _, files in os.walk(result):
-        for name in files:
-            _sync_file(Path(root, name))
-        sync_folder(Path(root))
-    if result.is_file():
-        _sync_file(result)
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _publish(result: Path, out: Path, old: Path) -> None:
@@ -256,7 +212,7 @@ def _publish(result: Path, out: Path, old: Path) -> None:
         except BaseException:
             os.rename(old, out)
             raise
-    sync_folder(out.parent)
+    sync(out.parent)
 
 
 def _put_back(partial: Path, out: Path) -> None:

@@ -3,7 +3,6 @@
 import math
 import mmap
 import os
-import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,9 +12,9 @@ from typing import Annotated, Any
 
 import torch
 
-from ..errors import CfspError, named, shown
+from ..errors import CfspError, named, reason, shown
 from ..typed import Bound, decode
-from .documents import check_regular, parse_json, read_json
+from .documents import check_regular, parse_json, read_json, reading
 
 DTYPES = {
     "F64": torch.float64,
@@ -118,24 +117,19 @@ def open_header(file: Path) -> Header:
     """
     check_regular(file)
     corrupt = f"{file} is corrupt"
+    with reading(file), file.open("rb") as stream:
+        size, prefix = os.fstat(stream.fileno()).st_size, stream.read(8)
+        length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise CfspError(f"{corrupt}: its header of {length} bytes is not there")
+        data = stream.read(length)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-                raise CfspError(f"{corrupt}: its header of {length} bytes is not there")
-            text = stream.read(length).decode()
+        text = data.decode()
         header = parse_json(text)
         if not isinstance(header, dict) or text[0] != "{":
             raise ValueError("it is no JSON object")
-    except OSError as error:
-        raise CfspError(f"cannot read {file}: {error.strerror}") from None
-    except CfspError:
-        raise
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CfspError(f"{corrupt}: bad header: {reason}") from None
+        raise CfspError(f"{corrupt}: bad header: {reason(error)}") from None
     what = f"{corrupt}: bad header"
     metadata = decode(dict[str, str], header.pop("__metadata__", {}), what, "__metadata__")
     entries = decode(dict[str, _Entry], header, what)
@@ -168,12 +162,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(text: str) -> bool:
-    return (
-        text not in ("", "..")
-        and Path(text).name == text
-        and text.isprintable()
-        and len(text) < 256
-    )
+    return Path(text).name == text != ".." and text.isprintable() and 0 < len(text) < 256
 
 
 @dataclass(frozen=True)
@@ -192,17 +181,11 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     weight_map = decode(_Index, read_json(index), str(index)).weight_map
     headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise CfspError(
-                f"{folder / shard} lacks {named(name)}, which {index.name} says it holds"
-            )
-    for shard, tensors in headers.items():
-        for name in tensors:
-            if weight_map.get(name) != shard:
-                raise CfspError(
-                    f"{folder / shard} holds {named(name)}, which {index.name} does not say"
-                )
+    stored = {(name, shard) for shard, tensors in headers.items() for name in tensors}
+    for name, shard in sorted(weight_map.items() - stored):
+        raise CfspError(f"{folder / shard} lacks {named(name)}, which {index.name} says it holds")
+    for name, shard in sorted(stored - weight_map.items()):
+        raise CfspError(f"{folder / shard} holds {named(name)}, which {index.name} does not say")
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
@@ -247,14 +230,12 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 def _read_chunk(file: Path, descriptor: int, view: memoryview, start: int) -> None:
     done = 0
-    try:
+    with reading(file):
         while done < len(view):
             got = os.preadv(descriptor, [view[done:]], start + done)
             if got == 0:
                 raise CfspError(f"{file} is corrupt: it ends at byte {start + done}")
             done += got
-    except OSError as error:
-        raise CfspError(f"cannot read {file}: {error.strerror}") from None
 
 
 def read_tensors(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .files import sync_folder
+from .files import sync
 from .safetensors import DTYPES, INDEX_FILE, WEIGHTS_FILE, TensorInfo, memory_of
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -140,7 +140,7 @@ class _OpenShard:
         os.fsync(self.descriptor)
         os.close(self.descriptor)
         os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def abandon(self) -> None:
         os.close(self.descriptor)

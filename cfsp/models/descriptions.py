@@ -85,19 +85,10 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     config = load_config(model)
     check_config(model, config)
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
-    stored: Tensors = {}
+    tensors = read_index(path) if has_weights else {}
     with quiet_loading():
-        if has_weights:
-            tensors = read_index(path)
-            skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors))
-            sources = placed(path, skeleton, tensors)
-            stored = {
-                name: info
-                for name, info in tensors.items()
-                if sources.get(name) == [name] and info.dtype in FLOATS
-            }
-        else:
-            skeleton = make_skeleton(config, pick_dtype(dtype, config, {}, gguf=gguf))
+        skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors, gguf=gguf))
+        sources = placed(path, skeleton, tensors)
     layout: Layout | None = None
     refusal = ""
     try:
@@ -106,7 +97,11 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         refusal = str(error)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
-    known = {name: info for name, info in stored.items() if name in own}
+    known: Tensors = {
+        name: info
+        for name, info in tensors.items()
+        if name in own and sources.get(name) == [name] and info.dtype in FLOATS
+    }
     renamed = has_weights and len(known) < len(own)
     if not known:
         width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype

@@ -3,12 +3,11 @@ value is read, where transformers would drop, make up or convert without a word.
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -18,7 +17,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..errors import CfspError
+from ..errors import CfspError, first_of
 from ..io.documents import check_regular
 from ..io.files import format_bytes
 from ..io.safetensors import FLOATS, StoredTensor
@@ -53,7 +52,7 @@ def check_folder_files(folder: Path) -> None:
 
 
 def check_config(name: str | Path, config: Any) -> None:
-    """Raise CfspError where a config is of something else than a plain decoder of transformers."""
+    """Raise CfspError for the config of anything but a plain decoder of transformers."""
     kind = config.model_type
     try:
         parts = [config, config.get_text_config()]
@@ -82,9 +81,9 @@ def check_config(name: str | Path, config: Any) -> None:
 def check_live(model: PreTrainedModel) -> None:
     """Raise CfspError for a live model whose weights are elsewhere, quantised or in part those of
     adapters."""
-    adapted = next((n for n, m in model.named_modules() if _is_adapter(m)), None)
-    if adapted is not None:
-        raise CfspError(f"{adapted} of the live model is an adapter's: merge it before pruning")
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise CfspError(f"{name} of the live model is an adapter's: merge it before pruning")
     devices = set()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -98,10 +97,6 @@ def check_live(model: PreTrainedModel) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise CfspError(f"the live model is on several devices ({names}): move it to one")
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def placed(
@@ -143,18 +138,9 @@ def _check_homeless(folder: Path, skeleton: PreTrainedModel, names: Collection[s
     if unknown:
         raise CfspError(
             f"{folder}: its weights and config.json do not belong together: "
-            f"{type(skeleton).__name__} has no place for {_some(unknown)}"
+            f"{type(skeleton).__name__} has no place for {first_of(unknown)}"
         )
     if left:
-        warnings.warn(
-            f"{_some(left)} of {folder} is left out of the result: {type(skeleton).__name__} does "
-            "not use it",
-            stacklevel=2,
-        )
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    """The first names, and how many more."""
-    listed = list(names)
-    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
-    return ", ".join(listed[:shown]) + more
+        kind = type(skeleton).__name__
+        text = f"{first_of(left)} of {folder} is left out of the result: {kind} does not use it"
+        warnings.warn(text, stacklevel=2)

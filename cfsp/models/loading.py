@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from ..errors import CfspError, shown
+from ..errors import CfspError, first_of, reason, shown
 from ..io.safetensors import INDEX_FILE, WEIGHTS_FILE, Tensors
 from .layouts import unsupported
 
@@ -101,8 +101,8 @@ def load_part(name: str, kind: Any, **options: Any) -> Any:
                 f"{name} needs code of its own, which is never run: only architectures of "
                 "transformers itself are read"
             ) from None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CfspError(f"cannot load {name}: {reason}") from error
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise CfspError(f"cannot load {name}: {why}") from error
 
 
 def hub_folder(model: str | Path, patterns: list[str]) -> Path:
@@ -119,7 +119,7 @@ def hub_folder(model: str | Path, patterns: list[str]) -> Path:
     except HFValidationError:
         why = "its models are called OWNER/NAME"
     except OSError as error:
-        why = " ".join(str(error).split())[:300]
+        why = reason(error)
     raise CfspError(f"no folder {model} here, and cannot load it from the hub: {why}")
 
 
@@ -136,7 +136,7 @@ def folder_name(folder: Path) -> str:
     return folder.name if folder.name not in ("", "..") else folder.resolve().name
 
 
-def check_config(folder: str | Path) -> None:
+def check_has_config(folder: str | Path) -> None:
     """Raise CfspError for a folder without a config."""
     if not (Path(folder) / "config.json").is_file():
         raise CfspError(f"{folder} is not a model folder: no config.json")
@@ -148,7 +148,7 @@ def load_config(model: str | Path) -> Any:
     if options and find_spec("gguf") is None:
         raise CfspError("reading GGUF needs the package 'gguf': pip install gguf")
     if path.is_dir():
-        check_config(path)
+        check_has_config(path)
     elif not options and not path.exists():
         name = str(hub_folder(model, ["config.json"]))
     return load_part(name, AutoConfig, **options)
@@ -159,10 +159,8 @@ def load_weights(name: str, **options: Any) -> PreTrainedModel:
     model, info = load_part(name, AutoModelForCausalLM, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found := sorted(str(key) for key in info[kind]):
-            raise CfspError(
-                f"{name}: {kind.replace('_', ' ')} in the weights: {', '.join(found[:3])}"
-                + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            )
+            what = kind.replace("_", " ")
+            raise CfspError(f"{name}: {what} in the weights: {first_of(found)}")
     return model
 
 
@@ -170,7 +168,7 @@ def check_folder(folder: Path) -> None:
     """Find a folder that cannot be loaded before any work is done; name the file at fault."""
     if not folder.is_dir():
         raise CfspError(f"{folder} is not a folder; a model is a folder, a .gguf file or a hub id")
-    check_config(folder)
+    check_has_config(folder)
     if not ((folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()):
         hint = ""
         if pickled := sorted(folder.glob("*.bin")):
@@ -192,8 +190,7 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()  # left out with the values
     except Exception as error:  # of whatever kind a family's own code raises
-        reason = " ".join(str(error).split())[:200]
-        raise unsupported(config.model_type, f"no causal LM of it: {reason}") from error
+        raise unsupported(config.model_type, f"no causal LM of it: {reason(error)}") from error
     return model.eval()
 
 

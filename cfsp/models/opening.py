@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..errors import CfspError
+from ..errors import CfspError, first_of
+from ..io.files import Stamps, stamps_of
 from ..io.safetensors import FLOATS, StoredTensor, check_finite, read_index, read_tensors
-from ..io.stamps import Stamps, stamps_of
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description
 from .inspection import check_config, check_folder_files, check_live, placed
@@ -36,8 +36,10 @@ from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
-HUB_FILES = [*MODEL_FILES, "README.md", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*"]
-HUB_FILES += ["[Nn][Oo][Tt][Ii][Cc][Ee]*", "[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*"]
+TERMS = ("license", "licence", "notice", "use_policy")
+"""What the names of files with a model's terms begin with, in any case."""
+ANY_CASE = ["".join(f"[{letter.upper()}{letter}]" for letter in name) + "*" for name in TERMS]
+HUB_FILES = [*MODEL_FILES, "README.md", *ANY_CASE]
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,12 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     """Find a model and raise CfspError for whatever is wrong with it, before a value is read."""
     path = find_model(model)
     gguf = path.suffix == ".gguf"
-    if not gguf:
-        check_folder_files(path)
     config = load_config(path)
     check_config(path, config)
     tensors = {} if gguf else read_index(path)
     skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors, gguf=gguf))
     layout = checked_layout(skeleton)
-    sources = {} if gguf else placed(path, skeleton, tensors)
+    sources = placed(path, skeleton, tensors)
     local = Path(model).exists()
     name = path.stem if gguf else folder_name(path) if local else str(model)
     read = [path] if gguf else [f for pattern in MODEL_FILES for f in path.glob(pattern)]
@@ -176,22 +176,14 @@ def find_model(model: str | Path) -> Path:
             raise CfspError(f"no such file: {path}")
         return path
     if not path.exists():
-        if _is_path(model):
+        name = str(model)
+        local = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/")
+        if local or name.count("/") > 1:  # no hub id either
             raise CfspError(f"no such model folder: {model}")
         path = hub_folder(model, HUB_FILES)
     check_folder(path)
+    check_folder_files(path)
     return path
-
-
-def _is_path(model: str | Path) -> bool:
-    """Whether a name that does not exist here cannot be a hub id either."""
-    name = str(model)
-    return (
-        Path(model).is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-        or name.endswith("/")
-    )
 
 
 def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
@@ -255,7 +247,7 @@ def _one_for_one(checkpoint: _Checkpoint) -> dict[str, StoredTensor] | None:
     if missing := sorted(wanted.keys() - sources.keys()):
         if renamed or not sources:
             return None
-        raise CfspError(f"{where}: missing keys in the weights: {', '.join(missing[:3])}")
+        raise CfspError(f"{where}: missing keys in the weights: {first_of(missing)}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     twice = sources.keys() & tied.keys()
     if renamed or not wanted.keys() <= parameters:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from ..errors import reason
 from .detection import layout_of
 from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
 from .loading import make_skeleton, quiet_loading
@@ -46,8 +47,8 @@ def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:
             with quiet_loading(), torch.no_grad():
                 attempt(skeleton, layout)
         except Exception as error:  # of whatever kind a family's own code raises
-            reason = " ".join(f"{failure} ({error})".split())[:200]
-            raise unsupported(skeleton.config.model_type, reason) from error
+            why = f"{failure} ({reason(error)})"
+            raise unsupported(skeleton.config.model_type, why) from error
 
 
 class _LastBlock(Exception):

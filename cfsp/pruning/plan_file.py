@@ -12,8 +12,7 @@ import torch
 from ..calibration.curves import ErrorCurve
 from ..errors import CfspError, shown
 from ..io.documents import read_as
-from ..io.files import write_json
-from ..io.places import check_replaceable
+from ..io.files import json_text, saved_file
 from ..models.channels import ChannelGroup
 from ..typed import Bound, Count, between, decode
 from .plan import QUANTILES, BlockPlan, PruningPlan
@@ -28,11 +27,8 @@ RANGE = re.compile(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*")
 
 def save_plan(plan: PruningPlan, path: str | Path) -> None:
     """Write a plan as JSON; kept channels are ranges such as "0-5,7"."""
-    try:
-        check_replaceable(Path(path), Path(path), overwrite=True, kind="file")
-        write_json(Path(path), plan_to_dict(plan))
-    except OSError as error:
-        raise CfspError(f"cannot write plan {path}: {error}") from None
+    with saved_file(path, "plan") as partial:
+        partial.write_text(json_text(plan_to_dict(plan)), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,6 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Document:
-    format: str
     model_fingerprint: str
     recipe: dict[str, Any]
     blocks: Annotated[
@@ -199,6 +194,7 @@ def from_pairs(text: str, what: str = "an error curve") -> ErrorCurve:
 
 def _floats(texts: Sequence[str], what: str) -> tuple[float, ...]:
     try:
-        return decode(tuple[float, ...], [float(text) for text in texts], what)
-    except ValueError as error:  # a CfspError too
-        raise CfspError(f"{what}: {error}" if what not in str(error) else str(error)) from None
+        found = [float(text) for text in texts]
+    except ValueError as error:
+        raise CfspError(f"{what}: {error}") from None
+    return decode(tuple[float, ...], found, what)

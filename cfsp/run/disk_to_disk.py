@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.statistics import Statistics
+from ..calibration.statistics import Statistics, load_statistics, save_statistics
 from ..checkpoints import resume as state
 from ..checkpoints.documents import write_documents
 from ..checkpoints.folder import write_settings
@@ -30,9 +30,7 @@ def prune_from_disk_to_disk(run: Run, blocks: StoredBlocks, out: Path) -> PruneR
     folder = staged(out)
     staging = folder.parent
     ranks.check_same(identity)
-    ranks.of_first(lambda: state.check_resume(staging, identity))
-    if ranks.first:
-        state.begin(staging, identity)
+    ranks.of_first(lambda: state.begin(staging, identity))
     state.check_shared(staging, ranks)
     statistics = _calibrated(run, staging)
     plan = run.planned(statistics)
@@ -58,11 +56,12 @@ def _calibrated(run: Run, staging: Path) -> Statistics | None:
     """The statistics given, those that an interrupted run kept, or new ones, which are kept."""
     if not run.calibrates:
         return run.statistics
-    statistics = run.ranks.of_first(lambda: state.kept_statistics(staging))
+    file = staging / state.STATISTICS
+    statistics = run.ranks.of_first(lambda: load_statistics(file) if file.is_file() else None)
     if statistics is None:
         statistics = run.calibrated()
         if run.ranks.first:
-            state.keep_statistics(staging, statistics)
+            save_statistics(statistics, file)
     return statistics
 
 

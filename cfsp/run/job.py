@@ -16,7 +16,7 @@ from ..costs.latency import LatencyTable
 from ..distributed import Ranks
 from ..errors import CfspError
 from ..evaluation.quality import HeldOut, Perplexity, perplexity
-from ..io.stamps import check_unchanged
+from ..io.files import check_unchanged
 from ..models.blocks import StoredBlocks
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.loading import model_device
