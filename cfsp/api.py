@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .calibration.mixtures import dataset_paths
 from .calibration.statistics import Statistics, check_statistics, check_text, load_statistics
 from .calibration.windows import calibration_windows
 from .costs.budgets import check_biases, check_processes, check_recipe
@@ -19,6 +21,7 @@ from .distributed import ALONE, Ranks
 from .errors import CfspError
 from .evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from .io.hashes import check_hashes, known_hashes
+from .io.outputs import new_folder
 from .models.blocks import StoredBlocks
 from .models.channels import FFNWeights
 from .models.loading import model_device
@@ -30,7 +33,7 @@ from .pruning.plan import PruningPlan, make_plan
 from .pruning.ranking import check_ranked
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
-from .run import PruneResult, Run, into_new_folder, prune_from_disk_to_disk, prune_in_memory
+from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory, shared_output
 from .run.job import as_calibrated, check_reach, plan_model
 from .typed import check_whole
 
@@ -132,7 +135,6 @@ def plan(
     return make_plan(statistics, weights, recipe, progress=progress)
 
 
-@into_new_folder
 def prune(
     model: nn.Module | str | Path,
     tokenizer: Any = None,
@@ -188,61 +190,69 @@ def prune(
     budget, progress = parse_memory(max_memory), progress and ranks.first
     source = None if isinstance(model, nn.Module) else model
     target = Path(out) if out is not None else None
-    if isinstance(statistics, str | Path):
-        statistics = load_statistics(statistics)
-    if plan is not None:
-        recipe = plan.recipe
-    elif statistics is not None:
-        recipe = as_calibrated(recipe, statistics)
-    if eval_windows is None:
-        eval_windows = EVALUATION_WINDOWS if target is not None else 0
-    check_whole("eval_windows", eval_windows)
-    if verify and source is not None:
-        _check_files(source, progress, ranks)
-    searches = recipe.searches and plan is None
-    if searches:
-        check_processes(recipe, ranks.size)
+    recipe = plan.recipe if plan is not None else recipe
+    texts = dataset_paths(recipe.calibration.dataset, eval_dataset)
+    inputs = [source, statistics, latency_table, *texts]
+    with (
+        nullcontext()
+        if target is None
+        else shared_output(target, new_folder(target, overwrite, resume, inputs), ranks)
+    ):
+        if isinstance(statistics, str | Path):
+            statistics = load_statistics(statistics)
+        if plan is None and statistics is not None:
+            recipe = as_calibrated(recipe, statistics)
+        if eval_windows is None:
+            eval_windows = EVALUATION_WINDOWS if target is not None else 0
+        check_whole("eval_windows", eval_windows)
+        if verify and source is not None:
+            _check_files(source, progress, ranks)
+        searches = recipe.searches and plan is None
+        if searches:
+            check_processes(recipe, ranks.size)
 
-    # Open, resolve the budget, check.
-    whole = target is None or searches
-    opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device), whole=whole)
-    wanted = recipe.model_budget if plan is None else None
-    table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
-    _check(opened, recipe, plan, statistics, table, ranks)
+        # Open, resolve the budget, check.
+        whole = target is None or searches
+        opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device), whole=whole)
+        wanted = recipe.model_budget if plan is None else None
+        table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
+        _check(opened, recipe, plan, statistics, table, ranks)
 
-    # Estimate, with the texts at hand.
-    held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
-    reads_sums = COMPENSATIONS[recipe.resolved_compensation].needs_statistics and not recipe.fits
-    calibrates = statistics is None and (plan is None or reads_sums)
-    windows = torch.empty(0, 0)
-    if calibrates or recipe.fits or recipe.refits or searches:
-        windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-        if statistics is not None:
-            check_text(statistics, windows)
-    texts = recipe.statistics_windows if calibrates else 0, len(held_out.tokens)
-    request = Request(recipe, *texts, plan=plan, ranks=ranks.size, table=table)
+        # Estimate, with the texts at hand.
+        held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
+        reads_sums = (
+            COMPENSATIONS[recipe.resolved_compensation].needs_statistics and not recipe.fits
+        )
+        calibrates = statistics is None and (plan is None or reads_sums)
+        windows = torch.empty(0, 0)
+        if calibrates or recipe.fits or recipe.refits or searches:
+            windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
+            if statistics is not None:
+                check_text(statistics, windows)
+        counts = recipe.statistics_windows if calibrates else 0, len(held_out.tokens)
+        request = Request(recipe, *counts, plan=plan, ranks=ranks.size, table=table)
 
-    # Calibrate, plan, cut, document, verify, publish.
-    run = Run(
-        opened=opened,
-        recipe=recipe,
-        plan=plan,
-        statistics=statistics,
-        windows=windows,
-        first_windows=recipe.statistics_windows,
-        calibrates=calibrates,
-        held_out=held_out,
-        table=table,
-        micro_batch=_announced(opened, request, budget, progress, ranks),
-        verify=verify,
-        stop=stop,
-        progress=progress,
-        ranks=ranks,
-    )
-    with device_capped(model_device(opened.model), budget.device):
-        if target is not None and isinstance(opened.blocks, StoredBlocks):
-            return prune_from_disk_to_disk(run, opened.blocks, target)
-        return prune_in_memory(run, target, given=source is None)
+        # Calibrate, plan, cut, document, verify, publish.
+        run = Run(
+            opened=opened,
+            recipe=recipe,
+            plan=plan,
+            statistics=statistics,
+            windows=windows,
+            first_windows=recipe.statistics_windows,
+            calibrates=calibrates,
+            held_out=held_out,
+            table=table,
+            micro_batch=_announced(opened, request, budget, progress, ranks),
+            verify=verify,
+            stop=stop,
+            progress=progress,
+            ranks=ranks,
+        )
+        with device_capped(model_device(opened.model), budget.device):
+            if target is not None and isinstance(opened.blocks, StoredBlocks):
+                return prune_from_disk_to_disk(run, opened.blocks, target)
+            return prune_in_memory(run, target, given=source is None)
 
 
 def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:

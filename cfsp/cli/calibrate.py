@@ -8,7 +8,7 @@ from ..calibration.mixtures import dataset_paths
 from ..calibration.statistics import INFLUENCE_METRICS, save_statistics
 from ..io.outputs import new_file
 from ..pruning.recipe import Recipe
-from ..run.output import shared_output
+from ..run import shared_output
 from .options import MODEL, add_device, add_fields, add_output, given, show
 from .prune import add_calibration, recipe_of
 

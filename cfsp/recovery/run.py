@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..calibration.mixtures import dataset_paths
 from ..calibration.windows import calibration_windows
 from ..checkpoints.documents import PLAN, add_recovery, read_pruned
 from ..checkpoints.folder import write_model
-from ..checkpoints.resume import STATE_FOLDER, begin, check_resume
+from ..checkpoints.resume import STATE_FOLDER, begin
 from ..checkpoints.verification import take_probe, verify
-from ..costs.hardware import MemoryBudget, parse_memory, resident_bytes, this_machine
+from ..costs.hardware import parse_memory, resident_bytes, this_machine
 from ..errors import CfspError
 from ..evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from ..io.outputs import new_folder
@@ -75,127 +74,101 @@ def recover(
             ``out`` are untouched.
         Stopped: ``stop`` said so.
     """
+    folder, budget = Path(folder), parse_memory(max_memory)
     if keep_adapter and settings.method != "lora":
         raise CfspError(f"method {settings.method!r} has no adapter to keep")
     if settings.method == "lora":
         require_peft()
-    teacher = settings.distillation.teacher if settings.distillation is not None else None
-    inputs = [folder, teacher, *dataset_paths(settings.dataset, eval_dataset)]
+    taught_by = settings.distillation.teacher if settings.distillation is not None else None
+    inputs = [folder, taught_by, *dataset_paths(settings.dataset, eval_dataset)]
     with new_folder(Path(out), overwrite, resume, inputs) as new:
-        model, tokenizer, report = _recovered(
-            Path(folder),
-            new,
+        partial = new.parent
+
+        # Open, resolve the settings, check.
+        process, pruned = resident_bytes(), read_pruned(folder)
+        opened = open_model(folder, device=device)
+        model, layout, plan = opened.model, opened.layout, pruned.plan
+        if layout.intermediate_sizes(model) != plan.widths:
+            raise CfspError(f"{folder / PLAN} is of another model: its widths are not those here")
+        where = model_device(model)
+        if where.index:
+            raise CfspError(
+                f"device {device}: training uses the first GPU; CUDA_VISIBLE_DEVICES picks"
+            )
+        settings = settings.resolved(plan.recipe.calibration, model.num_parameters(), where)
+        trained = what_is_trained(plan, model, layout, settings)
+        windows = calibration_windows(model, opened.tokenizer, settings.text)
+        held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
+        teacher = _teacher(opened, settings, device)
+
+        # Estimate, with the texts at hand.
+        estimate = estimate_training(
+            opened.described,
+            teacher.described if teacher is not None else None,
             settings,
-            eval_dataset,
-            eval_windows,
-            device,
-            parse_memory(max_memory),
-            keep_adapter=keep_adapter,
-            stop=stop,
-            progress=progress,
+            trained.parameters,
+            len(held_out.tokens),
+            this_machine(where, model.dtype, measure=progress),
+            budget,
+            process,
         )
-    return RecoveryResult(model, tokenizer, report, Path(out))
+        estimate.check(budget)
+        if progress:
+            print(estimate.summary(), file=sys.stderr)
 
+        # Train, merge, write, verify, publish.
+        from .training import train  # the Trainer, which the estimate counts apart from the process
 
-def _recovered(
-    folder: Path,
-    new: Path,
-    settings: Recovery,
-    eval_dataset: str | None,
-    eval_windows: int,
-    device: str,
-    budget: MemoryBudget,
-    *,
-    keep_adapter: bool,
-    stop: Callable[[], bool],
-    progress: bool,
-) -> tuple[PreTrainedModel, Any, RecoveryReport]:
-    """:func:`recover` into a folder that is there: the model as it reloads, its tokenizer, and what
-    came of it."""
-    partial = new.parent
-
-    # Open, resolve the settings, check.
-    process, pruned = resident_bytes(), read_pruned(folder)
-    opened = open_model(folder, device=device)
-    model, layout, plan = opened.model, opened.layout, pruned.plan
-    if layout.intermediate_sizes(model) != plan.widths:
-        raise CfspError(f"{folder / PLAN} is of another model: its widths are not those here")
-    where = model_device(model)
-    if where.index:
-        raise CfspError(f"device {device}: training uses the first GPU; CUDA_VISIBLE_DEVICES picks")
-    settings = settings.resolved(plan.recipe.calibration, model.num_parameters(), where)
-    trained = what_is_trained(plan, model, layout, settings)
-    windows = calibration_windows(model, opened.tokenizer, settings.text)
-    held_out = held_out_text(opened, settings.text, eval_dataset, eval_windows)
-    teacher = _teacher(opened, settings, device)
-
-    # Estimate, with the texts at hand.
-    estimate = estimate_training(
-        opened.described,
-        teacher.described if teacher is not None else None,
-        settings,
-        trained.parameters,
-        len(held_out.tokens),
-        this_machine(where, model.dtype, measure=progress),
-        budget,
-        process,
-    )
-    estimate.check(budget)
-    if progress:
-        print(estimate.summary(), file=sys.stderr)
-
-    # Train, merge, write, verify, publish.
-    from .training import train  # the Trainer, which the estimate counts apart from the process
-
-    made_by = versions(where, PACKAGES)
-    changing = {k: v for k, v in settings.to_dict().items() if k != "gradient_checkpointing"}
-    identity = {
-        "model": _fingerprint(model),
-        "plan": plan.model_fingerprint,
-        "settings": changing,
-        "teacher": _fingerprint(teacher.model) if teacher is not None else None,
-        "training text": tokens_fingerprint(windows),
-        "evaluation text": tokens_fingerprint(held_out.tokens) if len(held_out.tokens) else None,
-        "machine or version": made_by,
-    }
-    check_resume(partial, identity)
-    half = where.type == "cuda" and torch.cuda.is_bf16_supported()
-    begin(partial, identity)
-    before = held_out.measure(model, progress=progress)
-    checkpointing = estimate.gradient_checkpointing
-    learning = _learning(opened, settings, trained, half, checkpointing)
-    with _random_state_kept(), learning as learner:
-        losses = train(
-            learner,
-            windows,
-            settings,
-            partial / STATE_FOLDER / "training",
-            teacher=teacher.model if teacher is not None else None,
-            half=half,
-            stop=stop,
-            progress=progress,
+        made_by = versions(where, PACKAGES)
+        changing = {k: v for k, v in settings.to_dict().items() if k != "gradient_checkpointing"}
+        identity = {
+            "model": _fingerprint(model),
+            "plan": plan.model_fingerprint,
+            "settings": changing,
+            "teacher": _fingerprint(teacher.model) if teacher is not None else None,
+            "training text": tokens_fingerprint(windows),
+            "evaluation text": tokens_fingerprint(held_out.tokens)
+            if len(held_out.tokens)
+            else None,
+            "machine or version": made_by,
+        }
+        half = where.type == "cuda" and torch.cuda.is_bf16_supported()
+        begin(partial, identity)
+        before = held_out.measure(model, progress=progress)
+        checkpointing = estimate.gradient_checkpointing
+        learning = _learning(opened, settings, trained, half, checkpointing)
+        with _random_state_kept(), learning as learner:
+            losses = train(
+                learner,
+                windows,
+                settings,
+                partial / STATE_FOLDER / "training",
+                teacher=teacher.model if teacher is not None else None,
+                half=half,
+                stop=stop,
+                progress=progress,
+            )
+            if keep_adapter:
+                save_adapter(learner, new / ADAPTER, opened.name)
+        if teacher is not None:
+            empty_(teacher.model)
+        report = RecoveryReport(
+            name=opened.name,
+            settings=settings,
+            ranks=trained.ranks,
+            trained_parameters=trained.parameters,
+            uniform_parameters=trained.uniform_parameters,
+            losses=losses,
+            perplexity_before=before,
+            perplexity_after=held_out.measure(model, progress=progress),
+            versions=made_by,
         )
-        if keep_adapter:
-            save_adapter(learner, new / ADAPTER, opened.name)
-    if teacher is not None:
-        empty_(teacher.model)
-    report = RecoveryReport(
-        name=opened.name,
-        settings=settings,
-        ranks=trained.ranks,
-        trained_parameters=trained.parameters,
-        uniform_parameters=trained.uniform_parameters,
-        losses=losses,
-        perplexity_before=before,
-        perplexity_after=held_out.measure(model, progress=progress),
-        versions=made_by,
-    )
-    write_model(opened, new)
-    add_recovery(pruned, new, recovery_document(report))
-    expected = take_probe(model)
-    empty_(model)  # one model in memory at a time
-    reloaded = verify(new, expected, where)
-    return reloaded, opened.tokenizer, report
+        write_model(opened, new)
+        add_recovery(pruned, new, recovery_document(report))
+        expected = take_probe(model)
+        empty_(model)  # one model in memory at a time
+        reloaded = verify(new, expected, where)
+    return RecoveryResult(reloaded, opened.tokenizer, report, Path(out))
 
 
 def _teacher(student: OpenModel, settings: Recovery, device: str) -> OpenModel | None:

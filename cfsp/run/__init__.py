@@ -3,5 +3,5 @@
 from .disk_to_disk import prune_from_disk_to_disk
 from .in_memory import prune_in_memory
 from .job import Run
-from .output import into_new_folder as into_new_folder
+from .output import shared_output
 from .result import PruneReport, PruneResult

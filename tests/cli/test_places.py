@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,15 @@ def test_two_prunes_at_once_give_one_result_and_one_line(here: Path) -> None:
     assert json.loads(Path("new/cfsp.json").read_text())["format"] == "cfsp-folder-1"
     assert not Path("new.partial").exists()
     assert cfsp.load("new", device="cpu").config.model_type
+
+
+def test_the_texts_of_a_plan_are_inputs_too(here: Path) -> None:
+    plan = cfsp.load_plan(here / "plan.json")
+    calibration = replace(plan.recipe.calibration, dataset="data")
+    with pytest.raises(cfsp.CfspError, match="output data/out is inside the input data"):
+        cfsp.prune(
+            "m",
+            out="data/out",
+            plan=replace(plan, recipe=replace(plan.recipe, calibration=calibration)),
+            progress=False,
+        )
