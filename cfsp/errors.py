@@ -10,8 +10,8 @@ _REPR.maxstring = _REPR.maxother = 120
 
 
 class CfspError(ValueError):
-    """Bad input, told in one line: the offending value and what was expected. A parameter to set is
-    in backquotes, `seqlen` or `resume=True`; the command line shows its option."""
+    """Bad input, in one line: the offending value and what was expected. A parameter to set is in
+    backquotes, `seqlen` or `resume=True`; the command line shows its option."""
 
 
 class Stopped(Exception):
@@ -60,6 +60,6 @@ def first_of(names: Iterable[str]) -> str:
 
 
 def printable(text: object) -> str:
-    """Text that shows as it reads: what would move a cursor, turn the direction of writing, break
-    the line or is no character at all is told by its escape, as in ``\\x1b``."""
+    """Text that shows as it reads: whatever would move a cursor, turn the direction of writing or
+    break the line, and half a surrogate pair, becomes an escape such as ``\\x1b``."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -137,7 +137,7 @@ def _bounded(decoder: Decoder, bounds: tuple[Bound, ...], value: Any) -> Any:
 
 
 def _part(step: str | int, decoder: Decoder, value: Any) -> Any:
-    """What is wrong with a part is told with the way to it: a key or a position."""
+    """Decode a part; an error says where it is, by the key or position that leads there."""
     try:
         return decoder(value)
     except _Wrong as wrong:

@@ -22,7 +22,7 @@ def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> s
         raise CfspError(f"{where} has no rows")
     told = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
     if wanted is not None:
-        if wanted not in list(columns):
+        if wanted not in columns:
             raise CfspError(f"`text_column` {wanted!r} is not in {where}; its columns: {told}")
         if columns[wanted] not in (TEXT, CHAT, NULL):
             raise CfspError(
@@ -61,7 +61,7 @@ def row_text(value: Any, tokenizer: Any) -> str | None:
 
 
 def _well_formed(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can have and UTF-8 has not."""
+    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import CfspError
+from ..errors import CfspError, shown
 from ..io.documents import check_regular
 from .columns import CHAT, NULL, TEXT, is_turn
 
@@ -164,8 +164,7 @@ def _json_line(line: str, path: Path) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        start = line if len(line) <= 40 else f"{line[:40]}..."
-        raise CfspError(f"{path} is not JSON, at {start.strip()!r}: {error}") from None
+        raise CfspError(f"{path} is not JSON, at {shown(line.strip())}: {error}") from None
 
 
 def _json_kind(values: list[Any]) -> str:

@@ -54,7 +54,7 @@ def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
 
     A fast tokenizer gets a long text in pieces that overlap, for the whole takes hundreds of bytes
     a character. Two pieces are joined in the middle of what they share, where both have the same
-    tokens at the same places on both sides of the seam; where they have not, the first is taken
+    tokens at the same places on both sides of the seam; where they do not, the first is taken
     longer. So every two tokens that follow each other do so in a piece, and the result is that of
     the whole text. For BPE that is a proof: the first merge of the whole text that crossed a
     boundary between two tokens would have been made in their piece too. A split before BPE, and

@@ -67,7 +67,7 @@ def _state_of(file: Path) -> list[int]:
 
 
 def _drop_unproven(partial: Path) -> None:
-    """Remove from an unfinished result what is no shard with a record."""
+    """Remove everything from an unfinished result but the shards that have a record."""
     for entry in list(os.scandir(partial / RESULT)):
         file = Path(entry.path)
         try:

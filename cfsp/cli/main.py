@@ -44,7 +44,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, told by one rank."""
+    """argparse with errors of one line, printed by one rank."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")

@@ -58,7 +58,7 @@ def new_folder(
     ``resume``, after any error.
     """
     with _output(out, "folder", overwrite, resume, inputs) as folder:
-        if folder.is_symlink():  # whoever put it there meant another folder to be written
+        if folder.is_symlink():  # ours is never a link: somebody wants another folder written
             folder.unlink()
         folder.mkdir(exist_ok=True)
         yield folder

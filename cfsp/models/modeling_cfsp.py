@@ -12,7 +12,7 @@ A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transfor
 * ``cfsp_config``: ``blocks``, the path of the blocks in the base model; ``channels``, for each
   parameter of a block that has FFN channels, the name of its width, the dimension along which
   they lie and how often they come in turn; ``added_bias``, down projections with a bias that the
-  family has not.
+  family lacks.
 """
 
 from contextlib import contextmanager
