@@ -31,7 +31,12 @@ def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> s
             )
         return wanted
     texts = [name for name, kind in columns.items() if kind == TEXT]
-    if columns.get("text") in (TEXT, NULL):
+    if "text" in columns:
+        if columns["text"] not in (TEXT, NULL):
+            raise CfspError(
+                f"column 'text' of {where} has no strings; its columns: {told}; "
+                "`text_column` names another"
+            )
         return "text"
     chats = [name for name in CHATS if columns.get(name) == CHAT]
     found = chats or (texts if len(texts) == 1 else [name for name in texts if name == "content"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CfspError
+from ..io.documents import read_json
 from .columns import pick_column, row_text
 from .table_files import Table, arrow_columns, checked, lines_of, open_table
 
@@ -20,7 +21,8 @@ def local_texts(
     CfspError where there is nothing to read."""
     for source, table in _sources(path, splits):
         if table is None:
-            yield "".join(lines_of(source)).replace("\r\n", "\n").replace("\r", "\n")
+            text = "".join(lines_of(source)).removeprefix("\ufeff")
+            yield text.replace("\r\n", "\n").replace("\r", "\n")
         else:
             yield from _column_texts(table, source, column, tokenizer)
 
@@ -36,6 +38,7 @@ def _sources(path: Path, splits: Sequence[str]) -> Iterator[tuple[Path, Table | 
     from datasets import Dataset, load_dataset_builder, load_from_disk
 
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        _check_saved(path)
         saved = load_from_disk(str(path))
         data = (saved if isinstance(saved, Dataset) else _split(saved, splits, path)).data
 
@@ -51,6 +54,18 @@ def _sources(path: Path, splits: Sequence[str]) -> Iterator[tuple[Path, Table | 
         if not Path(os.path.normpath(file)).is_relative_to(whole):
             raise CfspError(f"{path}: its README names {file!r}, outside of the folder")
         yield Path(file), open_table(Path(file))
+
+
+def _check_saved(path: Path) -> None:
+    """Raise CfspError where what ``datasets`` saved names files outside of the folder."""
+    for document in (*path.rglob("dataset_dict.json"), *path.rglob("state.json")):
+        said = read_json(document)
+        said = said if isinstance(said, dict) else {}
+        parts = said.get("splits") or said.get("_data_files") or []
+        for part in parts if isinstance(parts, list) else ():
+            name = str(part.get("filename", "")) if isinstance(part, dict) else str(part)
+            if Path(name).name != name:
+                raise CfspError(f"{document} names {name!r}, which is not in its folder")
 
 
 def _split(found: Mapping[str, Any], wanted: Sequence[str], path: Path) -> Any:

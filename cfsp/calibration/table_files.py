@@ -74,6 +74,8 @@ def lines_of(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 where = place + error.start
                 raise CfspError(f"{path} is not text in UTF-8, at byte {where}") from None
+            if b"\0" in line:
+                raise CfspError(f"{path} is not text, it has NUL at byte {place + line.index(0)}")
             place += len(line)
 
 
@@ -190,8 +192,17 @@ def _csv(path: Path) -> Table:
         csv.field_size_limit(sys.maxsize)  # or a document of more than 128 KiB is an error
         lines = lines_of(path)
         lines = chain([next(lines, "").removeprefix("\ufeff")], lines)
-        for row in csv.DictReader(lines, delimiter=delimiter):
-            yield {name: value or None for name, value in row.items() if name is not None}
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise CfspError(f"{path} has two columns of one name: {shown(', '.join(names))}")
+        for number, row in enumerate(reader, 1):
+            if None in row:
+                raise CfspError(
+                    f"{path}, row {number} has more than the {len(names)} fields of its header: "
+                    f"put fields that hold {delimiter!r} in quotes"
+                )
+            yield {name: value or None for name, value in row.items()}
 
     return _by_rows(rows, _csv_kind)
 
@@ -219,6 +230,7 @@ FORMATS: dict[str, Callable[[Path], Table]] = {
     ".arrow": _arrow,
     ".json": _json,
     ".jsonl": _json,
+    ".ndjson": _json,
     ".csv": _csv,
     ".tsv": _csv,
 }

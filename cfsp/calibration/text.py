@@ -99,7 +99,7 @@ DATASETS: dict[str, Callable[[str], list[str]]] = {
 """Dataset name -> function from purpose ("calibrate" or "evaluate") to texts."""
 
 LOCAL = "text, parquet, arrow, json, csv or tsv file, or of a folder of such"
-PATH = r"\.(txt|md|parquet|arrow|jsonl?|[ct]sv|gz|bz2|xz|zst)(:[\d.]+)?$"
+PATH = r"\.(txt|md|parquet|arrow|(nd)?jsonl?|[ct]sv|gz|bz2|xz|zst)(:[\d.]+)?$"
 """Names that only a file can have, with or without a weight."""
 
 

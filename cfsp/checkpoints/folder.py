@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..errors import CfspError, reason
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
@@ -39,6 +40,17 @@ def load(
     options = {"dtype": precision, "trust_remote_code": False, **options}
     model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.to(where).eval()
+
+
+def check_saveable(model: PreTrainedModel) -> None:
+    """Raise CfspError for a live model whose configs no folder can hold."""
+    try:
+        json.dumps(model.config.to_diff_dict())
+        if model.generation_config is not None:
+            model.generation_config.validate(strict=True)
+            model.generation_config.to_json_string()
+    except (TypeError, ValueError) as error:
+        raise CfspError(f"the live model cannot be saved: {reason(error)}") from error
 
 
 def write_tensors(

@@ -23,6 +23,8 @@ class Probe:
     logits: torch.Tensor
     buffers: dict[str, torch.Tensor]
     """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
+    kernels: dict[str, str]
+    """The implementations with which it computes, which a config in a file does not say."""
 
 
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -35,7 +37,10 @@ def take_probe(model: PreTrainedModel) -> Probe:
     ids = probe_tokens(model).to(model_device(model))
     logits = model(input_ids=ids, use_cache=False).logits.cpu()
     saved = model.state_dict().keys()
-    return Probe(logits, {n: buffer for n, buffer in model.named_buffers() if n not in saved})
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    names = ("attn_implementation", "experts_implementation")
+    kernels = {name: getattr(model.config, f"_{name}", None) for name in names}
+    return Probe(logits, buffers, {name: kernel for name, kernel in kernels.items() if kernel})
 
 
 def ridden_probe(opened: OpenModel) -> torch.Tensor:
@@ -55,7 +60,7 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
     rounds the rotary frequencies). Then the comparison is repeated with them, with a warning.
     """
     with quiet_loading():
-        model = load(folder, device=str(device))
+        model = load(folder, device=str(device), **expected.kernels)
     found = take_probe(model)
     if _same(found.logits, expected.logits):
         return model

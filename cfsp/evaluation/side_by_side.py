@@ -12,7 +12,7 @@ from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
 from ..models.loading import check_seqlen, pick_device
-from ..models.opening import open_model
+from ..models.opening import find_model, open_model
 from ..typed import check_whole
 from .quality import evaluation_windows, perplexity
 from .speed import Generation, PeakMemory, measure_speed, time_round
@@ -84,6 +84,8 @@ def evaluate(
     if limit is not None:
         check_whole("limit", limit, 1)
     index = find_tasks(tasks, task_path, progress=progress) if tasks else None
+    for name in models:
+        find_model(name)
     kept: list[PreTrainedModel] = []
     found: list[dict[str, Any]] = []
     peaks: list[int | None] = []

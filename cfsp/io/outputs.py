@@ -23,10 +23,10 @@ from .places import (
     Kind,
     check_place,
     check_replaceable,
-    contents,
     identity,
     is_staging,
     partial_path,
+    prints,
 )
 
 RESULT, OLD = "result", "old"
@@ -109,8 +109,7 @@ def _output(
                 yield partial / RESULT
                 keep = True
                 if kind == "folder":
-                    ours = sorted({MARKER, *contents(partial / RESULT)})
-                    marker = {"format": FOLDER_FORMAT, "files": ours}
+                    marker = {"format": FOLDER_FORMAT, "files": prints(partial / RESULT)}
                     write_json(partial / RESULT / MARKER, marker)
                 for path in (partial / RESULT, *(partial / RESULT).rglob("*")):
                     sync(path)
@@ -144,7 +143,8 @@ def _claimed(out: Path, real: Path) -> Iterator[Path]:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
             with open(os.open(partial / MARKER, flags, 0o666), "w") as stream:
                 stream.write(json_text({"format": STAGING_FORMAT}))
-        if not is_staging(partial):
+        strange = set(os.listdir(partial)) - {MARKER, RESULT, OLD, STATE_FOLDER}
+        if strange or not is_staging(partial):
             raise _in_the_way(out, partial)
         yield partial
     finally:

@@ -1,5 +1,6 @@
 """Where a result may go, and what it may replace: only what cfsp wrote, and can prove it did."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ MARKER = "cfsp.json"
 FOLDER_FORMAT, STAGING_FORMAT = "cfsp-folder-1", "cfsp-staging-1"
 MAX_MARKER_BYTES = 16 << 20
 HEAD_BYTES = 2048
+PRINTED_BYTES = 1 << 20
 OURS = re.compile(
     rb'\{\s*"format": "cfsp-'  # plans, latency tables
     rb'|.{8}\{"__metadata__":\{"cfsp":'  # statistics
@@ -72,10 +74,7 @@ def check_replaceable(
     if not real.exists():
         return
     if kind == "folder" and (other := stranger(real)) is not None:
-        raise CfspError(
-            f"output {out} exists and holds {other}, which cfsp did not write; "
-            "choose another folder"
-        )
+        raise CfspError(f"output {out} exists and holds {other}; choose another folder")
     if kind == "file" and not _is_ours(real):
         raise CfspError(f"output {out} exists and cfsp did not write it; choose another name")
     if overwrite:
@@ -162,11 +161,35 @@ def contents(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def prints(folder: Path) -> dict[str, str]:
+    """What is in a folder, but for the marker, each with what tells whether it has changed."""
+    return {name: _print(folder / name) for name in contents(folder) if name != MARKER}
+
+
+def _print(path: Path) -> str:
+    """Of size, begin and end: training changes weights everywhere, and nobody waits for hashes."""
+    if path.is_symlink() or not path.is_file():
+        return "link" if path.is_symlink() else "folder"
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(f"{size} ".encode() + stream.read(PRINTED_BYTES))
+        stream.seek(max(0, size - PRINTED_BYTES))
+        digest.update(stream.read(PRINTED_BYTES))
+    return digest.hexdigest()[:32]
+
+
 def stranger(folder: Path) -> str | None:
-    """The first thing in a folder that cfsp did not write; None where there is nothing else."""
-    known = (read_marker(folder) or {}).get("files")
-    ours = set(map(str, known)) if isinstance(known, list) else set()
-    return next((name for name in contents(folder) if name not in ours), None)
+    """The first thing in a folder that cfsp did not write as it is, and what is wrong with it; None
+    where there is nothing else."""
+    marker = read_marker(folder)
+    known = (marker or {}).get("files")
+    ours = known if isinstance(known, dict) else {}
+    for name in contents(folder):
+        if name not in ours and (name != MARKER or not isinstance(known, dict)):
+            return f"{name}, which cfsp did not write"
+        if name != MARKER and ours[name] != _print(folder / name):
+            return f"{name}, which has changed since cfsp wrote it"
+    return None
 
 
 def _is_ours(file: Path) -> bool:

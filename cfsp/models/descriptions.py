@@ -79,7 +79,7 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     will be loaded whole, whatever the checkpoint allows. Raises CfspError for what no run accepts.
     """
     path = Path(model)
-    gguf = path.suffix == ".gguf"
+    gguf = path.suffix == ".gguf" and not path.is_dir()
     if path.is_dir():
         check_folder_files(path)
     config = load_config(model)

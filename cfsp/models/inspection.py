@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -84,15 +83,23 @@ def check_live(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise CfspError(f"{name} of the live model is an adapter's: merge it before pruning")
+    if model.get_output_embeddings() is None:
+        raise CfspError(f"expected a causal LM with its head, got {type(model).__name__}")
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     devices = set()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise CfspError(f"{name} of the live model has no values here, it is on meta")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CfspError(
                 f"{name} of the live model has no values here, it is offloaded or on meta"
             )
-        if parameter.dtype not in (*FLOATS, torch.float64):
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise CfspError(f"{name} of the live model is {kind}: a quantised model is not pruned")
+        kind = str(parameter.dtype).removeprefix("torch.")
+        if parameter.dtype not in FLOATS:
+            raise CfspError(f"{name} of the live model is {kind}: only fp32, bf16 and fp16 are cut")
+        if parameter.dtype != model.dtype and not any(part in name for part in kept):
+            raise CfspError(f"{name} of the live model is {kind}, others are not: use one dtype")
         devices.add(parameter.device)
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
@@ -114,11 +121,14 @@ def placed(
     found: dict[str, list[str]] = {}
     homeless = []
     for name in sorted(tensors, key=dot_natural_key):
-        target, _ = rename_source_key(name, renamings, converters, prefix, state)
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target = name
         if target in state:
             found.setdefault(target, []).append(name)
+            if len(found[target]) > 1 and converted is None:
+                twice = " and ".join(found[target])
+                raise CfspError(f"{folder}: {twice} of the weights are one parameter")
         else:
             homeless.append(name)
     _check_homeless(folder, skeleton, homeless)

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CfspError, first_of, reason, shown
-from ..io.safetensors import INDEX_FILE, WEIGHTS_FILE, Tensors
+from ..io.safetensors import FLOATS, INDEX_FILE, WEIGHTS_FILE, Tensors
 from .layouts import unsupported
 
 MAX_LAYERS = 2_000
@@ -37,20 +37,24 @@ def pick_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise CfspError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if chosen.type == "meta":
+        raise CfspError("device 'meta' computes nothing")
     return chosen
 
 
 def pick_dtype(dtype: str, config: Any, stored: Tensors, *, gguf: bool = False) -> torch.dtype:
     """The dtype that transformers loads with: as asked; fp32 from GGUF; as the config says; as
-    stored, or fp32 where nothing is."""
+    stored, or fp32 where nothing is. Raises CfspError for one that nothing is computed in."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if gguf:
         return torch.float32
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
     floats = (info.dtype for info in stored.values() if info.dtype.is_floating_point)
-    return next(floats, torch.float32)
+    found = config.dtype if isinstance(config.dtype, torch.dtype) else next(floats, torch.float32)
+    if found not in FLOATS:
+        name = str(found).removeprefix("torch.")
+        raise CfspError(f"the model is in {name}: `dtype='float32'` takes it in another type")
+    return found
 
 
 def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
@@ -126,7 +130,7 @@ def hub_folder(model: str | Path, patterns: list[str]) -> Path:
 def pretrained(model: str | Path) -> tuple[str, dict[str, str]]:
     """What ``from_pretrained`` takes for a hub id, folder, config file or GGUF file."""
     path = Path(model)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return str(path.parent), {"gguf_file": path.name}
     return str(model), {}
 

@@ -1,7 +1,6 @@
 """Open a model: live, loaded whole, or a skeleton whose blocks are read when their turn comes."""
 
 import copy
-import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +32,7 @@ from .loading import (
 )
 from .surgery import set_buffers_, set_parameters_
 from .tensors import saved_tensors, tensor_infos
-from .trial import checked_layout
+from .trial import check_as_configured, checked_layout
 
 MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 TERMS = ("license", "licence", "notice", "use_policy")
@@ -79,11 +78,12 @@ def open_any(
 ) -> OpenModel:
     """A live model as it is; one given by name as by :func:`open_model`, but block by block where
     it can be and is not wanted ``whole``. ``tokenizer``: instead of the model's own."""
+    if isinstance(tokenizer, str | Path):
+        raise CfspError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}")
     if isinstance(model, nn.Module):
         return adopt(model, tokenizer)
-    streamed = None if whole else open_streamed(model, dtype, device)
-    opened = streamed or open_model(model, dtype, device)
-    return dataclasses.replace(opened, tokenizer=tokenizer or opened.tokenizer)
+    streamed = None if whole else open_streamed(model, dtype, device, tokenizer)
+    return streamed or open_model(model, dtype, device, tokenizer)
 
 
 def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
@@ -95,7 +95,9 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
         raise CfspError(f"expected a transformers causal LM, got {type(model).__name__}{hint}")
     check_config(type(model).__name__, model.config)
     check_live(model)
+    check_as_configured(model)
     layout = checked_layout(model)
+    _check_outer(type(model).__name__, model, layout)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     folder = Path(name) if Path(name).exists() else None
     if folder is not None:  # a local path says nothing elsewhere
@@ -103,29 +105,44 @@ def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:
     return OpenModel(model, tokenizer, layout, name, LiveBlocks(model, layout), folder)
 
 
-def open_model(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel:
+def _check_outer(name: str, model: nn.Module, layout: Layout) -> None:
+    """Raise CfspError for NaN or infinity outside of the blocks, which are checked at their turns,
+    and for a parameter that two of these share."""
+    outer, seen = {}, set[int]()
+    for key, value in model.named_parameters(remove_duplicate=False):
+        if layout.place_of(key) is None:
+            outer[key] = value
+        elif id(value) in seen:
+            raise CfspError(f"{name}: {key} is a parameter of another block or module too")
+        else:
+            seen.add(id(value))
+    check_finite(name, outer)
+
+
+def open_model(
+    model: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
+) -> OpenModel:
     """Load a model with its tokenizer onto a device, in eval mode.
 
     Args:
         model: hub id, local folder, or path of a .gguf file.
         dtype: "auto" (as stored; fp32 for GGUF), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1".
+        tokenizer: instead of the model's own.
 
     Raises:
         CfspError: not found, no weights, corrupt weights, unsupported architecture.
     """
     where, found = pick_device(device), _inspect(model, dtype)
     name, options = pretrained(found.path)
-    gguf = found.path.suffix == ".gguf"
+    gguf = found.path.is_file()
     precision = "float32" if gguf and dtype == "auto" else dtype
     loaded = load_weights(name, dtype=precision, **options)
     if gguf:
         loaded = _without_gguf(loaded)
-    place_of = found.layout.place_of
-    outer = {key: value for key, value in loaded.named_parameters() if place_of(key) is None}
-    check_finite(str(found.path), outer)  # the blocks are checked at their turns
+    _check_outer(str(found.path), loaded, found.layout)
     loaded = loaded.to(where).eval()
-    return found.opened(loaded, LiveBlocks(loaded, found.layout))
+    return found.opened(loaded, LiveBlocks(loaded, found.layout), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,9 @@ class _Checkpoint:
     """See :func:`inspection.placed`."""
     files: Stamps
 
-    def opened(self, model: PreTrainedModel, blocks: Blocks) -> OpenModel:
+    def opened(self, model: PreTrainedModel, blocks: Blocks, tokenizer: Any) -> OpenModel:
         name, options = pretrained(self.path)
-        tokenizer = load_part(name, AutoTokenizer, **options)
+        tokenizer = tokenizer or load_part(name, AutoTokenizer, **options)
         folder = self.path if self.path.is_dir() else None
         return OpenModel(model, tokenizer, self.layout, self.name, blocks, folder, self.files)
 
@@ -154,7 +171,7 @@ class _Checkpoint:
 def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     """Find a model and raise CfspError for whatever is wrong with it, before a value is read."""
     path = find_model(model)
-    gguf = path.suffix == ".gguf"
+    gguf = path.is_file()
     config = load_config(path)
     check_config(path, config)
     tensors = {} if gguf else read_index(path)
@@ -163,7 +180,7 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     sources = placed(path, skeleton, tensors)
     local = Path(model).exists()
     name = path.stem if gguf else folder_name(path) if local else str(model)
-    read = [path] if gguf else [f for pattern in MODEL_FILES for f in path.glob(pattern)]
+    read = [path] if gguf else [f for p in MODEL_FILES for f in path.glob(p) if f.exists()]
     return _Checkpoint(name, path, skeleton, layout, tensors, sources, stamps_of(sorted(read)))
 
 
@@ -171,7 +188,7 @@ def find_model(model: str | Path) -> Path:
     """The .gguf file or folder of a model, of a hub id its local snapshot; CfspError where there is
     none with weights that are read."""
     path = Path(model)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise CfspError(f"no such file: {path}")
         return path
@@ -198,7 +215,9 @@ def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") -> OpenModel | None:
+def open_streamed(
+    model: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
+) -> OpenModel | None:
     """Open a model folder or hub id of which only one block at a time will be in memory.
 
     None where the checkpoint does not hold the model's parameters one for one under their own
@@ -226,7 +245,7 @@ def open_streamed(model: str | Path, dtype: str = "auto", device: str = "auto") 
         options = {"config_file_name": "config.json", "_from_model_config": True}
     skeleton.generation_config = load_part(str(folder), GenerationConfig, **options)
     blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
-    return checkpoint.opened(skeleton, blocks)
+    return checkpoint.opened(skeleton, blocks, tokenizer)
 
 
 def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:

@@ -5,6 +5,7 @@ layout may still hand its blocks something else than hidden states, or build no 
 widths. Both would otherwise be found after the work.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -14,16 +15,16 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ..errors import reason
+from ..errors import CfspError, reason
 from .detection import layout_of
 from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
-from .loading import make_skeleton, quiet_loading
+from .loading import make_skeleton, model_device, quiet_loading
 from .modeling_cfsp import set_parameter, set_width
 from .pruned_classes import become_pruned_
-from .surgery import forward_instead, on_meta, set_parameters_
+from .surgery import forward_instead, on_meta, set_buffers_, set_parameters_
 from .tensors import parameter_shapes
 
-TOKENS = 2
+TOKENS, PROBE_TOKENS = 2, 16
 
 
 def checked_layout(model: PreTrainedModel) -> Layout:
@@ -35,6 +36,27 @@ def checked_layout(model: PreTrainedModel) -> Layout:
     if known_layout(model.config.model_type) is None:
         _check_family(make_skeleton(model.config, model.dtype), layout)
     return layout
+
+
+def check_as_configured(model: PreTrainedModel) -> None:
+    """Raise CfspError for a live model that is not what its config says: whose class, made anew and
+    given its weights and buffers, has other parameters or says something else to a few tokens."""
+    with quiet_loading(), torch.no_grad():
+        fresh = make_skeleton(copy.deepcopy(model.config), model.dtype)
+        problem = "its config describes other parameters"
+        if parameter_shapes(fresh) == parameter_shapes(model):
+            set_parameters_(fresh, dict(model.named_parameters(remove_duplicate=False)))
+            set_buffers_(fresh, dict(model.named_buffers(remove_duplicate=False)))
+            problem = "a new model of its config and weights says something else"
+            ids = torch.arange(PROBE_TOKENS, device=model_device(model))[None]
+            ids %= model.get_input_embeddings().weight.shape[0]
+            training = model.training
+            model.eval()
+            own, anew = (m(input_ids=ids, use_cache=False).logits for m in (model, fresh))
+            model.train(training)
+            if torch.allclose(own, anew, rtol=0, atol=0, equal_nan=True):
+                return
+    raise CfspError(f"the live {type(model).__name__} cannot be saved and reloaded: {problem}")
 
 
 def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:

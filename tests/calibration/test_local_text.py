@@ -142,9 +142,46 @@ def test_cells_of_csv_may_be_quoted_long_and_of_several_lines(tmp_path: Path) ->
     long = "word " * 60_000
     file = tmp_path / "a.csv"
     file.write_bytes(
-        f'\ufeffn,text\r\n1,"say ""hi"",\nbob"\r\n2,{long}\r\n3,\r\n4\r\n5,x,y,z\r\n'.encode()
+        f'\ufeffn,text\r\n1,"say ""hi"",\nbob"\r\n2,{long}\r\n3,\r\n4\r\n5,x\r\n'.encode()
     )
     assert load_text(str(file), CALIBRATE) == f'say "hi",\nbob {long} x'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text\nhello, world\n", "row 1 has more than the 1 fields of its header"),
+        ("a.csv", "id,text\n1,fine\n2,Well, then\n", "row 2 has more than the 2 fields"),
+        ("a.tsv", "text\na\tb\n", r"put fields that hold '\\t' in quotes"),
+        ("a.csv", "text,text\na,b\n", "has two columns of one name: 'text, text'"),
+        ("a.txt", "text\0", "is not text, it has NUL at byte 4"),
+        ("a.tar", "ok\n\0\0", "is not text, it has NUL at byte 3"),
+        ("a.jsonl", '{"text": ["a"], "id": "x"}\n', "column 'text' of .* has no strings"),
+        ("a.jsonl", '{"text": {"a": 1}, "lang": "en"}\n', "column 'text' of .* has no strings"),
+    ],
+)
+def test_what_would_be_read_otherwise_than_meant_is_refused(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CfspError, match=message):
+        load_text(str(tmp_path / name), CALIBRATE)
+
+
+def test_ndjson_is_jsonl_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.ndjson").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "a.txt").write_text("\ufeffa b")
+    for name in ("a.ndjson", "a.txt"):
+        assert load_text(str(tmp_path / name), CALIBRATE) == "a b"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/x.arrow", "/etc/passwd", "a/b.arrow"])
+def test_a_saved_folder_names_its_own_files_alone(name: str, tmp_path: Path) -> None:
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace("data-00000-of-00001.arrow", name))
+    with pytest.raises(CfspError, match=r"state\.json names '.*', which is not in its folder"):
+        load_text(str(tmp_path / "saved"), CALIBRATE)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.errors import CfspError
@@ -407,6 +408,98 @@ class TestLiveModules:
         attention.k_proj.weight = nn.Parameter(weight, requires_grad=False)
         with pytest.raises(CfspError, match=r"2\.self_attn\.k_proj\.weight of the live model is"):
             adopt(model, make_tokenizer())
+
+
+LIVE_REFUSALS: dict[str, tuple[Callable[[PreTrainedModel], object], str]] = {
+    "shared FFN": (
+        lambda m: setattr(m.model.layers[1], "mlp", m.model.layers[0].mlp),
+        r"layers\.1\.mlp\.\w+\.weight is a parameter of another block",
+    ),
+    "fewer blocks": (
+        lambda m: setattr(m.model, "layers", m.model.layers[:2]),
+        "its config describes other parameters",
+    ),
+    "config of fewer blocks": (
+        lambda m: setattr(m.config, "num_hidden_layers", 2),
+        "its config describes other parameters",
+    ),
+    "another activation": (
+        lambda m: setattr(m.model.layers[3].mlp, "act_fn", nn.Tanh()),
+        "a new model of its config and weights says something else",
+    ),
+    "a hook": (
+        lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *args: args[-1] * 2),
+        "a new model of its config and weights says something else",
+    ),
+    "NaN in the head": (
+        lambda m: m.lm_head.weight.data[3].fill_(float("nan")),
+        r"lm_head\.weight holds NaN",
+    ),
+    "two dtypes": (lambda m: m.lm_head.to(torch.bfloat16), r"lm_head\.weight .* is bfloat16"),
+    "a dtype that nothing is cut in": (lambda m: m.double(), "is float64: only fp32, bf16"),
+    "buffers on meta": (lambda m: m.model.rotary_emb.to("meta"), "inv_freq .* it is on meta"),
+    "a generation config that is none": (
+        lambda m: setattr(m.generation_config, "temperature", 0.3),
+        "the live model cannot be saved",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIVE_REFUSALS)
+def test_a_live_model_that_could_not_come_back_is_refused_uncut(name: str, tmp_path: Path) -> None:
+    change, message = LIVE_REFUSALS[name]
+    model = make_tiny()
+    change(model)
+    shapes = {key: value.shape for key, value in model.named_parameters()}
+    with pytest.raises(CfspError, match=message):
+        cfsp.prune(model, make_tokenizer(), out=tmp_path / "out", **OPTIONS)
+    assert {key: value.shape for key, value in model.named_parameters()} == shapes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_head_and_a_name_for_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CfspError, match="expected a causal LM with its head, got LlamaModel"):
+        adopt(make_tiny().model, make_tokenizer())
+    with pytest.raises(CfspError, match="tokenizer must be a tokenizer of transformers, got 'x'"):
+        cfsp.calibrate(make_tiny(), "x", RECIPE, progress=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_a_live_model_with_other_kernels_comes_back(family: str, tmp_path: Path) -> None:
+    dense = saved(tmp_path / "m", family)
+    model = AutoModelForCausalLM.from_pretrained(dense, attn_implementation="eager")
+    result = cfsp.prune(model, make_tokenizer(), out=tmp_path / "out", **OPTIONS)
+    assert result.model.config._attn_implementation == "eager"
+    assert cfsp.load(tmp_path / "out").config.model_type == f"cfsp_{family}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_two_tensors_for_one_parameter_are_refused(family: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", family)
+    prefix = type(make_tiny(family)).base_model_prefix + "."
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        name = next(key for key in file.keys() if key.startswith(prefix))  # noqa: SIM118
+    rewrite(folder, lambda t: t.update({name.removeprefix(prefix): t[name] + 1}))
+    with pytest.raises(CfspError, match=r"m: .* and .* of the weights are one parameter"):
+        open_any(folder)
+
+
+def test_a_model_in_fp64_is_pruned_in_another_dtype(tmp_path: Path) -> None:
+    make_tiny().double().save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    with pytest.raises(CfspError, match="the model is in float64: `dtype='float32'` takes it"):
+        open_any(tmp_path / "m")
+    assert open_any(tmp_path / "m", dtype="float32").model.dtype == torch.float32
+
+
+def test_a_tokenizer_given_replaces_one_that_is_absent(tmp_path: Path) -> None:
+    make_tiny().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "NOTICE.txt").symlink_to("nowhere")
+    for whole in (False, True):
+        opened = open_any(tmp_path / "m", make_tokenizer(), whole=whole)
+        assert opened.tokenizer.bos_token == "<bos>"
+    (tmp_path / "m").rename(tmp_path / "m.gguf")
+    assert open_any(tmp_path / "m.gguf", make_tokenizer()).name == "m.gguf"
 
 
 class TestFilesThatChange:
