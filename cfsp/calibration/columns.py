@@ -42,8 +42,8 @@ def pick_column(columns: Mapping[str, str], wanted: str | None, where: str) -> s
     found = chats or (texts if len(texts) == 1 else [name for name in texts if name == "content"])
     if not found:
         raise CfspError(
-            f"{where} needs a column 'text' or a single column of strings, got {told}; "
-            "`text_column` names another"
+            f"{where} needs a column 'text' or a single column of strings, or messages, "
+            f"conversations or content, got {told}; `text_column` names another"
         )
     return found[0]
 

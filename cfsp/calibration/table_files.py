@@ -153,7 +153,8 @@ def _json(path: Path) -> Table:
         if first.lstrip().startswith("["):
             found = json.loads("".join(chain([first], lines)))
         else:
-            found = (_json_line(line, path) for line in chain([first], lines) if line.strip())
+            numbered = enumerate(chain([first], lines), 1)
+            found = (_json_line(line, path, n) for n, line in numbered if line.strip())
         for number, row in enumerate(found, 1):
             if not isinstance(row, dict):
                 raise CfspError(f"{path}: row {number} is no object with columns")
@@ -162,11 +163,12 @@ def _json(path: Path) -> Table:
     return _by_rows(rows, _json_kind)
 
 
-def _json_line(line: str, path: Path) -> Any:
+def _json_line(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
-        raise CfspError(f"{path} is not JSON, at {shown(line.strip())}: {error}") from None
+    except ValueError:
+        at = f"line {number}: {shown(line.strip())}"
+        raise CfspError(f"{path} is neither JSON nor an object a line, at {at}") from None
 
 
 def _json_kind(values: list[Any]) -> str:

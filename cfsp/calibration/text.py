@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import CfspError, reason
+from ..errors import CfspError, nearest, reason
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate"
 SPLITS = {CALIBRATE: ("train",), EVALUATE: ("test", "validation")}
@@ -116,9 +116,8 @@ def check_dataset(dataset: str) -> None:
         raise CfspError(f"dataset {dataset!r} is neither a file nor a folder")
     if os.sep in dataset or re.search(PATH, dataset, re.IGNORECASE):
         raise CfspError(f"dataset {dataset!r}: no such file")
-    raise CfspError(
-        f"unknown dataset {dataset!r}; valid: {', '.join(DATASETS)}, or the path of a {LOCAL}"
-    )
+    names, near = ", ".join(DATASETS), nearest(dataset, DATASETS)
+    raise CfspError(f"unknown dataset {dataset!r}{near}; valid: {names}, or the path of a {LOCAL}")
 
 
 def load_text(dataset: str, purpose: str, column: str | None = None, tokenizer: Any = None) -> str:

@@ -206,19 +206,21 @@ def device_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of linear layers so large that a few of them take a while."""
-    size, seconds = 128, 0.0
-    while seconds < PROBE_SECONDS and size < MAX_PROBE_SIZE:
-        size *= 2
-        x = torch.ones(size, size, dtype=dtype, device=device)
+    """FLOP/s of the fastest of a few linear layers so large that it takes a while: a machine that
+    is busy meanwhile slows some of them."""
+
+    def seconds_of_one(x: torch.Tensor) -> float:
+        started = time.perf_counter()
         functional.linear(x, x)
         synchronize(device)
-        started = time.perf_counter()
-        for _ in range(PROBE_PRODUCTS):
-            functional.linear(x, x)
-        synchronize(device)
-        seconds = time.perf_counter() - started
-    return 2 * size**3 * PROBE_PRODUCTS / seconds
+        return time.perf_counter() - started
+
+    size, fastest = 128, 0.0
+    while PROBE_PRODUCTS * fastest < PROBE_SECONDS and size < MAX_PROBE_SIZE:
+        size *= 2
+        x = torch.ones(size, size, dtype=dtype, device=device)
+        fastest = min(seconds_of_one(x) for _ in range(PROBE_PRODUCTS + 1))
+    return 2 * size**3 / fastest
 
 
 def this_machine(device: torch.device, dtype: torch.dtype, *, measure: bool = True) -> Hardware:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A file to fill that becomes ``path`` when all went well, and vanishes otherwise. Nobody can
     have put a link where it is meanwhile: its name is not to be guessed."""
     partial = path.with_name(f".cfsp-{secrets.token_hex(8)}")
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield partial
+        partial.chmod(mode)  # some writers make another file of this name, for its owner alone
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -52,9 +52,9 @@ def check_place(out: Path, inputs: Iterable[object] = (), kind: Kind = "folder")
         if source == own:
             raise CfspError(f"output {out} is the input; choose another {other}")
         if source in around or (own is not None and own in _inside(given)):
-            raise CfspError(f"output {out} is inside the input {given}; choose another {other}")
+            raise CfspError(f"output {out} is inside the input {given}; choose a place outside")
         if own in _lineage(Path(os.path.realpath(str(given)))):
-            raise CfspError(f"output {out} holds the input {given}; choose another {other}")
+            raise CfspError(f"output {out} holds the input {given}; choose a place beside it")
     if own is not None and own in _current():
         raise CfspError(f"output {out} is or holds the current directory; choose another {other}")
     if os.path.ismount(real):

@@ -121,6 +121,8 @@ def open_header(file: Path) -> Header:
         size, prefix = os.fstat(stream.fileno()).st_size, stream.read(8)
         length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
         if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            if prefix.lstrip()[:1] in (b"{", b"["):
+                raise CfspError(f"{file} is a JSON document, not a safetensors file")
             raise CfspError(f"{corrupt}: its header of {length} bytes is not there")
         data = stream.read(length)
     try:

@@ -277,7 +277,7 @@ def test_chats_that_cannot_be_text_are_one_line(
 @pytest.mark.parametrize(
     ("row", "column", "told"),
     [
-        ({"n": 1, "tags": ["a"]}, None, r"needs a column 'text' or a single column of strings, got "
+        ({"n": 1, "tags": ["a"]}, None, r"single column of strings, or messages, conversations or content, got "
          r"n \(int64\), tags \(list<\w+: string>\); `text_column` names another"),
         ({"a": "x", "b": "y"}, None, r"got a \(string\), b \(string\); `text_column` names"),
         ({"a": "x", "n": 1}, "gone", r"`text_column` 'gone' is not in .*: a \(string\), n \(int64"),
@@ -300,7 +300,10 @@ def test_where_no_column_fits_their_names_and_types_are_told(
         (b"\n\n", "a.jsonl has no rows"),
         (b"[]", "a.jsonl has no rows"),
         (b'"text"\n"text"\n', "row 1 is no object with columns"),
-        (b'{"text": "a"}\n{"text": "b"\n', r"is not JSON, at '{\"text\": \"b\"'"),
+        (
+            b'{"text": "a"}\n{"text": "b"\n',
+            r"is neither JSON nor an object a line, at line 2: '{\"text\": \"b\"'",
+        ),
         (b'{"text": "a"}\n' * 1500 + b'{"text": 5}\n', "row 1501 of .*: not text but of type int"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl is not text in UTF-8, at byte 24$"),
         (b'{"text": ' + b"[" * 100_000, "RecursionError"),
