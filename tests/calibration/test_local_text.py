@@ -277,7 +277,7 @@ def test_chats_that_cannot_be_text_are_one_line(
 @pytest.mark.parametrize(
     ("row", "column", "told"),
     [
-        ({"n": 1, "tags": ["a"]}, None, r"single column of strings, or messages, conversations or content, got "
+        ({"n": 1, "tags": ["a"]}, None, r"of strings, or messages, conversations or content, got "
          r"n \(int64\), tags \(list<\w+: string>\); `text_column` names another"),
         ({"a": "x", "b": "y"}, None, r"got a \(string\), b \(string\); `text_column` names"),
         ({"a": "x", "n": 1}, "gone", r"`text_column` 'gone' is not in .*: a \(string\), n \(int64"),
