@@ -12,7 +12,6 @@ from torch import nn
 from .calibration.mixtures import dataset_paths
 from .calibration.statistics import Statistics, check_statistics, check_text, load_statistics
 from .calibration.windows import calibration_windows
-from .checkpoints.folder import check_saveable
 from .costs.budgets import check_biases, check_processes, check_recipe
 from .costs.dry_run import Request, estimate_opened
 from .costs.hardware import MemoryBudget, device_capped, parse_memory
@@ -218,8 +217,6 @@ def prune(
         wanted = recipe.model_budget if plan is None else None
         table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
         _check(opened, recipe, plan, statistics, table, ranks)
-        if target is not None and source is None:
-            check_saveable(opened.model)
 
         # Estimate, with the texts at hand.
         held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)

@@ -1,7 +1,7 @@
 """Whether a saved model says what the pruned one said, to the last bit."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ class Probe:
     logits: torch.Tensor
     buffers: dict[str, torch.Tensor]
     """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
-    kernels: dict[str, str]
+    kernels: dict[str, str] = field(default_factory=dict)
     """The implementations with which it computes, which a config in a file does not say."""
 
 

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints.documents import write_documents
-from ..checkpoints.folder import write_model
+from ..checkpoints.folder import check_saveable, write_model
 from ..checkpoints.verification import take_probe, verify
 from ..costs.footprint import footprints
 from ..errors import Stopped
@@ -21,6 +21,8 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     """Calibrate, plan, cut, document and verify what is then published; ``given``: the model is the
     caller's own, so that the result is that very model."""
     opened, model, ranks = run.opened, run.opened.model, run.ranks
+    if given and out is not None:
+        check_saveable(model)
     statistics = run.calibrated() if run.calibrates else run.statistics
     plan = run.planned(statistics)
     training, device = model.training, model_device(model)

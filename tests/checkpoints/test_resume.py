@@ -205,12 +205,17 @@ def test_what_a_resumed_run_did_not_write_is_no_part_of_its_result(tmp_path: Pat
     partial = stopped(folder, tmp_path / "out", 5)
     secret = tmp_path / "secret"
     secret.write_text("s")
-    for place in (partial, partial / "result"):
-        (place / "notes.txt").write_text("x")
-        (place / "model-00099-of-00100.safetensors").write_text("x")
-        (place / "generation_config.json").symlink_to(secret)
-        (place / "deep" / "er").mkdir(parents=True)
-        (place / "deep" / "er" / "tokenizer.json").write_text("{}")
+    place = partial / "result"
+    (place / "notes.txt").write_text("x")
+    (place / "model-00099-of-00100.safetensors").write_text("x")
+    (place / "generation_config.json").symlink_to(secret)
+    (place / "deep" / "er").mkdir(parents=True)
+    (place / "deep" / "er" / "tokenizer.json").write_text("{}")
+    for stray in (partial / "notes.txt", partial / "generation_config.json"):
+        stray.symlink_to(secret)
+        with pytest.raises(CfspError, match=r"out\.partial is in the way"):
+            prune(folder, tmp_path / "out", resume=True)
+        stray.unlink()
     prune(folder, tmp_path / "out", resume=True)
     assert_same_files(tmp_path / "out", tmp_path / "reference")
     assert secret.read_text() == "s"

@@ -282,6 +282,7 @@ def test_a_search_is_reckoned_as_it_runs(
         return block
 
     monkeypatch.setattr(CutBlocks, "_cut_block", watched)
+    monkeypatch.setattr("cfsp.models.opening.check_as_configured", lambda model: None)  # counts too
     statistics = cfsp.calibrate(model, tokenizer, recipe, progress=False)
     with Counted() as counter:
         cfsp.plan(statistics, model, recipe, tokenizer)
