@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 
-from ..errors import CfspError, shown
+from ..errors import CfspError, reason, shown
 from ..io.documents import parse_json
 from ..io.safetensors import StoredTensor
 from ..typed import Bound, Count, Natural, decode
@@ -64,7 +64,7 @@ def decoded(text: str) -> StatisticsHeader:
     try:
         document = parse_json(text)
     except ValueError as error:
-        raise CfspError(f"bad header: {error}") from None
+        raise CfspError(f"bad header: {reason(error)}") from None
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
         older = "; calibrate again" if str(found).startswith(FORMAT[:-1]) else ""

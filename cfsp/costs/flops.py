@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import CfspError
+from ..errors import CfspError, reason
 from ..io.safetensors import TensorInfo, Tensors
 from ..models.descriptions import Description
 from ..models.layouts import Layout
@@ -227,7 +227,7 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
         hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
         attention = attention_of(config)
     except AttributeError as error:
-        raise CfspError(f"{config.model_type}: cannot estimate: {error}") from None
+        raise CfspError(f"{config.model_type}: cannot estimate: {reason(error)}") from None
     composed, parameters = activation in COMPOSED, sum(x.numel for x in tensors.values())
     parts = [part for _, part in sorted(grouped.items())]
     costs = [BlockCosts(part, hidden_size, active, composed) for part in parts]

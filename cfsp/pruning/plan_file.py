@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 
 from ..calibration.curves import ErrorCurve
-from ..errors import CfspError, shown
+from ..errors import CfspError, reason, shown
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
 from ..models.channels import ChannelGroup
@@ -196,5 +196,5 @@ def _floats(texts: Sequence[str], what: str) -> tuple[float, ...]:
     try:
         found = [float(text) for text in texts]
     except ValueError as error:
-        raise CfspError(f"{what}: {error}") from None
+        raise CfspError(f"{what}: {reason(error)}") from None
     return decode(tuple[float, ...], found, what)

@@ -12,7 +12,7 @@ from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
 from cfsp.models.channels import ChannelGroup
 from cfsp.pruning.plan import BlockPlan, PruningPlan, score_quantiles, select_channels
-from cfsp.pruning.plan_file import from_ranges, load_plan, save_plan, to_ranges
+from cfsp.pruning.plan_file import from_pairs, from_ranges, load_plan, save_plan, to_ranges
 from cfsp.pruning.recipe import Recipe
 
 
@@ -179,3 +179,9 @@ def test_a_document_of_other_values_is_refused(
     saved.write_text(json.dumps({**json.loads(saved.read_text()), **changes}))
     with pytest.raises(CfspError, match=message):
         load_plan(saved)
+
+
+def test_an_endless_number_in_a_plan_is_told_in_short() -> None:
+    with pytest.raises(CfspError, match="could not convert") as told:
+        from_pairs("0:8 24:" + "9" * 10**5 + "x", "error_curves")
+    assert len(str(told.value)) < 400
