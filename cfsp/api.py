@@ -23,7 +23,7 @@ from .evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from .io.hashes import check_hashes, known_hashes
 from .io.outputs import new_folder
 from .models.blocks import StoredBlocks
-from .models.channels import FFNWeights
+from .models.ffns.channels import FFNWeights
 from .models.loading import model_device
 from .models.opening import OpenModel, adopt, open_any, weight_files
 from .pruning.budget import BATCH, LENGTH

@@ -25,6 +25,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"pruning": "score, allocate, cut", "evaluation": "perplexity, speed, tasks"},
     {"calibration": "text and statistics"},
     {"models": "layouts, loading, blocks"},
+    {"weights": "names, dequantisation"},
     {
         "apportion": "largest remainders",
         "settings": "fields of settings",

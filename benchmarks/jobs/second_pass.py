@@ -28,7 +28,7 @@ from ..common.results import check_work, write_result
 def random_plan(opened: Any, sparsity: float) -> Any:
     """A plan that keeps random channels of every block."""
     from cfsp import Recipe
-    from cfsp.models.channels import ChannelGroup
+    from cfsp.models.ffns.channels import ChannelGroup
     from cfsp.pruning.plan import BlockPlan, PruningPlan
 
     generator = torch.Generator().manual_seed(0)

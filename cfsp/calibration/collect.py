@@ -17,7 +17,7 @@ from ..distributed import ALONE, Ranks
 from ..errors import CfspError, Stopped
 from ..models.blocks import Blocks, LiveBlocks
 from ..models.blockwise import default_micro_batch, record_block_calls, run_block
-from ..models.channels import ChannelGroup, Routing, sizes_of
+from ..models.ffns.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
 from ..models.loading import model_device
@@ -118,7 +118,7 @@ class _BlockCollector:
 
 @dataclass(frozen=True)
 class _Observer:
-    """The :class:`cfsp.models.channels.Observer` of one FFN, or of all its experts."""
+    """The :class:`cfsp.models.ffns.channels.Observer` of one FFN, or of all its experts."""
 
     block: _BlockCollector
     ffn: int

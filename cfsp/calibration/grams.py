@@ -20,7 +20,7 @@ from cfsp_kernels import channel_statistics, gram
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..models.channels import ChannelGroup, Routing, expert_offsets
+from ..models.ffns.channels import ChannelGroup, Routing, expert_offsets
 
 CHUNKS = 8
 PANEL = 1024

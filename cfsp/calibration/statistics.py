@@ -14,7 +14,7 @@ from ..io.documents import to_json
 from ..io.files import saved_file
 from ..io.safetensors import memory_of, open_header, read_tensors
 from ..models.blocks import Blocks
-from ..models.channels import ChannelGroup, sizes_of
+from ..models.ffns.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import tokens_fingerprint
 from .curves import Ranking, ranking_of
 from .grams import Gram

@@ -7,8 +7,8 @@ import torch
 
 from ..apportion import apportion, check_budget
 from ..errors import CfspError
-from ..models.channels import check_expert_width
 from ..models.descriptions import Description
+from ..models.ffns.channels import check_expert_width
 from ..models.loading import check_seqlen
 from ..models.pruned_classes import stock_model
 from ..models.tensors import parameter_shapes

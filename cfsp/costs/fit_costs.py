@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..calibration.grams import Split, held_out_windows, products_held
-from ..models.channels import ChannelGroup
+from ..models.ffns.channels import ChannelGroup
 from ..pruning.block_cache import MOST_KEPT
 from ..pruning.least_squares import ROWS
 from .flops import FP32, ModelCosts

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
+from ..models.ffns.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from ..models.fingerprints import device_name, versions
 from ..models.layouts import Layout, as_block_output
 from ..models.loading import check_seqlen, model_device, outer_weights, synchronize

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..io.block_reader import read_ahead
 from ..io.safetensors import StoredTensor, check_finite, first_values, read_tensors
-from .channels import FFNWeights
+from .ffns.channels import FFNWeights
 from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
 from .surgery import empty_, set_parameters_

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError
 from ..io.safetensors import FLOATS, TensorInfo, Tensors, read_index
-from .channels import ChannelGroup
-from .ffn import FFN
+from .ffns.channels import ChannelGroup
+from .ffns.ffn import FFN
 from .inspection import check_config, check_folder_files, placed
 from .layouts import Layout
 from .loading import folder_name, load_config, make_skeleton, pick_dtype, quiet_loading

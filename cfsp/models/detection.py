@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .ffn import FFN, FUSED_ACTIVATIONS
+from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, unsupported
 from .modeling_cfsp import set_parameter
 from .surgery import on_meta

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import CfspError
-from .channels import ChannelGroup, FFNWeights
-from .experts import ExpertsFFN
-from .ffn import FFN
+from .ffns.channels import ChannelGroup, FFNWeights
+from .ffns.experts import ExpertsFFN
+from .ffns.ffn import FFN
 
 
 @dataclass(frozen=True)

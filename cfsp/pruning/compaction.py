@@ -13,8 +13,8 @@ from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics, Statistics, check_model
 from ..io.safetensors import Room, TensorInfo, Tensors
 from ..models.blocks import Blocks
-from ..models.channels import ChannelGroup, CutDown, check_expert_width, sizes_of
 from ..models.descriptions import PlacedFFN
+from ..models.ffns.channels import ChannelGroup, CutDown, check_expert_width, sizes_of
 from ..models.layouts import Layout
 from .compensation import COMPENSATIONS, DownProjection, FitRecord
 from .plan import BlockPlan, PruningPlan

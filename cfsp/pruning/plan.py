@@ -12,7 +12,7 @@ from rich.table import Table
 from ..calibration.curves import ErrorCurve, Ranking
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
-from ..models.channels import ChannelGroup, sizes_of
+from ..models.ffns.channels import ChannelGroup, sizes_of
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budget import ChannelBudget
 from .least_squares import removed_channels

@@ -13,7 +13,7 @@ from ..calibration.curves import ErrorCurve
 from ..errors import CfspError, reason, shown
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
-from ..models.channels import ChannelGroup
+from ..models.ffns.channels import ChannelGroup
 from ..typed import Bound, Count, between, decode
 from .plan import QUANTILES, BlockPlan, PruningPlan
 from .recipe import recipe_from_dict

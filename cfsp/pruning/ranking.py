@@ -18,7 +18,7 @@ from ..calibration.curves import (
 )
 from ..calibration.statistics import BlockStatistics, Statistics
 from ..errors import CfspError
-from ..models.channels import FFNWeights
+from ..models.ffns.channels import FFNWeights
 from ..models.layouts import Layout
 from .allocation import ALLOCATORS
 from .compensation import COMPENSATIONS

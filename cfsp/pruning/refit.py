@@ -28,7 +28,7 @@ from ..calibration.grams import held_out_windows, mirror_
 from ..calibration.statistics import BlockStatistics
 from ..errors import CfspError
 from ..models.blockwise import record_block_calls
-from ..models.ffn import FFN
+from ..models.ffns.ffn import FFN
 from ..models.layouts import Layout, hidden_states_of
 from .block_cache import BlockCache
 from .least_squares import solve_damped

@@ -9,7 +9,7 @@ from cfsp_kernels import channel_importance
 
 from ..calibration.statistics import BlockStatistics
 from ..errors import CfspError
-from ..models.channels import FFNWeights
+from ..models.ffns.channels import FFNWeights
 from .obs import removal_order
 
 Weights = Callable[[], FFNWeights]

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..apportion import apportion
 from ..costs.flops import is_attention
 from ..errors import CfspError
-from ..models.experts import ExpertsFFN
+from ..models.ffns.experts import ExpertsFFN
 from ..models.layouts import Layout
 from ..pruning.allocation import REFERENCE_TOKENS, importance_shares
 from ..pruning.plan import PruningPlan

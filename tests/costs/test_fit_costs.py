@@ -19,7 +19,7 @@ from cfsp.costs.hardware import H100, RTX_4090, parse_memory
 from cfsp.costs.workload import Workload
 from cfsp.distributed import ALONE
 from cfsp.errors import CfspError
-from cfsp.models.channels import ChannelGroup
+from cfsp.models.ffns.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning import least_squares
 from cfsp.pruning.compaction import prune_block_

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 import cfsp
 from cfsp.errors import CfspError
 from cfsp.models.detection import detect_layout
-from cfsp.models.ffn import FFN
+from cfsp.models.ffns.ffn import FFN
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
 from cfsp.models.opening import open_streamed

@@ -17,7 +17,7 @@ from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
-from cfsp.models.channels import Routing
+from cfsp.models.ffns.channels import Routing
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank

@@ -17,7 +17,7 @@ from cfsp.calibration.windows import calibration_windows
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import Stopped
-from cfsp.models.channels import FFNWeights
+from cfsp.models.ffns.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.pruning import compensation

@@ -15,7 +15,7 @@ from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
 from cfsp.evaluation.quality import perplexity
-from cfsp.models.channels import FFNWeights
+from cfsp.models.ffns.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import adopt
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths

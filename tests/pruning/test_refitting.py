@@ -14,7 +14,7 @@ from cfsp.costs.fit_costs import RefitCosts
 from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo
-from cfsp.models.channels import ChannelGroup
+from cfsp.models.ffns.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.plan import BlockPlan

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cfsp.calibration.statistics import BlockStatistics
-from cfsp.models.channels import FFNWeights
+from cfsp.models.ffns.channels import FFNWeights
 from cfsp.pruning.least_squares import DAMPING
 from cfsp.pruning.scoring import SCORERS
 

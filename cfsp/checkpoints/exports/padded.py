@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ...errors import CfspError
-from ...models.channels import ChannelAxis
+from ...models.ffns.channels import ChannelAxis
 from ...models.layouts import Layout
 from ...models.modeling_cfsp import set_parameter, set_width
 from ...models.opening import open_any

@@ -11,7 +11,9 @@ from torch.nn.functional import grouped_mm, linear
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from ..io.safetensors import Room
+from ...io.safetensors import Room
+from ..modeling_cfsp import set_parameter, set_width
+from ..surgery import forward_instead, parameter
 from .channels import (
     ChannelAxis,
     ChannelGroup,
@@ -22,8 +24,6 @@ from .channels import (
     expert_offsets,
 )
 from .ffn import FFN
-from .modeling_cfsp import set_parameter, set_width
-from .surgery import forward_instead, parameter
 
 
 @dataclass(frozen=True)

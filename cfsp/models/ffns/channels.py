@@ -8,7 +8,7 @@ import torch
 
 from cfsp_kernels import gather_columns, gather_rows
 
-from ..errors import CfspError
+from ...errors import CfspError
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from transformers.activations import ACT2FN
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from ..errors import CfspError
-from ..io.safetensors import Room
+from ...errors import CfspError
+from ...io.safetensors import Room
+from ..modeling_cfsp import set_parameter, set_width
+from ..surgery import forward_instead, parameter
 from .channels import ChannelAxis, ChannelGroup, Compensate, FFNWeights, Observer
-from .modeling_cfsp import set_parameter, set_width
-from .surgery import forward_instead, parameter
 
 FUSED_ACTIVATIONS = {
     "silu": "silu",

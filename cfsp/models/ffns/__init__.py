@@ -1,0 +1,1 @@
+"""FFNs: where their channels lie, how they are observed, how they are cut."""
