@@ -12,7 +12,8 @@ from safetensors.torch import save
 from ..errors import CfspError
 from ..io.documents import to_json
 from ..io.files import saved_file
-from ..io.safetensors import memory_of, open_header, read_tensors
+from ..io.memory import memory_of
+from ..io.safetensors import open_header, read_tensors
 from ..models.blocks import Blocks
 from ..models.ffns.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import tokens_fingerprint

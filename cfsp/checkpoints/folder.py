@@ -16,7 +16,8 @@ from ..models import modeling_cfsp
 from ..models.loading import check_has_config, load_config, pick_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import is_stock
-from ..models.tensors import converted, saved_tensors, tensor_infos
+from ..models.tensors import saved_tensors, tensor_infos
+from ..weights.mapping import converted
 from .terms import copy_terms
 
 MODELING_FILE = Path(modeling_cfsp.__file__)

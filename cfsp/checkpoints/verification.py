@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.blockwise import RidingWindows
 from ..models.loading import model_device, quiet_loading
-from ..models.opening import OpenModel, open_streamed
+from ..models.opening import OpenModel, open_any
 from ..models.surgery import set_buffers_
 from .folder import load
 
@@ -81,9 +81,7 @@ def verify(folder: Path, expected: Probe, device: torch.device) -> PreTrainedMod
 def verify_streamed(folder: Path, expected: torch.Tensor, device: torch.device) -> None:
     """:func:`verify` with one block in memory at a time; ``expected``: logits [1, 16, V]."""
     with quiet_loading():
-        opened = open_streamed(folder, device=str(device))
-    if opened is None:
-        raise RuntimeError(f"{folder} does not hold its parameters under their own names")
+        opened = open_any(folder, device=str(device))
     found = ridden_probe(opened)
     if not _same(found, expected):
         raise _differs(found, expected)

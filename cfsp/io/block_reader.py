@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from .safetensors import StoredTensor, mapped_bytes, read_tensors
+from .memory import mapped_bytes
+from .safetensors import Readable, read_tensors, will_need
 
-BUFFERS = 2
+LARGE_BLOCK_BYTES = 4 << 30
+"""Of a larger block there is no second one in memory while it is at work: what is read ahead of
+those lies in the system's cache of files."""
 ALIGNMENT = 64  # bytes, as torch's own allocator on a CPU
 
 
@@ -49,20 +52,25 @@ class Arena:
         return self.memory[start : start + nbytes].view(dtype).view(shape)
 
 
-class _Buffer:
-    """Where every second block goes."""
+def buffer_count(largest: int) -> int:
+    """How many blocks are in memory as they are stored, where the largest has so many bytes."""
+    return 1 if largest > LARGE_BLOCK_BYTES else 2
 
-    def __init__(self, nbytes: int, device: torch.device, stream: Any) -> None:
+
+class _Buffer:
+    """Where every second block goes, or, of large ones, each."""
+
+    def __init__(self, nbytes: int, device: torch.device, stream: Any, *, carries: bool) -> None:
         self.stream = stream
         """CUDA stream that carries blocks to the device; None on a CPU."""
         self.host = Arena(nbytes, torch.device("cpu"), pinned=stream is not None)
-        self.device = Arena(nbytes, device) if stream is not None else None
+        self.device = Arena(nbytes, device) if stream is not None and carries else None
         self.arrived: Any = None
-        """CUDA event: the block is in device memory, and host memory is free again."""
+        """CUDA event: nothing is left to be copied from host memory, which is free again."""
         self.left: Any = None
         """CUDA event: the block's work is done, and device memory is free again."""
 
-    def fill(self, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    def fill(self, stored: Mapping[str, Readable]) -> dict[str, torch.Tensor]:
         """Read a block; on a GPU the copy is only ordered when this returns."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -82,36 +90,40 @@ class _Buffer:
 
 @contextmanager
 def read_ahead(
-    blocks: Sequence[Mapping[str, StoredTensor]], dtype: torch.dtype, device: torch.device
+    blocks: Sequence[Mapping[str, Readable]], device: torch.device, *, carries: bool = True
 ) -> Iterator[Iterator[dict[str, torch.Tensor]]]:
-    """The weights of block after block in ``dtype`` on ``device``, each valid until the next is
-    asked for; reading begins at once, and what fails is raised at the turn of its block."""
+    """The weights of block after block as they are stored, on ``device``, or where nothing
+    ``carries`` them there in pinned memory of the host; each is valid until the next is asked for.
+    Reading begins at once, and what fails is raised at the turn of its block."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     nbytes = max((sum(aligned(x.nbytes) for x in block.values()) for block in blocks), default=0)
-    buffers = [_Buffer(nbytes, device, stream) for _ in blocks[:BUFFERS]]
+    count = buffer_count(nbytes)
+    buffers = [_Buffer(nbytes, device, stream, carries=carries) for _ in blocks[:count]]
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def begin(position: int) -> Future[dict[str, torch.Tensor]] | None:
-        if position == len(blocks):
-            return None
-        return pool.submit(buffers[position % BUFFERS].fill, blocks[position])
+    def begin(position: int) -> Future[dict[str, torch.Tensor]]:
+        return pool.submit(buffers[position % count].fill, blocks[position])
 
-    def weights(
-        coming: Future[dict[str, torch.Tensor]] | None,
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        position = 0
-        while coming is not None:
-            buffer, tensors = buffers[position % BUFFERS], coming.result()
-            if stream is not None:
+    coming = {position: begin(position) for position in range(len(buffers))}
+
+    def weights() -> Iterator[dict[str, torch.Tensor]]:
+        for position in range(len(blocks)):
+            buffer, tensors = buffers[position % count], coming.pop(position).result()
+            if buffer.device is not None:
                 torch.cuda.current_stream(device).wait_event(buffer.arrived)
-            position += 1
-            coming = begin(position)
-            yield {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            if count == 1 and position + 1 < len(blocks):
+                pool.submit(will_need, blocks[position + 1].values())
+            yield tensors
+            del tensors
             if stream is not None:
                 buffer.left = torch.cuda.current_stream(device).record_event()
+                if buffer.device is None:
+                    buffer.arrived = buffer.left
+            if position + count < len(blocks):
+                coming[position + count] = begin(position + count)
 
     try:
-        yield weights(begin(0))
+        yield weights()
     finally:
         pool.shutdown(cancel_futures=True)
         if stream is not None:

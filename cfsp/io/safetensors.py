@@ -1,9 +1,8 @@
 """Safetensors files: headers are read once, tensors where and when they are needed."""
 
 import math
-import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from ..errors import CfspError, named, reason, shown
 from ..typed import Bound, decode
 from .documents import check_regular, parse_json, read_json, reading
+from .memory import Room, memory_of, new_room
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,14 +42,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAPPED_BYTES = 1 << 20
 READ_BYTES = 32 << 20  # per call, so that threads share one matrix; Linux moves at most 2 GiB
 READERS = min(8, os.cpu_count() or 1)  # a fast disk wants several requests at a time
 MAX_DIMENSIONS = 64
 Natural64 = Annotated[int, Bound("0 or more", lambda value: value >= 0)]
-
-Room = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""(shape, dtype) -> a tensor to fill."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,21 @@ class StoredTensor(TensorInfo):
     file: Path
     start: int
     """First byte of the values, from the start of the file."""
+
+    @property
+    def parts(self) -> tuple["StoredTensor", ...]:
+        """As of a :class:`JoinedTensor`: itself."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class JoinedTensor(TensorInfo):
+    """A tensor whose values are those of several stored ones, one behind the other."""
+
+    parts: tuple[StoredTensor, ...]
+
+
+Readable = StoredTensor | JoinedTensor
 
 
 Shape = Annotated[
@@ -208,28 +219,6 @@ def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
             raise CfspError(f"{what}: {named(name)} holds NaN or infinite values")
 
 
-def mapped_bytes(nbytes: int) -> torch.Tensor:
-    """[nbytes] uint8 in a mapping of its own, which goes back to the system with the tensor."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
-
-
-def _new_room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """New memory; a mapping for a large tensor, since a heap that threads share would keep it."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < MAPPED_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    return mapped_bytes(nbytes).view(dtype).view(shape)
-
-
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
 def _read_chunk(file: Path, descriptor: int, view: memoryview, start: int) -> None:
     done = 0
     with reading(file):
@@ -240,22 +229,23 @@ def _read_chunk(file: Path, descriptor: int, view: memoryview, start: int) -> No
             done += got
 
 
-def read_tensors(
-    tensors: Mapping[str, StoredTensor], room: Room = _new_room
-) -> dict[str, torch.Tensor]:
+def read_tensors(tensors: Mapping[str, Readable], room: Room = new_room) -> dict[str, torch.Tensor]:
     """Read tensors into CPU memory, as stored; several threads read, each file is opened once.
     ``room`` gives the contiguous memory of a tensor."""
     found = {name: room(stored.shape, stored.dtype) for name, stored in tensors.items()}
     descriptors: dict[Path, int] = {}
     chunks: list[tuple[Path, int, memoryview, int]] = []
     try:
-        for name, stored in tensors.items():
-            if stored.file not in descriptors:
-                descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
-            view = memory_of(found[name]) if stored.nbytes else memoryview(b"")
-            for done in range(0, len(view), READ_BYTES):
-                part = view[done : done + READ_BYTES]
-                chunks.append((stored.file, descriptors[stored.file], part, stored.start + done))
+        for name, whole in tensors.items():
+            left = memory_of(found[name]) if whole.nbytes else memoryview(b"")
+            for stored in whole.parts:
+                if stored.file not in descriptors:
+                    descriptors[stored.file] = os.open(stored.file, os.O_RDONLY)
+                view, left = left[: stored.nbytes], left[stored.nbytes :]
+                for done in range(0, len(view), READ_BYTES):
+                    part = view[done : done + READ_BYTES]
+                    place = descriptors[stored.file], part, stored.start + done
+                    chunks.append((stored.file, *place))
         if sum(len(view) for _, _, view, _ in chunks) <= READ_BYTES:
             for chunk in chunks:
                 _read_chunk(*chunk)
@@ -270,8 +260,23 @@ def read_tensors(
     return found
 
 
-def first_values(stored: StoredTensor, count: int) -> torch.Tensor:
+def will_need(tensors: Iterable[Readable]) -> None:
+    """Have the system read tensors into its cache of files, where it can, without waiting."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for tensor in tensors:
+        for part in tensor.parts:
+            with suppress(OSError), part.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), part.start, part.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def first_values(stored: Readable, count: int) -> torch.Tensor:
     """The first ``count`` values of the first row of a matrix, without reading the rest."""
-    row = math.prod(stored.shape[1:])
-    part = StoredTensor(stored.dtype, (min(count, row),), stored.file, stored.start)
-    return read_tensors({"": part})[""]
+    left, reads = min(count, math.prod(stored.shape[1:])), {}
+    for number, part in enumerate(stored.parts):
+        taken = min(left, part.numel)
+        reads[str(number)] = StoredTensor(part.dtype, (taken,), part.file, part.start)
+        left -= taken
+        if not left:
+            break
+    return torch.cat(list(read_tensors(reads).values()))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .files import sync
-from .safetensors import DTYPES, INDEX_FILE, WEIGHTS_FILE, TensorInfo, memory_of
+from .memory import memory_of
+from .safetensors import DTYPES, INDEX_FILE, WEIGHTS_FILE, TensorInfo
 
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_CALL_BYTES = 1 << 30  # Linux moves at most 2 GiB per call

@@ -1,6 +1,6 @@
 """Where the weights of a model's blocks are: in memory, or on disk until a block's turn comes."""
 
-from collections.abc import Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..io.block_reader import read_ahead
-from ..io.safetensors import StoredTensor, check_finite, first_values, read_tensors
+from ..io.safetensors import Readable, check_finite, first_values, read_tensors
+from ..weights.sources import Source
 from .ffns.channels import FFNWeights
 from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
@@ -50,18 +51,28 @@ class StoredBlocks:
     model: nn.Module
     """Parameters of blocks on meta; everything else in memory, on its device."""
     layout: Layout
-    tensors: Mapping[str, StoredTensor]
-    """Every parameter of every block by its name in the model."""
-    dtype: torch.dtype
+    sources: Mapping[str, Source]
+    """Of every parameter of every block by its name in the model."""
     device: torch.device
 
-    def _stored(self, number: int) -> dict[str, StoredTensor]:
-        """A block's tensors by their names in the block."""
+    def _sources(self, number: int, names: Iterable[str] | None = None) -> list[Source]:
+        """What the parameters of a block are made of, of all or of these."""
+        prefix = self.layout.prefix(number)
+        if names is None:
+            full = [name for name in self.sources if name.startswith(prefix)]
+        else:
+            full = [prefix + name for name in names]
+        return list({id(self.sources[name]): self.sources[name] for name in full}.values())
+
+    def _made(
+        self, number: int, sources: Iterable[Source], read: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Parameters by their names in the block, on the device."""
         prefix = self.layout.prefix(number)
         return {
-            name.removeprefix(prefix): stored
-            for name, stored in self.tensors.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): tensor
+            for source in sources
+            for name, tensor in source.make(read, self.device).items()
         }
 
     @contextmanager
@@ -71,33 +82,54 @@ class StoredBlocks:
         """As of LiveBlocks; a block's weights go when the next ones come, which take their memory.
         Raises CfspError at the turn of a block whose shard cannot be read, or not finite."""
         blocks = _wanted(self.layout.find_blocks(self.model), wanted)
-        stored = [self._stored(number) for number, _ in blocks]
+        sources = [self._sources(number) for number, _ in blocks]
+        reads = [_reads(own) for own in sources]
+        carries = not any(source.is_quantised for own in sources for source in own)
+
+        def turns(
+            read: Iterator[dict[str, torch.Tensor]],
+        ) -> Generator[tuple[int, nn.Module], None, None]:
+            for (number, block), own in zip(blocks, sources, strict=True):
+                set_parameters_(block, self._checked(number, own, next(read)))
+                try:
+                    yield number, block
+                finally:
+                    empty_(block)
+
         with (
-            read_ahead(stored, self.dtype, self.device) as weights,
-            closing(_turns(blocks, weights)) as turns,
+            read_ahead(reads, self.device, carries=carries) as read,
+            closing(turns(read)) as found,
         ):
-            yield turns
+            yield found
+
+    def _checked(
+        self, number: int, sources: Iterable[Source], read: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        parameters = self._made(number, sources, read)
+        check_finite(f"the weights of block {number}", parameters)
+        return parameters
 
     def stored_bytes(self, number: int) -> int:
         """Bytes that a block's turn reads from disk."""
-        return sum(stored.nbytes for stored in self._stored(number).values())
+        return sum(x.nbytes for source in self._sources(number) for x in source.stored)
 
     def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
         """The matrices of every FFN of a block, read from disk."""
-        block, stored = self.layout.find_blocks(self.model)[number], self._stored(number)
-        values = read_tensors({name: stored[name] for name in self.layout.weight_names(block)})
-        placed = {name: value.to(self.dtype).to(self.device) for name, value in values.items()}
-        return self.layout.ffn_weights(block, placed)
+        block = self.layout.find_blocks(self.model)[number]
+        sources = self._sources(number, self.layout.weight_names(block))
+        values = read_tensors(_reads(sources))
+        return self.layout.ffn_weights(block, self._made(number, sources, values))
 
     def fingerprint(self) -> str:
         """See :func:`model_fingerprint`: a few values of each matrix are read."""
-        return model_fingerprint(self.model, self.layout, self.tensors, self.dtype)
+        return model_fingerprint(self.model, self.layout, self.sources)
 
     def checkpoint_fingerprint(self) -> str:
-        """Identifies the stored blocks by every tensor's name, shape and first values."""
+        """Identifies the stored blocks by every tensor's shape and first values."""
         return samples_fingerprint(
-            (name, stored.shape, first_values(stored, SAMPLED_VALUES).float())
-            for name, stored in sorted(self.tensors.items())
+            (f"{name} {number}", part.shape, first_values(part, SAMPLED_VALUES).float())
+            for name, source in sorted(self.sources.items())
+            for number, part in enumerate(source.stored)
         )
 
 
@@ -116,15 +148,5 @@ def _finite(blocks: Sequence[tuple[int, nn.Module]]) -> Iterator[tuple[int, nn.M
         yield number, block
 
 
-def _turns(
-    blocks: Sequence[tuple[int, nn.Module]], weights: Iterator[dict[str, torch.Tensor]]
-) -> Generator[tuple[int, nn.Module], None, None]:
-    for number, block in blocks:
-        parameters = next(weights)
-        check_finite(f"the weights of block {number}", parameters)
-        set_parameters_(block, parameters)
-        del parameters  # no name keeps them, so that they go with the turn
-        try:
-            yield number, block
-        finally:
-            empty_(block)
+def _reads(sources: Iterable[Source]) -> dict[str, Readable]:
+    return {key: stored for source in sources for key, stored in source.reads.items()}

@@ -1,5 +1,6 @@
 """Models as their configs and the headers of their weights tell: shapes, no values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -10,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import FLOATS, TensorInfo, Tensors, read_index
+from ..io.safetensors import TensorInfo, Tensors, read_index
+from ..weights.sources import Source
 from .ffns.channels import ChannelGroup
 from .ffns.ffn import FFN
-from .inspection import check_config, check_folder_files, placed
+from .inspection import check_folder_files, inspect
 from .layouts import Layout
-from .loading import folder_name, load_config, make_skeleton, pick_dtype, quiet_loading
+from .loading import folder_name, load_config, quiet_loading
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
@@ -83,12 +85,11 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     if path.is_dir():
         check_folder_files(path)
     config = load_config(model)
-    check_config(model, config)
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
-    tensors = read_index(path) if has_weights else {}
     with quiet_loading():
-        skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors, gguf=gguf))
-        sources = placed(path, skeleton, tensors)
+        tensors = read_index(path) if has_weights else {}
+        found = inspect(model, config, tensors, dtype, gguf=gguf)
+    skeleton = found.skeleton
     layout: Layout | None = None
     refusal = ""
     try:
@@ -97,18 +98,28 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         refusal = str(error)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
-    known: Tensors = {
-        name: info
-        for name, info in tensors.items()
-        if name in own and sources.get(name) == [name] and info.dtype in FLOATS
-    }
-    renamed = has_weights and len(known) < len(own)
-    if not known:
+    stored = stored_tensors(own, found.sources)
+    if not has_weights:
         width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype
-        known = {name: TensorInfo(width, info.shape) for name, info in own.items()}
+        stored = {name: TensorInfo(width, info.shape) for name, info in own.items()}
     name = folder_name(path) if path.is_dir() else path.stem if path.is_file() else str(model)
-    streamed = not (whole or gguf or renamed)
-    return Description(name, skeleton, layout, blocks, own, known, streamed, refusal)
+    streamed = not (whole or gguf)
+    return Description(name, skeleton, layout, blocks, own, stored, streamed, refusal)
+
+
+def stored_tensors(tensors: Tensors, sources: Mapping[str, Source]) -> Tensors:
+    """What is read of a model's tensors, each under the name that it has there, or one that begins
+    with it."""
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        source = sources.get(name)
+        if source is None:
+            found[name] = info
+        elif source.in_place:
+            found[name] = TensorInfo(next(iter(source.weights.values())).dtype, info.shape)
+        elif name == next(iter(source.targets)):
+            found |= {f"{name}.{n}": part for n, part in enumerate(source.stored)}
+    return found
 
 
 def block_path(model: PreTrainedModel) -> str:

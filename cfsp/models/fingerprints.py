@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..io.safetensors import StoredTensor, first_values
+from ..weights.sources import Source
 from .layouts import Layout
 
 PACKAGES = ("cfsp", "torch", "triton", "transformers", "safetensors", "datasets")
@@ -63,18 +63,16 @@ def tokens_fingerprint(windows: torch.Tensor) -> str:
 
 
 def model_fingerprint(
-    model: nn.Module,
-    layout: Layout,
-    stored: Mapping[str, StoredTensor] | None = None,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, layout: Layout, sources: Mapping[str, Source] | None = None
 ) -> str:
-    """Identifies a model by the shapes and a sample of the values of its FFN matrices; those of a
-    skeleton are ``stored`` and read as ``dtype``."""
+    """Identifies a model by the shapes and a sample of the values of its FFN matrices, those of a
+    skeleton from its ``sources``."""
 
     def sample(number: int, name: str, weight: torch.Tensor) -> torch.Tensor:
-        if stored is None:
+        if sources is None:
             return weight.detach()[0].flatten()[:SAMPLED_VALUES]
-        return first_values(stored[layout.prefix(number) + name], SAMPLED_VALUES).to(dtype)
+        name = layout.prefix(number) + name
+        return sources[name].first_values(name, SAMPLED_VALUES)
 
     return samples_fingerprint(
         (f"{number}.{name}", tuple(weight.shape), sample(number, name, weight))

@@ -1,26 +1,22 @@
 """What is wrong with a checkpoint, by its config and the headers of its weights: told before a
 value is read, where transformers would drop, make up or convert without a word."""
 
-import re
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
-from ..errors import CfspError, first_of
+from ..errors import CfspError
 from ..io.documents import check_regular
 from ..io.files import format_bytes
 from ..io.safetensors import FLOATS, StoredTensor
+from ..weights.mapping import sources_of
+from ..weights.quantised import plain_tensors
+from ..weights.sources import Source
 from .layouts import PRUNED_PREFIX, unsupported
+from .loading import make_skeleton, pick_dtype
 
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, GPTQ and AWQ say how they quantised, beside or instead of the config."""
@@ -28,8 +24,6 @@ ADAPTER_FILE = "adapter_config.json"
 MAX_JSON_BYTES = 1 << 30
 """The largest vocabularies take a tenth of that."""
 PLAIN = "only plain float weights and GGUF files are read: dequantise it first"
-REMADE = re.compile(r"\b(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
-"""Buffers that older checkpoints hold and every model makes itself."""
 
 
 def check_folder_files(folder: Path) -> None:
@@ -106,51 +100,33 @@ def check_live(model: PreTrainedModel) -> None:
         raise CfspError(f"the live model is on several devices ({names}): move it to one")
 
 
-def placed(
-    folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, StoredTensor]
-) -> dict[str, list[str]]:
-    """Parameter or buffer of a model -> the stored tensors that transformers makes it of.
+@dataclass(frozen=True)
+class Inspected:
+    """A checkpoint of which no value was read yet."""
 
-    Raises CfspError for stored tensors that have no place in the model, and for a parameter stored
-    in a type that holds no plain numbers; warns of those that transformers leaves out on purpose.
-    """
-    mapping = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state, prefix = skeleton.state_dict(), skeleton.base_model_prefix
-    found: dict[str, list[str]] = {}
-    homeless = []
-    for name in sorted(tensors, key=dot_natural_key):
-        target, converted = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:
-            target = name
-        if target in state:
-            found.setdefault(target, []).append(name)
-            if len(found[target]) > 1 and converted is None:
-                twice = " and ".join(found[target])
-                raise CfspError(f"{folder}: {twice} of the weights are one parameter")
-        else:
-            homeless.append(name)
-    _check_homeless(folder, skeleton, homeless)
-    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-    for name in (name for target in found.keys() & parameters for name in found[target]):
-        dtype = tensors[name].dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            kind = str(dtype).removeprefix("torch.")
-            raise CfspError(f"{folder} is quantised: {name} is stored as {kind}; {PLAIN}")
-    return found
+    skeleton: PreTrainedModel
+    sources: dict[str, Source]
+    """See :func:`cfsp.weights.mapping.sources_of`; {} where no headers are at hand."""
+    quantization: Mapping[str, Any] | None
+    """How its weights are quantised; None: they are not."""
 
 
-def _check_homeless(folder: Path, skeleton: PreTrainedModel, names: Collection[str]) -> None:
-    ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
-    left = [name for name in names if not REMADE.search(name)]
-    unknown = [name for name in left if not any(re.search(pattern, name) for pattern in ignored)]
-    if unknown:
-        raise CfspError(
-            f"{folder}: its weights and config.json do not belong together: "
-            f"{type(skeleton).__name__} has no place for {first_of(unknown)}"
-        )
-    if left:
-        kind = type(skeleton).__name__
-        text = f"{first_of(left)} of {folder} is left out of the result: {kind} does not use it"
-        warnings.warn(text, stacklevel=2)
+def inspect(
+    where: Path | str,
+    config: Any,
+    tensors: Mapping[str, StoredTensor],
+    dtype: str,
+    *,
+    gguf: bool = False,
+) -> Inspected:
+    """What config and headers say of a checkpoint together. Raises CfspError for whatever is wrong
+    with them."""
+    check_config(where, config)
+    quantization = quantization_of(where, config)
+    weights = plain_tensors(where, quantization, tensors)
+    skeleton = make_skeleton(config, pick_dtype(dtype, config, weights, gguf=gguf))
+    return Inspected(skeleton, sources_of(where, skeleton, weights), quantization)
+
+
+def quantization_of(folder: Path | str, config: Any) -> Mapping[str, Any] | None:
+    return None

@@ -36,6 +36,11 @@ class Layout:
         number, _, within = inside.partition(".")
         return int(number), within
 
+    def number_of(self, name: str) -> int | None:
+        """The block that a parameter of the model is in; None outside blocks."""
+        place = self.place_of(name)
+        return None if place is None else place[0]
+
     def ffns_of(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, FFN]]:
         """(number of the block, block, FFN) of every FFN of a model, in order."""
         for number, block in enumerate(self.find_blocks(model)):

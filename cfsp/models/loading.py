@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -193,9 +194,25 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()  # left out with the values
+        _keep_in_fp32_(model, dtype)
     except Exception as error:  # of whatever kind a family's own code raises
         raise unsupported(config.model_type, f"no causal LM of it: {reason(error)}") from error
     return model.eval()
+
+
+def _keep_in_fp32_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what a family keeps in fp32 that type, as ``from_pretrained`` does."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    kept, *_ = build_glob_alternation(list(plan))
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if kept.search(name) and value.is_floating_point():
+            path, _, leaf = name.rpartition(".")
+            new = value.to(torch.float32)
+            if isinstance(value, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=False)
+            setattr(model.get_submodule(path), leaf, new)
 
 
 @contextmanager

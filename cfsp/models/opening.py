@@ -1,7 +1,8 @@
 """Open a model: live, loaded whole, or a skeleton whose blocks are read when their turn comes."""
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError, first_of
 from ..io.files import Stamps, stamps_of
-from ..io.safetensors import FLOATS, StoredTensor, check_finite, read_index, read_tensors
+from ..io.safetensors import check_finite, read_index, read_tensors
+from ..weights.sources import Source
 from .blocks import Blocks, LiveBlocks, StoredBlocks
-from .descriptions import Description
-from .inspection import check_config, check_folder_files, check_live, placed
+from .descriptions import Description, stored_tensors
+from .inspection import check_config, check_folder_files, check_live, inspect
 from .layouts import Layout
 from .loading import (
     DEVICE,
@@ -27,7 +29,6 @@ from .loading import (
     load_weights,
     make_skeleton,
     pick_device,
-    pick_dtype,
     pretrained,
 )
 from .surgery import set_buffers_, set_parameters_
@@ -61,10 +62,10 @@ class OpenModel:
     def described(self) -> Description:
         """Its shapes, as they are when first asked for."""
         layout, tensors = self.layout, tensor_infos(saved_tensors(self.model))
-        on_disk = self.blocks.tensors if isinstance(self.blocks, StoredBlocks) else {}
-        stored = {**tensors, **on_disk}
+        sources = self.blocks.sources if isinstance(self.blocks, StoredBlocks) else {}
+        stored = stored_tensors(tensors, sources)
         return Description(
-            self.name, self.model, layout, layout.blocks, tensors, stored, bool(on_disk)
+            self.name, self.model, layout, layout.blocks, tensors, stored, bool(sources)
         )
 
 
@@ -134,6 +135,8 @@ def open_model(
         CfspError: not found, no weights, corrupt weights, unsupported architecture.
     """
     where, found = pick_device(device), _inspect(model, dtype)
+    if found.is_quantised:
+        return _filled(_streamed(found, where, tokenizer))
     name, options = pretrained(found.path)
     gguf = found.path.is_file()
     precision = "float32" if gguf and dtype == "auto" else dtype
@@ -155,11 +158,14 @@ class _Checkpoint:
     """A folder, or a .gguf file."""
     skeleton: PreTrainedModel
     layout: Layout
-    tensors: dict[str, StoredTensor]
-    """All that is stored; {} of GGUF."""
-    sources: dict[str, list[str]]
-    """See :func:`inspection.placed`."""
+    sources: dict[str, Source]
+    """See :func:`cfsp.weights.mapping.sources_of`; {} of GGUF."""
     files: Stamps
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights are decoded as they are read, which transformers would not do."""
+        return any(source.is_quantised for source in self.sources.values())
 
     def opened(self, model: PreTrainedModel, blocks: Blocks, tokenizer: Any) -> OpenModel:
         name, options = pretrained(self.path)
@@ -172,16 +178,15 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     """Find a model and raise CfspError for whatever is wrong with it, before a value is read."""
     path = find_model(model)
     gguf = path.is_file()
-    config = load_config(path)
-    check_config(path, config)
     tensors = {} if gguf else read_index(path)
-    skeleton = make_skeleton(config, pick_dtype(dtype, config, tensors, gguf=gguf))
-    layout = checked_layout(skeleton)
-    sources = placed(path, skeleton, tensors)
+    found = inspect(path, load_config(path), tensors, dtype, gguf=gguf)
+    layout = checked_layout(found.skeleton)
+    if not gguf:
+        _check_missing(path, found.skeleton, found.sources)
     local = Path(model).exists()
     name = path.stem if gguf else folder_name(path) if local else str(model)
     read = [path] if gguf else [f for p in MODEL_FILES for f in path.glob(p) if f.exists()]
-    return _Checkpoint(name, path, skeleton, layout, tensors, sources, stamps_of(sorted(read)))
+    return _Checkpoint(name, path, found.skeleton, layout, found.sources, stamps_of(sorted(read)))
 
 
 def find_model(model: str | Path) -> Path:
@@ -218,23 +223,29 @@ def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
 def open_streamed(
     model: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: Any = None
 ) -> OpenModel | None:
-    """Open a model folder or hub id of which only one block at a time will be in memory.
-
-    None where the checkpoint does not hold the model's parameters one for one under their own
-    names, in fp32, bf16 or fp16: of an older naming, with experts apart, in GGUF.
-    """
+    """Open a model folder or hub id of which only one block at a time will be in memory; None for
+    GGUF, which is loaded whole."""
     where, checkpoint = pick_device(device), _inspect(model, dtype)
-    folder, skeleton, layout = checkpoint.path, checkpoint.skeleton, checkpoint.layout
-    found = _one_for_one(checkpoint)
-    if found is None:
+    if checkpoint.path.is_file():
         return None
-    precision = skeleton.dtype
-    in_blocks = {k: stored for k, stored in found.items() if layout.place_of(k) is not None}
-    outer = read_tensors({k: stored for k, stored in found.items() if k not in in_blocks})
-    outer = {name: value.to(precision) for name, value in outer.items()}
+    return _streamed(checkpoint, where, tokenizer)
+
+
+def _streamed(checkpoint: _Checkpoint, where: torch.device, tokenizer: Any) -> OpenModel:
+    folder, skeleton, layout = checkpoint.path, checkpoint.skeleton, checkpoint.layout
+    sources = checkpoint.sources
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    in_blocks = {
+        name: source
+        for name, source in sources.items()
+        if name in parameters and layout.place_of(name) is not None
+    }
+    outer = _outer_values(source for name, source in sources.items() if name not in in_blocks)
     check_finite(str(folder), outer)
-    set_parameters_(skeleton, outer)
-    skeleton.tie_weights()
+    set_parameters_(skeleton, {k: value for k, value in outer.items() if k in parameters})
+    set_buffers_(skeleton, {k: value for k, value in outer.items() if k not in parameters})
+    missing = set(skeleton.state_dict()) - sources.keys()
+    skeleton.tie_weights(missing_keys=missing, recompute_mapping=False)
     if where.type != "cpu":
         setattr(skeleton, DEVICE, where)
     buffers = skeleton.named_buffers(remove_duplicate=False)
@@ -244,45 +255,36 @@ def open_streamed(
     if not (folder / "generation_config.json").is_file():
         options = {"config_file_name": "config.json", "_from_model_config": True}
     skeleton.generation_config = load_part(str(folder), GenerationConfig, **options)
-    blocks = StoredBlocks(skeleton, layout, in_blocks, precision, where)
-    return checkpoint.opened(skeleton, blocks, tokenizer)
+    return checkpoint.opened(skeleton, StoredBlocks(skeleton, layout, in_blocks, where), tokenizer)
 
 
-def _equal(tensor: StoredTensor, source: StoredTensor | None) -> bool:
-    """Whether a tied tensor that is stored all the same is what it is tied to."""
-    if source is None or (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
-        return False
-    pair = read_tensors({"tensor": tensor, "source": source})
-    return torch.equal(pair["tensor"], pair["source"])
+def _filled(opened: OpenModel) -> OpenModel:
+    """A streamed model with the weights of all its blocks in memory."""
+    kept = []
+    with opened.blocks.turns() as turns:
+        for _, block in turns:
+            kept.append({name: value.clone() for name, value in block.named_parameters()})
+    for block, values in zip(opened.layout.find_blocks(opened.model), kept, strict=True):
+        set_parameters_(block, values)
+    return replace(opened, blocks=LiveBlocks(opened.model, opened.layout))
 
 
-def _one_for_one(checkpoint: _Checkpoint) -> dict[str, StoredTensor] | None:
-    """The stored tensor of every parameter; None where transformers would convert or rename. Raises
-    CfspError where nothing could be a missing tensor, or shapes differ."""
-    model, tensors, sources = checkpoint.skeleton, checkpoint.tensors, checkpoint.sources
-    tied, where = model.all_tied_weights_keys, checkpoint.path
-    wanted = {name: value for name, value in model.state_dict().items() if name not in tied}
-    renamed = any(names != [target] for target, names in sources.items())
-    if missing := sorted(wanted.keys() - sources.keys()):
-        if renamed or not sources:
-            return None
-        raise CfspError(f"{where}: missing keys in the weights: {first_of(missing)}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    twice = sources.keys() & tied.keys()
-    if renamed or not wanted.keys() <= parameters:
-        return None
-    if not all(_equal(tensors[name], tensors.get(tied[name])) for name in twice):
-        return None
-    found = {name: tensors[name] for name in wanted}
-    if any(stored.dtype not in FLOATS for stored in found.values()):
-        return None
-    for name, stored in found.items():
-        if stored.shape != tuple(wanted[name].shape):
-            raise CfspError(
-                f"cannot load {where}: {name} is {list(stored.shape)} in the weights, "
-                f"{list(wanted[name].shape)} by the config"
-            )
+def _outer_values(sources: Iterable[Source]) -> dict[str, torch.Tensor]:
+    """What is outside of the blocks, read and made."""
+    found: dict[str, torch.Tensor] = {}
+    for source in {id(source): source for source in sources}.values():
+        found |= source.make(read_tensors(source.reads), torch.device("cpu"))
     return found
+
+
+def _check_missing(where: Path, skeleton: PreTrainedModel, sources: Mapping[str, Source]) -> None:
+    """Raise CfspError where transformers would make up what is not stored; one of several that are
+    tied is enough."""
+    tied = skeleton.all_tied_weights_keys
+    stored = {tied.get(name, name) for name in sources}
+    missing = [name for name in skeleton.state_dict() if tied.get(name, name) not in stored]
+    if missing:
+        raise CfspError(f"{where}: missing keys in the weights: {first_of(sorted(missing))}")
 
 
 def weight_files(model: str | Path) -> list[Path]:

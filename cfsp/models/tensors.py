@@ -4,8 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..io.safetensors import TensorInfo
 
@@ -22,13 +20,6 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             seen.add(memory)
             tensors[name] = tensor.detach()
     return tensors
-
-
-def converted(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names and in the shapes of its family's checkpoints: those of
-    its modules, but for experts, which are apart there."""
-    found = revert_weight_conversion(model, dict(tensors))
-    return tensors if found.keys() == tensors.keys() else found
 
 
 def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics, Statistics, check_model
-from ..io.safetensors import Room, TensorInfo, Tensors
+from ..io.memory import Room
+from ..io.safetensors import TensorInfo, Tensors
 from ..models.blocks import Blocks
 from ..models.descriptions import PlacedFFN
 from ..models.ffns.channels import ChannelGroup, CutDown, check_expert_width, sizes_of

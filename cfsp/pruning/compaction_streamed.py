@@ -7,7 +7,6 @@ measure the model going through it before and after, and written by a thread beh
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from ..calibration.collect import BlockProgress
 from ..distributed import ALONE, Ranks
 from ..errors import Stopped
 from ..io.block_reader import Arena, aligned
-from ..io.safetensors import Room, TensorInfo
+from ..io.memory import Room
+from ..io.safetensors import TensorInfo
 from ..io.shard_writer import (
     MAX_SHARD_BYTES,
     Shard,
@@ -26,10 +26,12 @@ from ..io.shard_writer import (
     pack_shards,
     write_index,
 )
+from ..models.blocks import StoredBlocks
 from ..models.layouts import Layout
 from ..models.loading import model_device
 from ..models.opening import OpenModel
 from ..models.tensors import saved_tensors
+from ..weights.mapping import WayBack
 from .compaction import Turn, Visit, cut_blocks_, planned_tensors
 from .compensation import FitRecord
 from .plan import PruningPlan
@@ -37,9 +39,14 @@ from .plan import PruningPlan
 Tensors = dict[str, torch.Tensor]
 
 
-def _write_all(writer: ShardWriter, tensors: Tensors, ready: Callable[[], None]) -> None:
+def _write_all(
+    writer: ShardWriter,
+    renamed: Callable[[Tensors], Tensors],
+    tensors: Tensors,
+    ready: Callable[[], None],
+) -> None:
     ready()
-    for name, tensor in tensors.items():
+    for name, tensor in renamed(tensors).items():
         writer.write(name, tensor)
 
 
@@ -82,14 +89,15 @@ def _largest_block(planned: Mapping[str, TensorInfo], layout: Layout) -> int:
     return max(sizes.values())
 
 
-def blocks_of(shards: Sequence[Shard], layout: Layout) -> set[int]:
+def blocks_of(shards: Sequence[Shard], way_back: WayBack) -> set[int]:
     """Numbers of the blocks with tensors in these shards."""
-    places = {layout.place_of(name) for shard in shards for name in shard.tensors}
-    return {place[0] for place in places if place is not None}
+    places = {way_back.block_of[name] for shard in shards for name in shard.tensors}
+    return {place for place in places if place is not None}
 
 
 def prune_to_shards_(
     opened: OpenModel,
+    blocks: StoredBlocks,
     plan: PruningPlan,
     turn: Turn,
     folder: Path,
@@ -109,15 +117,15 @@ def prune_to_shards_(
     finished. ``together``, where ranks exchange something at every block, each reads all, and all
     stop after the same one. Raises OSError before a shard for which there is no space.
     """
-    layout, model, blocks = opened.layout, opened.model, opened.blocks
-    dense = saved_tensors(model)
+    layout, model = opened.layout, opened.model
     planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
-    shards = pack_shards(planned, MAX_SHARD_BYTES)
+    way_back = WayBack(model, blocks.sources, planned, layout.number_of)
+    shards = pack_shards(way_back.planned, MAX_SHARD_BYTES)
     finished = ranks.of_first(lambda: finished_shards(folder, shards))
     left = [shard for shard in shards if shard.name not in finished]
     mine = [left[i] for i in ranks.weighted_share([shard.nbytes for shard in left])]
     others = frozenset(shard.name for shard in shards) - {shard.name for shard in mine}
-    wanted = None if together or before or after else blocks_of(mine, layout)
+    wanted = None if together or before or after else blocks_of(mine, way_back)
     device = model_device(model)
     aside = _Aside(_largest_block(planned, layout), device)
     total = sum(shard.nbytes for shard in shards)
@@ -130,13 +138,20 @@ def prune_to_shards_(
         blocks.turns(wanted) as turns,
     ):
         # Tensors before and after the blocks, so that shards are filled and finished in turn.
-        outside = {name: t for name, t in dense.items() if layout.place_of(name) is None}
-        head = dict(takewhile(lambda item: item[0] in outside, dense.items()))
+        in_order = list(way_back.planned)
+        first = next(n for n, name in enumerate(in_order) if way_back.block_of[name] is not None)
+        dense = saved_tensors(model)
+        outside = way_back({k: t for k, t in dense.items() if layout.place_of(k) is None})
+        head = {name: outside[name] for name in in_order[:first]}
         tail = {name: tensor for name, tensor in outside.items() if name not in head}
 
-        def write(tensors: Tensors, ready: Callable[[], None] = lambda: None) -> Future[None]:
+        def write(
+            tensors: Tensors,
+            renamed: Callable[[Tensors], Tensors] = dict,
+            ready: Callable[[], None] = lambda: None,
+        ) -> Future[None]:
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
-            return behind.submit(_write_all, writer, tensors, ready)
+            return behind.submit(_write_all, writer, renamed, tensors, ready)
 
         def show(number: int) -> None:
             shown.turn(number, blocks.stored_bytes(number))
@@ -154,7 +169,7 @@ def prune_to_shards_(
             records.append(found)
             prefix = layout.prefix(number)
             pruned, ready = aside.put({prefix + k: t for k, t in block.state_dict().items()})
-            writing = write(pruned, ready)
+            writing = write(pruned, way_back, ready)
             del pruned
             if stop_after is None and others_too.any(stop()):
                 writing.result()

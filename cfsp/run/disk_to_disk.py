@@ -34,7 +34,7 @@ def prune_from_disk_to_disk(run: Run, blocks: StoredBlocks, out: Path) -> PruneR
     state.check_shared(staging, ranks)
     statistics = _calibrated(run, staging)
     plan = run.planned(statistics)
-    finish_, probe = _cut(run, plan, statistics, folder)
+    finish_, probe = _cut(run, blocks, plan, statistics, folder)
 
     def completed() -> PruneReport:
         report = finish_()
@@ -66,7 +66,11 @@ def _calibrated(run: Run, staging: Path) -> Statistics | None:
 
 
 def _cut(
-    run: Run, plan: PruningPlan, statistics: Statistics | None, folder: Path
+    run: Run,
+    blocks: StoredBlocks,
+    plan: PruningPlan,
+    statistics: Statistics | None,
+    folder: Path,
 ) -> tuple[Callable[[], PruneReport], torch.Tensor]:
     """Write the shards, with each rank's share of the held-out windows riding along; raises Stopped
     on every rank, after each has finished its shards or stopped between two.
@@ -85,6 +89,7 @@ def _cut(
     try:
         fits = prune_to_shards_(
             opened,
+            blocks,
             plan,
             cut.turn,
             folder,

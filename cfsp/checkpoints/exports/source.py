@@ -15,7 +15,8 @@ from ...io.safetensors import read_index, read_tensors
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
 from ...models.opening import OpenModel, open_any
-from ...models.tensors import converted, saved_tensors, tensor_infos
+from ...models.tensors import saved_tensors, tensor_infos
+from ...weights.mapping import converted
 from ..folder import write_tensors
 
 Change = Callable[[nn.Module], None]

@@ -11,7 +11,7 @@ from torch.nn.functional import grouped_mm, linear
 
 from cfsp_kernels import channel_statistics, swiglu_statistics
 
-from ...io.safetensors import Room
+from ...io.memory import Room
 from ..modeling_cfsp import set_parameter, set_width
 from ..surgery import forward_instead, parameter
 from .channels import (
