@@ -22,11 +22,11 @@ from cfsp.cli.main import main
 from cfsp.distributed import ALONE, Ranks, joined
 from cfsp.errors import CfspError, RankLost, Stopped
 from cfsp.io import block_reader as reading
-from cfsp.io.safetensors import StoredTensor, read_index, read_tensors
+from cfsp.io.safetensors import Readable, StoredTensor, read_index, read_tensors
 from cfsp.io.shard_writer import Shard
-from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import open_model, open_streamed
 from cfsp.pruning import compaction_streamed as second_pass
+from cfsp.weights.mapping import WayBack
 
 from ..models.test_streaming import assert_same_files, prune, rewrite, saved
 from .rank_driver import ROWS, prune_live, small_shards
@@ -369,17 +369,17 @@ def test_only_blocks_that_are_wanted_are_read(
     assert opened is not None
     read: list[StoredTensor] = []
 
-    def recorded(tensors: dict[str, StoredTensor], *more: object) -> dict[str, torch.Tensor]:
-        read.extend(tensors.values())
+    def recorded(tensors: dict[str, Readable], *more: object) -> dict[str, torch.Tensor]:
+        read.extend(part for tensor in tensors.values() for part in tensor.parts)
         return read_tensors(tensors, *more)
 
     monkeypatch.setattr(reading, "read_tensors", recorded)
-    stored = opened.blocks.tensors
+    stored = {name: source.stored[0] for name, source in opened.blocks.sources.items()}
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 3)]
-    shard = Shard(
-        "s", {name: stored[name] for name in names} | {"lm_head.weight": stored[names[0]]}
-    )
-    wanted = second_pass.blocks_of([shard], LAYOUTS["llama"])
+    tensors = opened.described.tensors
+    way_back = WayBack(opened.model, opened.blocks.sources, tensors, opened.layout.number_of)
+    shard = Shard("s", {name: tensors[name] for name in (*names, "lm_head.weight")})
+    wanted = second_pass.blocks_of([shard], way_back)
     with opened.blocks.turns(wanted) as turns:
         assert [number for number, _ in turns] == [1, 3]
     with opened.blocks.turns(set()) as turns:

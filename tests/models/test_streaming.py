@@ -168,7 +168,17 @@ def rewrite(folder: Path, change: object) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_checkpoint_of_other_names_is_left_to_the_whole_loader(tmp_path: Path) -> None:
+def assert_as_whole(folder: Path, out: Path) -> None:
+    """Pruned from disk to disk gives what transformers loads whole gives."""
+    whole = open_model(folder)
+    prune(folder, out / "streamed")
+    prune(whole.model, out / "whole", tokenizer=whole.tokenizer)
+    assert_same_files(out / "streamed", out / "whole")
+
+
+def test_tensors_of_other_names_and_types_are_streamed_as_transformers_loads_them(
+    tmp_path: Path,
+) -> None:
     folder = saved(tmp_path / "m")
     rewrite(folder, lambda t: t.update(more=torch.zeros(1)))
     with pytest.raises(CfspError, match=r"LlamaForCausalLM has no place for more$"):
@@ -180,19 +190,26 @@ def test_a_checkpoint_of_other_names_is_left_to_the_whole_loader(tmp_path: Path)
             {"model.layers.0.self_attn.rotary_emb.inv_freq": t["lm_head.weight"][0].clone()}
         ),
     )
-    assert open_streamed(folder) is not None
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].double()}))
-    assert open_streamed(folder) is None
+    assert_as_whole(folder, tmp_path / "doubles")
+    names = dict(read_header(folder / "model.safetensors"))
+    rewrite(folder, lambda t: [t.update({k.removeprefix("model."): t.pop(k)}) for k in names])
+    assert "layers.0.mlp.up_proj.weight" in read_header(folder / "model.safetensors")
+    assert_as_whole(folder, tmp_path / "bare")
 
 
-def test_a_tied_head_that_is_stored_too_streams_where_it_is_the_same(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_too_is_tied_where_it_is_the_same(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", tie_word_embeddings=True)
     prune(folder, tmp_path / "a")
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert prune(folder, tmp_path / "b").live is None
     assert_same_files(tmp_path / "a", tmp_path / "b")
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    assert open_streamed(folder) is None
+    assert_as_whole(folder, tmp_path / "other")
+    kept = read_header(tmp_path / "other" / "streamed" / "model.safetensors")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= kept.keys()
+    rewrite(folder, lambda t: t.pop("model.embed_tokens.weight"))
+    assert_as_whole(folder, tmp_path / "head alone")
 
 
 def test_missing_tensors_and_wrong_shapes_are_refused_without_reading(tmp_path: Path) -> None:
