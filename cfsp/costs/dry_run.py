@@ -137,14 +137,13 @@ def _estimate(
     dense = model_costs(described, described.parameters)
     left, sizes = _pruned(described, request, dense) if request.prunes else (None, None)
     shards = pack_shards(left, MAX_SHARD_BYTES) if left is not None else ()
-    stored = [info.dtype.itemsize for info in described.stored.values()]
     seqlen, where = recipe.calibration.seqlen, torch.device(hardware.device)
     again = request.prunes and (recipe.fits or recipe.refits)
     slower = [hardware.flops / x if x else 1.0 for x in (hardware.fp32_flops, hardware.fp64_flops)]
     pruned = model_costs(described, left) if left is not None else None
     run = Workload(
         dense=dense,
-        stored=model_costs(described, described.stored, max(stored, key=stored.count)),
+        stored=model_costs(described, described.read.tensors),
         pruned=pruned,
         widest=pruned if pruned and (request.plan or recipe.cuts_evenly) else dense,
         output_bytes=sum(shard.file_bytes for shard in shards),
@@ -154,6 +153,8 @@ def _estimate(
         seqlen=seqlen,
         micro_batch=recipe.micro_batch or default_micro_batch(where, seqlen),
         streamed=described.streamed,
+        made=described.read.made,
+        decoded=described.read.decoded,
         scores=not request.windows
         and request.plan is None
         and SCORERS[recipe.scorer].reads_weights,

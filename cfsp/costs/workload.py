@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..evaluation.quality import ROWS_PER_LOSS
+from ..io.block_reader import buffer_count
 from .flops import ModelCosts
 from .hardware import Hardware
 
@@ -81,6 +82,10 @@ class Workload:
     seqlen: int
     micro_batch: int
     streamed: bool
+    made: bool
+    """Whether a block at work lies beside what was read of it: cast, decoded or put together."""
+    decoded: bool
+    """Whether it is decoded, of what then waits on the host alone."""
     scores: bool
     """Whether weights are read for scores, with statistics at hand."""
     ranks: int
@@ -112,15 +117,20 @@ class Workload:
         return self.dense.logits_bytes(self.seqlen, ROWS_PER_LOSS)
 
     def model_parts(self) -> dict[str, int]:
-        """Bytes on the device while blocks are at work. Streamed: the block at work and the next as
-        they are stored, and where the run has another dtype the former in that too; what is outside
-        of the blocks is then on the host."""
+        """Bytes on the device while blocks are at work. Streamed: what is read of the block at work
+        and, unless blocks are large, of the next, and the former itself where it is made of that;
+        what is outside of the blocks is then on the host."""
         outer = {OUTER: self.dense.outer_bytes}
         if not self.streamed:
             return {**outer, "blocks": self.dense.block_bytes}
-        cast = self.dense.itemsize != self.stored.itemsize
-        blocks = 2 * self.stored.largest_block + cast * self.dense.largest_block
-        return {"blocks": blocks} if self.device != "cpu" else {**outer, "blocks": blocks}
+        on_cpu = self.device == "cpu"
+        read = 0 if self.decoded and not on_cpu else self.read_ahead(self.stored)
+        blocks = read + self.made * self.dense.largest_block
+        return {**outer, "blocks": blocks} if on_cpu else {"blocks": blocks}
+
+    def read_ahead(self, model: ModelCosts) -> int:
+        """Bytes of the blocks of a checkpoint that are in memory as they are stored."""
+        return buffer_count(model.largest_block) * model.largest_block
 
     def evaluation_states(self) -> int:
         """Bytes of the hidden states of the busiest rank's evaluation windows, dense and pruned."""
@@ -178,7 +188,7 @@ def passes(run: Workload) -> Iterator[Load]:
         yield Load(EVALUATION, parts={**outer, **states, "logits": logits})
         yield Load(EMBEDDING, parts={**outer, **states})
     evaluating = {"hidden states": run.evaluation_states()}
-    parts = {**outer, "blocks": 2 * run.widest.largest_block, **evaluating} if run.streamed else {}
+    parts = {**outer, "blocks": run.read_ahead(run.widest), **evaluating} if run.streamed else {}
     yield Load("verify", run.output_bytes, copied=run.output_bytes, parts=parts)
 
 
@@ -244,7 +254,7 @@ def host_parts(run: Workload, loads: Sequence[Load], process: int) -> dict[str, 
         return {**parts, **device_peak(loads, run.device)[1]}
     if not run.streamed:
         return {**parts, "model": run.stored.block_bytes + run.stored.outer_bytes}
-    parts["blocks read ahead"] = 2 * run.stored.largest_block
+    parts["blocks read ahead"] = run.read_ahead(run.stored)
     parts[OUTER] = run.dense.outer_bytes
     if run.pruned is not None:
         parts["block written behind"] = run.widest.largest_block

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..io.safetensors import TensorInfo, Tensors, read_index
+from ..io.safetensors import TensorInfo, Tensors
 from ..weights.sources import Source
 from .ffns.channels import ChannelGroup
 from .ffns.ffn import FFN
@@ -34,6 +34,34 @@ class PlacedFFN:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What is read of a model when it is opened or a block's turn comes."""
+
+    tensors: Tensors
+    """Each under the name that it has in the model, or one that begins with it."""
+    made: bool = False
+    """Whether blocks are cast, decoded or put together of it, in memory of their own."""
+    decoded: bool = False
+    """Whether they are decoded."""
+
+    @staticmethod
+    def of(tensors: Tensors, sources: Mapping[str, Source]) -> "Read":
+        """Of a model that holds ``tensors``; those without a source are as they are in it."""
+        found: dict[str, TensorInfo] = {}
+        for name, info in tensors.items():
+            source = sources.get(name)
+            if source is None:
+                found[name] = info
+            elif source.in_place:
+                found[name] = TensorInfo(next(iter(source.weights.values())).dtype, info.shape)
+            elif name == next(iter(source.targets)):
+                found |= {f"{name}.{n}": part for n, part in enumerate(source.stored)}
+        every = sources.values()
+        made, decoded = (x.is_cast for x in every), (x.is_quantised for x in every)
+        return Read(found, any(made), any(decoded))
+
+
+@dataclass(frozen=True)
 class Description:
     """What is known of a model before a run: nothing below reads it again."""
 
@@ -46,8 +74,7 @@ class Description:
     """Path of the blocks."""
     tensors: Tensors
     """What a checkpoint of it holds, tied tensors once."""
-    stored: Tensors
-    """What its own checkpoint holds under the model's names."""
+    read: "Read"
     streamed: bool
     refusal: str = ""
     """Why it cannot be pruned."""
@@ -87,8 +114,7 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     config = load_config(model)
     has_weights = path.is_dir() and any(path.glob("*.safetensors"))
     with quiet_loading():
-        tensors = read_index(path) if has_weights else {}
-        found = inspect(model, config, tensors, dtype, gguf=gguf)
+        found = inspect(model, config, path if has_weights else None, dtype, gguf=gguf)
     skeleton = found.skeleton
     layout: Layout | None = None
     refusal = ""
@@ -98,28 +124,14 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         refusal = str(error)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
-    stored = stored_tensors(own, found.sources)
+    read = Read.of(own, found.sources)
     if not has_weights:
         width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype
         stored = {name: TensorInfo(width, info.shape) for name, info in own.items()}
+        read = Read(stored, width != skeleton.dtype)
     name = folder_name(path) if path.is_dir() else path.stem if path.is_file() else str(model)
     streamed = not (whole or gguf)
-    return Description(name, skeleton, layout, blocks, own, stored, streamed, refusal)
-
-
-def stored_tensors(tensors: Tensors, sources: Mapping[str, Source]) -> Tensors:
-    """What is read of a model's tensors, each under the name that it has there, or one that begins
-    with it."""
-    found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        source = sources.get(name)
-        if source is None:
-            found[name] = info
-        elif source.in_place:
-            found[name] = TensorInfo(next(iter(source.weights.values())).dtype, info.shape)
-        elif name == next(iter(source.targets)):
-            found |= {f"{name}.{n}": part for n, part in enumerate(source.stored)}
-    return found
+    return Description(name, skeleton, layout, blocks, own, read, streamed, refusal)
 
 
 def block_path(model: PreTrainedModel) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from ..io.documents import check_regular
 from ..io.files import format_bytes
-from ..io.safetensors import FLOATS, StoredTensor
+from ..io.safetensors import FLOATS, read_index
 from ..weights.mapping import sources_of
 from ..weights.quantised import plain_tensors
 from ..weights.sources import Source
@@ -112,18 +112,13 @@ class Inspected:
 
 
 def inspect(
-    where: Path | str,
-    config: Any,
-    tensors: Mapping[str, StoredTensor],
-    dtype: str,
-    *,
-    gguf: bool = False,
+    where: Path | str, config: Any, folder: Path | None, dtype: str, *, gguf: bool = False
 ) -> Inspected:
-    """What config and headers say of a checkpoint together. Raises CfspError for whatever is wrong
-    with them."""
+    """What config and headers say of a checkpoint together; without ``folder``, the config alone.
+    Raises CfspError for whatever is wrong with them."""
     check_config(where, config)
     quantization = quantization_of(where, config)
-    weights = plain_tensors(where, quantization, tensors)
+    weights = plain_tensors(where, quantization, read_index(folder) if folder else {})
     skeleton = make_skeleton(config, pick_dtype(dtype, config, weights, gguf=gguf))
     return Inspected(skeleton, sources_of(where, skeleton, weights), quantization)
 

@@ -16,7 +16,7 @@ from ..io.files import Stamps, stamps_of
 from ..io.safetensors import check_finite, read_index, read_tensors
 from ..weights.sources import Source
 from .blocks import Blocks, LiveBlocks, StoredBlocks
-from .descriptions import Description, stored_tensors
+from .descriptions import Description, Read
 from .inspection import check_config, check_folder_files, check_live, inspect
 from .layouts import Layout
 from .loading import (
@@ -63,9 +63,9 @@ class OpenModel:
         """Its shapes, as they are when first asked for."""
         layout, tensors = self.layout, tensor_infos(saved_tensors(self.model))
         sources = self.blocks.sources if isinstance(self.blocks, StoredBlocks) else {}
-        stored = stored_tensors(tensors, sources)
+        read = Read.of(tensors, sources)
         return Description(
-            self.name, self.model, layout, layout.blocks, tensors, stored, bool(sources)
+            self.name, self.model, layout, layout.blocks, tensors, read, bool(sources)
         )
 
 
@@ -178,8 +178,7 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     """Find a model and raise CfspError for whatever is wrong with it, before a value is read."""
     path = find_model(model)
     gguf = path.is_file()
-    tensors = {} if gguf else read_index(path)
-    found = inspect(path, load_config(path), tensors, dtype, gguf=gguf)
+    found = inspect(path, load_config(path), None if gguf else path, dtype, gguf=gguf)
     layout = checked_layout(found.skeleton)
     if not gguf:
         _check_missing(path, found.skeleton, found.sources)

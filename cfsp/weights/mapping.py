@@ -114,7 +114,11 @@ def _converted_source(
     shapes = {weight.shape for weight in own.values()}
     lists = [names.get(pattern, []) for pattern in converter.source_patterns]
     steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
-    if steps in EXPERTS_APART and len(shapes) == 1 and len({len(names) for names in lists}) == 1:
+    if steps in EXPERTS_APART and len({len(names) for names in lists}) > 1:
+        counts = ", ".join(str(len(names)) for names in lists)
+        what = " and ".join(converter.source_patterns)
+        raise CfspError(f"cannot load {where}: {target} needs as many {what}, got {counts}")
+    if steps in EXPERTS_APART and len(shapes) == 1:
         in_order = {name: own[name] for name in chain.from_iterable(zip(*lists, strict=True))}
         ((rows, *rest),) = [shape or (1,) for shape in shapes]
         shape = (len(lists[0]), rows * len(lists), *rest)

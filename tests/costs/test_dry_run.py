@@ -72,10 +72,16 @@ def test_what_is_stored_otherwise_or_not_streamed_is_seen(
     assert plain["device_parts"]["blocks"] == 2 * plain["largest_block_bytes"]
     assert cast["device_parts"]["blocks"] == 4 * plain["largest_block_bytes"]
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    up = "model.layers.2.mlp.up_proj.weight"
+    tensors[up] = tensors[up].double()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    whole = estimated(capsys, folder, *TINY_RUN)
-    assert (plain["streamed"], whole["streamed"]) == (True, False)
+    doubles = estimated(capsys, folder, *TINY_RUN)
+    read = plain["largest_block_bytes"] + 6 * tensors[up].numel()
+    assert doubles["largest_stored_block_bytes"] == read
+    assert doubles["device_parts"]["blocks"] == 2 * read + plain["largest_block_bytes"]
+    searching = ("--allocator", "search", "--search-windows", 1)
+    whole = estimated(capsys, folder, *TINY_RUN, *searching)
+    assert (plain["streamed"], doubles["streamed"], whole["streamed"]) == (True, True, False)
     assert whole["device_parts"]["blocks"] == 4 * plain["largest_block_bytes"]
 
 

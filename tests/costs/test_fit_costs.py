@@ -299,6 +299,8 @@ def workload(model: ModelCosts, fit_windows: int, seqlen: int) -> Workload:
         seqlen=seqlen,
         micro_batch=1,
         streamed=False,
+        made=False,
+        decoded=False,
         scores=False,
         ranks=1,
         device="cuda",
