@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cfsp.io.safetensors import TensorInfo
 from cfsp.io.shard_writer import ShardWriter, pack_shards, write_index
+from cfsp.models.tensors import saved_tensors, tensor_infos
+from cfsp.weights.mapping import converted
 
 POOL_VALUES = 16_777_259  # a prime: rows of any width start at another place in it
 DEVIATION = 0.02  # what transformers initialises a Llama with
@@ -108,7 +109,7 @@ def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> None:
 
     Args:
         folder: filled; made where it is absent.
-        config: of a causal LM of transformers, whose checkpoint holds its parameters one for one.
+        config: of a causal LM of transformers; tensors have the names that it has on the hub.
         dtype: of the weights.
     """
     from transformers import AutoModelForCausalLM
@@ -116,13 +117,8 @@ def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tied = getattr(model, "all_tied_weights_keys", {})
-    infos = {
-        name: TensorInfo(dtype, tuple(tensor.shape))
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    infos = tensor_infos(converted(model, saved_tensors(model)))
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     write_tokenizer(folder)
