@@ -8,10 +8,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from .ffns.detected_experts import stacked_ffns
+from .ffns.experts import ExpertsFFN
 from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, unsupported
 from .modeling_cfsp import set_parameter
 from .surgery import on_meta
+from .width_names import with_width_names
 
 TRIAL_CHANNELS = 8
 TOLERANCE = 1e-4
@@ -23,7 +26,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def detect_layout(model: PreTrainedModel) -> Layout:
-    """The layout of a model whose every block has one gated FFN and no other module like it.
+    """The layout of a model whose every block has one gated FFN and no other module like it, or
+    experts, and gated FFNs beside them.
 
     A gated FFN is a module with three Linear children, two [F, D] and one [D, F], that gives
     down(act(gate(x)) * up(x)) on random input, cut to a few channels of random weights: as it
@@ -37,10 +41,13 @@ def detect_layout(model: PreTrainedModel) -> Layout:
     ):
         raise unsupported(model.config.model_type, "its code is not part of transformers")
     path, blocks = _blocks(model)
-    found = {_detect_ffn(model, block) for block in blocks}
-    if len(found) > 1:
-        raise unsupported(model.config.model_type, f"blocks with FFNs of {len(found)} kinds")
-    return Layout(path, tuple(found))
+    kinds = {_detect_moe(model, block) or (_detect_ffn(model, block),) for block in blocks}
+    with_experts = [kind for kind in kinds if isinstance(kind[0], ExpertsFFN)]
+    dense = [kind for kind in kinds if kind not in with_experts]
+    if max(len(with_experts), len(dense)) > 1:
+        raise unsupported(model.config.model_type, f"blocks with FFNs of {len(kinds)} kinds")
+    layout = Layout(path, tuple(ffn for kind in (*with_experts, *dense) for ffn in kind))
+    return with_width_names(model, layout)
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -68,6 +75,9 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
         for path, module in block.named_modules()
         if (roles := _linear_children(module))
     ]
+    fused = [ffn for path, module in block.named_modules() if (ffn := _fused_ffn(path, module))]
+    if not candidates and len(fused) == 1:
+        return fused[0]
     if len(candidates) != 1:
         names = ", ".join(path or "the block itself" for path, *_ in candidates) or "none"
         reason = f"{kind} should have one module of three Linear, found {names}"
@@ -75,22 +85,61 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
     path, module, roles = candidates[0]
     if "." in path or any("expert" in name for name, _ in block.named_parameters()):
         raise unsupported(family, f"{path} of {kind} is only one part of its FFN")
+    if (ffn := _gated_ffn(path, module, roles)) is not None:
+        return ffn
+    raise unsupported(family, f"{path} of {kind} does not compute down(act(gate(x)) * up(x))")
+
+
+def _detect_moe(model: PreTrainedModel, block: nn.Module) -> tuple[FFN, ...]:
+    """The experts of a block and the gated FFNs beside them; nothing where it has no experts."""
+    kind, family, found = type(block).__name__, model.config.model_type, list[FFN]()
+    for path, experts in stacked_ffns(block):
+        if experts is None:
+            raise unsupported(family, f"{path} of {kind} does not compute what experts do")
+        found.append(experts)
+    for path, module in block.named_modules() if found else ():
+        roles = _linear_children(module)
+        ffn = _gated_ffn(path, module, roles) if roles else _fused_ffn(path, module)
+        if roles and (ffn is None or any(part.isdigit() for part in path.split("."))):
+            raise unsupported(family, f"{path} of {kind} is no gated FFN of its own")
+        if ffn is not None:
+            found.append(ffn)
+    return tuple(found)
+
+
+def _gated_ffn(path: str, module: nn.Module, roles: list[tuple[str, str, str]]) -> FFN | None:
     for gate, up, down in roles:
         for activation in _activations(module):
             if _computes(module, gate, up, down, activation):
                 gate, up, down = (f"{path}.{name}".lstrip(".") for name in (gate, up, down))
                 return FFN(up, down, gate, activation="")
-    raise unsupported(family, f"{path} of {kind} does not compute down(act(gate(x)) * up(x))")
+    return None
+
+
+def _fused_ffn(path: str, module: nn.Module) -> FFN | None:
+    """The gated FFN of a module with exactly two Linear, [2F, D] and [D, F], where it is one."""
+    shapes = _linear_shapes(module)
+    for up, down in permutations(shapes) if len(shapes) == 2 else ():
+        if shapes[up] == (2 * shapes[down][1], shapes[down][0]):
+            for activation in _activations(module):
+                if _computes(module, None, up, down, activation):
+                    up, down = (f"{path}.{name}".lstrip(".") for name in (up, down))
+                    return FFN(up, down, gate=None, activation="", fused=True)
+    return None
+
+
+def _linear_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(child.weight.shape)
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    }
 
 
 def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
     """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
     [F, D] and one [D, F]. A pruned block may have as many channels as D."""
-    shapes = {
-        name: tuple(child.weight.shape)
-        for name, child in module.named_children()
-        if type(child) is nn.Linear
-    }
+    shapes = _linear_shapes(module)
     if len(shapes) != 3 or any(list(child.children()) for child in module.children()):
         return []
     return [
@@ -112,8 +161,11 @@ def _activations(module: nn.Module) -> Iterator[Activation]:
     yield from (ACT2FN[name] for name in FUSED_ACTIVATIONS.values())
 
 
-def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Activation) -> bool:
-    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x))."""
+def _computes(
+    module: nn.Module, gate: str | None, up: str, down: str, activation: Activation
+) -> bool:
+    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x)); without
+    a ``gate``, it is the first half of ``up``."""
     trial = on_meta(module)
     trial.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(0)
@@ -125,14 +177,19 @@ def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Acti
     for name, parameter in list(trial.named_parameters()):
         shape = list(parameter.shape)
         if name != f"{down}.bias":
-            shape[1 if name == f"{down}.weight" else 0] = TRIAL_CHANNELS
+            own = TRIAL_CHANNELS * (2 if gate is None and name.startswith(f"{up}.") else 1)
+            shape[1 if name == f"{down}.weight" else 0] = own
         value = random(*shape) / (width**0.5 if shape[-1] == width else 1)
         set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
     x = random(2, 3, width)
-    gate_proj, up_proj, down_proj = (trial.get_submodule(name) for name in (gate, up, down))
+    up_proj, down_proj = (trial.get_submodule(name) for name in (up, down))
     try:
         with torch.no_grad():
-            expected = down_proj(activation(gate_proj(x)) * up_proj(x))
+            if gate is None:
+                of_gate, of_up = up_proj(x).chunk(2, dim=-1)
+            else:
+                of_gate, of_up = trial.get_submodule(gate)(x), up_proj(x)
+            expected = down_proj(activation(of_gate) * of_up)
             found = trial.eval()(x)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         return False

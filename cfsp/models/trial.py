@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError, reason
 from .detection import layout_of
+from .ffns.experts import ExpertsFFN
 from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
 from .loading import make_skeleton, model_device, quiet_loading
 from .modeling_cfsp import set_parameter, set_width
@@ -98,8 +99,16 @@ def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
         skeleton.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
     for block, call in zip(blocks, given, strict=True):
         hidden, args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call)
-        output = hidden_states_of(on_meta(block)(hidden, *args, **kwargs))
+        output = hidden_states_of(_without_routing(on_meta(block), layout)(hidden, *args, **kwargs))
         _check_shape(output, hidden, "giving")
+
+
+def _without_routing(block: nn.Module, layout: Layout) -> nn.Module:
+    """The block, on meta, whose experts give something without looking at the numbers of theirs."""
+    for ffn in layout.block_ffns(block):
+        if isinstance(ffn, ExpertsFFN):
+            ffn.module(block).forward = lambda states, *args, **kwargs: torch.empty_like(states)
+    return block
 
 
 def _check_shape(states: torch.Tensor, others: torch.Tensor, how: str) -> None:

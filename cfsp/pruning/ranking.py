@@ -133,7 +133,7 @@ def rank_block(
     weights, parts = cache(weights), block.ffns()
     scores, errors = [], []
     for expert, part in enumerate(parts):
-        own = cache(lambda expert=expert: weights()[expert])
+        own = cache(lambda expert=expert: weights()[expert].contiguous())
         scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))
         if curves:
             errors.append(_curve(part, own().down, scores[-1], recipe))

@@ -50,6 +50,12 @@ class FFNWeights:
     down: torch.Tensor
     """[D, F]."""
 
+    def contiguous(self) -> "FFNWeights":
+        """With unit strides along the last dimension, as the ops take them: copies where a family
+        keeps its matrices otherwise."""
+        gate = None if self.gate is None else self.gate.contiguous()
+        return FFNWeights(gate, self.up.contiguous(), self.down.contiguous())
+
 
 class CutDown(NamedTuple):
     """The down projection of a pruned FFN."""
@@ -103,13 +109,22 @@ class ChannelAxis:
     dimension: int
     copies: int = 1
     """How often all channels come in turn: 2 where gate and up are one matrix."""
+    interleaved: bool = False
+    """Whether the copies of a channel lie side by side."""
+
+    def places(self, kept: torch.Tensor, channels: int) -> torch.Tensor:
+        """Where ``kept`` of a number of channels lie, in order."""
+        copies = torch.arange(self.copies, device=kept.device)
+        if self.interleaved:
+            return (kept[:, None] * self.copies + copies).flatten()
+        return (copies[:, None] * channels + kept).flatten()
 
     def cut(
         self, tensor: torch.Tensor, kept: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A vector or matrix with only the kept channels [width] int64; in ``out``, a matrix."""
+        """A vector or matrix with only the kept channels [width] int64; in ``out``, if given."""
         kept, channels = kept.to(tensor.device), tensor.shape[self.dimension] // self.copies
-        index = torch.cat([kept + copy * channels for copy in range(self.copies)])
+        index = self.places(kept, channels)
         if tensor.dim() == 1:
-            return tensor[index]
+            return torch.index_select(tensor, 0, index, out=out)
         return (gather_rows if self.dimension == 0 else gather_columns)(tensor, index, out=out)

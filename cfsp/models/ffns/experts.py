@@ -1,9 +1,9 @@
 """Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 
 import torch
 from torch import nn
@@ -28,86 +28,162 @@ from .ffn import FFN
 
 @dataclass(frozen=True)
 class ExpertsFFN(FFN):
-    """Gated experts of one width: parameters ``up`` [E, 2F, D], gate first, and ``down`` [E, D, F]
-    of a module called with hidden states [T, D], and [T, K] numbers and shares of their experts.
+    """Experts of one width, in two parameters of a module: ``up`` [E, 2F, D], gate first, and
+    ``down`` [E, D, F]; biases, where there are some, are ``up_bias`` [E, 2F] and ``down_bias``
+    [E, D] under their names.
+
+    The module is called with hidden states [T, D], and [T, K] numbers and shares of their experts.
     """
 
     up: str = "mlp.experts.gate_up_proj"
     down: str = "mlp.experts.down_proj"
     gate: None = None
+    activation: str = "act_fn"
+    """Attribute of the module; empty where its ``_apply_gate`` makes the whole product."""
     width: str = "moe_intermediate_size"
     fused: bool = True
+    """Whether there is a gate; ``up`` is [E, F, D] without."""
+    transposed: bool = False
+    """Whether weights are [E, in, out]."""
+    interleaved: bool = False
+    """Whether the gate and the up of a channel lie side by side."""
+    routed: bool = True
+    """False: the module is called with the hidden states [E * T, D] of every expert in turn, which
+    are scaled by the shares, and zero where a token does not go to that expert."""
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.transposed
 
     @property
     def channels(self) -> dict[str, ChannelAxis]:
-        return {self.up: ChannelAxis(1, copies=2), self.down: ChannelAxis(2)}
+        copies, into, out = (2 if self.fused else 1), 2 - self.transposed, 1 + self.transposed
+        return {
+            self.up: ChannelAxis(out, copies, self.interleaved),
+            f"{self.up}_bias": ChannelAxis(1, copies, self.interleaved),
+            self.down: ChannelAxis(into),
+        }
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        return self.up, self.down
 
     @property
     def down_bias(self) -> None:
-        """None: experts have no biases."""
+        """None: a compensation adds no bias to experts."""
         return
 
     def group(self, block: nn.Module) -> ChannelGroup:
-        experts, _, channels = block.get_parameter(self.down).shape
-        return ChannelGroup(channels, experts)
+        shape = block.get_parameter(self.down).shape
+        return ChannelGroup(shape[self.channels[self.down].dimension], shape[0])
 
     def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
-        gates, ups = parameters[self.up].chunk(2, dim=1)
-        experts = zip(gates, ups, parameters[self.down], strict=True)
-        return tuple(FFNWeights(gate, up, down) for gate, up, down in experts)
+        both, down = (parameters[name] for name in self.weight_names)
+        if self.transposed:
+            both, down = both.mT, down.mT
+        gates: Iterable[torch.Tensor | None]
+        if not self.fused:
+            gates, ups = [None] * len(down), both
+        elif self.interleaved:
+            gates, ups = both[:, ::2], both[:, 1::2]
+        else:
+            gates, ups = both.chunk(2, dim=1)
+        return tuple(starmap(FFNWeights, zip(gates, ups, down, strict=True)))
+
+    def activated(self, module: nn.Module, both: torch.Tensor) -> torch.Tensor:
+        """The input [..., F] of down, of what ``up`` gives [..., 2F], as the module has it."""
+        if not self.activation:
+            return module._apply_gate(both)  # type: ignore[operator]
+        act = getattr(module, self.activation)
+        if not self.fused:
+            return act(both)
+        gate, up = both.chunk(2, dim=-1)
+        return act(gate) * up
 
     def observed(
         self, block: nn.Module, observer: Observer, fused: bool = True
     ) -> AbstractContextManager[None]:
         """See :meth:`FFN.observed`: each expert's statistics are of its own tokens. The output is
-        that of transformers' grouped matrix products; no launch waits for the device."""
-        module = self.module(block)
-        gate_up, down = (block.get_parameter(name).data for name in (self.up, self.down))
-        experts = len(down)
+        that of transformers' grouped matrix products, or of the module itself where it is not
+        handed the routing; only there a launch waits for the device."""
+        module, parameters = self.module(block), dict(block.named_parameters())
+        experts = len(parameters[self.down])
         activation = self.gated_activation(block) if fused else None
-        act = getattr(module, self.activation)
+        own_forward = module.forward
+
+        def project(x: torch.Tensor, name: str, routing: Routing) -> torch.Tensor:
+            weight, bias = parameters[name].data, parameters.get(f"{name}_bias")
+            weight = weight.mT if self.transposed else weight
+            output = grouped_linear(x, weight, routing.offsets)
+            if bias is None:
+                return output
+            return output.add_(bias.data[routing.experts.clamp(max=experts - 1)])
+
+        def observe(x: torch.Tensor, routing: Routing) -> torch.Tensor:
+            both, offsets = project(x, self.up, routing), routing.offsets
+            totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
+            if activation is not None:
+                gate, up = both.chunk(2, dim=-1)
+                product, _ = swiglu_statistics(gate, up, activation, offsets=offsets, totals=totals)
+            else:
+                product = self.activated(module, both)
+                channel_statistics(product, offsets=offsets, totals=totals)
+            observer.add(product, routing)
+            return product
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
         ) -> torch.Tensor:
             chosen, order = top_k_index.flatten().sort(stable=True)
             tokens = order // top_k_index.shape[1]
-            offsets = expert_offsets(chosen, experts)
-            both = grouped_linear(hidden_states[tokens], gate_up, offsets)
-            totals = observer.totals().unflatten(1, (experts, -1)).transpose(0, 1)
-            gate, up = both.chunk(2, dim=-1)
-            if activation is not None:
-                product, _ = swiglu_statistics(gate, up, activation, offsets=offsets, totals=totals)
-            else:
-                product = act(gate) * up
-                channel_statistics(product, offsets=offsets, totals=totals)
-            observer.add(product, Routing(offsets, chosen, tokens))
-            output = grouped_linear(product, down, offsets)
+            routing = Routing(expert_offsets(chosen, experts), chosen, tokens)
+            output = project(observe(hidden_states[tokens], routing), self.down, routing)
             output = output * top_k_weights.flatten()[order, None]
             output = output.masked_fill((chosen >= experts)[:, None], 0)  # of no expert here
             places = order.argsort()
             return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
-        return forward_instead([module], [forward])
+        def forward_scaled(hidden_states: torch.Tensor) -> torch.Tensor:
+            rows, count = hidden_states.any(-1).nonzero().flatten(), len(hidden_states) // experts
+            offsets = expert_offsets(rows // count, experts)
+            observe(hidden_states[rows], Routing(offsets, rows // count, rows % count))
+            return own_forward(hidden_states)
+
+        return forward_instead([module], [forward if self.routed else forward_scaled])
 
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
     ) -> None:
         """See :meth:`FFN.cut_`. One expert at a time: the tensors are large."""
-        gate_up, down = (block.get_parameter(name) for name in (self.up, self.down))
-        experts, width = kept.shape
-        place = room or (lambda shape, dtype: down.new_empty(shape, dtype=dtype))
-        new_gate_up = place((experts, 2 * width, gate_up.shape[2]), gate_up.dtype)
-        new_down = place((experts, down.shape[1], width), down.dtype)
-        rows = ChannelAxis(0, copies=2)
-        for expert in range(experts):
-            rows.cut(gate_up.data[expert], kept[expert], new_gate_up[expert])
-            _, added_bias = compensate(expert, down.data[expert], new_down[expert])
-            if added_bias is not None:
-                raise ValueError("experts have no bias to put a mean into")
-        set_parameter(block, self.up, parameter(new_gate_up, gate_up))
-        set_parameter(block, self.down, parameter(new_down, down))
+        parameters, width = dict(block.named_parameters()), kept.shape[1]
+        for name, axis in self.channels.items():
+            if name not in parameters:
+                continue
+            old, shape = parameters[name].data, list(parameters[name].shape)
+            shape[axis.dimension] = axis.copies * width
+            if room is not None and old.dim() == 3:
+                new = room(tuple(shape), old.dtype)
+            else:
+                new = old.new_empty(shape)
+            of_one = replace(axis, dimension=axis.dimension - 1)
+            for expert, channels in enumerate(kept):
+                if name == self.down:
+                    self._cut_down(expert, old[expert], new[expert], compensate)
+                else:
+                    of_one.cut(old[expert], channels, new[expert])
+            set_parameter(block, name, parameter(new, parameters[name]))
         set_width(block, self.down, width)
+
+    def _cut_down(
+        self, expert: int, old: torch.Tensor, new: torch.Tensor, compensate: Compensate
+    ) -> None:
+        if self.transposed:
+            cut = compensate(expert, old.T.contiguous(), None)
+            new.copy_(cut.weight.T)
+        else:
+            cut = compensate(expert, old, new)
+        if cut.bias is not None:
+            raise ValueError("experts have no bias to put a mean into")
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
