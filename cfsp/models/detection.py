@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .ffns.detected_experts import stacked_ffns
+from .ffns.detected_fused import fused_ffn
 from .ffns.experts import ExpertsFFN
 from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, unsupported
@@ -75,7 +76,7 @@ def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
         for path, module in block.named_modules()
         if (roles := _linear_children(module))
     ]
-    fused = [ffn for path, module in block.named_modules() if (ffn := _fused_ffn(path, module))]
+    fused = [ffn for path, module in block.named_modules() if (ffn := fused_ffn(path, module))]
     if not candidates and len(fused) == 1:
         return fused[0]
     if len(candidates) != 1:
@@ -99,7 +100,7 @@ def _detect_moe(model: PreTrainedModel, block: nn.Module) -> tuple[FFN, ...]:
         found.append(experts)
     for path, module in block.named_modules() if found else ():
         roles = _linear_children(module)
-        ffn = _gated_ffn(path, module, roles) if roles else _fused_ffn(path, module)
+        ffn = _gated_ffn(path, module, roles) if roles else fused_ffn(path, module)
         if roles and (ffn is None or any(part.isdigit() for part in path.split("."))):
             raise unsupported(family, f"{path} of {kind} is no gated FFN of its own")
         if ffn is not None:
@@ -116,30 +117,14 @@ def _gated_ffn(path: str, module: nn.Module, roles: list[tuple[str, str, str]]) 
     return None
 
 
-def _fused_ffn(path: str, module: nn.Module) -> FFN | None:
-    """The gated FFN of a module with exactly two Linear, [2F, D] and [D, F], where it is one."""
-    shapes = _linear_shapes(module)
-    for up, down in permutations(shapes) if len(shapes) == 2 else ():
-        if shapes[up] == (2 * shapes[down][1], shapes[down][0]):
-            for activation in _activations(module):
-                if _computes(module, None, up, down, activation):
-                    up, down = (f"{path}.{name}".lstrip(".") for name in (up, down))
-                    return FFN(up, down, gate=None, activation="", fused=True)
-    return None
-
-
-def _linear_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
+def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
+    """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
+    [F, D] and one [D, F]. A pruned block may have as many channels as D."""
+    shapes = {
         name: tuple(child.weight.shape)
         for name, child in module.named_children()
         if type(child) is nn.Linear
     }
-
-
-def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
-    """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
-    [F, D] and one [D, F]. A pruned block may have as many channels as D."""
-    shapes = _linear_shapes(module)
     if len(shapes) != 3 or any(list(child.children()) for child in module.children()):
         return []
     return [
@@ -161,11 +146,8 @@ def _activations(module: nn.Module) -> Iterator[Activation]:
     yield from (ACT2FN[name] for name in FUSED_ACTIVATIONS.values())
 
 
-def _computes(
-    module: nn.Module, gate: str | None, up: str, down: str, activation: Activation
-) -> bool:
-    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x)); without
-    a ``gate``, it is the first half of ``up``."""
+def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Activation) -> bool:
+    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x))."""
     trial = on_meta(module)
     trial.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(0)
@@ -177,19 +159,14 @@ def _computes(
     for name, parameter in list(trial.named_parameters()):
         shape = list(parameter.shape)
         if name != f"{down}.bias":
-            own = TRIAL_CHANNELS * (2 if gate is None and name.startswith(f"{up}.") else 1)
-            shape[1 if name == f"{down}.weight" else 0] = own
+            shape[1 if name == f"{down}.weight" else 0] = TRIAL_CHANNELS
         value = random(*shape) / (width**0.5 if shape[-1] == width else 1)
         set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
     x = random(2, 3, width)
-    up_proj, down_proj = (trial.get_submodule(name) for name in (up, down))
+    gate_proj, up_proj, down_proj = (trial.get_submodule(name) for name in (gate, up, down))
     try:
         with torch.no_grad():
-            if gate is None:
-                of_gate, of_up = up_proj(x).chunk(2, dim=-1)
-            else:
-                of_gate, of_up = trial.get_submodule(gate)(x), up_proj(x)
-            expected = down_proj(activation(of_gate) * of_up)
+            expected = down_proj(activation(gate_proj(x)) * up_proj(x))
             found = trial.eval()(x)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
         return False
