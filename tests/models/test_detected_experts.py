@@ -1,18 +1,20 @@
 """Experts of families that none are written down for: found by structure, observed, cut, saved."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 import cfsp
 from cfsp.calibration.collect import collect_statistics
 from cfsp.models.detection import detect_layout
+from cfsp.models.ffns.channels import Routing
 from cfsp.models.loading import make_skeleton
 
 from ..conftest import make_tiny, make_tokenizer
@@ -69,7 +71,7 @@ FAMILIES = {
     ),
     "axk1": Family({**SHARING, **DENSE}, DEEPSEEK),
     "bailing_hybrid": Family({**SHARING, **DENSE}, DEEPSEEK),
-    "beam": Family({**experts(), **DENSE}, OF_MOE),
+    "beam": Family({**experts(), **DENSE}, {**OF_MOE, "n_group": 1, "topk_group": 1}),
     "cohere2_moe": Family({**ONLY, **shared()}, OF_MOE),
     "deepseek_v2": Family({**SHARING, **DENSE}, DEEPSEEK),
     "deepseek_v3": Family({**SHARING, **DENSE}, DEEPSEEK),
@@ -220,3 +222,90 @@ def test_cut_experts_equal_those_with_the_same_channels_masked(
     assert not torch.allclose(whole, expected, atol=1e-3)
     assert torch.allclose(logits(result.model), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(logits(cfsp.load(result.out)), logits(result.model))
+
+
+@torch.no_grad()
+def own_activations(
+    name: str, model: PreTrainedModel, windows: torch.Tensor
+) -> dict[tuple[int, int], torch.Tensor]:
+    """(block, expert) -> what enters its down projection [its tokens, F], expert by expert."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    hooks = []
+
+    def product(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+        if name == "gpt_oss":
+            both = x @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+            gate, up = both[:, ::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+            return (up + 1) * gate * (1.702 * gate).sigmoid()
+        weight = module.gate_up_proj[expert]
+        both = x @ (weight if FAMILIES[name].transposed else weight.T)
+        gate, up = both.chunk(2, -1)
+        if name == "minimax_m3_vl_text":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            return (up + 1) * gate * (1.702 * gate).sigmoid()
+        return silu(gate) * up
+
+    for number, block in enumerate(model.model.layers):
+        modules = [m for n, m in block.named_modules() if n.endswith(".experts")]
+
+        def hook(module: nn.Module, args: tuple, number: int = number) -> None:
+            for expert in range(len(module.down_proj)):
+                if name == "llama4_text":
+                    x = args[0].chunk(len(module.down_proj))[expert]
+                    x = x[x.abs().sum(1) > 0]
+                else:
+                    x = args[0][(args[1] == expert).any(1)]
+                found[number, expert] = product(module, expert, x).double()
+
+        hooks += [module.register_forward_pre_hook(hook) for module in modules]
+    model(input_ids=windows, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "llama4_text", "minimax_m3_vl_text", "aria_text", "granitemoehybrid"]
+)
+def test_statistics_are_those_of_each_expert_on_its_own_tokens(
+    name: str, windows: torch.Tensor
+) -> None:
+    model = make(name)
+    expected = own_activations(name, model, windows)
+    assert len({len(x) for x in expected.values()}) > 1
+    layout = detect_layout(model)
+    options = {"progress": False, "micro_batch": 4}
+    found = collect_statistics(model, layout, windows, **options)
+    for (number, expert), x in expected.items():
+        part = found.blocks[number].ffns()[expert]
+        assert part.tokens == len(x)
+        assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)
+        assert torch.allclose(part.variance, x.var(0, correction=0), rtol=1e-4, atol=1e-8)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Sums:
+    """An observer of the statistics alone."""
+
+    def __init__(self, channels: int) -> None:
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+
+    def totals(self) -> torch.Tensor:
+        return self.sums
+
+    def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
+        pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_observed_model_says_what_it_says_unobserved(name: str) -> None:
+    model = make(name)
+    layout, expected = detect_layout(model), logits(model)
+    with ExitStack() as stack:
+        seen = []
+        for _, block, ffn in layout.ffns_of(model):
+            seen.append(Sums(ffn.group(block).total))
+            stack.enter_context(ffn.observed(block, seen[-1]))
+        assert torch.equal(logits(model), expected)
+    assert all(observer.sums[1].max() > 0 for observer in seen)
