@@ -102,7 +102,7 @@ def run_block(
     input ``observe(micro-batch number, input, output)`` still sees."""
     for index, states in calls.micro_batches():
         args, kwargs = calls.arguments[number][index]
-        output = hidden_states_of(block(states, *args, **kwargs))
+        output = hidden_states_of(block(states, *args, **kwargs)).contiguous()
         observe(index, states, output)
         states.copy_(output)
 

@@ -6,13 +6,12 @@ widths. Both would otherwise be found after the work.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from ..errors import CfspError, reason
@@ -74,33 +73,48 @@ def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:
             raise unsupported(skeleton.config.model_type, why) from error
 
 
-class _LastBlock(Exception):
-    """What comes after the blocks is of no interest."""
-
-
 def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
     """Record what the blocks are called with, as a calibration does, and run each on it."""
-    blocks, given = layout.find_blocks(skeleton), list[tuple[torch.Tensor, Any, Any]]()
+    blocks = layout.find_blocks(skeleton)
     outer = {name: p for name, p in skeleton.named_parameters() if layout.place_of(name) is None}
     zeros = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in outer.items()}
     set_parameters_(skeleton, zeros)  # of no size in memory
-
-    def stand_in(block: nn.Module) -> Callable[..., Any]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            _check_shape(hidden_states, given[0][0] if given else hidden_states, "given")
-            given.append((hidden_states, args, kwargs))
-            if len(given) == len(blocks):
-                raise _LastBlock
-            return as_block_output(block, hidden_states)
-
-        return forward
-
-    with suppress(_LastBlock), forward_instead(blocks, [stand_in(block) for block in blocks]):
-        skeleton.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
-    for block, call in zip(blocks, given, strict=True):
+    given, others = (_calls(skeleton, blocks, added) for added in (0, 1))
+    for block, call, (_, *other) in zip(blocks, given, others, strict=True):
+        if not _equal(call[1:], tuple(other)):
+            raise ValueError("they are given more of each other than the hidden states")
         hidden, args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call)
         output = hidden_states_of(_without_routing(on_meta(block), layout)(hidden, *args, **kwargs))
         _check_shape(output, hidden, "giving")
+
+
+def _calls(
+    skeleton: PreTrainedModel, blocks: Sequence[nn.Module], added: int
+) -> list[tuple[torch.Tensor, Any, Any]]:
+    """What each block is called with where all of them only add a number to the hidden states."""
+    given: list[tuple[torch.Tensor, Any, Any]] = []
+
+    def stand_in(number: int, block: nn.Module) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if number != len(given):
+                raise ValueError(f"block {number} is run after {len(given)} others")
+            _check_shape(hidden_states, given[0][0] if given else hidden_states, "given")
+            given.append((hidden_states, args, kwargs))
+            return as_block_output(block, hidden_states + added)
+
+        return forward
+
+    with forward_instead(blocks, [stand_in(*numbered) for numbered in enumerate(blocks)]):
+        skeleton.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
+    return given
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two calls have the same arguments, as far as these are tensors."""
+    values, others = (
+        [x for x in tree_leaves(call) if isinstance(x, torch.Tensor)] for call in (a, b)
+    )
+    return len(values) == len(others) and all(map(torch.equal, values, others))
 
 
 def _without_routing(block: nn.Module, layout: Layout) -> nn.Module:
