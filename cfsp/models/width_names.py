@@ -1,59 +1,77 @@
-"""What a family's config calls the widths of its FFNs, found by changing it on a skeleton."""
+"""What the config of a model calls the widths of its FFNs, found by building models of others."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container
 from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from ..errors import CfspError
+from .ffns.channels import ChannelAxis
 from .ffns.ffn import FFN
 from .layouts import Layout
 from .loading import make_skeleton, quiet_loading
+from .tensors import parameter_shapes
 
+FEW_CHANNELS = 8
 OWN_NAME = "shared_intermediate_size"
 """Of an FFN beside experts whose width follows from theirs, or from nothing in the config."""
 
 
 def with_width_names(model: PreTrainedModel, layout: Layout) -> Layout:
-    """The layout with the widths as the config calls them. A value of the config is the width of an
-    FFN that has as many channels, and twice as many in a model made with the double; a pruned
-    model's config says it itself. FFNs of one block never share a name.
-    """
-    said = (getattr(model.config, "cfsp_config", None) or {}).get("channels", {})
+    """The layout with the widths as the config calls them; FFNs of one block never share a name."""
     names: dict[FFN, str] = {}
     beside: dict[FFN, set[FFN]] = {ffn: set() for ffn in layout.ffns}
-    for block in layout.find_blocks(model):
+    places: dict[FFN, str] = {}
+    for number, block in enumerate(layout.find_blocks(model)):
         for ffn in (found := layout.block_ffns(block)):
             beside[ffn].update(found)
+            places.setdefault(ffn, layout.prefix(number) + ffn.weight_names[-1])
     for ffn in layout.ffns:
         taken = {names[other] for other in beside[ffn] if other in names}
-        if ffn.weight_names[-1] in said:
-            candidates = iter([said[ffn.weight_names[-1]][0]])
-        else:
-            candidates = _names(model, layout, ffn)
-        names[ffn] = next((name for name in candidates if name not in taken), "")
-        if not names[ffn]:
-            own = (OWN_NAME, f"{ffn.down.replace('.', '_')}_size")
-            others = own if len(beside[ffn]) > 1 else (ffn.width,)
-            names[ffn] = next(name for name in others if name not in taken)
+        axis = ffn.channels[ffn.weight_names[-1]]
+        name = width_name(model, places[ffn], axis, ffn.width, taken)
+        own = (OWN_NAME, f"{ffn.down.replace('.', '_')}_size")
+        others = own if len(beside[ffn]) > 1 else (ffn.width,)
+        names[ffn] = name or next(name for name in others if name not in taken)
     return replace(layout, ffns=tuple(replace(ffn, width=names[ffn]) for ffn in layout.ffns))
 
 
-def _names(model: PreTrainedModel, layout: Layout, ffn: FFN) -> Iterator[str]:
-    """Values of the config that are the number of an FFN's channels and set it."""
-    name = ffn.weight_names[-1]
-    number, block = next((n, block) for n, block, own in layout.ffns_of(model) if own == ffn)
-    expected, width = list(block.get_parameter(name).shape), ffn.group(block).channels
-    expected[ffn.channels[name].dimension] *= 2
-    for key, value in model.config.get_text_config().to_dict().items():
-        if type(value) is int and value == width:
-            try:
-                with quiet_loading():
-                    config = copy.deepcopy(model.config)
-                    setattr(config.get_text_config(), key, 2 * value)
-                    changed = layout.find_blocks(make_skeleton(config, model.dtype))[number]
-                    if list(changed.get_parameter(name).shape) == expected:
-                        yield key
-            except (CfspError, AttributeError, ValueError, IndexError):
-                continue  # no such model: not the name of a width
+def width_name(
+    model: PreTrainedModel,
+    name: str,
+    axis: ChannelAxis,
+    default: str = "intermediate_size",
+    taken: Container[str] = (),
+) -> str:
+    """The value of a config that is the number of channels along ``axis`` of the parameter
+    ``name`` of a model: a new model has as many as it says; ``default`` is tried first. "" where no
+    value is, or only those in ``taken``, which are the widths of other FFNs."""
+    pruned = (getattr(model.config, "cfsp_config", None) or {}).get("channels", {})
+    for path, (known, *_) in pruned.items():
+        if name.endswith(f".{path}"):
+            return known
+    width = model.get_parameter(name).shape[axis.dimension] // axis.copies
+    values = model.config.get_text_config().to_dict()
+    # Where it is null, a width follows from the hidden size.
+    candidates = [key for value in (width, None) for key in values if values[key] == value]
+    for key in sorted(candidates, key=lambda key: key != default):
+        if key not in taken and all(
+            _decides(model, key, name, axis, value) for value in (2 * width, FEW_CHANNELS)
+        ):
+            return key
+    return ""
+
+
+def _decides(model: PreTrainedModel, key: str, name: str, axis: ChannelAxis, width: int) -> bool:
+    """Whether a new model has this width, and nothing else of the parameter is changed, where its
+    config has it under this key."""
+    shape = list(model.get_parameter(name).shape)
+    shape[axis.dimension] = width * axis.copies
+    config = copy.deepcopy(model.config)
+    try:
+        setattr(config.get_text_config(), key, width)
+        with quiet_loading():
+            found = parameter_shapes(make_skeleton(config, model.dtype))
+    except Exception:  # of whatever kind a family's own code raises at such a value
+        return False
+    return found.get(name) == tuple(shape)
