@@ -102,7 +102,7 @@ class _BlockCollector:
             )
         sums = ranks.ordered_sum(list(self.sums.values()), self.zeros).cpu()
         tokens = ranks.ordered_sum([self.tokens], self.tokens)
-        if not tokens.any():
+        if self.groups and not tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
             tokens=split.windows * split.seqlen,
@@ -212,7 +212,7 @@ def collect_statistics(
     visit: Visit = lambda *_: None,
 ) -> Statistics:
     """One dense forward pass over each block of a causal LM, left as it was found, with statistics
-    of its FFN and its influence on [N, S] int64 ``windows``; the same on every rank.
+    of its FFNs and its influence on [N, S] int64 ``windows``; the same on every rank.
 
     ``visit`` is handed every block, while it has weights, with its statistics: those with Gram
     matrices where asked for, which none of the result has. Raises Stopped where ``stop``, asked

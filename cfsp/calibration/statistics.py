@@ -42,7 +42,8 @@ class BlockStatistics:
     influence: torch.Tensor
     """[4], sums of the metrics of INFLUENCE_METRICS over tokens."""
     groups: tuple[ChannelGroup, ...] = ()
-    """The FFNs whose channels these are, one after the other; when not given, a single one."""
+    """The FFNs whose channels these are, one after the other; when not given, a single one where
+    there are channels."""
     expert_tokens: tuple[int, ...] = ()
     """Tokens that each FFN saw, and each expert of those that have some; () where all saw all."""
     grams: tuple[Gram, ...] = ()
@@ -50,7 +51,7 @@ class BlockStatistics:
     their block is at work; () otherwise."""
 
     def __post_init__(self) -> None:
-        if not self.groups:
+        if not self.groups and len(self.sum):
             object.__setattr__(self, "groups", (ChannelGroup(len(self.sum)),))
 
     @property
@@ -61,7 +62,7 @@ class BlockStatistics:
     def ffns(self) -> tuple["BlockStatistics", ...]:
         """The statistics of every FFN, and of every expert of those that have some, each alone."""
         if len(self.expert_tokens) < 2:
-            return (self,)
+            return (self,) if self.groups else ()
         sizes = sizes_of(self.groups)
         sums, squares = self.sum.split(sizes), self.sum_of_squares.split(sizes)
         return tuple(

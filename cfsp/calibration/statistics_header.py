@@ -24,8 +24,8 @@ Whole = Annotated[int, Bound("1 or more", lambda value: value >= 1)]
 Groups = Annotated[
     tuple[tuple[Count, Count], ...],
     Bound(
-        f"1 or more FFNs of {MAX_CHANNELS} channels in all",
-        lambda groups: 1 <= sum(size * experts for size, experts in groups) <= MAX_CHANNELS,
+        f"FFNs of {MAX_CHANNELS} channels in all at most",
+        lambda groups: sum(size * experts for size, experts in groups) <= MAX_CHANNELS,
     ),
 ]
 
@@ -37,8 +37,8 @@ class StatisticsHeader:
     format: str
     tokens: Annotated[tuple[Whole, ...], Bound("of 1 or more blocks", len)]
     windows: tuple[Count, ...]
-    groups: tuple[Groups, ...]
-    """(channels, experts) of every FFN."""
+    groups: Annotated[tuple[Groups, ...], Bound("of 1 or more FFNs", any)]
+    """(channels, experts) of every FFN; () of a block without one."""
     expert_tokens: tuple[tuple[Annotated[int, Bound("0 or more", lambda n: n >= 0)], ...], ...]
     rankings: tuple[tuple[str, str, float], ...]
     influence_metrics: tuple[str, ...]

@@ -102,7 +102,8 @@ class GramCosts:
         most = 0
         for block in self.blocks:
             kept = [(g.experts, g.channels * min(g.experts, self.active_experts)) for g in block]
-            whole = max(channels * (1 if experts == 1 else 2) for experts, channels in kept)
+            copies = (channels * (1 if experts == 1 else 2) for experts, channels in kept)
+            whole = max(copies, default=0)
             most = max(most, sum(channels for _, channels in kept) + whole)
         return split.chunk_tokens * itemsize * most
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -98,9 +97,9 @@ class Description:
 
     @cached_property
     def groups(self) -> tuple[tuple[ChannelGroup, ...], ...]:
-        """The channels of each FFN of every block."""
-        blocks = groupby(self.ffns, key=lambda placed: placed.block)
-        return tuple(tuple(placed.group for placed in own) for _, own in blocks)
+        """The channels of each FFN of every block; () where the layout is not known."""
+        layout = self.layout
+        return tuple(map(layout.groups, layout.find_blocks(self.model))) if layout else ()
 
 
 def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:

@@ -1,6 +1,7 @@
 """Layouts of architectures that none is written down for, where their structure is certain."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import permutations
 
 import torch
@@ -9,16 +10,16 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .ffns.detected_experts import stacked_ffns
-from .ffns.detected_fused import fused_ffn
 from .ffns.experts import ExpertsFFN
 from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, unsupported
 from .modeling_cfsp import set_parameter
-from .surgery import on_meta
+from .surgery import on_meta, set_buffers_
 from .width_names import with_width_names
 
 TRIAL_CHANNELS = 8
 TOLERANCE = 1e-4
+COMPUTED = "down(act(gate(x)) * up(x)) or down(act(up(x)))"
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
@@ -27,13 +28,14 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 def detect_layout(model: PreTrainedModel) -> Layout:
-    """The layout of a model whose every block has one gated FFN and no other module like it, or
-    experts, and gated FFNs beside them.
+    """The layout of a model whose blocks have one FFN, or experts and FFNs beside them, or none of
+    them, and nothing else like it.
 
-    A gated FFN is a module with three Linear children, two [F, D] and one [D, F], that gives
-    down(act(gate(x)) * up(x)) on random input, cut to a few channels of random weights: as it
-    would after pruning. Statistics are then taken at its down projection, whatever comes before.
-    No values of the model are read. Raises CfspError for anything else and says what was found.
+    An FFN is a module with two or three Linear children that gives down(act(gate(x)) * up(x)), gate
+    and up apart or together, or down(act(up(x))), on random input, cut to a few channels of random
+    weights: as it would after pruning. Statistics are then taken at its down projection, whatever
+    comes before. No values of the model are read. Raises CfspError for anything else and says what
+    was found.
     """
     module = type(model).__module__
     ours = module == set_parameter.__module__  # a pruned model, whose family is of transformers
@@ -42,9 +44,11 @@ def detect_layout(model: PreTrainedModel) -> Layout:
     ):
         raise unsupported(model.config.model_type, "its code is not part of transformers")
     path, blocks = _blocks(model)
-    kinds = {_detect_moe(model, block) or (_detect_ffn(model, block),) for block in blocks}
-    with_experts = [kind for kind in kinds if isinstance(kind[0], ExpertsFFN)]
-    dense = [kind for kind in kinds if kind not in with_experts]
+    kinds = dict.fromkeys(
+        _detect_moe(model, block) or _detect_ffn(model, block) for block in blocks
+    )
+    with_experts = [kind for kind in kinds if kind and isinstance(kind[0], ExpertsFFN)]
+    dense = [kind for kind in kinds if kind and kind not in with_experts]
     if max(len(with_experts), len(dense)) > 1:
         raise unsupported(model.config.model_type, f"blocks with FFNs of {len(kinds)} kinds")
     layout = Layout(path, tuple(ffn for kind in (*with_experts, *dense) for ffn in kind))
@@ -69,106 +73,143 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outermost[0], lists[outermost[0]]
 
 
-def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> FFN:
+def _detect_ffn(model: PreTrainedModel, block: nn.Module) -> tuple[FFN, ...]:
+    """The one FFN of a block; nothing where it has none, as those of a hybrid that only mix
+    tokens."""
     kind, family = type(block).__name__, model.config.model_type
-    candidates = [
-        (path, module, roles)
-        for path, module in block.named_modules()
-        if (roles := _linear_children(module))
-    ]
-    fused = [ffn for path, module in block.named_modules() if (ffn := fused_ffn(path, module))]
-    if not candidates and len(fused) == 1:
-        return fused[0]
-    if len(candidates) != 1:
-        names = ", ".join(path or "the block itself" for path, *_ in candidates) or "none"
-        reason = f"{kind} should have one module of three Linear, found {names}"
-        raise unsupported(family, reason)
-    path, module, roles = candidates[0]
-    if "." in path or any("expert" in name for name, _ in block.named_parameters()):
-        raise unsupported(family, f"{path} of {kind} is only one part of its FFN")
-    if (ffn := _gated_ffn(path, module, roles)) is not None:
-        return ffn
-    raise unsupported(family, f"{path} of {kind} does not compute down(act(gate(x)) * up(x))")
+    found = _computed_ffns(block)
+    parts = [path for path in found if "." in path or _has_experts(block)]
+    if parts:
+        raise unsupported(family, f"{', '.join(parts)} of {kind} is only one part of its FFN")
+    if _has_experts(block):
+        raise unsupported(family, f"{kind} has experts of an unknown form")
+    if len(found) > 1:
+        raise unsupported(family, f"{kind} should have one FFN, found {', '.join(found)}")
+    alike = [path or "the block itself" for path, m in block.named_modules() if _possible_ffns(m)]
+    if alike and not found:
+        raise unsupported(family, f"{', '.join(alike)} of {kind} does not compute {COMPUTED}")
+    return tuple(found.values())
 
 
 def _detect_moe(model: PreTrainedModel, block: nn.Module) -> tuple[FFN, ...]:
-    """The experts of a block and the gated FFNs beside them; nothing where it has no experts."""
+    """The experts of a block and the FFNs beside them; nothing where it has no experts."""
     kind, family, found = type(block).__name__, model.config.model_type, list[FFN]()
     for path, experts in stacked_ffns(block):
         if experts is None:
             raise unsupported(family, f"{path} of {kind} does not compute what experts do")
         found.append(experts)
-    for path, module in block.named_modules() if found else ():
-        roles = _linear_children(module)
-        ffn = _gated_ffn(path, module, roles) if roles else fused_ffn(path, module)
-        if roles and (ffn is None or any(part.isdigit() for part in path.split("."))):
-            raise unsupported(family, f"{path} of {kind} is no gated FFN of its own")
-        if ffn is not None:
-            found.append(ffn)
-    return tuple(found)
+    if not found:
+        return ()
+    beside = _computed_ffns(block)
+    for path, module in block.named_modules():
+        listed = path in beside and any(part.isdigit() for part in path.split("."))
+        gated = any(ffn.gate is not None for ffn in _possible_ffns(module))
+        if listed or (gated and path not in beside):
+            raise unsupported(family, f"{path} of {kind} is no FFN of its own")
+    return (*found, *beside.values())
 
 
-def _gated_ffn(path: str, module: nn.Module, roles: list[tuple[str, str, str]]) -> FFN | None:
-    for gate, up, down in roles:
-        for activation in _activations(module):
-            if _computes(module, gate, up, down, activation):
-                gate, up, down = (f"{path}.{name}".lstrip(".") for name in (gate, up, down))
-                return FFN(up, down, gate, activation="")
-    return None
+def _computed_ffns(block: nn.Module) -> dict[str, FFN]:
+    """The FFN of every module of a block that computes one, by its path."""
+    found = {}
+    for path, module in block.named_modules():
+        for ffn in _possible_ffns(module):
+            if _computes(module, ffn):
+                found[path] = _placed(path, ffn)
+                break
+    return found
 
 
-def _linear_children(module: nn.Module) -> list[tuple[str, str, str]]:
-    """What may be (gate, up, down) of a module with exactly three Linear, by their shapes: two
-    [F, D] and one [D, F]. A pruned block may have as many channels as D."""
+def _has_experts(block: nn.Module) -> bool:
+    return any("expert" in name for name, _ in block.named_parameters())
+
+
+def _placed(path: str, ffn: FFN) -> FFN:
+    """An FFN of a module at a path."""
+    prefix = f"{path}." if path else ""
+    gate = prefix + ffn.gate if ffn.gate is not None else None
+    return replace(ffn, up=prefix + ffn.up, down=prefix + ffn.down, gate=gate)
+
+
+def _possible_ffns(module: nn.Module) -> list[FFN]:
+    """What a module with two or three Linear and no parameters of its own may be, by their shapes:
+    down is [D, F], gate and up are [F, D], or one [2F, D]. A pruned block may have as many channels
+    as D."""
     shapes = {
         name: tuple(child.weight.shape)
         for name, child in module.named_children()
         if type(child) is nn.Linear
     }
-    if len(shapes) != 3 or any(list(child.children()) for child in module.children()):
+    nested = any(list(child.children()) for child in module.children())
+    if len(shapes) not in (2, 3) or nested or list(module.parameters(recurse=False)):
         return []
-    return [
-        (gate, up, down)
-        for gate, up, down in permutations(shapes)
-        if shapes[gate] == shapes[up] == shapes[down][::-1]
-    ]
+    found = []
+    for *gates, up, down in permutations(shapes):
+        size, width = shapes[down]
+        if all(shapes[name] == (width, size) for name in (*gates, up)):
+            found.append(FFN(up, down, next(iter(gates), None), activation=""))
+        elif not gates and shapes[up] == (2 * width, size):
+            found.append(FFN(up, down, None, activation="", fused=True))
+    return found
 
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _activations(module: nn.Module) -> Iterator[Activation]:
-    """What may be between gate and product: the module's own, or one that its code calls."""
-    yield from (child for child in module.children() if type(child) is not nn.Linear)
+    """What an FFN may put its gate through: the module's own, or one that its code calls."""
+    linear = (nn.Linear, nn.Dropout, nn.Identity)
+    yield from (child for child in module.children() if type(child) not in linear)
     yield from (
         value for name, value in vars(module).items() if callable(value) and name != "forward"
     )
     yield from (ACT2FN[name] for name in FUSED_ACTIVATIONS.values())
 
 
-def _computes(module: nn.Module, gate: str, up: str, down: str, activation: Activation) -> bool:
-    """Whether a copy of the module with a few channels gives down(act(gate(x)) * up(x))."""
-    trial = on_meta(module)
+def _computes(module: nn.Module, ffn: FFN) -> bool:
+    """Whether a copy of the module with a few channels computes what the FFN says."""
+    trial = on_meta(module).eval()
     trial.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
-    width = trial.get_parameter(f"{down}.weight").shape[0]
+    size = trial.get_parameter(f"{ffn.down}.weight").shape[0]
     for name, parameter in list(trial.named_parameters()):
         shape = list(parameter.shape)
-        if name != f"{down}.bias":
-            shape[1 if name == f"{down}.weight" else 0] = TRIAL_CHANNELS
-        value = random(*shape) / (width**0.5 if shape[-1] == width else 1)
+        if name in ffn.channels:
+            axis = ffn.channels[name]
+            shape[axis.dimension] = axis.copies * TRIAL_CHANNELS
+        value = random(*shape) / (size**0.5 if shape[-1] == size else 1)
         set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
-    x = random(2, 3, width)
-    gate_proj, up_proj, down_proj = (trial.get_submodule(name) for name in (gate, up, down))
+    set_buffers_(trial, {name: value.cpu().float() for name, value in module.named_buffers()})
+    x = random(2, 3, size)
+    up_proj, down_proj = (trial.get_submodule(name) for name in (ffn.up, ffn.down))
+
+    def expected(act: Activation) -> torch.Tensor:
+        if ffn.gate is not None:
+            return down_proj(act(trial.get_submodule(ffn.gate)(x)) * up_proj(x))
+        if ffn.fused:
+            gate, up = up_proj(x).chunk(2, dim=-1)
+            return down_proj(act(gate) * up)
+        return down_proj(act(up_proj(x)))
+
+    with torch.no_grad():
+        found = _attempt(trial, x)
+        others = (_attempt(expected, act) for act in _activations(trial))
+        return found is not None and any(
+            other is not None
+            and other.shape == found.shape
+            and torch.allclose(found, other, rtol=TOLERANCE, atol=TOLERANCE)
+            for other in others
+        )
+
+
+def _attempt(function: Callable[..., object], argument: object) -> torch.Tensor | None:
+    """What a function gives; None where that is no tensor, or it takes other arguments."""
     try:
-        with torch.no_grad():
-            expected = down_proj(activation(gate_proj(x)) * up_proj(x))
-            found = trial.eval()(x)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return False
-    same = isinstance(found, torch.Tensor) and found.shape == expected.shape
-    return same and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        found = function(argument)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
+        return None
+    return found if isinstance(found, torch.Tensor) else None

@@ -48,13 +48,14 @@ class Layout:
                 yield number, block, ffn
 
     def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
-        """The FFNs that a block has, at least one; its channels are theirs, one after the other."""
+        """The FFNs that a block has, perhaps none; its channels are theirs, one after the other.
+        Raises CfspError where the modules are there and their weights are not."""
         names = {name for name, _ in block.named_parameters()}
         found = tuple(ffn for ffn in self.ffns if names.issuperset(ffn.weight_names))
-        if not found:
-            expected = ", ".join(ffn.down for ffn in self.ffns)
+        modules = {name for name, _ in block.named_modules()}
+        if not found and (known := [ffn.down for ffn in self.ffns if ffn.down in modules]):
             raise CfspError(
-                f"no FFN in {type(block).__name__}: expected the weights of {expected} "
+                f"no FFN in {type(block).__name__}: expected the weights of {', '.join(known)} "
                 "(quantised models and adapters: prune the plain model first)"
             )
         return found
@@ -123,8 +124,17 @@ LAYOUTS: dict[str, Layout] = {
 PRUNED_PREFIX = "cfsp_"
 """A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 
-TUPLE_BLOCKS = frozenset({"BloomBlock", "FalconDecoderLayer"})
-"""Classes of blocks that return their hidden states in a tuple."""
+TUPLE_BLOCKS = frozenset(
+    {
+        "BambaDecoderLayer",
+        "BloomBlock",
+        "FalconDecoderLayer",
+        "FalconH1DecoderLayer",
+        "GPTNeoBlock",
+        "GPTNeoXJapaneseLayer",
+    }
+)
+"""Classes of blocks that return their hidden states in a tuple, perhaps with attention weights."""
 
 
 def known_layout(model_type: str) -> Layout | None:
@@ -137,13 +147,13 @@ def unsupported(model_type: str, reason: str = "") -> CfspError:
     why = f": {reason}" if reason else ""
     return CfspError(
         f"unsupported architecture {model_type!r}{why}; supported: {', '.join(LAYOUTS)}, and any "
-        "whose blocks have one gated FFN of three Linear"
+        "whose blocks have one FFN of two or three Linear, or none"
     )
 
 
 def as_block_output(block: nn.Module, hidden_states: torch.Tensor) -> Any:
     """Hidden states in the form in which a block of this class returns them."""
-    return (hidden_states,) if type(block).__name__ in TUPLE_BLOCKS else hidden_states
+    return (hidden_states, None) if type(block).__name__ in TUPLE_BLOCKS else hidden_states
 
 
 def hidden_states_of(output: Any) -> torch.Tensor:

@@ -115,6 +115,11 @@ class PerBlockConfig:
 class PerBlockWidths:
     """Builds the stock model, then gives every block its own FFN widths."""
 
+    @classmethod
+    def is_custom_code(cls):
+        """False: the family's own code initialises it, buffers that no file holds among them."""
+        return False
+
     def __init__(self, config, *args, **kwargs):
         config.allow_global_per_layer_attribute_access = True
         with one_width(config):

@@ -3,7 +3,8 @@
 from collections.abc import Set
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from .layouts import PRUNED_PREFIX, Layout
 from .loading import make_skeleton
@@ -34,6 +35,7 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     own, stock_own = (parameter_shapes(m) for m in (model, stock))
     classes: tuple[type, type] = (type(stock), type(stock.base_model))
     if own != stock_own:
+        stock_type = _family_of(stock)
         register_family(stock_type.model_type)
         classes = (pruned_class(classes[0]), pruned_class(classes[1]))
         config = pruned_class(stock_type)(
@@ -51,6 +53,14 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     model.config = config
     model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
+
+
+def _family_of(stock: PreTrainedModel) -> type[PreTrainedConfig]:
+    """The config class of a family; of one without classes of its own, that of those it takes."""
+    own, others = type(stock.config), type(stock).config_class or type(stock.config)
+    if own is not others and get_checkpoint_conversion_mapping(own.model_type):
+        raise ValueError(f"they are those of {others.model_type}, with other names in checkpoints")
+    return others
 
 
 def stock_model(

@@ -33,6 +33,10 @@ def checked_layout(model: PreTrainedModel) -> Layout:
     layout = layout_of(model)
     if not len(layout.find_blocks(model)):
         raise unsupported(model.config.model_type, "its config says that it has no blocks")
+    if not any(map(layout.block_ffns, layout.find_blocks(model))):
+        raise unsupported(
+            model.config.model_type, "none of its blocks has an FFN of two or three Linear"
+        )
     if known_layout(model.config.model_type) is None:
         _check_family(make_skeleton(model.config, model.dtype), layout)
     return layout

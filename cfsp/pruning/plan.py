@@ -31,7 +31,8 @@ class BlockPlan:
     """What one block keeps."""
 
     kept: tuple[torch.Tensor, ...]
-    """Kept channels of every FFN: [experts, width] int64, ascending, counted in the expert."""
+    """Kept channels of every FFN: [experts, width] int64, ascending, counted in the expert; () of a
+    block without one."""
     importance: float
     groups: tuple[ChannelGroup, ...]
     """The dense channels of every FFN."""
@@ -60,9 +61,8 @@ class BlockPlan:
         """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
         experts = (channels for kept in self.kept for channels in kept)
         starts = accumulate(sizes_of(self.groups), initial=0)
-        return torch.cat(
-            [start + channels for channels, start in zip(experts, starts, strict=False)]
-        )
+        counted = [start + channels for channels, start in zip(experts, starts, strict=False)]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *counted])
 
     @property
     def removed(self) -> torch.Tensor:
@@ -110,7 +110,7 @@ class PruningPlan:
             table.add_column(title, justify="left" if title == "" else "right")
         for number, block in enumerate(self.blocks):
             size = block.intermediate_size
-            share = block.width / size
+            share = block.width / size if size else 1.0
             kept, bar = f"{block.width} ({share:.1%})", "█" * round(share * 24)
             table.add_row(str(number), f"{block.importance:.5f}", str(size), kept, bar)
         return table
@@ -188,7 +188,9 @@ def with_highest(
         torch.stack([select_channels(own, width) for own in of_ffn.chunk(group.experts)])
         for of_ffn, group, width in zip(scores, block.groups, widths, strict=True)
     )
-    return replace(block, kept=kept, score_quantiles=score_quantiles(torch.cat(list(scores))))
+    return replace(
+        block, kept=kept, score_quantiles=score_quantiles(torch.cat([torch.empty(0), *scores]))
+    )
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ from ..calibration.curves import ErrorCurve
 from ..errors import CfspError, reason, shown
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
-from ..models.ffns.channels import ChannelGroup
-from ..typed import Bound, Count, between, decode
+from ..models.ffns.channels import ChannelGroup, sizes_of
+from ..typed import Bound, Count, Natural, between, decode
 from .plan import QUANTILES, BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
 
@@ -39,8 +39,9 @@ class _FFN:
 
 @dataclass(frozen=True)
 class _Block:
-    intermediate_size: Annotated[int, between(1, MAX_CHANNELS)]
-    width: Count
+    intermediate_size: Annotated[int, between(0, MAX_CHANNELS)]
+    """0 of a block without an FFN."""
+    width: Natural
     importance: float
     kept: str
     block: int | None = None
@@ -56,10 +57,10 @@ class _Document:
     blocks: Annotated[
         tuple[_Block, ...],
         Bound(
-            f"1 to {MAX_BLOCKS} blocks of {MAX_CHANNELS} channels in all",
+            f"1 to {MAX_BLOCKS} blocks of 1 to {MAX_CHANNELS} channels in all",
             lambda blocks: (
                 1 <= len(blocks) <= MAX_BLOCKS
-                and sum(block.intermediate_size for block in blocks) <= MAX_CHANNELS
+                and 1 <= sum(block.intermediate_size for block in blocks) <= MAX_CHANNELS
             ),
         ),
     ]
@@ -99,7 +100,7 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
         "importance": block.importance,
         "kept": to_ranges(block.flat_kept),
     }
-    if len(block.groups) > 1 or block.groups[0].experts > 1:
+    if len(sizes_of(block.groups)) > 1:
         entry["ffns"] = [
             {"experts": g.experts, "intermediate_size": g.channels} for g in block.groups
         ]
@@ -114,10 +115,12 @@ def _block_of(number: int, entry: _Block) -> BlockPlan:
     if entry.block not in (None, number):
         raise CfspError(f"{at} it says that it is block {entry.block}")
     groups = tuple(ChannelGroup(ffn.intermediate_size, ffn.experts) for ffn in entry.ffns)
-    groups = groups or (ChannelGroup(size),)
+    groups = groups or ((ChannelGroup(size),) if size else ())
     if (channels := sum(group.total for group in groups)) != size:
         raise CfspError(f"{at} its ffns have {channels} channels in all, not {size}")
-    kept = from_ranges(entry.kept, size, f"{at} kept")
+    if not size and entry.kept:
+        raise CfspError(f"{at} it has no FFN, so kept must be empty, got {shown(entry.kept)}")
+    kept = from_ranges(entry.kept, size, f"{at} kept") if size else torch.arange(0)
     if len(kept) != entry.width:
         raise CfspError(f"{at} width is {entry.width} but kept names {len(kept)} channels")
     quantiles = _floats(entry.score_quantiles.split(), f"{at} score_quantiles")

@@ -15,6 +15,7 @@ from cfsp.models.ffns.ffn import FFN
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
 from cfsp.models.opening import open_streamed
+from cfsp.models.trial import checked_layout
 
 from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits
@@ -75,37 +76,52 @@ def test_an_unknown_architecture_goes_all_the_way(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("nemotron", {}, "should have one module of three Linear, found none"),
-        ("gpt_oss", {"num_local_experts": 4}, "should have one module of three Linear, found none"),
+        ("mamba", {}, "none of its blocks has an FFN of two or three Linear"),
+        ("bitnet", {}, r"mlp of BitNetDecoderLayer does not compute down\(act\(gate"),
+        ("gpt_oss", {"num_local_experts": 4}, "GptOssDecoderLayer has experts of an unknown form"),
+        ("exaone", {}, "they are those of llama, with other names in checkpoints"),
         (
             "qwen2_moe",
             {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
             "mlp.shared_expert of Qwen2MoeDecoderLayer is only one part of its FFN",
         ),
         ("t5", {}, "no causal LM of it"),
-        ("gpt_neo", {"attention_types": [[["global"], 4]]}, "unsupported architecture 'gpt_neo'"),
     ],
 )
-def test_what_is_no_gated_ffn_is_refused_with_what_was_found(
+def test_what_has_no_ffn_of_a_known_kind_is_refused_with_what_was_found(
     name: str, config: dict[str, object], message: str
 ) -> None:
     values = {**TINY, **config} if name != "t5" else {}
     with pytest.raises(CfspError, match=f"{message}.*; supported: llama, mistral"):
-        detect_layout(make_skeleton(AutoConfig.for_model(name, **values), torch.float32))
+        checked_layout(make_skeleton(AutoConfig.for_model(name, **values), torch.float32))
 
 
 class Odd(nn.Module):
-    """Three Linear of the right shapes."""
+    """Two or three Linear of the right shapes."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.a = nn.Linear(32, 96 if kind in ("fused", "up first") else 48)
+        self.c = nn.Linear(48, 32)
+        if kind in ("gated", "sum", "normalised", "reshaped"):
+            self.b = nn.Linear(32, 48)
+        self.dropout = nn.Dropout(0.1)
         self.kind = kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         match self.kind:
             case "gated":
                 return self.c(torch.nn.functional.silu(self.b(x)) * self.a(x))
+            case "fused":
+                gate, up = self.a(x).chunk(2, dim=-1)
+                return self.c(torch.nn.functional.silu(gate) * up)
+            case "up first":
+                up, gate = self.a(x).chunk(2, dim=-1)
+                return self.c(torch.nn.functional.silu(gate) * up)
+            case "ungated":
+                return self.c(torch.nn.functional.relu(self.a(x)).square())
+            case "linear":
+                return self.c(self.dropout(self.a(x)))
             case "sum":
                 return self.c(torch.nn.functional.silu(self.a(x)) + self.b(x))
             case "normalised":
@@ -116,14 +132,26 @@ class Odd(nn.Module):
         raise ValueError(self.kind)
 
 
-@pytest.mark.parametrize("kind", ["sum", "normalised", "reshaped", "gated"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gated", FFN("mlp.a", "mlp.c", "mlp.b", activation="")),
+        ("ungated", FFN("mlp.a", "mlp.c", None, activation="")),
+        ("fused", FFN("mlp.a", "mlp.c", None, activation="", fused=True)),
+    ],
+)
+def test_what_two_or_three_linear_compute_tells_what_they_are(kind: str, expected: FFN) -> None:
+    model = make_tiny("helium")
+    for layer in model.model.layers:
+        layer.mlp = Odd(kind)
+    assert detect_layout(model).ffns == (expected,)
+
+
+@pytest.mark.parametrize("kind", ["sum", "normalised", "reshaped", "up first", "linear"])
 def test_shapes_alone_convince_nobody(kind: str) -> None:
     model = make_tiny("helium")
     for layer in model.model.layers:
         layer.mlp = Odd(kind)
-    if kind == "gated":
-        assert detect_layout(model).ffns == (FFN("mlp.a", "mlp.c", "mlp.b", activation=""),)
-        return
     with pytest.raises(CfspError, match=r"mlp of .* does not compute down\(act\(gate"):
         detect_layout(model)
 
@@ -131,7 +159,7 @@ def test_shapes_alone_convince_nobody(kind: str) -> None:
 def test_two_candidates_or_unlike_blocks_are_refused() -> None:
     model = make_tiny("helium")
     model.model.layers[1].more = Odd("gated")
-    with pytest.raises(CfspError, match="one module of three Linear, found mlp, more"):
+    with pytest.raises(CfspError, match="HeliumDecoderLayer should have one FFN, found mlp, more"):
         detect_layout(model)
     model = make_tiny("helium")
     model.model.layers[1].mlp = Odd("gated")
