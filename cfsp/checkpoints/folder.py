@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CfspError, reason
 from ..io.safetensors import TensorInfo
 from ..io.shard_writer import MAX_SHARD_BYTES, ShardWriter, pack_shards, write_index
 from ..models import modeling_cfsp
-from ..models.loading import check_has_config, load_config, pick_device
+from ..models.loading import auto_class, check_has_config, load_config, pick_device
 from ..models.opening import OpenModel
 from ..models.pruned_classes import is_stock
 from ..models.tensors import saved_tensors, tensor_infos
@@ -36,10 +36,10 @@ def load(
     """
     where = pick_device(device)
     check_has_config(folder)
-    load_config(str(folder))
+    kind = auto_class(load_config(str(folder)))
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     options = {"dtype": precision, "trust_remote_code": False, **options}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    model = kind.from_pretrained(str(folder), **options)
     return model.to(where).eval()
 
 

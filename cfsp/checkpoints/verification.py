@@ -29,7 +29,7 @@ class Probe:
 
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
     """[1, 16] fixed tokens to which a reloaded model must say the same, to the last bit."""
-    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.vocab_size
+    return (torch.arange(PROBE_TOKENS)[None] * 7919) % model.config.get_text_config().vocab_size
 
 
 @torch.no_grad()

@@ -61,7 +61,9 @@ def footprints(
     described: Description, plan: PruningPlan, table: LatencyTable | None = None
 ) -> Footprints:
     """What a plan makes of a model, at the batch and length of the table or else the budget."""
-    limit = getattr(described.model.config, "max_position_embeddings", None) or LENGTH
+    limit = (
+        getattr(described.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    )
     shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
 

@@ -15,7 +15,7 @@ from ..weights.sources import Source
 from .ffns.channels import ChannelGroup
 from .ffns.ffn import FFN
 from .inspection import check_folder_files, inspect
-from .layouts import Layout
+from .layouts import Layout, text_decoder
 from .loading import folder_name, load_config, quiet_loading
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
@@ -134,16 +134,16 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
 
 
 def block_path(model: PreTrainedModel) -> str:
-    """The path of the decoder blocks: the longest list of modules in the base model that is not
+    """The path of the decoder blocks: the longest list of modules in the text decoder that is not
     itself in a list (experts are)."""
+    prefix, decoder = text_decoder(model)
     lists = {
         name: len(module)
-        for name, module in model.base_model.named_modules()
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList)
     }
     if not lists:
         raise CfspError(f"{type(model).__name__} has no list of decoder blocks")
     outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
     longest = max(outermost, key=lambda name: lists[name])
-    prefix = model.base_model_prefix if model.base_model is not model else ""
     return f"{prefix}.{longest}" if prefix else longest

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from .ffns.detected_experts import stacked_ffns
 from .ffns.experts import ExpertsFFN
 from .ffns.ffn import FFN, FUSED_ACTIVATIONS
-from .layouts import Layout, known_layout, unsupported
+from .layouts import Layout, known_layout, text_decoder, unsupported
 from .modeling_cfsp import set_parameter
 from .surgery import on_meta, set_buffers_
 from .width_names import with_width_names
@@ -24,7 +24,11 @@ COMPUTED = "down(act(gate(x)) * up(x)) or down(act(up(x)))"
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The layout of a model, which may be on meta: the one written down, or what it shows."""
-    return known_layout(model.config.model_type) or detect_layout(model)
+    text = model.config.get_text_config()
+    known = known_layout(text.model_type)
+    if known is None:
+        return detect_layout(model)
+    return known if text is model.config else replace(known, blocks=_blocks(model)[0])
 
 
 def detect_layout(model: PreTrainedModel) -> Layout:
@@ -56,11 +60,12 @@ def detect_layout(model: PreTrainedModel) -> Layout:
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The one list of as many modules as the config says the model has blocks."""
+    """The one list of as many modules as the config says the text decoder has blocks."""
     count = model.config.get_text_config().num_hidden_layers
+    prefix, decoder = text_decoder(model)
     lists = {
-        name: module
-        for name, module in model.named_modules()
+        f"{prefix}.{name}".lstrip("."): module
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     depth = min((name.count(".") for name in lists), default=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
 from ..errors import CfspError
 from ..io.documents import check_regular
@@ -45,7 +45,8 @@ def check_folder_files(folder: Path) -> None:
 
 
 def check_config(name: str | Path, config: Any) -> None:
-    """Raise CfspError for the config of anything but a plain decoder of transformers."""
+    """Raise CfspError for the config of anything but a decoder of transformers, or one of text
+    beside a vision tower."""
     kind = config.model_type
     try:
         parts = [config, config.get_text_config()]
@@ -61,13 +62,14 @@ def check_config(name: str | Path, config: Any) -> None:
             code = getattr(part, f"_{choice}", None)
             if "/" in str(code):
                 raise CfspError(f"{name}: {choice} {code!r} of its config is code from the hub")
-    if parts[1] is not config or config.sub_configs:
-        raise unsupported(
-            kind, "it is multimodal, and its text decoder is not pruned apart from the rest"
-        )
-    if config.is_encoder_decoder:
+    if any(part.is_encoder_decoder for part in parts):
         raise unsupported(kind, "an encoder-decoder")
-    if config.is_heterogeneous and not kind.startswith(PRUNED_PREFIX):
+    *_, text = parts
+    if text is not config and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise unsupported(kind, "it is multimodal, and no model of images and text")
+    if text is not getattr(config, "text_config", text) or (text is config and config.sub_configs):
+        raise unsupported(kind, "it is multimodal, with no text decoder of its own")
+    if text.is_heterogeneous and not kind.startswith(PRUNED_PREFIX):
         raise unsupported(kind, "its blocks have sizes of their own")
 
 

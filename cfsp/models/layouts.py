@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import CfspError
 from .ffns.channels import ChannelGroup, FFNWeights
@@ -140,6 +141,18 @@ TUPLE_BLOCKS = frozenset(
 def known_layout(model_type: str) -> Layout | None:
     """The layout that is written down here for an architecture, pruned or not."""
     return LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
+
+
+def text_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """(path, module) of what decodes text in a model: its base model, or the part of a multimodal
+    one that is built of the config's text config."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return (model.base_model_prefix if model.base_model is not model else ""), model.base_model
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.config is text:
+            return name, module
+    raise unsupported(model.config.model_type, "it is multimodal, with no text decoder of its own")
 
 
 def unsupported(model_type: str, reason: str = "") -> CfspError:

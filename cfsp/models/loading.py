@@ -14,7 +14,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
@@ -60,7 +66,7 @@ def pick_dtype(dtype: str, config: Any, stored: Tensors, *, gguf: bool = False) 
 
 def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:
     """Raise CfspError where a window is longer than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
         raise CfspError(f"seqlen {seqlen} is beyond the model's {limit} positions")
 
@@ -159,9 +165,16 @@ def load_config(model: str | Path) -> Any:
     return load_part(name, AutoConfig, **options)
 
 
-def load_weights(name: str, **options: Any) -> PreTrainedModel:
-    """A causal LM with every tensor read: transformers would make up those that are missing."""
-    model, info = load_part(name, AutoModelForCausalLM, output_loading_info=True, **options)
+def auto_class(config: Any) -> Any:
+    """The Auto class of a model: where its config has one of text beside others, the class that
+    has those parts too, whatever text-only class the family may have."""
+    text_only = config.get_text_config() is config
+    return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+
+
+def load_weights(name: str, config: Any, **options: Any) -> PreTrainedModel:
+    """A model with every tensor read: transformers would make up those that are missing."""
+    model, info = load_part(name, auto_class(config), output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found := sorted(str(key) for key in info[kind]):
             what = kind.replace("_", " ")
@@ -187,12 +200,12 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     Raises CfspError for a config that no causal LM can be built of."""
     from accelerate import init_empty_weights
 
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise CfspError(f"num_hidden_layers {shown(layers)} is more than any model has")
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()  # left out with the values
         _keep_in_fp32_(model, dtype)
     except Exception as error:  # of whatever kind a family's own code raises

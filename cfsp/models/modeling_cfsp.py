@@ -2,11 +2,14 @@
 """Decoders whose FFN has a width of its own in every block, of any family of transformers.
 
 Self-contained: this file lies beside the weights of a pruned model, so that
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads it anywhere, and it
-is the module that the package ``cfsp`` registers with transformers.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``, or for a multimodal model
+``AutoModelForImageTextToText``, loads it anywhere, and it is the module that the package ``cfsp``
+registers with transformers.
 
 A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transformers' own
-``LlamaForCausalLM``, built by it and then given the widths of ``config.json``:
+``LlamaForCausalLM``, built by it and then given widths of its own per block.
+
+In ``config.json``, of a multimodal model in its ``text_config``, are
 
 * ``per_layer_config``: the widths of every block, under the names that the family has for them;
 * ``cfsp_config``: ``blocks``, the path of the blocks in the base model; ``channels``, for each
@@ -33,6 +36,7 @@ WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim")
 AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
@@ -46,9 +50,10 @@ def stock_config(config_class):
 
 
 def family_classes(stock_config):
-    """transformers' own classes for a config class, by Auto class."""
+    """transformers' own classes for a config class, by Auto class; not those of its text config."""
     tables = {auto: getattr(transformers, table) for auto, table in AUTO_CLASSES.items()}
-    return {auto: table[stock_config] for auto, table in tables.items() if stock_config in table}
+    found = {auto: table[stock_config] for auto, table in tables.items() if stock_config in table}
+    return {auto: kind for auto, kind in found.items() if kind.config_class is stock_config}
 
 
 def set_parameter(block, name, parameter):
@@ -109,6 +114,8 @@ class PerBlockConfig:
     are checked against that, which AutoTokenizer has done as it looks into config.json."""
 
     def to_dict(self):
+        if self.get_text_config() is not self:  # the widths are in there, and its blocks' number
+            return super().to_dict()
         return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}
 
 
@@ -121,25 +128,26 @@ class PerBlockWidths:
         return False
 
     def __init__(self, config, *args, **kwargs):
-        config.allow_global_per_layer_attribute_access = True
-        with one_width(config):
+        text = config.get_text_config()
+        text.allow_global_per_layer_attribute_access = True
+        with one_width(text):
             super().__init__(config, *args, **kwargs)
         with torch.no_grad():
-            resize_ffns(self.base_model, config)
+            resize_ffns(self.base_model, text)
         self.post_init()
 
 
-def register_conversions(own, stock, causal_lm):
+def register_conversions(own, stock, with_head):
     """Where checkpoints of a family have other names or shapes than its modules, so have ours; and
-    a class that has the decoder under another name than the causal LM finds it in its weights."""
+    a class that has the decoder under another name than the LM finds it in its weights."""
     config, stock_config = own.config_class, stock.config_class
     names = (own.__name__, stock.__name__), (config.model_type, stock_config.model_type)
     for mine, theirs in names:
         conversions = get_checkpoint_conversion_mapping(theirs)
         if conversions is not None:
             register_checkpoint_conversion_mapping(mine, conversions, overwrite=True)
-    if stock.base_model_prefix not in ("", causal_lm.base_model_prefix):
-        decoder = rf"^{causal_lm.base_model_prefix}\."
+    if stock.base_model_prefix not in ("", with_head.base_model_prefix):
+        decoder = rf"^{with_head.base_model_prefix}\."
         renaming = WeightRenaming(decoder, f"{stock.base_model_prefix}.")
         known = get_checkpoint_conversion_mapping(own.__name__) or []
         register_checkpoint_conversion_mapping(own.__name__, [renaming, *known], overwrite=True)
@@ -162,8 +170,9 @@ def __getattr__(name):
     own = globals()[name] = type(name, (base, stock), {**values, "__module__": __name__})
     if issubclass(own, PerBlockWidths):
         family = family_classes(stock.config_class)
-        register_conversions(own, stock, family["AutoModelForCausalLM"])
-        if stock is not family["AutoModel"]:  # heads make their decoder by AutoModel
+        causal_lm = family.get("AutoModelForCausalLM")
+        register_conversions(own, stock, family.get("AutoModelForImageTextToText", causal_lm))
+        if stock is not family.get("AutoModel", stock):  # heads make their decoder by AutoModel
             decoder = pruned_class(family["AutoModel"])
             transformers.AutoModel.register(own.config_class, decoder, exist_ok=True)
     return own

@@ -140,7 +140,7 @@ def open_model(
     name, options = pretrained(found.path)
     gguf = found.path.is_file()
     precision = "float32" if gguf and dtype == "auto" else dtype
-    loaded = load_weights(name, dtype=precision, **options)
+    loaded = load_weights(name, found.skeleton.config, dtype=precision, **options)
     if gguf:
         loaded = _without_gguf(loaded)
     _check_outer(str(found.path), loaded, found.layout)

@@ -39,18 +39,26 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
         register_family(stock_type.model_type)
         classes = (pruned_class(classes[0]), pruned_class(classes[1]))
         config = pruned_class(stock_type)(
-            **_values(model, widths),
-            allow_global_per_layer_attribute_access=True,
-            per_layer_config=dict(enumerate(widths)),
-            cfsp_config={**summary, **_description(model, layout, own.keys() - stock_own.keys())},
+            **_values(
+                model.config,
+                **_largest(widths),
+                allow_global_per_layer_attribute_access=True,
+                per_layer_config=dict(enumerate(widths)),
+                cfsp_config={
+                    **summary,
+                    **_description(model, layout, own.keys() - stock_own.keys()),
+                },
+            )
         )
     config.architectures = [classes[0].__name__]
-    for choice in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, choice, getattr(model.config, choice))
+    before = _parts(model.config)
+    successors = {id(was): now for was, now in zip(before, _parts(config), strict=True)}
+    for was in before:
+        for choice in ("_attn_implementation", "_experts_implementation"):
+            setattr(successors[id(was)], choice, getattr(was, choice))
     for module in model.modules():
-        if getattr(module, "config", None) is model.config and module is not model:
-            module.config = config
-    model.config = config
+        if id(getattr(module, "config", None)) in successors:
+            module.config = successors[id(module.config)]
     model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
 
@@ -69,18 +77,33 @@ def stock_model(
     """What a model's family builds, on meta, where every width is the largest of the blocks' (under
     the names of the config); ``more``: values of the config."""
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
-    default = stock_type()
+    default = type(model.config.get_text_config())()
     # A width that the family has no value for follows from others there.
-    unknown = {name for block in widths for name in block if not hasattr(default, name)}
-    known = {k: v for k, v in _values(model, widths).items() if k not in unknown}
-    return make_skeleton(stock_type(**known, **more), model.dtype)
+    known = {k: v if hasattr(default, k) else None for k, v in _largest(widths).items()}
+    return make_skeleton(stock_type(**_values(model.config, **known, **more)), model.dtype)
 
 
-def _values(model: PreTrainedModel, widths: list[dict[str, int]]) -> dict[str, Any]:
-    """A model's config with the largest widths, as its family would say it."""
-    values = {k: v for k, v in model.config.to_dict().items() if k not in OF_PRUNED}
+def _parts(config: Any) -> list[Any]:
+    """A config and those of its parts, of text and of vision."""
+    parts = [getattr(config, name) for name in sorted(config.sub_configs)]
+    return [config, *(part for part in parts if part is not None)]
+
+
+def _largest(widths: list[dict[str, int]]) -> dict[str, int]:
     names = {name for block in widths for name in block}
-    return {**values, **{name: max(block.get(name, 0) for block in widths) for name in names}}
+    return {name: max(block.get(name, 0) for block in widths) for name in names}
+
+
+def _values(config: Any, **changed: Any) -> dict[str, Any]:
+    """A config as its family would say it, but for ``changed`` values, of which None are left out:
+    in the text config of a multimodal model."""
+    values = {k: v for k, v in config.to_dict().items() if k not in OF_PRUNED}
+    text = config.get_text_config()
+    if text is not config:
+        own = {"model_type": text.model_type, **_values(text, **changed)}
+        return {**values, "text_config": own}
+    values |= changed
+    return {k: v for k, v in values.items() if k not in changed or v is not None}
 
 
 def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dict[str, Any]:
