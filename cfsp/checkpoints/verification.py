@@ -23,8 +23,9 @@ class Probe:
     logits: torch.Tensor
     buffers: dict[str, torch.Tensor]
     """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
-    kernels: dict[str, str] = field(default_factory=dict)
-    """The implementations with which it computes, which a config in a file does not say."""
+    kernels: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    """The implementations with which it and its parts compute, as ``from_pretrained`` takes them:
+    a config in a file does not say."""
 
 
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -38,9 +39,16 @@ def take_probe(model: PreTrainedModel) -> Probe:
     logits = model(input_ids=ids, use_cache=False).logits.cpu()
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-    names = ("attn_implementation", "experts_implementation")
-    kernels = {name: getattr(model.config, f"_{name}", None) for name in names}
-    return Probe(logits, buffers, {name: kernel for name, kernel in kernels.items() if kernel})
+    parts = {name: getattr(model.config, name) for name in sorted(model.config.sub_configs)}
+    kernels = {
+        choice: {
+            name: getattr(config, f"_{choice}", None)
+            for name, config in {"": model.config, **parts}.items()
+            if config is not None
+        }
+        for choice in ("attn_implementation", "experts_implementation")
+    }
+    return Probe(logits, buffers, {name: own for name, own in kernels.items() if any(own.values())})
 
 
 def ridden_probe(opened: OpenModel) -> torch.Tensor:

@@ -122,6 +122,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 """``model_type`` of a transformers config -> its layout."""
 
+TEXT_PARTS: dict[str, Layout] = dict.fromkeys(("glm4v_text", "glm_ocr_text"), FUSED)
+"""The same of text decoders that only multimodal models have; their blocks are at other paths."""
+
 PRUNED_PREFIX = "cfsp_"
 """A pruned checkpoint with a width of its own per block has this before its ``model_type``."""
 
@@ -140,7 +143,7 @@ TUPLE_BLOCKS = frozenset(
 
 def known_layout(model_type: str) -> Layout | None:
     """The layout that is written down here for an architecture, pruned or not."""
-    return LAYOUTS.get(model_type.removeprefix(PRUNED_PREFIX))
+    return {**LAYOUTS, **TEXT_PARTS}.get(model_type.removeprefix(PRUNED_PREFIX))
 
 
 def text_decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
