@@ -17,10 +17,16 @@ Rows = Sequence[tuple[str, str, str]]
 
 
 def model_card(
-    plan: PruningPlan, record: Mapping[str, Any], sizes: Rows, stock: bool, terms: Mapping[str, Any]
+    plan: PruningPlan,
+    record: Mapping[str, Any],
+    sizes: Rows,
+    stock: bool,
+    auto: str,
+    terms: Mapping[str, Any],
 ) -> str:
     """README.md with the hub's front matter. ``record``: recipe.yaml; ``stock``: whether it is an
-    architecture of transformers itself; ``terms``: the license, as the front matter says it."""
+    architecture of transformers itself; ``auto``: the Auto class that loads it; ``terms``: the
+    license, as the front matter says it."""
     name, result = record["provenance"]["model"], record["result"]
     counts = plan.recipe.calibration.windows_by_dataset
     several = ", ".join(f"{_code(dataset)} ({count})" for dataset, count in counts.items())
@@ -35,6 +41,8 @@ def model_card(
         fits=result.get("fits"),
         refits=result.get("refits"),
         stock=stock,
+        auto=auto,
+        task="text-generation" if auto == "AutoModelForCausalLM" else "image-text-to-text",
     )
 
 

@@ -81,9 +81,19 @@ class Result:
         return str(self.config.get("model_type", "")).removeprefix(PRUNED_PREFIX)
 
     @property
+    def auto_class(self) -> str:
+        """See :func:`auto_class_name`."""
+        return auto_class_name(self.config)
+
+    @property
     def stock(self) -> bool:
         """Whether it is an architecture of transformers itself."""
         return self.family == str(self.config.get("model_type", ""))
+
+
+def auto_class_name(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads a model, by its config.json."""
+    return "AutoModelForImageTextToText" if "text_config" in config else "AutoModelForCausalLM"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -155,10 +165,11 @@ def write_documents(
     stock: bool,
     source: Path | None,
 ) -> None:
-    """plan.json, recipe.yaml and README.md of a pruned model, see :func:`card.model_card`;
-    ``source``: the folder of the dense one."""
+    """plan.json, recipe.yaml and README.md of a pruned model whose config.json is there, see
+    :func:`card.model_card`; ``source``: the folder of the dense one."""
     save_plan(plan, folder / PLAN)
-    _write(folder, record, model_card(plan, record, sizes, stock, front_matter_terms(source)))
+    auto, terms = auto_class_name(read_json(folder / "config.json")), front_matter_terms(source)
+    _write(folder, record, model_card(plan, record, sizes, stock, auto, terms))
 
 
 def add_recovery(pruned: PrunedFolder, folder: Path, entry: Mapping[str, Any]) -> None:

@@ -18,9 +18,17 @@ from ..models.opening import OpenModel
 from ..models.pruned_classes import is_stock
 from ..models.tensors import saved_tensors, tensor_infos
 from ..weights.mapping import converted
-from .terms import copy_terms
+from .terms import copy_terms, is_of
 
 MODELING_FILE = Path(modeling_cfsp.__file__)
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""What a multimodal model has beside its tokenizer, for AutoProcessor."""
 
 
 def load(
@@ -96,9 +104,15 @@ def write_settings(opened: OpenModel, folder: Path) -> None:
 
 
 def write_companions(opened: OpenModel, folder: Path) -> None:
-    """Generation config, the tokenizer with its chat template, and the terms of the license."""
+    """Generation config, the tokenizer with its chat template, what prepares images, and the terms
+    of the license."""
     if opened.model.generation_config is not None:
         opened.model.generation_config.save_pretrained(folder)
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(folder)
+    source, config = opened.folder, opened.model.config
+    if source is not None and config.get_text_config() is not config:
+        for name in PROCESSOR_FILES:
+            if is_of(source, source / name) and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
     copy_terms(opened.folder, folder)

@@ -23,13 +23,13 @@ def copy_terms(source: Path | None, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         if not file.name.lower().startswith(TERMS) or file.suffix.lower() in WEIGHTS_AND_CODE:
             continue
-        if _is_of(source, file) and file.stat().st_size <= MAX_BYTES:
+        if is_of(source, file) and file.stat().st_size <= MAX_BYTES:
             shutil.copyfile(file, folder / file.name)
         else:
             warnings.warn(f"{file} is not copied: not a file in there of up to 1 MiB", stacklevel=2)
 
 
-def _is_of(folder: Path, file: Path) -> bool:
+def is_of(folder: Path, file: Path) -> bool:
     """Whether a file, behind a link or not, lies in a folder, or where the hub's cache keeps what
     its folders link to: terms are published with the result, and nothing else may be."""
     try:
@@ -42,7 +42,7 @@ def _is_of(folder: Path, file: Path) -> bool:
 
 def front_matter_terms(source: Path | None) -> dict[str, Any]:
     """What the card of a model's folder says of the license; {} where it has none to read."""
-    if source is None or not _is_of(source, source / "README.md"):
+    if source is None or not is_of(source, source / "README.md"):
         return {}
     with (source / "README.md").open(errors="replace") as stream:
         head = stream.read(MAX_BYTES)

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ class Probe:
     logits: torch.Tensor
     buffers: dict[str, torch.Tensor]
     """Those that no checkpoint holds, such as the rotary frequencies: made anew on loading."""
-    kernels: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict)
     """The implementations with which it and its parts compute, as ``from_pretrained`` takes them:
     a config in a file does not say."""
 

@@ -208,7 +208,8 @@ def _learning(
     model, layout = opened.model, opened.layout
     learner: Any = model
     stored = {name: value.dtype for name, value in model.named_parameters()}
-    config, kept = vars(model.config), dict(vars(model.config))
+    configs = {id(part): vars(part) for part in (model.config, model.config.get_text_config())}
+    kept = {key: dict(values) for key, values in configs.items()}
     model.requires_grad_(False)
     if not half or settings.method == "ffn":
         for value in model.parameters():  # not buffers such as the rotary frequencies
@@ -229,8 +230,9 @@ def _learning(
     model.requires_grad_(False)
     for name, value in model.named_parameters():
         value.data = value.data.to(stored[name])
-    config.clear()  # the Trainer turned the cache off
-    config.update(kept)
+    for key, values in configs.items():  # the Trainer turned the cache off
+        values.clear()
+        values.update(kept[key])
 
 
 @contextmanager

@@ -13,8 +13,8 @@ def loading_commands(result: Result, path: str) -> list[tuple[str, str]]:
     text, word = json.dumps(path), shlex.quote(path)
     trust = "" if result.stock else ", trust_remote_code=True"
     python = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({text}{trust})\n"
+        f"from transformers import {result.auto_class}, AutoTokenizer\n\n"
+        f"model = {result.auto_class}.from_pretrained({text}{trust})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({text})"
     )
     if not result.stock:
@@ -27,6 +27,9 @@ def loading_commands(result: Result, path: str) -> list[tuple[str, str]]:
         vllm += " --trust-remote-code"
         if result.family in [family.lower() for family in NATIVE_FAMILIES]:
             vllm = f"vllm serve {word}    # cfsp installed beside it: native\n{vllm}"
+    commands = [("transformers", python), ("vLLM", vllm)]
+    if result.auto_class != "AutoModelForCausalLM":  # which no format is exported to
+        return commands
     gguf = ARCHITECTURES.get(result.family)
     if gguf and (result.stock or gguf[1]):
         llama = f"cfsp export {word} --to gguf --out model.gguf\nllama-server -m model.gguf"
@@ -35,4 +38,4 @@ def loading_commands(result: Result, path: str) -> list[tuple[str, str]]:
             f"cfsp export {word} --to padded --out padded\n"
             "python convert_hf_to_gguf.py padded    # of llama.cpp"
         )
-    return [("transformers", python), ("vLLM", vllm), ("llama.cpp", llama)]
+    return [*commands, ("llama.cpp", llama)]

@@ -14,6 +14,7 @@ from ...errors import CfspError
 from ...io.safetensors import read_index, read_tensors
 from ...models.blocks import LiveBlocks
 from ...models.layouts import PRUNED_PREFIX
+from ...models.loading import load_config
 from ...models.opening import OpenModel, open_any
 from ...models.tensors import saved_tensors, tensor_infos
 from ...weights.mapping import converted
@@ -90,6 +91,11 @@ class ExportSource:
 
 def open_source(model: str | Path) -> ExportSource:
     """Open a model folder, hub id or GGUF file on the CPU, in the dtype that it is stored in."""
+    config = load_config(model)
+    if config.get_text_config() is not config:
+        raise CfspError(
+            f"cannot export {model}: {config.model_type!r} is multimodal, formats are not"
+        )
     opened = open_any(model, device="cpu")
     return ExportSource(model, opened, opened.layout.intermediate_sizes(opened.model))
 

@@ -1,0 +1,395 @@
+"""Text decoders of multimodal models: calibrated on text, the vision tower copied, and the folder
+reloads as what it was."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+import cfsp
+from cfsp.checkpoints.exports.source import open_source
+from cfsp.errors import CfspError
+from cfsp.models.descriptions import describe
+from cfsp.models.opening import open_model, open_streamed
+
+from ..conftest import TEXT, TINY, make_tokenizer
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "depth": 4,  # as many blocks as the text has
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+IMAGE = 259
+"""The token that stands for a part of an image."""
+QWEN = {"image_token_id": IMAGE, "vision_config": QWEN_VISION}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        **QWEN,
+        "text_config": {"rope_parameters": ROPE},
+        "vision_config": {"embed_dim": 32, "hidden_size": 32, "depth": 1, "num_heads": 2},
+    },
+    "qwen2_5_vl": {**QWEN, "text_config": {"rope_parameters": ROPE}},
+    "qwen3_vl": {
+        **QWEN,
+        "text_config": {"rope_parameters": ROPE},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+    },
+    "qwen3_5": {**QWEN, "text_config": LINEAR},
+    "gemma3": {
+        "image_token_index": IMAGE,
+        "mm_tokens_per_image": 4,
+        "text_config": {"sliding_window": 8},
+        "vision_config": VISION,
+    },
+    "mistral3": {"vision_config": {"model_type": "pixtral", **VISION}},
+    "glm4v": {**QWEN, "text_config": {"rope_parameters": ROPE}},
+    "llava": {
+        "image_token_index": IMAGE,
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+    },
+    "internvl": {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+    },
+}
+PIXELS = {"pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))}
+IMAGES: dict[str, tuple[int, dict[str, torch.Tensor]]] = {
+    "gemma3": (4, PIXELS),
+    "llava": (4, PIXELS),
+    "qwen3_vl": (
+        1,
+        {
+            "pixel_values": torch.randn(4, 1176, generator=torch.Generator().manual_seed(2)),
+            "image_grid_thw": torch.tensor([[1, 2, 2]]),
+            "mm_token_type_ids": (torch.arange(25) == 6).int()[None],
+        },
+    ),
+}
+"""How many tokens an image has, and what the model takes beside them."""
+TEXT_IDS = torch.arange(24)[None] * 11 % 256
+OWN, UNIFORM = "own", "uniform"
+CASES = [(name, case) for name in FAMILIES for case in (OWN, UNIFORM)]
+RECIPES = {
+    OWN: cfsp.Recipe(
+        scorer="cfsp",
+        sparsity=0.3,
+        width_multiple=1,
+        micro_batch=2,
+        calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=16),
+    )
+}
+RECIPES[UNIFORM] = replace(RECIPES[OWN], sparsity=1 / 3, uniform=True, width_multiple=8)
+OPTIONS: dict[str, Any] = {"eval_windows": 0, "progress": False}
+
+
+@torch.no_grad()
+def make(name: str) -> PreTrainedModel:
+    text = {**TINY, **FAMILIES[name].get("text_config", {})}
+    config = AutoConfig.for_model(name, **{**FAMILIES[name], "text_config": text})
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(0, 0.15)
+    return model
+
+
+def save(name: str, folder: Path) -> Path:
+    make(name).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor = TEXT_IDS, **more: Any) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **more).logits
+
+
+def inside_blocks(name: str) -> bool:
+    return ".layers." in name and "vision" not in name and "visual" not in name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+Prune = Callable[[str, str], tuple[Path, cfsp.PruneResult]]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Prune:
+    """The dense folder of a family, and the result of pruning it."""
+    root = tmp_path_factory.mktemp("multimodal")
+
+    @cache
+    def dense(name: str) -> Path:
+        return save(name, root / name)
+
+    @cache
+    def prune(name: str, case: str) -> tuple[Path, cfsp.PruneResult]:
+        out = root / f"{name}-{case}"
+        return dense(name), cfsp.prune(dense(name), out=out, recipe=RECIPES[case], **OPTIONS)
+
+    return prune
+
+
+@torch.no_grad()
+def mask(model: PreTrainedModel, result: cfsp.PruneResult) -> PreTrainedModel:
+    """The dense model without the channels that were removed."""
+    blocks = model.get_decoder().layers
+    for block, plan in zip(blocks, result.plan.blocks, strict=True):
+        gone = torch.ones(plan.intermediate_size).scatter(0, plan.flat_kept, 0).bool()
+        block.mlp.down_proj.weight[:, gone] = 0
+    return model
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
+    name: str, case: str, pruned: Prune
+) -> None:
+    folder, result = pruned(name, case)
+    dense = open_model(folder).model
+    whole, expected = logits(dense), logits(mask(dense, result))
+    model = cfsp.load(result.out)
+    assert type(model).__name__ == ("CFSP" if case == OWN else "") + type(dense).__name__
+    assert torch.allclose(logits(model), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(whole, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_so_it_does_where_it_sees_an_image(name: str, pruned: Prune) -> None:
+    folder, result = pruned(name, OWN)
+    tokens, image = IMAGES[name]
+    ids = torch.cat([TEXT_IDS[:, :6], torch.full((1, tokens), IMAGE), TEXT_IDS[:, 6:]], dim=1)
+    dense = mask(open_model(folder).model, result)
+    model = cfsp.load(result.out)
+    seen = logits(model, ids, **image)
+    assert torch.allclose(seen, logits(dense, ids, **image), atol=1e-5, rtol=1e-5)
+    changed = {**image, "pixel_values": image["pixel_values"] * 2}
+    assert not torch.allclose(seen, logits(model, ids, **changed), atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_what_is_outside_of_the_blocks_is_copied(name: str, case: str, pruned: Prune) -> None:
+    folder, result = pruned(name, case)
+    before = load_file(folder / "model.safetensors")
+    after = load_file(result.out / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(inside_blocks(key) and ".mlp." in key for key in changed)
+    assert any("vision" in key or "visual" in key for key in after)
+    said = [json.loads((f / "config.json").read_text()) for f in (folder, result.out)]
+    assert said[0]["vision_config"] == said[1]["vision_config"]
+    for token in (key for key in said[0] if "token" in key):
+        assert said[0][token] == said[1][token]
+    assert ("per_layer_config" in said[1]["text_config"]) == (case == OWN)
+    assert AutoTokenizer.from_pretrained(result.out)("a")["input_ids"] == [64]
+
+
+FRESH = """
+import sys, torch
+if sys.argv[1] == "trusted":
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("cfsp", "cfsp_kernels"):
+                raise ImportError("cfsp is not installed here")
+    sys.meta_path.insert(0, Refuse())
+else:
+    import cfsp
+from transformers import AutoModel, AutoModelForImageTextToText
+ids, trust = torch.arange(24)[None] * 11 % 256, sys.argv[1] == "trusted"
+def load(folder):
+    load = AutoModelForImageTextToText.from_pretrained
+    model, info = load(folder, trust_remote_code=trust, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=ids, use_cache=False).logits
+for folder in sys.argv[2:]:
+    try:
+        model = load(folder)
+        first = logits(model)
+        tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
+        torch.save((first, tokens), folder + "." + sys.argv[1])
+        if trust:
+            model.save_pretrained(folder + "-again")
+            assert torch.equal(first, logits(load(folder + "-again"))), "another model"
+            base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+            assert type(base).__name__.startswith("CFSP") == ("-own" in folder), type(base)
+    except Exception as error:
+        raise RuntimeError(folder) from error
+"""
+
+
+@pytest.fixture(scope="module", params=["trusted", "registered"])
+def fresh(
+    request: pytest.FixtureRequest, pruned: Prune, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    """Logits and tokens of every result as another process has them: without cfsp, and with it
+    imported and no trust in the folder's code."""
+    folders = {key: str(pruned(*key)[1].out) for key in CASES}
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, request.param, *folders.values()],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "PATH": "",
+            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return lambda name, case: torch.load(f"{folders[name, case]}.{request.param}")
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_it_reloads_to_the_last_bit_in_another_process(
+    name: str,
+    case: str,
+    pruned: Prune,
+    fresh: Callable[[str, str], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    model = cfsp.load(pruned(name, case)[1].out)
+    said, tokens = fresh(name, case)
+    assert torch.equal(said, logits(model))
+    assert torch.equal(tokens, model.generate(TEXT_IDS, max_new_tokens=3, do_sample=False))
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_in_memory_gives_what_comes_from_disk(case: str, pruned: Prune, tmp_path: Path) -> None:
+    folder, result = pruned("qwen3_vl", case)
+    assert open_streamed(folder) is not None
+    opened = open_model(folder)
+    out = tmp_path / "out"
+    live = cfsp.prune(opened.model, opened.tokenizer, RECIPES[case], out=out, **OPTIONS).model
+    assert torch.equal(logits(live), logits(cfsp.load(result.out)))
+    for file in ("model.safetensors", "config.json", "plan.json"):
+        assert (out / file).read_bytes() == (result.out / file).read_bytes(), file
+    for module in live.modules():  # no part keeps what the dense one said of itself
+        config = getattr(module, "config", live.config)
+        assert config in (live.config, live.config.text_config, live.config.vision_config)
+    again = cfsp.prune(out, out=tmp_path / "again", recipe=RECIPES[case], **OPTIONS)
+    assert sum(again.plan.widths) < sum(result.plan.widths)
+
+
+def test_the_card_and_the_report_name_the_class_that_loads_it(pruned: Prune) -> None:
+    out = pruned("qwen3_vl", OWN)[1].out
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust" in card
+    page = cfsp.report([out]) if hasattr(cfsp, "report") else ""
+    assert "AutoModelForCausalLM" not in card + str(page)
+
+
+def test_what_prepares_images_goes_with_the_model(tmp_path: Path) -> None:
+    from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor
+
+    folder = save("llava", tmp_path / "dense")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14).save_pretrained(folder)
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (folder / "chat_template.json").symlink_to(tmp_path / "elsewhere.json")
+    for case, recipe in RECIPES.items():
+        cfsp.prune(folder, out=tmp_path / case, recipe=recipe, **OPTIONS)
+        processor = AutoProcessor.from_pretrained(tmp_path / case)
+        assert (type(processor), processor.patch_size) == (LlavaProcessor, 14)
+        assert not (tmp_path / case / "chat_template.json").exists()
+
+
+def test_it_is_evaluated_and_recovered_as_what_it_is(pruned: Prune, tmp_path: Path) -> None:
+    out = pruned("qwen2_5_vl", OWN)[1].out
+    perplexity = cfsp.evaluate(out, dataset=TEXT, windows=2, seqlen=16, progress=False)
+    assert perplexity.perplexity > 1
+    settings = cfsp.Recovery(
+        calibration=cfsp.Calibration(dataset=TEXT, samples=4, seqlen=16), rank=2, steps=2
+    )
+    result = cfsp.recover(out, out=tmp_path / "recovered", settings=settings, progress=False)
+    assert type(result.model).__name__ == "CFSPQwen2_5_VLForConditionalGeneration"
+    before, after = (load_file(f / "model.safetensors") for f in (out, tmp_path / "recovered"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(inside_blocks(key) for key in changed)
+    said = [json.loads((f / "config.json").read_text()) for f in (out, tmp_path / "recovered")]
+    assert said[0] == said[1]
+
+
+def test_another_dtype_is_that_of_every_part(tmp_path: Path) -> None:
+    folder = save("gemma3", tmp_path / "dense")
+    recipe = replace(RECIPES[OWN], dtype="bfloat16")
+    cfsp.prune(folder, out=tmp_path / "out", recipe=recipe, **OPTIONS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        assert part.get("dtype", "bfloat16") == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_are_those_of_the_text(name: str, tmp_path: Path) -> None:
+    make(name).config.save_pretrained(tmp_path)
+    found = describe(tmp_path / "config.json")
+    assert (found.refusal, found.blocks) == ("", "model.language_model.layers")
+    assert len(found.ffns) == TINY["num_hidden_layers"]
+
+
+def test_formats_hold_no_vision(pruned: Prune) -> None:
+    with pytest.raises(CfspError, match="cannot export .*: 'cfsp_qwen3_vl' is multimodal"):
+        open_source(pruned("qwen3_vl", OWN)[1].out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("qwen2_audio", "no model of images and text"),
+        ("qwen2_5_omni", "no model of images and text"),
+        ("chameleon", "no text decoder of its own"),
+        ("florence2", "an encoder-decoder"),
+        ("mllama", "its blocks cannot be run one by one"),
+    ],
+)
+def test_what_it_cannot_be_done_to_is_refused_in_one_line(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(CfspError, match=rf"unsupported architecture '{kind}': .*{reason}") as told:
+        found = describe(tmp_path / "config.json")
+        raise CfspError(found.refusal)
+    assert "\n" not in str(told.value)
