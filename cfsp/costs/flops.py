@@ -65,7 +65,9 @@ class Attention:
 
 
 def attention_of(config: Any) -> Attention:
-    text = config.get_text_config()
+    *_, text = (
+        config.get_text_config().per_layer_config
+    )  # where blocks differ, its heads are largest
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     latent = getattr(text, "kv_lora_rank", None) is not None

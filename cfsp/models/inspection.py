@@ -69,7 +69,8 @@ def check_config(name: str | Path, config: Any) -> None:
         raise unsupported(kind, "it is multimodal, and no model of images and text")
     if text is not getattr(config, "text_config", text) or (text is config and config.sub_configs):
         raise unsupported(kind, "it is multimodal, with no text decoder of its own")
-    if text.is_heterogeneous and not kind.startswith(PRUNED_PREFIX):
+    known = kind.startswith(PRUNED_PREFIX) or type(text)().is_heterogeneous
+    if text.is_heterogeneous and not known:
         raise unsupported(kind, "its blocks have sizes of their own")
 
 

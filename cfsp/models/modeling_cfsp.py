@@ -100,13 +100,16 @@ def resize_ffns(decoder, config):
 
 @contextmanager
 def one_width(config):
-    """Have a config say one width for all blocks, as the stock constructors read it."""
-    widths = config.to_dict().get("per_layer_config")
-    config.per_layer_config = None
+    """Have a config say one width for all blocks, as the stock code reads it; in what else its
+    family has blocks differ, they still do."""
+    layers = config.to_dict().get("per_layer_config") or {}
+    names = {width for width, *_ in config.cfsp_config["channels"].values()}
+    rest = {n: {k: v for k, v in layer.items() if k not in names} for n, layer in layers.items()}
+    config.per_layer_config = rest if any(rest.values()) else None
     try:
         yield
     finally:
-        config.per_layer_config = widths
+        config.per_layer_config = layers or None
 
 
 class PerBlockConfig:
@@ -135,6 +138,10 @@ class PerBlockWidths:
         with torch.no_grad():
             resize_ffns(self.base_model, text)
         self.post_init()
+
+    def initialize_weights(self):
+        with one_width(self.config.get_text_config()):
+            super().initialize_weights()
 
 
 def register_conversions(own, stock, with_head):

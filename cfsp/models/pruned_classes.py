@@ -30,6 +30,7 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
         {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
         for block in layout.find_blocks(model)
     ]
+    rest = _family_layers(model.config, widths)
     stock = stock_model(model, widths, cfsp_config=summary)
     config, stock_type = stock.config, type(stock.config)
     own, stock_own = (parameter_shapes(m) for m in (model, stock))
@@ -43,7 +44,9 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
                 model.config,
                 **_largest(widths),
                 allow_global_per_layer_attribute_access=True,
-                per_layer_config=dict(enumerate(widths)),
+                per_layer_config={
+                    number: {**rest.get(number, {}), **own} for number, own in enumerate(widths)
+                },
                 cfsp_config={
                     **summary,
                     **_description(model, layout, own.keys() - stock_own.keys()),
@@ -80,13 +83,23 @@ def stock_model(
     default = type(model.config.get_text_config())()
     # A width that the family has no value for follows from others there.
     known = {k: v if hasattr(default, k) else None for k, v in _largest(widths).items()}
-    return make_skeleton(stock_type(**_values(model.config, **known, **more)), model.dtype)
+    layers = _family_layers(model.config, widths) or None
+    values = _values(model.config, **known, per_layer_config=layers, **more)
+    return make_skeleton(stock_type(**values), model.dtype)
 
 
 def _parts(config: Any) -> list[Any]:
     """A config and those of its parts, of text and of vision."""
     parts = [getattr(config, name) for name in sorted(config.sub_configs)]
     return [config, *(part for part in parts if part is not None)]
+
+
+def _family_layers(config: Any, widths: list[dict[str, int]]) -> dict[int, dict[str, Any]]:
+    """In what else than their widths a family has blocks differ, by the number of the block."""
+    layers = config.get_text_config().to_dict().get("per_layer_config") or {}
+    names = _largest(widths)
+    found = {int(n): {k: v for k, v in own.items() if k not in names} for n, own in layers.items()}
+    return {number: own for number, own in found.items() if own}
 
 
 def _largest(widths: list[dict[str, int]]) -> dict[str, int]:
