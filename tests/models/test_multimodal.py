@@ -1,6 +1,7 @@
 """Text decoders of multimodal models: calibrated on text, the vision tower copied, and the folder
 reloads as what it was."""
 
+import copy
 import json
 import re
 import subprocess
@@ -419,6 +420,23 @@ def test_blocks_are_those_of_the_text(name: str, tmp_path: Path) -> None:
     found = describe(tmp_path / "config.json")
     assert (found.refusal, found.blocks) == ("", "model.language_model.layers")
     assert len(found.ffns) == (6 if name == "gemma4" else 4)
+
+
+def test_the_text_alone_of_blocks_that_differ_goes_all_the_way(tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_config(make("gemma4").config.text_config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    for case, recipe in RECIPES.items():
+        out = tmp_path / case
+        result = cfsp.prune(tmp_path / "dense", out=out, recipe=recipe, **OPTIONS)
+        model = cfsp.load(out)
+        assert type(model).__name__ == ("CFSP" if case == OWN else "") + "Gemma4ForCausalLM"
+        expected = logits(mask(copy.deepcopy(dense), result))
+        assert torch.allclose(logits(model), expected, atol=1e-5, rtol=1e-5)
+        heads = [layer.head_dim for layer in model.config.per_layer_config]
+        assert heads == [8, 8, 16, 8, 8, 16]
+    again = cfsp.prune(tmp_path / OWN, out=tmp_path / "again", recipe=RECIPES[OWN], **OPTIONS)
+    assert len({layer.intermediate_size for layer in again.model.config.per_layer_config}) > 1
 
 
 def test_vision_without_values_is_refused(tmp_path: Path) -> None:
