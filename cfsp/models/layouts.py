@@ -163,7 +163,7 @@ def unsupported(model_type: str, reason: str = "") -> CfspError:
     why = f": {reason}" if reason else ""
     return CfspError(
         f"unsupported architecture {model_type!r}{why}; supported: {', '.join(LAYOUTS)}, and any "
-        "whose blocks have one FFN of two or three Linear, or none"
+        "whose blocks have one FFN of two or three Linear, experts in 3-D parameters, or none"
     )
 
 

@@ -1,23 +1,30 @@
 """Experts of families that none are written down for: found by structure, observed, cut, saved."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.calibration.collect import collect_statistics
+from cfsp.errors import CfspError
 from cfsp.models.detection import detect_layout
-from cfsp.models.ffns.channels import Routing
+from cfsp.models.ffns.channels import ChannelGroup, CutDown, Routing
+from cfsp.models.ffns.detected_experts import stacked_ffns
+from cfsp.models.ffns.experts import ExpertsFFN
+from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
+from cfsp.models.trial import checked_layout
 
-from ..conftest import make_tiny, make_tokenizer
+from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits
 
 
@@ -184,6 +191,15 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], cfsp.Pru
     return prune
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Grouped products of several threads give other last bits where weights lie otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_experts_and_what_lies_beside_them_are_found(name: str) -> None:
     model, family = make(name), FAMILIES[name]
@@ -309,3 +325,132 @@ def test_an_observed_model_says_what_it_says_unobserved(name: str) -> None:
             stack.enter_context(ffn.observed(block, seen[-1]))
         assert torch.equal(logits(model), expected)
     assert all(observer.sums[1].max() > 0 for observer in seen)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_the_written_layout_of_experts_is_what_their_structure_says(name: str) -> None:
+    found, written = detect_layout(make(name)).ffns, LAYOUTS[name].ffns
+    plain = [ffn if isinstance(ffn, ExpertsFFN) else replace(ffn, activation="") for ffn in written]
+    assert list(found) == plain
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "qwen2_moe", "jamba"])
+def test_uniform_widths_are_those_of_a_config_of_the_family(name: str, tmp_path: Path) -> None:
+    recipe = replace(WIDE, sparsity=1 / 3, uniform=True)
+    model = make(name)
+    result = cfsp.prune(
+        model, make_tokenizer(), recipe, tmp_path / "out", eval_windows=0, progress=False
+    )
+    assert result.model.config.model_type == name
+    assert type(result.model) is type(make(name))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(loaded), logits(result.model))
+    experts_name = next(iter(FAMILIES[name].ffns.values()))
+    assert getattr(loaded.config, experts_name) == result.plan.blocks[-1].kept[0].shape[1]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "deepseek_v2"])
+def test_a_pruned_model_says_the_names_of_its_widths_itself(
+    name: str, pruned: Callable[[str], cfsp.PruneResult]
+) -> None:
+    result = pruned(name)
+    assert type(result.model).__name__.startswith("CFSP")
+    layout = detect_layout(result.model)
+    assert {ffn.down: ffn.width for ffn in layout.ffns} == FAMILIES[name].ffns
+    again = cfsp.prune(result.out, recipe=WIDE, eval_windows=0, progress=False)
+    assert sum(again.plan.widths) < sum(result.plan.widths)
+
+
+class Odd(nn.Module):
+    """Experts of the right shapes."""
+
+    def __init__(self, kind: str, gated: bool = True) -> None:
+        super().__init__()
+        self.kind, self.act_fn = kind, nn.SiLU()
+        self.up_proj = nn.Parameter(torch.empty(4, 48 if gated else 24, 32))
+        self.down_proj = nn.Parameter(torch.empty(4, 32, 24))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert, (up, down) in enumerate(zip(self.up_proj, self.down_proj, strict=True)):
+            shares = (top_k_weights * (top_k_index == expert)).sum(1, keepdim=True)
+            both = hidden_states @ up.T
+            if up.shape[0] == down.shape[1]:
+                inner = self.act_fn(both)
+            else:
+                gate, linear_up = both.chunk(2, -1)
+                inner = self.act_fn(gate) * linear_up
+            if self.kind == "normalised":
+                inner = inner / inner.norm(dim=-1, keepdim=True)
+            output += inner @ down.T * (shares if self.kind != "unshared" else (shares > 0))
+        return output
+
+
+@pytest.mark.parametrize("kind", ["experts", "ungated", "normalised", "unshared"])
+def test_shapes_alone_are_no_experts(kind: str) -> None:
+    model = make_tiny("helium")
+    for block in model.model.layers:
+        block.more = nn.Module()
+        block.more.experts = Odd(kind, gated=kind != "ungated")
+    if kind in ("normalised", "unshared"):
+        with pytest.raises(CfspError, match=r"more\.experts of \w+ does not compute what"):
+            detect_layout(model)
+        return
+    found = detect_layout(model).ffns
+    assert [ffn.down for ffn in found] == ["more.experts.down_proj", "mlp.down_proj"]
+    assert found[0].fused == (kind == "experts")
+    assert found[0].group(model.model.layers[0]) == ChannelGroup(24, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["experts", "ungated"])
+def test_experts_without_a_gate_are_cut_and_observed_too(kind: str) -> None:
+    block = nn.Module()
+    block.experts = Odd(kind, gated=kind != "ungated")
+    for parameter in block.parameters():
+        parameter.normal_(0, 0.2)
+    ((_, ffn),) = stacked_ffns(block)
+    x, shares = torch.randn(9, 32), torch.rand(9, 2)
+    chosen = torch.arange(18).view(9, 2) % 4
+    expected, sums = block.experts(x, chosen, shares), Sums(4 * 24)
+    with ffn.observed(block, sums):
+        assert torch.allclose(block.experts(x, chosen, shares), expected, atol=1e-5)
+    assert sums.sums[1].min() > 0
+    kept = torch.stack([torch.randperm(24)[:8].sort().values for _ in range(4)])
+    masked = copy.deepcopy(block)
+    for matrix, channels in zip(masked.experts.down_proj, kept, strict=True):
+        matrix.mul_(torch.zeros(24).index_fill(0, channels, 1))
+    ffn.cut_(block, kept, lambda e, down, out: CutDown(out.copy_(down[:, kept[e]]), None), None)
+    assert ffn.group(block) == ChannelGroup(8, 4)
+    ours, theirs = (m.experts(x, chosen, shares) for m in (block, masked))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+LOOP = {
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+}
+REFUSED = {
+    "deepseek_v4": ({**DEEPSEEK, "num_key_value_heads": 1}, r"given \[1, 2, 4, 32\] for 2 tokens"),
+    "glm_moe_dsa": (DEEPSEEK, "its blocks cannot be run one by one"),
+    "inkling_text": (OF_MOE, "mlp.shared_experts of InklingDecoderLayer does not compute what"),
+    "inkling2_text": (
+        {**OF_MOE, "n_layers_per_attn_res_block": 2},
+        "they are given more of each other than the hidden states",
+    ),
+    "inkling2_loop_text": ({**OF_MOE, **LOOP}, "block 1 is run after 3 others"),
+    "longcat_flash": ({}, "expected one list of 4 blocks, found none"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_why(name: str) -> None:
+    config, message = REFUSED[name]
+    values = {k: v for k, v in {**TINY, **config}.items() if v is not None}
+    skeleton = make_skeleton(AutoConfig.for_model(name, **values), torch.float32)
+    with pytest.raises(CfspError, match=f"unsupported architecture '{name}': .*{message}"):
+        checked_layout(skeleton)
