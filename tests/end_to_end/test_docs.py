@@ -8,7 +8,7 @@ import pytest
 
 from cfsp.models.layouts import LAYOUTS
 
-from ..models import test_detection, test_hybrids
+from ..models import test_detected_experts, test_detection, test_hybrids
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -65,6 +65,7 @@ def test_the_page_of_inputs_names_the_families_and_tests_that_there_are() -> Non
 
     assert names("written down") == set(LAYOUTS)
     assert names("detected") == set(test_detection.UNKNOWN) | set(test_hybrids.FOUND)
+    assert names("experts") == set(test_detected_experts.FAMILIES) - set(LAYOUTS)
     for file in re.findall(r"`(\w+/test_\w+\.py)`", page):
         assert (tests / file).is_file(), file
     for row in re.findall(r"^\| (?!what|---).+$", page, flags=re.MULTILINE):

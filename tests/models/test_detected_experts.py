@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cfsp
 from cfsp.calibration.collect import collect_statistics
@@ -73,9 +74,6 @@ ONLY = experts(INTERMEDIATE)
 SHARING = {**experts(), **shared()}
 FAMILIES = {
     "afmoe": Family({**SHARING, **DENSE}, {**OF_MOE, "num_dense_layers": 1}),
-    "aria_text": Family(
-        {**ONLY, **shared()}, {"moe_num_experts": 4, "moe_topk": 2, "head_dim": None}, True
-    ),
     "axk1": Family({**SHARING, **DENSE}, DEEPSEEK),
     "bailing_hybrid": Family({**SHARING, **DENSE}, DEEPSEEK),
     "beam": Family({**experts(), **DENSE}, {**OF_MOE, "n_group": 1, "topk_group": 1}),
@@ -176,6 +174,8 @@ WIDE = replace(RECIPE, width_multiple=8)
 
 
 def make(name: str) -> PreTrainedModel:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     return make_tiny(name, **FAMILIES[name].config)
 
 
@@ -281,7 +281,7 @@ def own_activations(
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_oss", "llama4_text", "minimax_m3_vl_text", "aria_text", "granitemoehybrid"]
+    "name", ["gpt_oss", "llama4_text", "minimax_m3_vl_text", "granitemoehybrid"]
 )
 def test_statistics_are_those_of_each_expert_on_its_own_tokens(
     name: str, windows: torch.Tensor
@@ -367,14 +367,19 @@ class Odd(nn.Module):
     def __init__(self, kind: str, gated: bool = True) -> None:
         super().__init__()
         self.kind, self.act_fn = kind, nn.SiLU()
-        self.up_proj = nn.Parameter(torch.empty(4, 48 if gated else 24, 32))
-        self.down_proj = nn.Parameter(torch.empty(4, 32, 24))
+        up, down = torch.empty(4, 48 if gated else 24, 32), torch.empty(4, 32, 24)
+        turned = kind == "transposed"
+        self.up_proj, self.down_proj = (
+            nn.Parameter(x.mT.contiguous() if turned else x) for x in (up, down)
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden_states)
-        for expert, (up, down) in enumerate(zip(self.up_proj, self.down_proj, strict=True)):
+        turned = self.kind == "transposed"
+        stacks = (x.mT if turned else x for x in (self.up_proj, self.down_proj))
+        for expert, (up, down) in enumerate(zip(*stacks, strict=True)):
             shares = (top_k_weights * (top_k_index == expert)).sum(1, keepdim=True)
             both = hidden_states @ up.T
             if up.shape[0] == down.shape[1]:
@@ -388,7 +393,7 @@ class Odd(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("kind", ["experts", "ungated", "normalised", "unshared"])
+@pytest.mark.parametrize("kind", ["experts", "ungated", "transposed", "normalised", "unshared"])
 def test_shapes_alone_are_no_experts(kind: str) -> None:
     model = make_tiny("helium")
     for block in model.model.layers:
@@ -400,13 +405,14 @@ def test_shapes_alone_are_no_experts(kind: str) -> None:
         return
     found = detect_layout(model).ffns
     assert [ffn.down for ffn in found] == ["more.experts.down_proj", "mlp.down_proj"]
-    assert found[0].fused == (kind == "experts")
+    assert found[0].fused == (kind != "ungated")
+    assert found[0].transposed == (kind == "transposed")
     assert found[0].group(model.model.layers[0]) == ChannelGroup(24, 4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["experts", "ungated"])
-def test_experts_without_a_gate_are_cut_and_observed_too(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["experts", "ungated", "transposed"])
+def test_experts_of_any_kind_are_cut_and_observed_alone(kind: str) -> None:
     block = nn.Module()
     block.experts = Odd(kind, gated=kind != "ungated")
     for parameter in block.parameters():
@@ -420,9 +426,15 @@ def test_experts_without_a_gate_are_cut_and_observed_too(kind: str) -> None:
     assert sums.sums[1].min() > 0
     kept = torch.stack([torch.randperm(24)[:8].sort().values for _ in range(4)])
     masked = copy.deepcopy(block)
-    for matrix, channels in zip(masked.experts.down_proj, kept, strict=True):
+    down = masked.experts.down_proj.mT if kind == "transposed" else masked.experts.down_proj
+    for matrix, channels in zip(down, kept, strict=True):
         matrix.mul_(torch.zeros(24).index_fill(0, channels, 1))
-    ffn.cut_(block, kept, lambda e, down, out: CutDown(out.copy_(down[:, kept[e]]), None), None)
+
+    def compensate(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
+        cut = down[:, kept[expert]]
+        return CutDown(cut if out is None else out.copy_(cut), None)
+
+    ffn.cut_(block, kept, compensate, None)
     assert ffn.group(block) == ChannelGroup(8, 4)
     ours, theirs = (m.experts(x, chosen, shares) for m in (block, masked))
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -443,13 +455,15 @@ REFUSED = {
         "they are given more of each other than the hidden states",
     ),
     "inkling2_loop_text": ({**OF_MOE, **LOOP}, "block 1 is run after 3 others"),
-    "longcat_flash": ({}, "expected one list of 4 blocks, found none"),
+    "longcat_flash": ({}, r"expected one list of \d+ blocks, found none"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_says_why(name: str) -> None:
     config, message = REFUSED[name]
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     values = {k: v for k, v in {**TINY, **config}.items() if v is not None}
     skeleton = make_skeleton(AutoConfig.for_model(name, **values), torch.float32)
     with pytest.raises(CfspError, match=f"unsupported architecture '{name}': .*{message}"):
