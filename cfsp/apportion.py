@@ -22,7 +22,7 @@ def check_budget(sizes: Sequence[int], budget: float, multiple: int, costs: Sequ
         low, high = (1 - units * multiple / total for units in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
-            f"{len(costs)} {_kind(costs)}s can reach {max(0.0, low):.4g} to {high:.4g}"
+            f"{len(costs)} FFNs can reach {max(0.0, low):.4g} to {high:.4g}"
         )
     return wanted
 
@@ -33,14 +33,10 @@ def reachable(sizes: Sequence[int], multiple: int, costs: Sequence[int]) -> tupl
     room = [size // multiple for size in sizes]
     if min(room) < 1:
         raise CfspError(
-            f"width_multiple {multiple} is more than the {min(sizes)} channels of "
-            f"{_kind(costs)} {room.index(min(room))}; 1 gives exact widths"
+            f"width_multiple {multiple} is more than the {min(sizes)} channels of FFN "
+            f"{room.index(min(room))}; 1 gives exact widths"
         )
     return sum(costs), sum(map(mul, room, costs))
-
-
-def _kind(costs: Sequence[int]) -> str:
-    return "block" if max(costs) == 1 else "FFN"
 
 
 def apportion(

@@ -125,7 +125,7 @@ def read_result(folder: str | Path) -> Result:
     if not (folder / PLAN).is_file():
         raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
     record = _record(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", finite=False)  # transformers writes Infinity
     if not isinstance(config, dict):
         raise CfspError(f"{folder / 'config.json'} must be a mapping")
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

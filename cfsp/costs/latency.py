@@ -29,8 +29,11 @@ CLOSE = 1e-3
 class WidthCurve:
     """Seconds of a block for widths of one of its FFNs, its others being dense."""
 
-    widths: Annotated[tuple[Count, ...], Bound("ascending", lambda w: w and all(map(lt, w, w[1:])))]
-    """The last one is the dense FFN's."""
+    widths: Annotated[
+        tuple[Natural, ...],
+        Bound("ascending from 1", lambda w: w == (0,) or (w and w[0] and all(map(lt, w, w[1:])))),
+    ]
+    """The last one is the dense FFN's; 0 alone is that of a block without an FFN."""
     seconds: tuple[NotNegative, ...]
 
     def at(self, widths: np.ndarray) -> np.ndarray:
@@ -68,7 +71,8 @@ class LatencyTable:
     @cached_property
     def curves(self) -> tuple[WidthCurve, ...]:
         """Of every FFN of every block, in order."""
-        return tuple(curve for kind in self.blocks for curve in self.kinds[kind])
+        own = (curve for kind in self.blocks for curve in self.kinds[kind])
+        return tuple(curve for curve in own if curve.widths[-1])
 
     @property
     def dense_seconds(self) -> float:

@@ -189,7 +189,8 @@ def _grid(group: ChannelGroup) -> list[int]:
 def _curves(
     opened: OpenModel, places: Sequence[int], tokens: torch.Tensor
 ) -> tuple[tuple[WidthCurve, ...], float]:
-    """A curve for every FFN of the block in these places; the model's seconds without blocks."""
+    """A curve for every FFN of the block in these places, of width 0 where it has none; the model's
+    seconds without blocks."""
     layout, dtype = opened.layout, opened.model.dtype
     dense = copy.deepcopy(layout.find_blocks(opened.model)[places[0]])
     values = {
@@ -202,6 +203,8 @@ def _curves(
 
     def cut(position: int, width: int) -> nn.Module:
         block = copy.deepcopy(dense)
+        if not width:
+            return block
         ffn = layout.block_ffns(block)[position]
         kept = torch.arange(width).expand(ffn.group(block).experts, -1)
 
@@ -217,8 +220,7 @@ def _curves(
         return _forward(opened, placed, tokens)
 
     curves, outer = [], []
-    for position, group in enumerate(layout.groups(dense)):
-        widths = _grid(group)
+    for position, widths in enumerate([*map(_grid, layout.groups(dense))] or [[0]]):
         cases = [_forward(opened, {}, tokens), *(runs(position, w) for w in widths)]
         rounds = _timed(cases, tokens.device)
         outer.append(median(alone for alone, *_ in rounds))

@@ -80,16 +80,16 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def parse_json(text: str) -> Any:
-    """JSON as its standard has it, without NaN; ValueError for anything else, for a key that is
-    there twice, for half a surrogate pair, and for deep nesting."""
+def parse_json(text: str, *, finite: bool = True) -> Any:
+    """JSON as its standard has it; ValueError for anything else, for a key that is there twice, for
+    half a surrogate pair, and for deep nesting. NaN and infinity too where not ``finite``."""
     if text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise ValueError(f"more than {MAX_CONTAINERS:,} lists and mappings")
     try:
         document = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_finite,
+            parse_constant=_finite if finite else float,
             parse_float=_finite,
             parse_int=_whole,
         )
@@ -125,10 +125,10 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(error)) from None  # PyYAML trips over some malformed scalars
 
 
-def read_json(path: str | Path, what: str = "") -> Any:
-    """A JSON document, or CfspError."""
+def read_json(path: str | Path, what: str = "", *, finite: bool = True) -> Any:
+    """A JSON document, or CfspError; see :func:`parse_json`."""
     with reading(path, what):
-        return parse_json(read_text(path, what))
+        return parse_json(read_text(path, what), finite=finite)
 
 
 def read_yaml(path: str | Path, what: str = "") -> Any:

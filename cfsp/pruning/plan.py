@@ -57,6 +57,11 @@ class BlockPlan:
         return sum(kept.numel() for kept in self.kept)
 
     @property
+    def share(self) -> float:
+        """Of its channels that stay; all of a block without an FFN."""
+        return self.width / self.intermediate_size if self.groups else 1.0
+
+    @property
     def flat_kept(self) -> torch.Tensor:
         """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
         experts = (channels for kept in self.kept for channels in kept)
@@ -109,10 +114,9 @@ class PruningPlan:
         for title in ("block", "importance", "channels", "kept", ""):
             table.add_column(title, justify="left" if title == "" else "right")
         for number, block in enumerate(self.blocks):
-            size = block.intermediate_size
-            share = block.width / size if size else 1.0
-            kept, bar = f"{block.width} ({share:.1%})", "█" * round(share * 24)
-            table.add_row(str(number), f"{block.importance:.5f}", str(size), kept, bar)
+            kept, bar = f"{block.width} ({block.share:.1%})", "█" * round(block.share * 24)
+            sizes = (f"{block.importance:.5f}", str(block.intermediate_size))
+            table.add_row(str(number), *sizes, *((kept, bar) if block.groups else ()))
         return table
 
 

@@ -89,6 +89,13 @@ class Refitting:
         """Fit a block that has been cut, in place, then take the pruned windows through it."""
         parameters = self._parameters(number)
         self._cache = BlockCache(self.blocks[number], parameters, lambda: self._run(number, 0))
+        if parameters:
+            self._fit_(number, parameters)
+        for index in range(len(self.pruned)):
+            self.pruned[index : index + 1] = self._output(number, index)
+        del self._cache
+
+    def _fit_(self, number: int, parameters: Values) -> None:
         errors = [self._error(number, parameters)] if self.held_out else []
         if self.recipe.sequential:
             solved = self._solve_(number, parameters, errors)
@@ -96,9 +103,6 @@ class Refitting:
             errors = list(solved.errors[solved.kept :][:1])
         if self.recipe.blockwise:
             self.refits.append(self._train_(number, parameters, errors))
-        for index in range(len(self.pruned)):
-            self.pruned[index : index + 1] = self._output(number, index)
-        del self._cache
 
     def _output(self, number: int, index: int, values: Values | None = None) -> torch.Tensor:
         """[1, S, D]: the pruned block's output for a window, with these parameters."""

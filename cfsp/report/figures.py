@@ -47,10 +47,11 @@ def widths_figure(plan: PruningPlan) -> Plot:
             rect(*across, axis.y(size), axis.y(width), "removed"),
             rect(*across, axis.y(width), axis.y(0), "kept"),
         )
-        text = f"block {position}: {width:,} of {size:,} channels kept ({width / size:.1%})"
+        text = f"block {position}: {width:,} of {size:,} channels kept ({block.share:.1%})"
         marks.append(mark(text, *shapes))
+    kept = [block.width for block in plan.blocks if block.groups]
     label = (
-        f"FFN channels kept in {count} blocks, from {min(plan.widths):,} to {max(plan.widths):,} "
+        f"FFN channels kept in {len(kept)} blocks, from {min(kept):,} to {max(kept):,} "
         f"of {widest:,}"
     )
     entries = [("kept", "kept"), ("removed", "removed")]
@@ -76,25 +77,28 @@ def importance_figure(plan: PruningPlan) -> Plot:
     return Plot(axis, marks, label, block_labels(count))
 
 
-def score_spread(plan: PruningPlan) -> list[tuple[float, ...]]:
-    """The scores of every block at the ranks of SPREAD; [] where a block does not know them."""
-    known = [block.score_quantiles for block in plan.blocks]
-    if not all(known):
-        return []
-    last = len(known[0]) - 1
-    return [tuple(quantiles[last * part // 16] for part in SPREAD) for quantiles in known]
+def score_spread(plan: PruningPlan) -> dict[int, tuple[float, ...]]:
+    """The scores of every block with an FFN, by its number, at the ranks of SPREAD; {} where one
+    does not know them."""
+    known = {n: block.score_quantiles for n, block in enumerate(plan.blocks) if block.groups}
+    if not all(known.values()):
+        return {}
+    return {
+        position: tuple(quantiles[(len(quantiles) - 1) * part // 16] for part in SPREAD)
+        for position, quantiles in known.items()
+    }
 
 
-def score_axis(spread: Sequence[tuple[float, ...]]) -> Axis:
+def score_axis(spread: Mapping[int, tuple[float, ...]]) -> Axis:
     """An axis for all scores, logarithmic where they are positive and differ enough."""
-    low, high = min(map(min, spread)), max(map(max, spread))
+    low, high = min(map(min, spread.values())), max(map(max, spread.values()))
     return Axis(low, high, HEIGHT, log=low > 0 and high / low > 8)
 
 
 def cut_score(block: BlockPlan) -> float:
     """The score at which a block is cut, between two of its quantiles."""
     known = block.score_quantiles
-    rank = (1 - block.width / block.intermediate_size) * (len(known) - 1)
+    rank = (1 - block.share) * (len(known) - 1)
     low, share = math.floor(rank), rank - math.floor(rank)
     high = min(low + 1, len(known) - 1)
     return known[low] * (1 - share) + known[high] * share
@@ -108,7 +112,8 @@ def scores_figure(plan: PruningPlan) -> Plot | None:
     count = len(plan.blocks)
     axis = score_axis(spread)
     marks = []
-    for position, (block, scores) in enumerate(zip(plan.blocks, spread, strict=True)):
+    for position, scores in spread.items():
+        block = plan.blocks[position]
         low, quarter, median, three_quarters, high = map(axis.y, scores)
         cut = cut_score(block)
         shapes = [
@@ -124,9 +129,9 @@ def scores_figure(plan: PruningPlan) -> Plot | None:
             f"{scores[3]:.4g}, cut at {number(cut)}"
         )
         marks.append(mark(text, *shapes))
-    medians = [scores[2] for scores in spread]
+    medians = [scores[2] for scores in spread.values()]
     label = (
-        f"spread of the {plan.recipe.scorer} scores in {count} blocks, "
+        f"spread of the {plan.recipe.scorer} scores in {len(spread)} blocks, "
         f"medians from {min(medians):.3g} to {max(medians):.3g}"
     )
     entries = [
@@ -148,7 +153,7 @@ def widths_compared(plans: Sequence[tuple[str, PruningPlan]]) -> Plot | None:
     marks = []
     for position, (name, plan) in enumerate(plans):
         steps = [
-            (edge / count * 100, axis.y(100 * block.width / block.intermediate_size))
+            (edge / count * 100, axis.y(100 * block.share))
             for place, block in enumerate(plan.blocks)
             for edge in (place, place + 1)
         ]

@@ -86,8 +86,8 @@ def plot_kept(plan: PruningPlan, path: str | Path, title: str) -> None:
 def plot_scores(plan: PruningPlan, path: str | Path, title: str) -> None:
     """How the scores of every block are spread, as a PNG; the plan must know their quantiles."""
     spread = score_spread(plan)
-    blocks = range(len(spread))
-    low, quarter, median, three_quarters, high = zip(*spread, strict=True)
+    blocks = list(spread)
+    low, quarter, median, three_quarters, high = zip(*spread.values(), strict=True)
     with _picture(path, title) as (figure, axes):
         axes.fill_between(blocks, low, high, color=REMOVED, label="1/16 to 15/16")
         middle = {"color": KEPT, "alpha": 0.5, "label": "middle half"}

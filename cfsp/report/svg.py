@@ -144,6 +144,7 @@ def block_labels(count: int) -> list[tuple[float, str]]:
 
 def kept_shares(kept: torch.Tensor, size: int, bins: int) -> torch.Tensor:
     """Share of the channels in each of ``bins`` parts of ``size`` channels that is kept: [bins]."""
+    size = max(size, 1)
     found = torch.bincount(kept * bins // size, minlength=bins)
     every = torch.bincount(torch.arange(size) * bins // size, minlength=bins)
     return found / every.clamp_min(1)
@@ -154,7 +155,7 @@ def kept_strip(kept: torch.Tensor, size: int) -> str:
 
     Opaque where all channels under a pixel are kept, transparent where none is.
     """
-    bins = min(size, STRIP_BINS)
+    bins = min(max(size, 1), STRIP_BINS)
     levels = (kept_shares(kept, size, bins) * 15).round().to(torch.uint8)
     if bins % 2:
         levels = torch.cat([levels, levels.new_zeros(1)])

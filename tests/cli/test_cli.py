@@ -118,7 +118,7 @@ def test_overwrite_replaces_the_folder_whole(
         (["--sparsity", "nan"], "sparsity must be in [0, 1), got nan"),
         (["--sparsity", "0.99"], "no widths meet sparsity 0.99 in multiples of 1: 4 blocks can re"),
         (["--sparsity", "much"], "argument --sparsity: invalid float value: 'much'"),
-        (["--width-multiple", "64"], "width_multiple 64 is more than the 48 channels of block 0"),
+        (["--width-multiple", "64"], "width_multiple 64 is more than the 48 channels of FFN 0"),
         (["--width-multiple", "0"], "width_multiple must be 1 or more, got 0"),
         (["--seqlen", "200"], "seqlen 200 is beyond the model's 128 positions"),
         (["--samples", "0"], "samples must be 1 or more, got 0"),

@@ -226,14 +226,14 @@ def test_out_is_needed_but_for_a_dry_run(
 def test_an_architecture_that_cannot_be_pruned_has_costs_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build("nemotron").config.save_pretrained(tmp_path)
+    build("bitnet").config.save_pretrained(tmp_path)
     code, printed, error = run(capsys, "prune", tmp_path, "--dry-run", *SMALL, "--json")
     found = json.loads(printed)
     assert (code, found["blocks"]) == (2, 2)
-    assert "unsupported architecture 'nemotron': NemotronDecoderLayer should have one" in error
+    assert "unsupported architecture 'bitnet': mlp of BitNetDecoderLayer does not compute" in error
     assert found["refusal"] in error
     before, after = found["parameters"], found["parameters_after"]
-    assert before - after == pytest.approx(0.3 * 2 * 2 * 64 * 176, rel=0.01)
+    assert before - after == pytest.approx(0.3 * 2 * 3 * 64 * 176, rel=0.01)
 
 
 def test_the_estimate_comes_before_the_work_unless_quiet(

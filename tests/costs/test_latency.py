@@ -18,6 +18,7 @@ from cfsp.models.opening import adopt
 
 from ..cli.test_cli import EXACT, SMALL, run
 from ..conftest import make_tiny, make_tokenizer
+from ..models.test_hybrids import BARE
 from .test_estimate import build
 
 IDENTITY = {"model": "m", "batch": 1, "length": 16}
@@ -277,7 +278,8 @@ TABLE = {
         ({"kinds": [[{**KIND, "seconds": [1.0]}]]}, "more or fewer seconds than widths"),
         ({"kinds": [[{**KIND, "widths": [64, 8]}]]}, "widths must be ascending"),
         ({"kinds": [[{**KIND, "widths": [8, 8]}]]}, "widths must be ascending"),
-        ({"kinds": [[{**KIND, "widths": [0, 8]}]]}, r"widths\[0\] must be in \[1, "),
+        ({"kinds": [[{**KIND, "widths": [0, 8]}]]}, "widths must be ascending from 1"),
+        ({"kinds": [[{**KIND, "widths": [-1, 8]}]]}, r"widths\[0\] must be in \[0, "),
         ({"kinds": [[{**KIND, "widths": []}]]}, "widths must be ascending"),
         ({"outer_seconds": -0.1}, "outer_seconds must be 0 or more"),
         ({"outer_seconds": "1"}, "outer_seconds must be a number, got '1'"),
@@ -323,13 +325,21 @@ def test_a_file_that_is_no_table_is_refused(text: str, message: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("model_type", "kinds", "ffns"),
-    [("mixtral", 1, 1), ("deepseek_v3", 2, 2), ("opt", 1, 1), ("gpt2", 1, 1), ("phi3", 1, 1)],
+    [
+        ("mixtral", 1, 1),
+        ("deepseek_v3", 2, 2),
+        ("opt", 1, 1),
+        ("gpt2", 1, 1),
+        ("phi3", 1, 1),
+        ("nemotron_h", 3, 1),
+    ],
 )
 def test_blocks_of_every_kind_are_measured(model_type: str, kinds: int, ffns: int) -> None:
     shapes = {
         "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
         "gpt2": {"n_inner": 96, "n_embd": 64, "n_head": 8, "n_layer": 2},
         "phi3": {"pad_token_id": 0},
+        "nemotron_h": {**BARE, "ssm_state_size": 16},
     }
     model = build(model_type, **shapes.get(model_type, {}))
     before = {name: value.clone() for name, value in model.state_dict().items()}

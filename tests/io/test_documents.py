@@ -86,6 +86,14 @@ def test_json_that_other_parsers_read_otherwise_is_refused(text: str, message: s
         parse_json(text)
 
 
+def test_json_of_transformers_may_have_infinity(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    found = read_json(tmp_path / "config.json", finite=False)
+    assert found == {"time_step_limit": [0.0, math.inf]}
+    with pytest.raises(CfspError, match="Infinity is not a finite number"):
+        read_json(tmp_path / "config.json")
+
+
 def test_json_of_every_kind_is_read() -> None:
     text = '{"a": [1, -2, 0.5, 1e3, true, null, "\\u00e9\\ud83d\\ude00"], "": {}}'
     assert parse_json(text) == {"a": [1, -2, 0.5, 1000.0, True, None, "é😀"], "": {}}

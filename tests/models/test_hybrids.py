@@ -1,14 +1,21 @@
 """Families found by their structure: FFNs without a gate, with both halves in one matrix, beside
 other mixers than attention, and blocks that have no FFN at all."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import cfsp
+from cfsp.calibration.statistics import load_statistics, save_statistics
+from cfsp.checkpoints.documents import read_result
 from cfsp.models.detection import detect_layout
 from cfsp.models.layouts import LAYOUTS
+from cfsp.pruning.plan_file import load_plan, save_plan
+from cfsp.report.page import report_html
+from cfsp.report.pictures import write_pictures
 
 from ..conftest import make_tiny, make_tokenizer
 from .test_families import RECIPE, logits
@@ -107,3 +114,87 @@ def test_the_parameters_of_an_activation_stay_as_they_are(tmp_path: Path) -> Non
     cfsp.prune(model, make_tokenizer(), RECIPE, tmp_path / "out", eval_windows=0)
     after = [block.mlp.act_fn.alpha_p for block in cfsp.load(tmp_path / "out").model.layers]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense folder, blocks 0 and 2 of which have no FFN."""
+    folder = tmp_path_factory.mktemp("bare") / "dense"
+    make_tiny("nemotron_h", **BARE).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_block_without_an_ffn_has_statistics_and_no_channels(bare: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, scorer="obs")
+    statistics = cfsp.calibrate(bare, recipe=recipe, progress=False)
+    assert statistics.intermediate_sizes == (0, 48, 0, 48)
+    assert [block.groups == () for block in statistics.blocks] == [True, False, True, False]
+    assert all(block.importance("angular") > 0 for block in statistics.blocks)
+    (ranking,) = statistics.rankings
+    assert [len(scores) for scores in ranking.scores] == [48, 48]
+    save_statistics(statistics, tmp_path / "statistics")
+    again = load_statistics(tmp_path / "statistics")
+    assert again.intermediate_sizes == (0, 48, 0, 48)
+    model = make_tiny("nemotron_h", **BARE)
+    plans = [cfsp.plan(found, model, recipe) for found in (statistics, again)]
+    assert plans[0].widths == plans[1].widths
+    assert [width == 0 for width in plans[0].widths] == [True, False, True, False]
+    assert [block.share < 1 for block in plans[0].blocks] == [False, True, False, True]
+    save_plan(plans[0], tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json")
+    assert loaded.blocks[0].kept == loaded.blocks[0].groups == ()
+    assert [torch.equal(*pair) for pair in kept_pairs(plans[0], loaded)] == [True] * 4
+    result = cfsp.prune(bare, recipe=recipe, plan=loaded, out=tmp_path / "out", progress=False)
+    assert result.plan.widths == loaded.widths
+
+
+def kept_pairs(
+    one: cfsp.PruningPlan, other: cfsp.PruningPlan
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    pairs = zip(one.blocks, other.blocks, strict=True)
+    return [(a.flat_kept, b.flat_kept) for a, b in pairs]
+
+
+WAYS = {
+    "uniform": {"uniform": True},
+    "global": {"allocator": "global"},
+    "knapsack": {"scorer": "obs", "allocator": "knapsack"},
+    "search": {"allocator": "search", "search_generations": 1, "search_windows": 2},
+    "bias": {"compensation": "bias"},
+    "sequential": {"compensation": "least-squares", "sequential": True},
+    "blockwise": {"compensation": "blockwise", "epochs": 1},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_leaves_blocks_without_an_ffn_as_they_are(bare: Path, way: str) -> None:
+    model, dense = (make_tiny("nemotron_h", **BARE) for _ in range(2))
+    recipe = replace(RECIPE, **WAYS[way])
+    result = cfsp.prune(model, make_tokenizer(), recipe, progress=False)
+    assert [width == 0 for width in result.plan.widths] == [True, False, True, False]
+    assert {refit.block for refit in result.report.refits} <= {1, 3}
+    assert bool(result.report.refits) == (way in ("sequential", "blockwise"))
+    for number in (0, 2):
+        before, after = (m.model.layers[number].state_dict() for m in (dense, model))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_estimates_reports_and_pictures_take_blocks_without_an_ffn(
+    bare: Path, tmp_path: Path
+) -> None:
+    estimated = cfsp.estimate(bare, recipe=RECIPE)
+    cfsp.prune(bare, recipe=RECIPE, out=tmp_path / "out", eval_windows=0, progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    widths = config["per_layer_config"]
+    assert set(widths) <= {"1", "3"}
+    assert estimated.parameters == sum(
+        p.numel() for p in make_tiny("nemotron_h", **BARE).parameters()
+    )
+    result = read_result(tmp_path / "out")
+    page = report_html([result], [])
+    kept = [block.width for block in result.plan.blocks]
+    assert f"FFN channels kept in 2 blocks, from {min(kept[1::2])} to {max(kept)} of 48" in page
+    assert "block 0: 0 of 0 channels kept (100.0%)" in page
+    assert len(write_pictures(result, tmp_path)) == 3

@@ -204,8 +204,8 @@ def test_cfsp_allocation_does_not_change_with_the_amount_of_data() -> None:
 @pytest.mark.parametrize(
     ("sparsity", "multiple", "message"),
     [
-        (0.999, 1, "no widths meet sparsity 0.999 in multiples of 1: 4 blocks can reach 0 to"),
-        (0.1, 128, "width_multiple 128 is more than the 48 channels of block 0"),
+        (0.999, 1, "no widths meet sparsity 0.999 in multiples of 1: 4 FFNs can reach 0 to"),
+        (0.1, 128, "width_multiple 128 is more than the 48 channels of FFN 0"),
         (0.0, 32, "no widths meet sparsity 0 in multiples of 32"),
     ],
 )
