@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors
+from ..weights.schemes import bits_of, method_of
 from ..weights.sources import Source
 from .ffns.channels import ChannelGroup
 from .ffns.ffn import FFN
-from .inspection import check_folder_files, inspect
+from .inspection import Inspected, check_folder_files, inspect
 from .layouts import Layout, text_decoder
 from .loading import folder_name, load_config, quiet_loading
 from .tensors import saved_tensors, tensor_infos
@@ -125,12 +126,25 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
     own = tensor_infos(saved_tensors(skeleton))
     read = Read.of(own, found.sources)
     if not has_weights:
-        width = config.dtype if isinstance(config.dtype, torch.dtype) else skeleton.dtype
-        stored = {name: TensorInfo(width, info.shape) for name, info in own.items()}
-        read = Read(stored, width != skeleton.dtype)
+        read = _supposed(own, config.dtype or skeleton.dtype, found)
     name = folder_name(path) if path.is_dir() else path.stem if path.is_file() else str(model)
     streamed = not (whole or gguf)
     return Description(name, skeleton, layout, blocks, own, read, streamed, refusal)
+
+
+def _supposed(tensors: Tensors, dtype: torch.dtype, found: Inspected) -> Read:
+    """What is read of a model of which only the config is at hand."""
+    stored = {name: TensorInfo(dtype, info.shape) for name, info in tensors.items()}
+    if found.quantization is None:
+        return Read(stored, dtype != found.skeleton.dtype)
+    bits, experts = bits_of(found.quantization), method_of(found.quantization) == "mxfp4"
+    for name, info in stored.items():
+        parts = name.split(".")
+        if len(info.shape) > 1 and {*map(str.isdigit, parts)} == {True, False}:
+            if "gate" not in parts and ("experts" in parts or not experts):
+                *rows, columns = info.shape
+                stored[name] = TensorInfo(torch.uint8, (*rows, columns * bits // 8))
+    return Read(stored, made=True, decoded=True)
 
 
 def block_path(model: PreTrainedModel) -> str:

@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint, by its config and the headers of its weights: told before a
 value is read, where transformers would drop, make up or convert without a word."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,22 @@ from typing import Any
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
 from ..errors import CfspError
-from ..io.documents import check_regular
+from ..io.documents import check_regular, read_json
 from ..io.files import format_bytes
 from ..io.safetensors import FLOATS, read_index
 from ..weights.mapping import sources_of
 from ..weights.quantised import plain_tensors
+from ..weights.schemes import method_of, refused
 from ..weights.sources import Source
 from .layouts import PRUNED_PREFIX, unsupported
 from .loading import make_skeleton, pick_dtype
 
-QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Where ModelOpt, GPTQ and AWQ say how they quantised, beside or instead of the config."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where ModelOpt says how it quantised, beside or instead of the config."""
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
+"""Where GPTQ and AWQ do."""
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""What a config says it under."""
 ADAPTER_FILE = "adapter_config.json"
 MAX_JSON_BYTES = 1 << 30
 """The largest vocabularies take a tenth of that."""
@@ -53,11 +59,6 @@ def check_config(name: str | Path, config: Any) -> None:
     except ValueError:  # several of them
         raise unsupported(kind, "it is made of several models") from None
     for part in parts:
-        for key in ("quantization_config", "compression_config"):
-            quantised = getattr(part, key, None)
-            if quantised is not None:
-                method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
-                raise CfspError(f"{name} is quantised ({method or 'of unknown method'}); {PLAIN}")
         for choice in ("attn_implementation", "experts_implementation"):
             code = getattr(part, f"_{choice}", None)
             if "/" in str(code):
@@ -74,6 +75,31 @@ def check_config(name: str | Path, config: Any) -> None:
         raise unsupported(kind, "its blocks have sizes of their own")
 
 
+def quantization_of(name: str | Path, config: Any) -> Mapping[str, Any] | None:
+    """How a checkpoint is quantised: by its config, that of its text model or, where ``name`` is a
+    folder, ModelOpt's file there; None: it is not. Raises CfspError where none of these says."""
+    for part in (config, config.get_text_config()):
+        for key in QUANTISED_KEYS:
+            told = getattr(part, key, None)
+            if told is not None:
+                return _mapping(name, told.to_dict() if hasattr(told, "to_dict") else told)
+    file = Path(name) / MODELOPT_FILE
+    return _mapping(name, read_json(file)) if file.is_file() else None
+
+
+def _mapping(name: str | Path, told: Any) -> Mapping[str, Any]:
+    if not isinstance(told, Mapping) or not method_of(told):
+        raise refused(str(name), "")
+    return told
+
+
+def check_plain(name: str | Path, config: Any) -> None:
+    """Raise CfspError for a quantised model."""
+    quantization = quantization_of(name, config)
+    if quantization is not None:
+        raise CfspError(f"{name} is quantised ({method_of(quantization)}); {PLAIN}")
+
+
 def check_live(model: PreTrainedModel) -> None:
     """Raise CfspError for a live model whose weights are elsewhere, quantised or in part those of
     adapters."""
@@ -82,6 +108,7 @@ def check_live(model: PreTrainedModel) -> None:
             raise CfspError(f"{name} of the live model is an adapter's: merge it before pruning")
     if model.get_output_embeddings() is None:
         raise CfspError(f"expected a causal LM with its head, got {type(model).__name__}")
+    check_plain(type(model).__name__, model.config)
     kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     devices = set()
     for name, buffer in model.named_buffers():
@@ -111,7 +138,7 @@ class Inspected:
     sources: dict[str, Source]
     """See :func:`cfsp.weights.mapping.sources_of`; {} where no headers are at hand."""
     quantization: Mapping[str, Any] | None
-    """How its weights are quantised; None: they are not."""
+    """As of :func:`quantization_of`."""
 
 
 def inspect(
@@ -122,9 +149,16 @@ def inspect(
     check_config(where, config)
     quantization = quantization_of(where, config)
     weights = plain_tensors(where, quantization, read_index(folder) if folder else {})
-    skeleton = make_skeleton(config, pick_dtype(dtype, config, weights, gguf=gguf))
+    plain = _dequantised(config) if quantization is not None else config
+    skeleton = make_skeleton(plain, pick_dtype(dtype, config, weights, gguf=gguf))
     return Inspected(skeleton, sources_of(where, skeleton, weights), quantization)
 
 
-def quantization_of(folder: Path | str, config: Any) -> Mapping[str, Any] | None:
-    return None
+def _dequantised(config: Any) -> Any:
+    """The config of the same model in plain floats."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        for key in QUANTISED_KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
+    return plain

@@ -98,13 +98,24 @@ def test_a_scheme_without_a_name_is_refused_too(value: object, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize(
-    "name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"]
-)
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
 def test_a_file_of_a_quantiser_is_enough(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     (folder / name).write_text("{}")
     check_refused(folder, f"m is quantised, it has {name}")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [("{}", "of unknown method"), ('{"quantization": {"quant_algo": "NVFP4"}}', "modelopt")],
+)
+def test_the_file_of_modelopt_is_a_config_of_its_own(
+    text: str, method: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m")
+    (folder / "hf_quant_config.json").write_text(text)
+    check_refused(folder, rf"m is quantised \({method}\)")
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
