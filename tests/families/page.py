@@ -10,8 +10,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 HEAD = f"""\
 # Families
 
-{len(FAMILIES)} families, a row each: of a tiny random checkpoint, four blocks in the hub's own naming, that is
-pruned in memory and from disk to disk with widths in multiples of 8, or refused in one line.
+{len(FAMILIES)} families, a row each: of a tiny random checkpoint, four blocks in the hub's own
+naming, that is pruned in memory and from disk to disk with widths in multiples of 8, or refused.
 
 ```bash
 python -m tests.families --write      # makes this page; tests/families fails where it is not so
