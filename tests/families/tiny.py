@@ -247,7 +247,8 @@ HYBRIDS = (
     family("LFM2", "lfm2", layer_types=alternating("conv", "full_attention"), block_ff_dim=48,
            block_auto_adjust_ff_dim=False),
     family("LFM2-MoE", "lfm2_moe", EXPERTS, layer_types=alternating("conv", "full_attention")),
-    family("Kimi-Linear", "kimi_linear", LATENT, linear_head_dim=8, linear_num_heads=2),
+    family("Kimi-Linear", "kimi_linear", LATENT, linear_head_dim=8, linear_num_heads=2,
+           layer_types=alternating("linear_attention", "full_attention")),
 )  # fmt: skip
 PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 16}
 DEEPSTACK = {**QWEN_VISION, "deepstack_visual_indexes": [0]}
@@ -262,7 +263,7 @@ MULTIMODAL = (
             layer_types=SLIDING, outer={"mm_tokens_per_image": 4}),
     wrapped("Gemma 4", "gemma4", "gemma4_text", **PER_LAYER_INPUT, sliding_window=8),
     wrapped("Mistral Small 3.1 and 3.2", "mistral3", "mistral", PIXTRAL),
-    ("mistral4", wrapped("Mistral Small 4", "mistral3", "mistral4", PIXTRAL, LATENT)[1]),
+    ("mistral4", wrapped("Mistral Small 4", "mistral3", "mistral4", PIXTRAL, LATENT, head_dim=16)[1]),
     wrapped("GLM-4.1V", "glm4v", "glm4v_text", QWEN_VISION, rope_parameters=ROPE_OF_THREE),
     wrapped("GLM-4.5V, 4.6V", "glm4v_moe", "glm4v_moe_text", QWEN_VISION, EXPERTS,
             rope_parameters=ROPE_OF_THREE, partial_rotary_factor=1.0),
