@@ -118,10 +118,10 @@ def sized(model_type: str, values: Mapping[str, Any], **more: Any) -> PreTrained
 
 
 def family(
-    title: str, model_type: str, values: Mapping[str, Any] = FFN, **more: Any
+    title: str, model_type: str, values: Mapping[str, Any] = FFN, *, key: str = "", **more: Any
 ) -> tuple[str, Family]:
-    """(its key, a text model)."""
-    return model_type, Family(title, model_type, lambda: sized(model_type, values, **more))
+    """(what tests call it, a text model)."""
+    return key or model_type, Family(title, model_type, lambda: sized(model_type, values, **more))
 
 
 def wrapped(
@@ -130,10 +130,12 @@ def wrapped(
     text: str,
     vision: Mapping[str, Any] = VISION,
     values: Mapping[str, Any] = FFN,
+    *,
+    key: str = "",
     outer: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> tuple[str, Family]:
-    """(its key, a model with a vision tower); ``outer``: of the config that holds both."""
+    """(what tests call it, a model with a vision tower); ``outer``: of the config that has both."""
 
     def config() -> PreTrainedConfig:
         return CONFIG_MAPPING[model_type](
@@ -142,7 +144,7 @@ def wrapped(
             **(outer or {}),
         )
 
-    return model_type, Family(title, model_type, config, multimodal=True)
+    return key or model_type, Family(title, model_type, config, multimodal=True)
 
 
 def alternating(first: str, second: str) -> list[str]:
@@ -235,9 +237,9 @@ HYBRIDS = (
     family("Qwen3.5-MoE, text", "qwen3_5_moe_text", {**EXPERTS, **DELTA}),
     family("Granite 4, dense", "granitemoehybrid", {**FFN, **MAMBA}, num_local_experts=0,
            shared_intermediate_size=48, layer_types=alternating("mamba", "attention")),
-    ("granite4_moe", Family("Granite 4, experts", "granitemoehybrid", lambda: sized(
-        "granitemoehybrid", {**EXPERTS, **MAMBA}, intermediate_size=24, shared_intermediate_size=48,
-        layer_types=alternating("mamba", "attention")))),
+    family("Granite 4, experts", "granitemoehybrid", {**EXPERTS, **MAMBA}, key="granite4_moe",
+           intermediate_size=24, shared_intermediate_size=48,
+           layer_types=alternating("mamba", "attention")),
     family("Nemotron-H, Nano 2", "nemotron_h", hybrid_override_pattern="M-*-", mamba_num_heads=4,
            mamba_head_dim=8, n_groups=2, ssm_state_size=8),
     family("Falcon-H1", "falcon_h1", {**FFN, **MAMBA}),
@@ -263,7 +265,8 @@ MULTIMODAL = (
             layer_types=SLIDING, outer={"mm_tokens_per_image": 4}),
     wrapped("Gemma 4", "gemma4", "gemma4_text", **PER_LAYER_INPUT, sliding_window=8),
     wrapped("Mistral Small 3.1 and 3.2", "mistral3", "mistral", PIXTRAL),
-    ("mistral4", wrapped("Mistral Small 4", "mistral3", "mistral4", PIXTRAL, LATENT, head_dim=16)[1]),
+    wrapped("Mistral Small 4", "mistral3", "mistral4", PIXTRAL, LATENT, key="mistral4",
+            head_dim=16),
     wrapped("GLM-4.1V", "glm4v", "glm4v_text", QWEN_VISION, rope_parameters=ROPE_OF_THREE),
     wrapped("GLM-4.5V, 4.6V", "glm4v_moe", "glm4v_moe_text", QWEN_VISION, EXPERTS,
             rope_parameters=ROPE_OF_THREE, partial_rotary_factor=1.0),
