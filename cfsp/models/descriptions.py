@@ -137,13 +137,14 @@ def _supposed(tensors: Tensors, dtype: torch.dtype, found: Inspected) -> Read:
     stored = {name: TensorInfo(dtype, info.shape) for name, info in tensors.items()}
     if found.quantization is None:
         return Read(stored, dtype != found.skeleton.dtype)
-    bits, experts = bits_of(found.quantization), method_of(found.quantization) == "mxfp4"
+    bits = bits_of(found.quantization)
+    only_experts = method_of(found.quantization) == "mxfp4"
     for name, info in stored.items():
         parts = name.split(".")
-        if len(info.shape) > 1 and {*map(str.isdigit, parts)} == {True, False}:
-            if "gate" not in parts and ("experts" in parts or not experts):
-                *rows, columns = info.shape
-                stored[name] = TensorInfo(torch.uint8, (*rows, columns * bits // 8))
+        in_block = any(map(str.isdigit, parts)) and "gate" not in parts
+        if in_block and len(info.shape) > 1 and ("experts" in parts or not only_experts):
+            *rows, columns = info.shape
+            stored[name] = TensorInfo(torch.uint8, (*rows, columns * bits // 8))
     return Read(stored, made=True, decoded=True)
 
 
