@@ -1,0 +1,1 @@
+"""Tests of cfsp.weights, and tiny quantised checkpoints for tests elsewhere."""
