@@ -25,8 +25,12 @@ SLAB = 1 << 22
 
 
 def numbers(codes: torch.Tensor) -> torch.Tensor:
-    """Codes that are numbers themselves, FP8 or int8, in fp32."""
-    return codes.float()
+    """[n, C] codes that are numbers themselves, FP8 or int8, in fp32."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    # Three times as fast as a CPU's conversion of FP8.
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return table.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
 
 
 def _pairs(device: torch.device) -> torch.Tensor:
@@ -105,7 +109,7 @@ class Decoding:
                 found = CODES[self.codes](codes[expert, slab])[:, :columns]
                 if zeros is not None:
                     found = found - self._spread(zeros[expert], slab)
-                by_rows[expert, slab] = found * self._spread(scales[expert], slab)
+                by_rows[expert, slab] = found.mul_(self._spread(scales[expert], slab))
         return weight
 
     @property
