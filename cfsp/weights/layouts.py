@@ -113,7 +113,7 @@ def _check_roles(what: str, parts: Parts, *needed: str, optional: tuple[str, ...
     for role in needed:
         if role not in parts:
             raise CfspError(f"{what} is stored as {kind_of(parts['values'])} without its {role}")
-    for role in parts.keys() - {"values", *needed, *optional}:
+    for role in sorted(parts.keys() - {"values", *needed, *optional}):
         raise CfspError(f"{what} has an unexpected part, its {role}")
 
 

@@ -142,20 +142,30 @@ FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class _Group:
-    """One of ``config_groups``: which modules it is of, and the layout of their weights."""
+    """One of ``config_groups``: which modules it is of, and how their weights are stored."""
 
     targets: tuple[str, ...]
+    told: tuple[str, "_Weights"]
+    """Format and what ``weights`` says."""
     layout: Layout
 
     def names(self, module: str) -> bool:
+        """Whether it is meant by its name."""
         return any(
             re.match(target[3:], module) if target.startswith("re:") else target == module
             for target in self.targets
         )
 
+    @property
+    def of_class(self) -> bool:
+        """Whether it means all modules of a class, such as Linear."""
+        return any(target[:1].isupper() for target in self.targets)
+
 
 def _compressed_tensors(where: str, quantization: Mapping[str, Any]) -> Scheme:
-    inner = {**quantization, **(quantization.get("quantization_config") or {})}
+    key = "quantization_config"
+    nested = decode(dict[str, Any] | None, quantization.get(key), where, key)
+    inner = {**quantization, **(nested or {})}
     for key in ("sparsity_config", "transform_config"):
         extra = decode(dict[str, Any] | None, inner.get(key), where, key) or {}
         if extra.get("format", "dense") != "dense" or extra.get("config_groups"):
@@ -181,13 +191,11 @@ def _layout_of(where: str, groups: list[_Group], name: str) -> Layout:
     """Of the group that names the module, else of those for modules of a class: these must agree,
     since a checkpoint does not say of what class a module is."""
     module = name.removesuffix(".weight")
-    found = [group for group in groups if group.names(module)] or [
-        group for group in groups if not any("." in target for target in group.targets)
-    ]
-    layouts = [group.layout for group in found]
-    if not layouts or any(layout != layouts[0] for layout in layouts):
+    found = [group for group in groups if group.names(module)]
+    found = found or [group for group in groups if group.of_class]
+    if not found or any(group.told != found[0].told for group in found):
         raise CfspError(f"{where}: config_groups does not say how {named(name)} is quantised")
-    return layouts[0]
+    return found[0].layout
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ def _group(where: str, at: str, group: Mapping[str, Any]) -> _Group:
     told = decode(dict[str, Any], group["weights"], where, f"{at}.weights")
     if told.get("actorder") in (True, "group"):
         raise refused(where, "compressed-tensors with columns in the order of activations")
-    size = told.get("group_size")
+    size = decode(int | None, told.get("group_size"), where, f"{at}.weights.group_size")
     strategy = told.get("strategy") or ("group" if size is not None and size > 0 else "tensor")
     kept = {key: told.get(key) for key in ("num_bits", "type", "block_structure")}
     symmetric = told.get("symmetric", True)
@@ -219,7 +227,8 @@ def _group(where: str, at: str, group: Mapping[str, Any]) -> _Group:
     targets = decode(tuple[str, ...], group.get("targets", ()), where, f"{at}.targets")
     for target in targets:
         _check_pattern(where, at, target)
-    return _Group(targets, _compressed_layout(where, str(group.get("format")), weights))
+    form = str(group.get("format"))
+    return _Group(targets, (form, weights), _compressed_layout(where, form, weights))
 
 
 def _check_pattern(where: str, at: str, target: str) -> None:
@@ -239,7 +248,6 @@ def _compressed_layout(where: str, form: str, weights: _Weights) -> Layout:
         "tensor_group": (1, size),
         "block": weights.block_structure,
     }
-    unread = refused(where, f"compressed-tensors, {form} of {kind[1]}-bit {kind[0]}")
     if weights.strategy not in blocks or ("group" in weights.strategy and size < 1):
         raise refused(where, f"compressed-tensors, {form} by {weights.strategy} of {size}")
     block = blocks[weights.strategy]
@@ -252,7 +260,7 @@ def _compressed_layout(where: str, form: str, weights: _Weights) -> Layout:
         return partial(packed, bits=weights.num_bits, block=block, zeros=zeros)
     if form == "nvfp4-pack-quantized" and kind == ("float", 4):
         return partial(nvfp4, group=size, divided=True)
-    raise unread
+    raise refused(where, f"compressed-tensors, {form} of {weights.num_bits}-bit {weights.type}")
 
 
 SCHEMES: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {

@@ -226,6 +226,15 @@ def test_all_codes_and_scales_of_nvfp4(tmp_path: Path) -> None:
 NVFP4 = ("nvfp4-pack-quantized", 4, "float", "tensor_group")
 
 
+def test_groups_for_classes_may_agree(tmp_path: Path) -> None:
+    codes, scales, values = quantisers.fp8(random(192, 320), (1, 320), torch.bfloat16)
+    config = compressed("float-quantized", 8, "float", "channel")
+    same = {**config["config_groups"]["group_0"], "targets": ["Linear", "Embedding"]}
+    other = {**same, "targets": ["lm_head"], "weights": {"num_bits": 8, "type": "int"}}
+    config["config_groups"] |= {"group_1": same, "group_2": other}
+    check(tmp_path, config, {W: codes, f"{W}_scale": scales}, values)
+
+
 def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, scales, zeros, values = quantisers.integers(random(37, 77), 4, 32, symmetric=False)
     assert zeros is not None

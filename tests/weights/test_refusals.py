@@ -87,6 +87,8 @@ def test_other_formats_are_refused_by_name(config: dict[str, Any], message: str)
         ({**FP8, "weight_block_size": 128}, "m: weight_block_size must be a list, got 128"),
         ({**FP8, "weight_block_size": [128]}, "must be a list of 2"),
         ({**FP8, "weight_block_size": [0, 128]}, r"weight_block_size\[0\] must be in"),
+        ({**INT4, "quantization_config": "int4"}, "quantization_config must be a mapping"),
+        (compressed("pack-quantized", 4, "int", "group", group_size="32"), "group_size must be a"),
         ({**INT4, "config_groups": [1]}, "m: config_groups must be a mapping"),
         (compressed("pack-quantized", "4", "int", "channel"), "num_bits must be a whole number"),
         (compressed("int-quantized", 8, "int", "channel", symmetric=3), "symmetric must be true"),
@@ -276,11 +278,7 @@ GROUPS = {
         "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
     },
 }
-MIXED = {
-    "quant_method": "compressed-tensors",
-    "format": "mixed-precision",
-    "config_groups": GROUPS,
-}
+MIXED = {**INT4, "format": "mixed-precision", "config_groups": GROUPS}
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
