@@ -56,7 +56,7 @@ def width_name(
     candidates = [key for value in (width, None) for key in values if values[key] == value]
     for key in sorted(candidates, key=lambda key: key != default):
         if key not in taken and all(
-            _decides(model, key, name, axis, value) for value in (2 * width, FEW_CHANNELS)
+            _decides(model, key, name, axis, value) for value in (width // 2, FEW_CHANNELS)
         ):
             return key
     return ""
