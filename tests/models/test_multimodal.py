@@ -265,7 +265,7 @@ if sys.argv[1] == "trusted":
     sys.meta_path.insert(0, Refuse())
 else:
     import cfsp
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 ids, trust = torch.arange(24)[None] * 11 % 256, sys.argv[1] == "trusted"
 def load(folder):
     load = AutoModelForImageTextToText.from_pretrained
@@ -277,6 +277,7 @@ def logits(model):
     return model(input_ids=ids, use_cache=False).logits
 for folder in sys.argv[2:]:
     try:
+        assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"] == [64]
         model = load(folder)
         first = logits(model)
         tokens = model.generate(ids, max_new_tokens=3, do_sample=False)
