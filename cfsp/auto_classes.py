@@ -19,12 +19,14 @@ PRUNED_PREFIX = "cfsp_"
 CLASS_PREFIX = "CFSP"
 FAMILY_PREFIX = f"transformers.models.{PRUNED_PREFIX}"
 AUTO = "transformers.models.auto"
+CAUSAL_LM = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+IMAGE_TEXT_TO_TEXT = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
 TABLES = {
     f"{AUTO}.configuration_auto": ("CONFIG_MAPPING_NAMES",),
     f"{AUTO}.modeling_auto": (
         "MODEL_MAPPING_NAMES",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        CAUSAL_LM,
+        IMAGE_TEXT_TO_TEXT,
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
         "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
@@ -52,8 +54,12 @@ def name_families(module: ModuleType) -> None:
     """Add the pruned families to the tables of a module of transformers or peft."""
     of_peft = module.__name__ == PEFT
     names = [name for name in vars(module) if name.startswith("TRANSFORMERS_MODELS_TO_")]
-    for table in (getattr(module, name) for name in TABLES.get(module.__name__, names)):
+    with_images = getattr(module, IMAGE_TEXT_TO_TEXT, {})
+    for name in TABLES.get(module.__name__, names):
+        table = getattr(module, name)
         for family, known in list(table.items()):
+            if name == CAUSAL_LM and with_images.get(family, known) != known:
+                continue  # a class of the text alone, which has a family of its own
             # Some families have several models.
             if not family.startswith(PRUNED_PREFIX) and (of_peft or isinstance(known, str)):
                 own = known if of_peft else CLASS_PREFIX + known

@@ -462,6 +462,13 @@ def test_weights_of_the_text_alone_need_its_config(tmp_path: Path) -> None:
         open_any(tmp_path)
 
 
+def test_no_class_of_the_text_alone_loads_it_in_part(pruned: Prune) -> None:
+    with pytest.raises(ValueError, match=r"Unrecognized configuration class .*CFSPQwen3_5Config"):
+        AutoModelForCausalLM.from_pretrained(pruned("qwen3_5", OWN)[1].out)
+    model = AutoModelForCausalLM.from_pretrained(pruned("gemma3", OWN)[1].out)
+    assert type(model).__name__ == "CFSPGemma3ForConditionalGeneration"
+
+
 def test_formats_hold_no_vision(pruned: Prune) -> None:
     with pytest.raises(CfspError, match=r"cannot export .*: 'cfsp_qwen3_vl' is multimodal"):
         open_source(pruned("qwen3_vl", OWN)[1].out)
