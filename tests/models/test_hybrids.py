@@ -68,6 +68,14 @@ UNGATED: dict[str, dict[str, object]] = {
 }
 OTHERS: dict[str, dict[str, object]] = {
     **{key: {} for key in ("cwm", "diffllama", "doge", "glm", "internlm3", "olmo")},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 260,
+        "num_kv_shared_layers": 2,
+    },
     "minicpm3": {
         **LATENT,
         "head_dim": None,
@@ -106,6 +114,16 @@ def test_a_family_is_pruned_by_what_its_blocks_show(name: str, tmp_path: Path) -
     assert disk.read_bytes() == live.read_bytes()
     again = cfsp.prune(tmp_path / "live", out=tmp_path / "again", **options)
     assert sum(again.plan.widths) < sum(result.plan.widths)
+
+
+def test_what_a_family_says_of_single_blocks_stays(tmp_path: Path) -> None:
+    model = make_tiny("gemma4_text", **FOUND["gemma4_text"])
+    model.config.save_pretrained(tmp_path)
+    assert not cfsp.estimate(tmp_path / "config.json", RECIPE).refusal
+    plan = cfsp.prune(model, make_tokenizer(), RECIPE, tmp_path / "out", eval_windows=0).plan
+    blocks = cfsp.load(tmp_path / "out").config.per_layer_config
+    assert [block.head_dim for block in blocks] == [8, 16, 8, 16]
+    assert tuple(block.intermediate_size for block in blocks) == plan.widths
 
 
 def test_the_parameters_of_an_activation_stay_as_they_are(tmp_path: Path) -> None:
