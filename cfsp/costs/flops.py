@@ -65,9 +65,8 @@ class Attention:
 
 
 def attention_of(config: Any) -> Attention:
-    *_, text = (
-        config.get_text_config().per_layer_config
-    )  # where blocks differ, its heads are largest
+    # Where blocks differ, the last one's heads are largest.
+    *_, text = config.get_text_config().per_layer_config
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     latent = getattr(text, "kv_lora_rank", None) is not None
