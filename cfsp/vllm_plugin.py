@@ -1,7 +1,15 @@
 """vLLM's way to know pruned models: loaded by vLLM itself, through the entry point of the wheel."""
 
-NATIVE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Those with a class in :mod:`cfsp.models.vllm`; vLLM runs others through transformers."""
+NATIVE_FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+"""A family, and module of vLLM -> its class, which :mod:`cfsp.models.vllm` gives widths per block;
+vLLM runs others through transformers."""
 
 
 def register() -> None:
@@ -11,6 +19,5 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    for family in NATIVE_FAMILIES:
-        name = f"CFSP{family}ForCausalLM"
-        ModelRegistry.register_model(name, f"cfsp.models.vllm:{name}")
+    for stock in NATIVE_FAMILIES.values():
+        ModelRegistry.register_model(f"CFSP{stock}", f"cfsp.models.vllm:CFSP{stock}")

@@ -25,7 +25,7 @@ def loading_commands(result: Result, path: str) -> list[tuple[str, str]]:
     vllm = f"vllm serve {word}"
     if not result.stock:
         vllm += " --trust-remote-code"
-        if result.family in [family.lower() for family in NATIVE_FAMILIES]:
+        if result.family in NATIVE_FAMILIES:
             vllm = f"vllm serve {word}    # cfsp installed beside it: native\n{vllm}"
     commands = [("transformers", python), ("vLLM", vllm)]
     if result.auto_class != "AutoModelForCausalLM":  # which no format is exported to

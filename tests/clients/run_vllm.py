@@ -15,10 +15,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def inspect(model: object) -> dict:
-    """Class of the model that runs, and the FFN channels of its blocks."""
-    inner = model.model  # type: ignore[attr-defined]
+    """Class of the model that runs, and the FFN channels of its blocks: of one expert where a block
+    has several."""
+    inner = getattr(model, "language_model", model).model  # type: ignore[attr-defined]
     inner = getattr(inner, "model", inner)  # one deeper behind vLLM's transformers classes
-    widths = [layer.mlp.down_proj.input_size for layer in inner.layers]
+    widths = [
+        layer.mlp.experts.moe_config.intermediate_size
+        if hasattr(layer.mlp, "experts")
+        else layer.mlp.down_proj.input_size
+        for layer in inner.layers
+    ]
     return {"model_class": type(model).__name__, "widths": widths}
 
 
@@ -33,6 +39,7 @@ def main() -> None:
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=4,
+        limit_mm_per_prompt={"image": 0, "video": 0},  # no files of a processor are needed
         trust_remote_code=os.environ.get("CFSP_TRUST") == "1",
     )
     outputs = llm.generate(
