@@ -138,14 +138,13 @@ def how_stored(model: PreTrainedModel, folder: Path) -> str:
 
 def what_is_cut(layout: Layout, model: PreTrainedModel) -> str:
     """The kinds of FFN that are cut, and in how many of the blocks where not in all."""
-    kinds = Counter(
-        "experts" if ffn.group(block).experts > 1 else "shared" if "shared" in ffn.down else "FFN"
-        for _, block, ffn in layout.ffns_of(model)
-    )
-    blocks = len(layout.find_blocks(model))
-    counts = {
-        kind: "" if count == blocks else f" ({count}/{blocks})" for kind, count in kinds.items()
-    }
+    blocks = layout.find_blocks(model)
+    kinds: Counter[str] = Counter()
+    for _, block, ffn in layout.ffns_of(model):
+        beside_experts = any(group.experts > 1 for group in layout.groups(block))
+        other = "shared" if beside_experts else "FFN"
+        kinds["experts" if ffn.group(block).experts > 1 else other] += 1
+    counts = {kind: f" ({n}/{len(blocks)})" if n < len(blocks) else "" for kind, n in kinds.items()}
     return ", ".join(f"{kind}{count}" for kind, count in counts.items())
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from .checks import Outcome, outcomes
 from .page import HEAD, PAGE, row
@@ -12,6 +13,8 @@ from .tiny import FAMILIES
 GROUPS = 4
 """One fresh process reloads the results of a group; it takes seconds to start."""
 GROUP_OF = {name: number * GROUPS // len(FAMILIES) for number, name in enumerate(FAMILIES)}
+KNOWN = [name for name, family in FAMILIES.items() if family.model_type in CONFIG_MAPPING]
+"""The others came to transformers later than this version."""
 REMAKE = "python -m tests.families --write"
 
 
@@ -19,7 +22,7 @@ REMAKE = "python -m tests.families --write"
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
     @cache
     def group(number: int) -> dict[str, Outcome]:
-        names = [name for name, of in GROUP_OF.items() if of == number]
+        names = [name for name in KNOWN if GROUP_OF[name] == number]
         return outcomes(names, tmp_path_factory.mktemp("families"))
 
     return lambda name: group(GROUP_OF[name])[name]
@@ -27,6 +30,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_pruned_as_its_row_says(name: str, outcome: Callable[[str], Outcome]) -> None:
+    if name not in KNOWN:
+        pytest.skip("not in this version of transformers")
     found = outcome(name)
     assert bool(found.refused) != bool(found.checks)
     assert all(found.checks), row(found)
