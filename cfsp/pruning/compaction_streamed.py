@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..calibration.collect import BlockProgress
 from ..distributed import ALONE, Ranks
@@ -30,6 +31,7 @@ from ..models.blocks import StoredBlocks
 from ..models.layouts import Layout
 from ..models.loading import model_device
 from ..models.opening import OpenModel
+from ..models.surgery import on_meta, set_parameters_
 from ..models.tensors import saved_tensors
 from ..weights.mapping import WayBack
 from .compaction import Turn, Visit, cut_blocks_, planned_tensors
@@ -95,6 +97,15 @@ def blocks_of(shards: Sequence[Shard], way_back: WayBack) -> set[int]:
     return {place for place in places if place is not None}
 
 
+def _pruned_skeleton(model: PreTrainedModel, planned: Mapping[str, TensorInfo]) -> PreTrainedModel:
+    """A copy of a model on meta with what is left of its tensors."""
+    pruned = on_meta(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    left = {k: torch.empty(x.shape, dtype=x.dtype, device="meta") for k, x in planned.items()}
+    set_parameters_(pruned, {name: value for name, value in left.items() if name not in buffers})
+    return pruned
+
+
 def prune_to_shards_(
     opened: OpenModel,
     blocks: StoredBlocks,
@@ -119,7 +130,7 @@ def prune_to_shards_(
     """
     layout, model = opened.layout, opened.model
     planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
-    way_back = WayBack(model, blocks.sources, planned, layout.number_of)
+    way_back = WayBack(_pruned_skeleton(model, planned), blocks.sources, planned, layout.number_of)
     shards = pack_shards(way_back.planned, MAX_SHARD_BYTES)
     finished = ranks.of_first(lambda: finished_shards(folder, shards))
     left = [shard for shard in shards if shard.name not in finished]

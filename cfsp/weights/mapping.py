@@ -201,8 +201,8 @@ class WayBack:
         tensors: Tensors,
         block_of: Callable[[str], int | None],
     ) -> None:
-        """``tensors``: what is left of the model, in order; ``block_of``: number of the block that
-        a tensor of it is in, None: it is in none."""
+        """``model``: the pruned one, which may be on meta; ``tensors``: what it has, in order;
+        ``block_of``: number of the block that a tensor is in, None: it is in none."""
         self._model = model
         empty = {k: torch.empty(x.shape, dtype=x.dtype, device="meta") for k, x in tensors.items()}
         written = converted(model, empty)
