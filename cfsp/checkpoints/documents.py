@@ -125,9 +125,7 @@ def read_result(folder: str | Path) -> Result:
     if not (folder / PLAN).is_file():
         raise CfspError(f"{folder} has no {PLAN}; a report is of a folder that cfsp prune wrote")
     record = _record(folder)
-    config = read_json(folder / "config.json", finite=False)  # transformers writes Infinity
-    if not isinstance(config, dict):
-        raise CfspError(f"{folder / 'config.json'} must be a mapping")
+    config = _config(folder)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Result(folder, load_plan(folder / PLAN), record, config, nbytes)
 
@@ -150,6 +148,13 @@ class _Record:
     recovery: tuple[dict[str, Any], ...] = ()
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json", finite=False)  # transformers writes Infinity
+    if not isinstance(config, dict):
+        raise CfspError(f"{folder / 'config.json'} must be a mapping")
+    return config
+
+
 def _record(folder: Path) -> dict[str, Any]:
     file = folder / RECIPE
     record = read_yaml(file)
@@ -168,7 +173,7 @@ def write_documents(
     """plan.json, recipe.yaml and README.md of a pruned model whose config.json is there, see
     :func:`card.model_card`; ``source``: the folder of the dense one."""
     save_plan(plan, folder / PLAN)
-    auto, terms = auto_class_name(read_json(folder / "config.json")), front_matter_terms(source)
+    auto, terms = auto_class_name(_config(folder)), front_matter_terms(source)
     _write(folder, record, model_card(plan, record, sizes, stock, auto, terms))
 
 

@@ -14,7 +14,7 @@ from ..io.documents import check_regular, read_json
 from ..io.files import format_bytes
 from ..io.safetensors import FLOATS, read_index
 from ..weights.mapping import sources_of
-from ..weights.quantised import plain_tensors
+from ..weights.quantised import QuantisedTensor, plain_tensors
 from ..weights.schemes import method_of, refused
 from ..weights.sources import Source
 from .layouts import PRUNED_PREFIX, unsupported
@@ -149,7 +149,14 @@ def inspect(
     check_config(where, config)
     quantization = quantization_of(where, config)
     weights = plain_tensors(where, quantization, read_index(folder) if folder else {})
-    plain = _dequantised(config) if quantization is not None else config
+    plain = config
+    if quantization is not None:
+        plain = _dequantised(config)
+        if weights and not any(isinstance(x, QuantisedTensor) for x in weights.values()):
+            raise CfspError(
+                f"{where} has plain weights, and says that it is quantised "
+                f"({method_of(quantization)}): take that out of its config"
+            )
     skeleton = make_skeleton(plain, pick_dtype(dtype, config, weights, gguf=gguf))
     return Inspected(skeleton, sources_of(where, skeleton, weights), quantization)
 

@@ -72,12 +72,13 @@ SCHEMES: dict[str, dict[str, object]] = {
     "gptq": {"bits": 4, "group_size": 32},
     "awq": {"bits": 4, "zero_point": True},
     "bitsandbytes": {"load_in_8bit": True},
-    "compressed-tensors": {"format": "float-quantized"},
+    "torchao": {"quant_type": "int4_weight_only"},
+    "of tomorrow": {},
+}
+READ: dict[str, dict[str, object]] = {
     "fp8": {"weight_block_size": [128, 128]},
     "mxfp4": {"modules_to_not_convert": []},
     "modelopt": {"quant_algo": "NVFP4"},
-    "torchao": {"quant_type": "int4_weight_only"},
-    "of tomorrow": {},
 }
 
 
@@ -86,7 +87,17 @@ SCHEMES: dict[str, dict[str, object]] = {
 def test_a_quantised_checkpoint_is_refused_by_its_config(method: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     edit(folder, quantization_config={"quant_method": method, **SCHEMES[method]})
-    check_refused(folder, rf"m is quantised \({method}\); only plain float weights and GGUF files")
+    check_refused(folder, rf"m is quantised \({method}\); only plain float weights, GGUF files and")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("method", READ)
+def test_plain_weights_that_are_said_to_be_quantised_are_refused(
+    method: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "m")
+    edit(folder, quantization_config={"quant_method": method, **READ[method]})
+    check_refused(folder, rf"m has plain weights, and says that it is quantised \({method}\)")
 
 
 @pytest.mark.usefixtures("unread")
@@ -107,15 +118,19 @@ def test_a_file_of_a_quantiser_is_enough(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(
-    ("text", "method"),
-    [("{}", "of unknown method"), ('{"quantization": {"quant_algo": "NVFP4"}}', "modelopt")],
+    ("text", "message"),
+    [
+        ("{}", r"is quantised \(of unknown method\)"),
+        ('{"quantization": {"quant_algo": "W4A8"}}', r"is quantised \(modelopt"),
+        ('{"quantization": {"quant_algo": "NVFP4"}}', r"says that it is quantised \(modelopt\)"),
+    ],
 )
 def test_the_file_of_modelopt_is_a_config_of_its_own(
-    text: str, method: str, tmp_path: Path
+    text: str, message: str, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path / "m")
     (folder / "hf_quant_config.json").write_text(text)
-    check_refused(folder, rf"m is quantised \({method}\)")
+    check_refused(folder, message)
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
