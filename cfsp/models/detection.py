@@ -1,21 +1,24 @@
 """Layouts of architectures that none is written down for, where their structure is certain."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from .ffns.detected_experts import stacked_ffns
+from .ffns.detected_fused import fused_ffn
 from .ffns.experts import ExpertsFFN
-from .ffns.ffn import FFN
+from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, text_decoder, unsupported
 from .modeling_cfsp import set_parameter
 from .surgery import on_meta, set_buffers_
 from .width_names import with_width_names
 
-TRIAL_CHANNELS, KEPT = 8, (1, 2, 6)
+TRIAL_CHANNELS = 8
 TOLERANCE = 1e-4
 COMPUTED = "down(act(gate(x)) * up(x)) or down(act(up(x)))"
 
@@ -98,13 +101,16 @@ def _detect_moe(model: PreTrainedModel, block: nn.Module) -> tuple[FFN, ...]:
     """The experts of a block and the FFNs beside them; nothing where it has no experts."""
     kind, family, found = type(block).__name__, model.config.model_type, list[FFN]()
     for path, experts in stacked_ffns(block):
-        if experts is None:
+        if experts is not None:
+            found.append(experts)
+        elif _has_experts(block):
             raise unsupported(family, f"{path} of {kind} does not compute what experts do")
-        found.append(experts)
     if not found:
         return ()
     beside = _computed_ffns(block)
     for path, module in block.named_modules():
+        if path not in beside and (fused := fused_ffn(path, module)) is not None:
+            beside[path] = fused  # with an activation of its own
         listed = path in beside and any(part.isdigit() for part in path.split("."))
         gated = any(ffn.gate is not None for ffn in _possible_ffns(module))
         if listed or (gated and path not in beside):
@@ -156,38 +162,63 @@ def _possible_ffns(module: nn.Module) -> list[FFN]:
     return found
 
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _activations(module: nn.Module) -> Iterator[Activation]:
+    """What an FFN may put its gate through: the module's own, or one that its code calls."""
+    linear = (nn.Linear, nn.Dropout, nn.Identity)
+    yield from (child for child in module.children() if type(child) not in linear)
+    yield from (
+        value for name, value in vars(module).items() if callable(value) and name != "forward"
+    )
+    yield from (ACT2FN[name] for name in FUSED_ACTIVATIONS.values())
+
+
 def _computes(module: nn.Module, ffn: FFN) -> bool:
-    """Whether copies of the module with a few channels of random weights give the same where some
-    are cut away as where the columns of down are zero for them: token by token, whatever is between
-    up and down."""
-    masked, cut = on_meta(module).eval(), on_meta(module).eval()
-    generator, kept = torch.Generator().manual_seed(0), torch.tensor(KEPT)
-    down, size = f"{ffn.down}.weight", module.get_parameter(f"{ffn.down}.weight").shape[0]
-    for name, parameter in module.named_parameters():
-        shape, axis = list(parameter.shape), ffn.channels.get(name)
-        if axis is not None:
-            shape[axis.dimension] = TRIAL_CHANNELS * axis.copies
-        value = torch.randn(shape, generator=generator)
-        if shape[-1:] == [size]:
-            value /= size**0.5
-        if name == down:
-            value *= torch.zeros(TRIAL_CHANNELS).index_fill(0, kept, 1)
-        own = value if axis is None else axis.cut(value, kept)
-        for trial, weight in ((masked, value), (cut, own)):
-            set_parameter(trial, name, nn.Parameter(weight, requires_grad=False))
-    buffers = {name: value.cpu().float() for name, value in module.named_buffers()}
-    for trial in (masked, cut):
-        set_buffers_(trial, buffers)
-        trial.__dict__.pop("forward", None)
-    x = torch.randn(2, 3, size, generator=generator)
+    """Whether a copy of the module with a few channels computes what the FFN says."""
+    trial = on_meta(module).eval()
+    trial.__dict__.pop("forward", None)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    size = trial.get_parameter(f"{ffn.down}.weight").shape[0]
+    for name, parameter in list(trial.named_parameters()):
+        shape = list(parameter.shape)
+        if name in ffn.channels:
+            axis = ffn.channels[name]
+            shape[axis.dimension] = axis.copies * TRIAL_CHANNELS
+        value = random(*shape) / (size**0.5 if shape[-1] == size else 1)
+        set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
+    set_buffers_(trial, {name: value.cpu().float() for name, value in module.named_buffers()})
+    x = random(2, 3, size)
+    up_proj, down_proj = (trial.get_submodule(name) for name in (ffn.up, ffn.down))
+
+    def expected(act: Activation) -> torch.Tensor:
+        if ffn.gate is not None:
+            return down_proj(act(trial.get_submodule(ffn.gate)(x)) * up_proj(x))
+        if ffn.fused:
+            gate, up = up_proj(x).chunk(2, dim=-1)
+            return down_proj(act(gate) * up)
+        return down_proj(act(up_proj(x)))
+
+    with torch.no_grad():
+        found = _attempt(trial, x)
+        others = (_attempt(expected, act) for act in _activations(trial))
+        return found is not None and any(
+            other is not None
+            and other.shape == found.shape
+            and torch.allclose(found, other, rtol=TOLERANCE, atol=TOLERANCE)
+            for other in others
+        )
+
+
+def _attempt(function: Callable[..., object], argument: object) -> torch.Tensor | None:
+    """What a function gives; None where that is no tensor, or it takes other arguments."""
     try:
-        with torch.no_grad():
-            expected, found, last = masked(x), cut(x), cut(x[:, 2:])
-            if any(type(y) is not torch.Tensor for y in (expected, found, last)):
-                return False
-            return found.shape == expected.shape == x.shape and all(
-                torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
-                for a, b in ((found, expected), (last, expected[:, 2:]))
-            )
+        found = function(argument)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
-        return False
+        return None
+    return found if isinstance(found, torch.Tensor) else None

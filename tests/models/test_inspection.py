@@ -234,7 +234,7 @@ def test_what_is_neither_a_decoder_nor_one_beside_vision_is_refused(
     check_refused(folder, f"unsupported architecture '{kind}': {reason}")
 
 
-HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 2, "attn_layer_period": 2, "head_dim": None}
 
 
 @pytest.mark.usefixtures("unread")
@@ -243,9 +243,9 @@ HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_g
     [
         ("gemma3n_text", {"hidden_size_per_layer_input": 8, "laurel_rank": 8}, "one by one"),
         ("llama", {"per_layer_config": {0: {"intermediate_size": 32}}}, "sizes of their own"),
-        ("internlm3", {}, "a width for every block"),
-        ("bamba", {**HYBRID, "attn_layer_indices": [1]}, "one by one"),
-        ("falcon_h1", {**HYBRID, "mamba_d_ssm": 64}, "one by one"),
+        ("exaone", {}, "they are those of llama, with other names"),
+        ("bitnet", {}, "mlp of BitNetDecoderLayer does not compute"),
+        ("zamba", ZAMBA, "shared_transf.feed_forward of ZambaHybridLayer is only one part"),
     ],
 )
 def test_families_that_cannot_be_pruned_yet_are_refused_before_any_work(
