@@ -12,7 +12,14 @@ from cfsp.costs.estimates import format_count, format_seconds
 from cfsp.costs.hardware import H100, RTX_4090, Hardware
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MODELS = ("Llama-3-8B", "Llama-3-70B", "Llama-3.1-405B", "Qwen3-235B-A22B", "Kimi-K2")
+MODELS = (
+    "Llama-3-8B",
+    "Llama-3-70B",
+    "Llama-3.1-405B",
+    "Qwen3-235B-A22B",
+    "DeepSeek-V3",
+    "Kimi-K2",
+)
 WARM = replace(H100, disk_read=9e9, sources={**H100.sources, "disk_read": "page cache"})
 PUBLISHED, DEFAULT = cfsp.Recipe(scorer="cfsp"), cfsp.Recipe()
 SETUPS: tuple[tuple[str, Hardware, int, int, cfsp.Recipe], ...] = (

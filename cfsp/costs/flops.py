@@ -107,6 +107,10 @@ class BlockCosts:
         return sum(info.nbytes for info in self.tensors.values())
 
     @cached_property
+    def nbytes_but_experts(self) -> int:
+        return sum(info.nbytes for name, info in self.tensors.items() if not _is_expert(name))
+
+    @cached_property
     def ffn(self) -> dict[str, TensorInfo]:
         """The matrices that pruning shrinks: those of no attention and no router."""
         return {

@@ -141,11 +141,15 @@ class Workload:
         """Bytes on the device while blocks are cut, but for what calls and fits hold."""
         if self.pruned is None:
             raise ValueError("nothing is cut")
-        # On a CPU measured: the one that waits to be written, and about as much again.
-        copies = 2 if self.streamed and self.device == "cpu" else 1
+        pruned = self.widest.largest_block
+        if self.streamed and self.device == "cpu":
+            # Measured: the one that waits to be written, and about as much again.
+            pruned *= 2
+        elif self.streamed:  # experts are cut in place
+            pruned = max(block.nbytes_but_experts for block in self.widest.blocks)
         return {
             **self.model_parts(),
-            "pruned block": copies * self.widest.largest_block,
+            "pruned block": pruned,
             "hidden states": self.evaluation_states() + self.states(self.of_rank(self.fit_windows)),
         }
 

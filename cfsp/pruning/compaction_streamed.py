@@ -28,6 +28,7 @@ from ..io.shard_writer import (
     write_index,
 )
 from ..models.blocks import StoredBlocks
+from ..models.ffns.channels import in_place
 from ..models.layouts import Layout
 from ..models.loading import model_device
 from ..models.opening import OpenModel
@@ -60,10 +61,10 @@ class _Aside:
         self.on_gpu = device.type == "cuda"
         self.arena = Arena(nbytes, torch.device("cpu"), pinned=self.on_gpu)
 
-    def room(self) -> Room | None:
+    def room(self) -> Room:
         """Where the cut matrices of the next block go at once: on a CPU, here."""
         self.arena.clear()
-        return None if self.on_gpu else self.arena.take
+        return in_place if self.on_gpu else self.arena.take
 
     def put(self, tensors: Tensors) -> tuple[Tensors, Callable[[], None]]:
         """The tensors here, and what to call before they are read."""
@@ -167,7 +168,7 @@ def prune_to_shards_(
         def show(number: int) -> None:
             shown.turn(number, blocks.stored_bytes(number))
 
-        def room() -> Room | None:
+        def room() -> Room:
             writing.result()  # at most one block waits to be written
             return aside.room()
 

@@ -315,6 +315,7 @@ def reference(name: str, **options: object) -> cfsp.Estimate:
         ("Llama-3-70B", 70.55, 69.8),
         ("Llama-3.1-405B", 405.85, 403.7),
         ("Qwen3-235B-A22B", 235.09, 22.5),
+        ("DeepSeek-V3", 671.03, 38.26),
         ("Kimi-K2", 1026.41, 31.8),
     ],
 )

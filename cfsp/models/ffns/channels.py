@@ -66,6 +66,12 @@ class CutDown(NamedTuple):
     """[D], to be added to the bias that the projection may have."""
 
 
+def in_place(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As the room of what is cut: matrices of experts go where they were, one expert after the
+    other, in front of those that are still to be cut. Nothing else has room there."""
+    raise NotImplementedError
+
+
 Compensate = Callable[[int, torch.Tensor, torch.Tensor | None], CutDown]
 """Takes (number of the expert, its down [D, F], where [D, width] of it may go)."""
 

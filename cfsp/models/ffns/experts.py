@@ -1,5 +1,6 @@
 """Experts: FFNs that each see the tokens routed to them, their weights in one tensor."""
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .channels import (
     Observer,
     Routing,
     expert_offsets,
+    in_place,
 )
 from .ffn import FFN
 
@@ -161,16 +163,19 @@ class ExpertsFFN(FFN):
                 continue
             old, shape = parameters[name].data, list(parameters[name].shape)
             shape[axis.dimension] = axis.copies * width
-            if room is not None and old.dim() == 3:
+            if room is in_place:
+                new = old.reshape(-1)[: math.prod(shape)].view(shape)
+            elif room is not None and old.dim() == 3:
                 new = room(tuple(shape), old.dtype)
             else:
                 new = old.new_empty(shape)
             of_one = replace(axis, dimension=axis.dimension - 1)
             for expert, channels in enumerate(kept):
+                of_expert = old[expert].clone() if room is in_place else old[expert]
                 if name == self.down:
-                    self._cut_down(expert, old[expert], new[expert], compensate)
+                    self._cut_down(expert, of_expert, new[expert], compensate)
                 else:
-                    of_one.cut(old[expert], channels, new[expert])
+                    of_one.cut(of_expert, channels, new[expert])
             set_parameter(block, name, parameter(new, parameters[name]))
         set_width(block, self.down, width)
 

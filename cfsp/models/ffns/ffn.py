@@ -14,7 +14,7 @@ from ...errors import CfspError
 from ...io.memory import Room
 from ..modeling_cfsp import set_parameter, set_width
 from ..surgery import forward_instead, parameter
-from .channels import ChannelAxis, ChannelGroup, Compensate, FFNWeights, Observer
+from .channels import ChannelAxis, ChannelGroup, Compensate, FFNWeights, Observer, in_place
 
 FUSED_ACTIVATIONS = {
     "silu": "silu",
@@ -151,6 +151,7 @@ class FFN:
     ) -> None:
         """Cut the FFN of a block in place to ``kept`` channels [experts, width] int64, ascending;
         ``room`` gives the memory of new matrices, None: it is new."""
+        room = None if room is in_place else room
         parameters = dict(block.named_parameters())
         (weights,) = self.weights(parameters)
         down, width = f"{self.down}.weight", kept.shape[1]
