@@ -1,5 +1,6 @@
 """Experts: statistics of routed tokens, one width for all of a block, the family's checkpoints."""
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -17,13 +18,16 @@ from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
-from cfsp.models.ffns.channels import Routing
+from cfsp.models.detection import layout_of
+from cfsp.models.ffns.channels import CutDown, Routing, in_place
+from cfsp.models.ffns.experts import ExpertsFFN
 from cfsp.models.layouts import LAYOUTS
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
 from cfsp.report.figures import curves_figure
 
 from ..conftest import make_tiny, make_tokenizer
+from ..families.tiny import FAMILIES
 from .test_families import ALL, make, recipe_for
 
 RECIPE = recipe_for("deepseek_v3", "cfsp")
@@ -285,3 +289,36 @@ def test_experts_of_any_width_are_calibrated_where_the_model_runs(
         part = found.blocks[number].ffns()[expert]
         assert part.tokens == len(x)
         assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_experts_that_are_cut_where_they_lie_are_those_cut_elsewhere(family: str) -> None:
+    """As on a GPU, where there is no room for a large block twice."""
+    model = FAMILIES[family].model()
+    layout = layout_of(model)
+    generator, blocks = torch.Generator().manual_seed(0), layout.find_blocks(model)
+    for block in blocks:
+        for ffn in (ffn for ffn in layout.block_ffns(block) if isinstance(ffn, ExpertsFFN)):
+            group, cut = ffn.group(block), []
+            order = torch.rand(group.experts, group.channels, generator=generator).argsort(1)
+            kept = order[:, : group.channels // 2].sort(1).values
+
+            def compensate(
+                expert: int,
+                weight: torch.Tensor,
+                out: torch.Tensor | None,
+                kept: torch.Tensor = kept,
+            ) -> CutDown:
+                left = weight[:, kept[expert]]
+                return CutDown(left if out is None else out.copy_(left), None)
+
+            for room in (None, in_place):
+                copied = copy.deepcopy(block)
+                before = {name: copied.get_parameter(name).data_ptr() for name in ffn.weight_names}
+                ffn.cut_(copied, kept, compensate, room)
+                cut.append(copied)
+                for name, address in before.items():
+                    same = copied.get_parameter(name).data_ptr() == address
+                    assert same == (room is in_place)
+            for name, value in cut[0].state_dict().items():
+                assert torch.equal(value, cut[1].state_dict()[name]), name
