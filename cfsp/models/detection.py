@@ -49,8 +49,10 @@ def detect_layout(model: PreTrainedModel) -> Layout:
     ):
         raise unsupported(model.config.model_type, "its code is not part of transformers")
     path, blocks = _blocks(model)
+    unlike = {_structure(block): block for block in reversed(blocks)}
     kinds = dict.fromkeys(
-        _detect_moe(model, block) or _detect_ffn(model, block) for block in blocks
+        _detect_moe(model, block) or _detect_ffn(model, block)
+        for block in reversed(unlike.values())
     )
     with_experts = [kind for kind in kinds if kind and isinstance(kind[0], ExpertsFFN)]
     dense = [kind for kind in kinds if kind and kind not in with_experts]
@@ -58,6 +60,13 @@ def detect_layout(model: PreTrainedModel) -> Layout:
         raise unsupported(model.config.model_type, f"blocks with FFNs of {len(kinds)} kinds")
     layout = Layout(path, tuple(ffn for kind in (*with_experts, *dense) for ffn in kind))
     return with_width_names(model, layout)
+
+
+def _structure(block: nn.Module) -> tuple[tuple[str, object], ...]:
+    """The same for blocks of the same modules with parameters of the same shapes."""
+    modules = [(name, type(module)) for name, module in block.named_modules()]
+    shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+    return (*modules, *shapes)
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -1,5 +1,6 @@
 """What transformers loads of a model: config, tokenizer, weights, or a skeleton without values."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +32,8 @@ from ..io.safetensors import FLOATS, INDEX_FILE, WEIGHTS_FILE, Tensors
 from .layouts import unsupported
 
 MAX_LAYERS = 2_000
+LARGE_VALUES = 1 << 24
+"""More than any buffer of a model has."""
 DEVICE = "cfsp_device"
 """Attribute of a skeleton: the GPU that it computes on, with weights on the host meanwhile."""
 
@@ -195,6 +199,20 @@ def check_folder(folder: Path) -> None:
         raise CfspError(f"{folder} has no safetensors weights, {WEIGHTS_FILE} or its index{hint}")
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors on meta at once: parameters go there, but would be filled before."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
+            sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if kwargs.get("device") is None and math.prod(sizes) > LARGE_VALUES:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
 def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on meta; buffers are real, since no file holds the rotary ones.
     Raises CfspError for a config that no causal LM can be built of."""
@@ -204,7 +222,7 @@ def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise CfspError(f"num_hidden_layers {shown(layers)} is more than any model has")
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()  # left out with the values
         _keep_in_fp32_(model, dtype)

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 import cfsp
 from cfsp.errors import CfspError
+from cfsp.models.loading import make_skeleton
 from cfsp.models.opening import adopt, open_any, open_streamed
 
 from ..conftest import TEXT, TINY, make_tiny, make_tokenizer
@@ -561,3 +562,16 @@ class TestFilesThatChange:
         change(folder)
         with pytest.raises(CfspError, match="begun with another state of the model's files"):
             cfsp.prune(folder, out=tmp_path / "out", resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text", "gpt_oss"])
+def test_a_skeleton_takes_no_memory_for_experts_of_any_size(kind: str) -> None:
+    sizes = {"intermediate_size": 2**17, "moe_intermediate_size": 2**17, "head_dim": 64}
+    experts = {"num_experts": 4096, "num_local_experts": 4096}
+    config = AutoConfig.for_model(
+        kind, hidden_size=2**15, num_hidden_layers=1, num_attention_heads=2, **sizes, **experts
+    )
+    skeleton = make_skeleton(config, torch.bfloat16)
+    assert sum(p.nbytes for p in skeleton.parameters()) > 2**46
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert not any(buffer.is_meta for buffer in skeleton.buffers())
