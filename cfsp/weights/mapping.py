@@ -72,7 +72,7 @@ def sources_of(
         if target in parameters:
             _check_floats(where, {n: weights[n] for own in names.values() for n in own})
         converter = owners.get(next(iter(names)) or "")
-        if converter is None:
+        if converter is None or None in names:
             source = _renamed(where, target, names, weights)
         else:
             source = _converted_source(where, target, names, weights, converter, skeleton)
@@ -82,8 +82,7 @@ def sources_of(
             _check_shape(where, name, info.shape, tuple(state[name].shape))
             source.targets[name] = TensorInfo(state[name].dtype, info.shape)
             if name in found:
-                twice = " and ".join([*found[name].weights, *source.weights][:2])
-                raise CfspError(f"{where}: {twice} of the weights are one parameter")
+                raise _twice(where, *(next(iter(x.weights)) for x in (found[name], source)))
             found[name] = source
     return found
 
@@ -96,9 +95,12 @@ def _renamed(
 ) -> Source:
     name, *others = chain.from_iterable(names.values())
     if others:
-        twice = " and ".join([name, *others])
-        raise CfspError(f"{where}: {twice} of the weights are one parameter")
+        raise _twice(where, name, others[-1])
     return Source({target: weights[name]}, {name: weights[name]})
+
+
+def _twice(where: str | Path, name: str, other: str) -> CfspError:
+    return CfspError(f"{where}: {name} and {other} of the weights are one parameter")
 
 
 def _converted_source(
@@ -118,6 +120,11 @@ def _converted_source(
         counts = ", ".join(str(len(names)) for names in lists)
         what = " and ".join(converter.source_patterns)
         raise CfspError(f"cannot load {where}: {target} needs as many {what}, got {counts}")
+    for pattern, listed in zip(converter.source_patterns, lists, strict=True):
+        if "experts.*." in pattern:
+            _check_numbers(where, target, listed)
+        elif "*" not in pattern and len(listed) > 1:
+            raise _twice(where, listed[0], listed[-1])
     if steps in EXPERTS_APART and len(shapes) == 1:
         in_order = {name: own[name] for name in chain.from_iterable(zip(*lists, strict=True))}
         ((rows, *rest),) = [shape or (1,) for shape in shapes]
@@ -132,6 +139,13 @@ def _converted_source(
         ) from error
     infos = {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in made.items()}
     return Source(infos, own, convert)
+
+
+def _check_numbers(where: str | Path, target: str, experts: Collection[str]) -> None:
+    """Raise CfspError where one is missing between others, which would take its place."""
+    for number, name in enumerate(experts):
+        if re.findall(r"\.(\d+)\.", name)[-1:] != [str(number)]:
+            raise CfspError(f"cannot load {where}: {target} needs expert {number}, found {name}")
 
 
 def _convert(
