@@ -23,8 +23,9 @@ from ..families.tiny import EXPERTS, FAMILIES, Family, sized
 MORE = {
     "tied": FAMILIES["qwen3_moe"],
     "transposed": FAMILIES["qwen3_vl_moe"],
+    "own names": FAMILIES["llava"],
     "12 experts": Family(
-        "", "qwen3_moe", lambda: sized("qwen3_moe", {**EXPERTS, "num_experts": 12})
+        "", "qwen3_moe", lambda: sized("qwen3_moe", {**EXPERTS, "num_local_experts": 12})
     ),
 }
 """More ways in which families are stored."""
@@ -64,6 +65,8 @@ def save(folder: Path, kind: str) -> dict[str, torch.Tensor]:
             folder,
             lambda t: t.update({k: v.mT.contiguous() for k, v in t.items() if ".experts." in k}),
         )
+    if kind == "own names":  # instead of the family's on the hub
+        save_file(saved_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
     return load_file(folder / "model.safetensors")
 
 
@@ -118,6 +121,8 @@ def test_blocks_are_those_that_transformers_loads_and_come_back_as_it_saves_them
     kind: str, tmp_path: Path
 ) -> None:
     stored = save(tmp_path / "m", kind)
+    assert kind != "12 experts" or "model.layers.1.mlp.experts.11.up_proj.weight" in stored
+    assert kind != "own names" or "model.language_model.norm.weight" in stored
     heads = {name for name in stored if re.search(r"\b(lm_head|embed_out)\b", name)}
     assert bool(heads) == (kind not in TIED)
     streamed, whole = opened(tmp_path / "m"), in_memory(tmp_path / "m")
