@@ -42,7 +42,8 @@ def round_fp8(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def round_int(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda numbers: numbers.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return lambda numbers: numbers.round().clamp(least, most) + 0.0  # integers have no -0
 
 
 def nearest_fp4(numbers: torch.Tensor) -> torch.Tensor:
