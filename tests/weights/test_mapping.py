@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cfsp.errors import CfspError
 from cfsp.models.blocks import StoredBlocks
+from cfsp.models.fingerprints import model_fingerprint
 from cfsp.models.loading import auto_class, load_config, quiet_loading
 from cfsp.models.opening import OpenModel, open_streamed
 from cfsp.models.surgery import on_meta
@@ -114,6 +115,7 @@ def check_streamed(streamed: OpenModel, whole: PreTrainedModel) -> None:
     buffers = dict(whole.named_buffers())
     for name, value in streamed.model.named_buffers():
         check_same(value, buffers[name], name)
+    assert streamed.blocks.fingerprint() == model_fingerprint(whole, streamed.layout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
