@@ -24,6 +24,7 @@ from ..families.tiny import EXPERTS, FAMILIES, Family, sized
 MORE = {
     "tied": FAMILIES["qwen3_moe"],
     "transposed": FAMILIES["qwen3_vl_moe"],
+    "mixed types": FAMILIES["mixtral"],
     "own names": FAMILIES["llava"],
     "12 experts": Family(
         "", "qwen3_moe", lambda: sized("qwen3_moe", {**EXPERTS, "num_local_experts": 12})
@@ -65,6 +66,10 @@ def save(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         rewrite(
             folder,
             lambda t: t.update({k: v.mT.contiguous() for k, v in t.items() if ".experts." in k}),
+        )
+    if kind == "mixed types":
+        rewrite(
+            folder, lambda t: t.update({k: v.float() for k, v in t.items() if "experts.1.w1" in k})
         )
     if kind == "own names":  # instead of the family's on the hub
         save_file(saved_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
@@ -214,7 +219,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]]
         lambda t: t.update({FUSED: torch.ones(4, 48, 32)}),
         r"model\.layers\.2\.mlp\.experts\..* and .* of the weights are one parameter$",
     ),
-    "two for one parameter, fused and not": (
+    "two for one parameter, with and without its prefix": (
         "phi3",
         lambda t: t.update({k.removeprefix("model."): v + 1 for k, v in t.items() if "norm" in k}),
         r"norm\.weight and .*norm\.weight of the weights are one parameter$",

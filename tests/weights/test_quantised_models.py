@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cfsp
 from cfsp.io.safetensors import read_header
@@ -21,7 +21,7 @@ from ..conftest import make_tokenizer
 from ..families.checks import OPTIONS, RECIPE, one_thread
 from ..families.fresh import said
 from ..families.tiny import EXPERTS, FAMILIES, FFN, LATENT, Family, sized
-from . import writers
+from . import quantisers, writers
 from .quantisers import Stored
 from .test_mapping import check_streamed, in_memory, opened, rewrite
 
@@ -212,3 +212,20 @@ def test_a_quantised_head_for_the_next_but_one_token_is_left_out(tmp_path: Path)
     with pytest.warns(UserWarning, match=r"model\.layers\.61\..* is left out of the result"):
         found = opened(tmp_path / "q")
     check_streamed(found, in_memory(tmp_path / "p"))
+
+
+def test_a_head_may_be_quantised_too_and_parts_lie_in_several_shards(tmp_path: Path) -> None:
+    save(CASES["llama, FP8 of ModelOpt"], tmp_path)
+    stored = weights_of(tmp_path / "q")
+    codes, scales, head = quantisers.fp8(stored["lm_head.weight"], stored["lm_head.weight"].shape)
+    stored |= {"lm_head.weight": codes, "lm_head.weight_scale": scales[0, 0]}
+    (tmp_path / "q" / "model.safetensors").unlink()
+    weight_map = {}
+    for n, shard in enumerate(("a.safetensors", "b.safetensors")):
+        own = {name: value for name, value in stored.items() if ("_scale" in name) == bool(n)}
+        save_file(own, tmp_path / "q" / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, shard)
+    index = tmp_path / "q" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    rewrite(tmp_path / "p", lambda t: t.update({"lm_head.weight": head}))
+    check_streamed(opened(tmp_path / "q"), in_memory(tmp_path / "p"))
