@@ -61,15 +61,16 @@ def copy(shards: Sequence[Path], goal: Path) -> None:
 
 def cut(checkpoint: Path, goal: Path, sparsity: float) -> None:
     """The second pass alone: no windows are measured."""
+    from cfsp.models.blocks import StoredBlocks
     from cfsp.models.opening import open_streamed
     from cfsp.pruning.compaction_streamed import prune_to_shards_
     from cfsp.pruning.second_pass import SecondPass
 
     opened = open_streamed(checkpoint)
-    if opened is None:
+    if opened is None or not isinstance(opened.blocks, StoredBlocks):
         raise SystemExit(f"{checkpoint} cannot be streamed")
     plan = random_plan(opened, sparsity)
-    prune_to_shards_(opened, plan, SecondPass(plan).turn, goal, progress=False)
+    prune_to_shards_(opened, opened.blocks, plan, SecondPass(plan).turn, goal, progress=False)
 
 
 def one_round(checkpoint: Path, work: Path, sparsity: float, cold: bool) -> dict[str, float]:

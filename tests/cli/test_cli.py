@@ -116,7 +116,7 @@ def test_overwrite_replaces_the_folder_whole(
         (["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
         (["--sparsity", "-0.1"], "sparsity must be in [0, 1), got -0.1"),
         (["--sparsity", "nan"], "sparsity must be in [0, 1), got nan"),
-        (["--sparsity", "0.99"], "no widths meet sparsity 0.99 in multiples of 1: 4 blocks can re"),
+        (["--sparsity", "0.99"], "no widths meet sparsity 0.99 in multiples of 1: 4 FFNs can re"),
         (["--sparsity", "much"], "argument --sparsity: invalid float value: 'much'"),
         (["--width-multiple", "64"], "width_multiple 64 is more than the 48 channels of FFN 0"),
         (["--width-multiple", "0"], "width_multiple must be 1 or more, got 0"),
@@ -231,9 +231,9 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, str]:
             return folder, out, "cannot load"
         case "unsupported architecture":
             config = json.loads((folder / "config.json").read_text())
-            config["model_type"] = "codegen"
+            config["model_type"] = "t5"
             (folder / "config.json").write_text(json.dumps(config))
-            return folder, out, "unsupported architecture 'codegen': "
+            return folder, out, "unsupported architecture 't5': an encoder-decoder"
         case "bad json":
             (folder / "config.json").write_text("{")
             return folder, out, "cannot load"
