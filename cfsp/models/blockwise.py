@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import CfspError
 from .layouts import as_block_output, hidden_states_of
 from .loading import model_device, outer_weights, synchronize
-from .surgery import forward_instead
+from .surgery import forward_instead, headless
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def record_block_calls(
 
     hidden = torch.empty(0, device=device)
     stand_ins = [stand_in(number) for number in range(len(blocks))]
-    with outer_weights(model), forward_instead(blocks, stand_ins):
+    with outer_weights(model), headless(model), forward_instead(blocks, stand_ins):
         for number, tokens in enumerate(windows.split(micro_batch) if len(windows) else ()):
             model.base_model(input_ids=tokens.to(device), use_cache=False)  # type: ignore[operator]
             states = embedded.pop()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -22,6 +22,13 @@ def forward_instead(modules: Sequence[nn.Module], forwards: Sequence[Callable]) 
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = own
+
+
+def headless(model: nn.Module) -> AbstractContextManager[None]:
+    """Have a causal LM make no logits for a while: the base model of some is the whole of it."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    heads = [] if head is None else [head]
+    return forward_instead(heads, [lambda states: states] * len(heads))
 
 
 def set_buffers_(module: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:

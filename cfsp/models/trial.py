@@ -21,7 +21,7 @@ from .layouts import Layout, as_block_output, hidden_states_of, known_layout, un
 from .loading import make_skeleton, model_device, quiet_loading
 from .modeling_cfsp import set_parameter, set_width
 from .pruned_classes import become_pruned_
-from .surgery import forward_instead, on_meta, set_buffers_, set_parameters_
+from .surgery import forward_instead, headless, on_meta, set_buffers_, set_parameters_
 from .tensors import parameter_shapes
 
 TOKENS, PROBE_TOKENS = 2, 16
@@ -108,7 +108,8 @@ def _calls(
 
         return forward
 
-    with forward_instead(blocks, [stand_in(*numbered) for numbered in enumerate(blocks)]):
+    stand_ins = [stand_in(*numbered) for numbered in enumerate(blocks)]
+    with headless(skeleton), forward_instead(blocks, stand_ins):
         skeleton.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
     return given
 
