@@ -182,7 +182,7 @@ def steps(out: Path, rehearsal: bool = False) -> list[Step]:
                     *("--json", str(out / f"result-{name}.json")),
                 ),
                 limit,
-                package="accelerate",
+                package="transformers",
                 sources=("cfsp",),
                 scratch=out / f"work-{name}",
                 extra=model == "llama-3-70b",

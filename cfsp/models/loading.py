@@ -1,6 +1,5 @@
 """What transformers loads of a model: config, tokenizer, weights, or a skeleton without values."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,7 +14,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,10 +28,9 @@ from transformers.utils import logging as transformers_logging
 from ..errors import CfspError, first_of, reason, shown
 from ..io.safetensors import FLOATS, INDEX_FILE, WEIGHTS_FILE, Tensors
 from .layouts import unsupported
+from .surgery import set_buffers_
 
 MAX_LAYERS = 2_000
-LARGE_VALUES = 1 << 24
-"""More than any buffer of a model has."""
 DEVICE = "cfsp_device"
 """Attribute of a skeleton: the GPU that it computes on, with weights on the host meanwhile."""
 
@@ -199,31 +196,19 @@ def check_folder(folder: Path) -> None:
         raise CfspError(f"{folder} has no safetensors weights, {WEIGHTS_FILE} or its index{hint}")
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Makes large tensors on meta at once: parameters go there, but would be filled before."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
-            sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            if kwargs.get("device") is None and math.prod(sizes) > LARGE_VALUES:
-                kwargs = {**kwargs, "device": "meta"}
-        return function(*args, **kwargs)
-
-
 def make_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters on meta; buffers are real, since no file holds the rotary ones.
-    Raises CfspError for a config that no causal LM can be built of."""
-    from accelerate import init_empty_weights
-
+    """The model with parameters on meta; buffers are real, since no file holds the rotary ones, and
+    of the values that ``from_pretrained`` gives them. Raises CfspError for a config that no causal
+    LM can be built of."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise CfspError(f"num_hidden_layers {shown(layers)} is more than any model has")
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
+        with torch.device("meta"), no_init_weights():
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        buffers = model.named_buffers(remove_duplicate=False)
+        set_buffers_(model, {k: torch.zeros_like(b, device="cpu") for k, b in buffers})
+        model.initialize_weights()  # on meta it costs nothing
         model.tie_weights()  # left out with the values
         _keep_in_fp32_(model, dtype)
     except Exception as error:  # of whatever kind a family's own code raises
