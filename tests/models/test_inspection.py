@@ -213,6 +213,9 @@ def test_an_adapter_in_the_folder_is_refused_whatever_it_adapts(tmp_path: Path) 
     check_refused(folder, r"m has an adapter, adapter_config\.json: merge it")
 
 
+PARTS = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+
+
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(
     ("kind", "reason"),
@@ -230,7 +233,8 @@ def test_what_is_neither_a_decoder_nor_one_beside_vision_is_refused(
     kind: str, reason: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
-    AutoConfig.for_model(kind).save_pretrained(folder)
+    parts = {name: {"model_type": part} for name, part in PARTS.items() if kind == "musicgen"}
+    AutoConfig.for_model(kind, **parts).save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"never looked at")
     check_refused(folder, f"unsupported architecture '{kind}': {reason}")
 
