@@ -1,7 +1,10 @@
 """Tiny random models, a byte tokenizer, and SmolLM2-135M where its package is installed."""
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the order of :data:`LONGEST`, then as they were found."""
     place = {f"test_{name}": position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@contextmanager
+def one_thread_at_a_time() -> Iterator[None]:
+    """The grouped products of experts give other last bits where weights lie otherwise in memory
+    and several threads share them; with one thread they do not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_fresh(*arguments: str, home: Path, cwd: Path | None = None) -> None:
+    """Run Python with these arguments, offline, in an environment that has nothing of ours."""
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """See :func:`one_thread_at_a_time`."""
+    with one_thread_at_a_time():
+        yield
 
 
 @pytest.fixture

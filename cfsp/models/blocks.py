@@ -62,7 +62,7 @@ class StoredBlocks:
             full = [name for name in self.sources if name.startswith(prefix)]
         else:
             full = [prefix + name for name in names]
-        return list({id(self.sources[name]): self.sources[name] for name in full}.values())
+        return list(dict.fromkeys(self.sources[name] for name in full))
 
     def _made(
         self, number: int, sources: Iterable[Source], read: Mapping[str, torch.Tensor]

@@ -124,8 +124,9 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         refusal = str(error)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
-    read = Read.of(own, found.sources)
-    if not has_weights:
+    if has_weights:
+        read = Read.of(own, found.sources)
+    else:
         read = _supposed(own, config.dtype or skeleton.dtype, found)
     name = folder_name(path) if path.is_dir() else path.stem if path.is_file() else str(model)
     streamed = not (whole or gguf)

@@ -271,7 +271,7 @@ def _filled(opened: OpenModel) -> OpenModel:
 def _outer_values(sources: Iterable[Source]) -> dict[str, torch.Tensor]:
     """What is outside of the blocks, read and made."""
     found: dict[str, torch.Tensor] = {}
-    for source in {id(source): source for source in sources}.values():
+    for source in dict.fromkeys(sources):
         found |= source.make(read_tensors(source.reads), torch.device("cpu"))
     return found
 

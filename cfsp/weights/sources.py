@@ -28,7 +28,7 @@ Convert = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Weights of a checkpoint, and what a model has of them together."""
+    """Weights of a checkpoint, and what a model has of them together; equal to itself alone."""
 
     targets: dict[str, TensorInfo]
     """By their names in the model, as it has them."""

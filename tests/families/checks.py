@@ -1,11 +1,8 @@
 """What becomes of a family: pruned in memory and from disk to disk, compared, and reloaded."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from cfsp.models.layouts import Layout
 from cfsp.models.loading import quiet_loading
 from cfsp.models.opening import open_model
 
-from ..conftest import TEXT, make_tokenizer
+from ..conftest import TEXT, make_tokenizer, one_thread_at_a_time, run_fresh
 from .fresh import TOKENS, said
 from .tiny import FAMILIES, Family
 
@@ -69,21 +66,12 @@ class Pruned:
 
 def outcomes(names: Iterable[str], root: Path) -> dict[str, Outcome]:
     """The rows of these families; one other process reloads all of their results."""
-    with one_thread(), quiet_loading():
+    with one_thread_at_a_time(), quiet_loading():
         found = {name: prune(FAMILIES[name], root / name) for name in names}
         pruned = {name: case for name, case in found.items() if isinstance(case, Pruned)}
         reload(pruned.values(), root / "hf")
         rows = {name: judge(case) for name, case in pruned.items()}
     return {name: case if isinstance(case, Outcome) else rows[name] for name, case in found.items()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Grouped products of experts give other last bits where several threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prune(family: Family, root: Path) -> Pruned | Outcome:
@@ -185,15 +173,7 @@ def reload(cases: Iterable[Pruned], home: Path) -> None:
         auto = "AutoModelForImageTextToText" if case.family.multimodal else "AutoModelForCausalLM"
         for folder in (case.uneven, case.uniform):
             arguments += [str(folder), auto] if folder is not None else []
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fresh.py")), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
-    )
-    if run.returncode != 0:
-        raise RuntimeError(run.stderr[-3000:])
+    run_fresh(str(Path(__file__).with_name("fresh.py")), *arguments, home=home)
 
 
 def judge(case: Pruned) -> Outcome:

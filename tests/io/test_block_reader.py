@@ -23,8 +23,8 @@ from cfsp.io.safetensors import (
     will_need,
 )
 
-from ..conftest import make_tiny, make_tokenizer
-from ..families.checks import OPTIONS, RECIPE, have_equal_bytes, one_thread
+from ..conftest import make_tiny, make_tokenizer, one_thread_at_a_time
+from ..families.checks import OPTIONS, RECIPE, have_equal_bytes
 
 CPU = torch.device("cpu")
 Blocks = list[dict[str, StoredTensor]]
@@ -164,7 +164,7 @@ def test_large_blocks_make_no_difference_to_a_result(
     folder = tmp_path / "m"
     make_tiny("mixtral", num_local_experts=4, num_hidden_layers=3).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    with one_thread():
+    with one_thread_at_a_time():
         cfsp.prune(folder, recipe=RECIPE, out=tmp_path / "small", **OPTIONS)
         monkeypatch.setattr(block_reader, "LARGE_BLOCK_BYTES", 1)
         cfsp.prune(folder, recipe=RECIPE, out=tmp_path / "large", **OPTIONS)

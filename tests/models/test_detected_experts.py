@@ -1,7 +1,7 @@
 """Experts of families that none are written down for: found by structure, observed, cut, saved."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +27,8 @@ from cfsp.models.trial import checked_layout
 
 from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -189,15 +191,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], cfsp.Pru
         return cfsp.prune(make(name), make_tokenizer(), WIDE, root / name, **options)
 
     return prune
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Grouped products of several threads give other last bits where weights lie otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,5 @@
 """Every family: cut equals masked, streamed equals in memory, and the folder reloads anywhere."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +15,9 @@ from cfsp.errors import CfspError
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import open_model, open_streamed
 
-from ..conftest import make_tiny, make_tokenizer
+from ..conftest import make_tiny, make_tokenizer, run_fresh
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ ALL = {
     "gpt2": family("mlp.c_proj", blocks="transformer.h", n_inner=48),
 }
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
-WHOLE = {*EXPERTS, "gpt_neox"}
-"""Families whose checkpoints have other names than their modules: loaded whole."""
 UNIFORM = "uniform"
 CASES = [
     (name, case)
@@ -260,34 +258,13 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The grouped products of experts give other last bits where weights lie otherwise in memory
-    and several threads share them; with one thread they do not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def fresh(
     pruned: Callable[[str, str], Pruned], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], torch.Tensor]:
     """Logits of every result as another process without cfsp has them; one process for all."""
     folders = {(n, s): str(pruned(n, s).streamed.out) for n, s in CASES}
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, *folders.values()],
-        capture_output=True,
-        text=True,
-        env={
-            "HF_HUB_OFFLINE": "1",
-            "PATH": "",
-            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_fresh("-c", FRESH, *folders.values(), home=tmp_path_factory.mktemp("hf"))
     return lambda name, scorer: torch.load(f"{folders[name, scorer]}.logits")
 
 

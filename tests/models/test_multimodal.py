@@ -4,9 +4,7 @@ reloads as what it was."""
 import copy
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +29,9 @@ from cfsp.models.descriptions import describe
 from cfsp.models.opening import open_any, open_model, open_streamed
 from cfsp.report.usage import loading_commands
 
-from ..conftest import TEXT, TINY, make_tokenizer
+from ..conftest import TEXT, TINY, make_tokenizer, run_fresh
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 QWEN_VISION = {
@@ -169,14 +169,6 @@ def inside_blocks(name: str) -> bool:
     return ".layers." in name and "vision" not in name and "visual" not in name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 Prune = Callable[[str, str], tuple[Path, cfsp.PruneResult]]
 
 
@@ -299,19 +291,8 @@ def fresh(
     """Logits and tokens of every result as another process has them: without cfsp, and with it
     imported and no trust in the folder's code."""
     folders = {key: str(pruned(*key)[1].out) for key in CASES}
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, request.param, *folders.values()],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={
-            "HF_HUB_OFFLINE": "1",
-            "PATH": "",
-            "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    home, root = tmp_path_factory.mktemp("hf"), Path(__file__).parents[2]
+    run_fresh("-c", FRESH, request.param, *folders.values(), home=home, cwd=root)
     return lambda name, case: torch.load(f"{folders[name, case]}.{request.param}")
 
 

@@ -17,8 +17,8 @@ from cfsp.io.safetensors import read_header
 from cfsp.models.loading import auto_class, load_config, quiet_loading
 from cfsp.models.opening import open_model
 
-from ..conftest import make_tokenizer
-from ..families.checks import OPTIONS, RECIPE, one_thread
+from ..conftest import make_tokenizer, one_thread_at_a_time
+from ..families.checks import OPTIONS, RECIPE
 from ..families.fresh import said
 from ..families.tiny import EXPERTS, FAMILIES, FFN, LATENT, Family, sized
 from . import quantisers, writers
@@ -127,7 +127,7 @@ def test_blocks_are_those_of_the_plain_checkpoint_streamed_and_whole(
 
 def test_pruned_it_is_the_plain_checkpoint_pruned(case: Case, tmp_path: Path) -> None:
     dense, out, plain = tmp_path / "q", tmp_path / "q-out", tmp_path / "p-out"
-    with one_thread(), quiet_loading():
+    with one_thread_at_a_time(), quiet_loading():
         whole = open_model(dense)
         live = cfsp.prune(whole.model, whole.tokenizer, RECIPE, **OPTIONS).model
         assert cfsp.prune(dense, recipe=RECIPE, out=out, **OPTIONS).live is None
