@@ -23,9 +23,9 @@ from .evaluation.quality import EVALUATION_WINDOWS, held_out_text
 from .io.hashes import check_hashes, known_hashes
 from .io.outputs import new_folder
 from .models.blocks import StoredBlocks
-from .models.ffns.channels import FFNWeights
 from .models.loading import model_device
-from .models.opening import OpenModel, adopt, open_any, weight_files
+from .models.opening import OpenModel, open_any, weight_files
+from .models.parts.channels import PartWeights
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import COMPENSATIONS
@@ -64,7 +64,9 @@ def calibrate(
         CfspError: bad input, in one line.
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
-    opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device))
+    opened = open_any(
+        model, tokenizer, recipe.dtype, ranks.device(device), attention=recipe.cuts_attention
+    )
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     request = Request(recipe, len(windows), prunes=False, ranks=ranks.size)
     run = Run(
@@ -111,7 +113,7 @@ def latency_table(
 
 def plan(
     statistics: Statistics,
-    weights: Callable[[int], Sequence[FFNWeights]] | nn.Module,
+    weights: Callable[[int], Sequence[PartWeights]] | nn.Module,
     recipe: Recipe,
     tokenizer: Any = None,
     *,
@@ -131,7 +133,8 @@ def plan(
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        return plan_model(adopt(weights, tokenizer), statistics, recipe, progress=progress)
+        opened = open_any(weights, tokenizer, attention=recipe.cuts_attention)
+        return plan_model(opened, statistics, recipe, progress=progress)
     return make_plan(statistics, weights, recipe, progress=progress)
 
 
@@ -213,7 +216,14 @@ def prune(
 
         # Open, resolve the budget, check.
         whole = target is None or searches
-        opened = open_any(model, tokenizer, recipe.dtype, ranks.device(device), whole=whole)
+        opened = open_any(
+            model,
+            tokenizer,
+            recipe.dtype,
+            ranks.device(device),
+            whole=whole,
+            attention=recipe.cuts_attention,
+        )
         wanted = recipe.model_budget if plan is None else None
         table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
         _check(opened, recipe, plan, statistics, table, ranks)

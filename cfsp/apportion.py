@@ -1,10 +1,12 @@
-"""Whole widths under one budget: the largest-remainder method.
+"""Whole numbers under one budget: the largest-remainder method.
 
-Widths and sizes are those of one expert where an FFN has several. ``costs`` are what one channel
-of width costs in every FFN: its experts, where channels are the budget; None: 1.
+Of an FFN with several experts, numbers are those of one expert. ``costs`` are what one unit costs
+in every part: its experts, where channels are the budget; None: 1.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import mul
 
 import torch
@@ -12,14 +14,38 @@ import torch
 from .errors import CfspError
 
 
-def check_budget(sizes: Sequence[int], budget: float, multiple: int, costs: Sequence[int]) -> int:
-    """The cost to keep in all over the multiple; raises CfspError where no widths meet the budget
+@dataclass(frozen=True)
+class Steps:
+    """The numbers that a part may keep of its units: multiples, one of them at least."""
+
+    size: int
+    multiple: int = 1
+    removable: bool = False
+    """Whether it may keep none."""
+
+    @property
+    def least(self) -> int:
+        return 0 if self.removable else self.multiple
+
+    @property
+    def most(self) -> int:
+        return self.size // self.multiple * self.multiple
+
+
+def fixed(size: int) -> Steps:
+    """Of a part that is not cut."""
+    return Steps(size, size)
+
+
+def check_budget(steps: Sequence[Steps], budget: float, costs: Sequence[int]) -> int:
+    """The cost to keep in all, in whole steps; raises CfspError where no numbers meet the budget
     and says which sparsities can be reached."""
-    wanted = round(budget / multiple)
-    least, most = reachable(sizes, multiple, costs)
+    unit = math.gcd(*(own.multiple for own in steps))
+    wanted = round(budget / unit) * unit
+    least, most = reachable(steps, costs)
     if not least <= wanted <= most:
-        total = sum(map(mul, sizes, costs))
-        low, high = (1 - units * multiple / total for units in (most, least))
+        multiple, total = max(own.multiple for own in steps), total_cost(steps, costs)
+        low, high = (1 - kept / total for kept in (most, least))
         raise CfspError(
             f"no widths meet sparsity {1 - budget / total:.4g} in multiples of {multiple}: "
             f"{len(costs)} FFNs can reach {max(0.0, low):.4g} to {high:.4g}"
@@ -27,51 +53,60 @@ def check_budget(sizes: Sequence[int], budget: float, multiple: int, costs: Sequ
     return wanted
 
 
-def reachable(sizes: Sequence[int], multiple: int, costs: Sequence[int]) -> tuple[int, int]:
-    """What all FFNs cost at least and at most, over the multiple; raises CfspError where an FFN
-    has fewer channels than that."""
-    room = [size // multiple for size in sizes]
-    if min(room) < 1:
-        raise CfspError(
-            f"width_multiple {multiple} is more than the {min(sizes)} channels of FFN "
-            f"{room.index(min(room))}; 1 gives exact widths"
-        )
-    return sum(costs), sum(map(mul, room, costs))
+def total_cost(steps: Sequence[Steps], costs: Sequence[int]) -> int:
+    """What all units cost."""
+    return sum(map(mul, (own.size for own in steps), costs))
+
+
+def reachable(steps: Sequence[Steps], costs: Sequence[int]) -> tuple[int, int]:
+    """What parts cost at least and at most; raises CfspError for a part of less than a multiple."""
+    for number, own in enumerate(steps):
+        if own.most < own.multiple:
+            raise CfspError(
+                f"width_multiple {own.multiple} is more than the {own.size} channels of FFN "
+                f"{number}; 1 gives exact widths"
+            )
+    return (
+        sum(map(mul, (own.least for own in steps), costs)),
+        sum(map(mul, (own.most for own in steps), costs)),
+    )
 
 
 def apportion(
     ideal: torch.Tensor,
-    sizes: Sequence[int],
+    steps: Sequence[Steps],
     budget: float,
-    multiple: int,
     importance: torch.Tensor,
     costs: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """Round ideal widths [L] to multiples, so that their sum is the budget to half a multiple;
-    raises CfspError where no widths meet it.
+    """Round ideal numbers [L] to multiples, so that their cost is the budget to half a step;
+    raises CfspError where no numbers meet it.
 
-    Every width is rounded down; what is then missing goes, a multiple each, to the FFNs that lost
-    most by it, among equals to the one of more ``importance`` [L], then to the first. An FFN keeps
-    at least one multiple and at most what it has. A multiple of an FFN with experts is one of each
-    of them; the budget is met to half of the smallest step that can be made.
+    Every number is rounded down; what is then missing goes, a multiple each, to the parts that lost
+    most by it, among equals to the one of more ``importance`` [L], then to the first. A multiple of
+    an FFN with experts is one of each of them; the budget is met to half of the smallest step that
+    can be made.
     """
-    costs = costs or [1] * len(sizes)
-    room = [size // multiple for size in sizes]
-    wanted = check_budget(sizes, budget, multiple, costs)
-    quotas = (ideal.double() / multiple).tolist()
-    units = [min(max(int(quota), 1), most) for quota, most in zip(quotas, room, strict=True)]
-    lost = [round(quota - count, 6) for quota, count in zip(quotas, units, strict=True)]
-    order = sorted(range(len(units)), key=lambda ffn: (-lost[ffn], -float(importance[ffn]), ffn))
-
-    missing = wanted - sum(map(mul, units, costs))
+    costs = costs or [1] * len(steps)
+    wanted = check_budget(steps, budget, costs)
+    quotas = [float(x) / own.multiple for x, own in zip(ideal.double(), steps, strict=True)]
+    least, most = (
+        [end // own.multiple for end, own in zip(ends, steps, strict=True)]
+        for ends in ([own.least for own in steps], [own.most for own in steps])
+    )
+    counts = [min(max(int(q), low), high) for q, low, high in zip(quotas, least, most, strict=True)]
+    lost = [round(quota - count, 6) for quota, count in zip(quotas, counts, strict=True)]
+    order = sorted(range(len(counts)), key=lambda i: (-lost[i], -float(importance[i]), i))
+    step_costs = [own.multiple * cost for own, cost in zip(steps, costs, strict=True)]
+    missing = wanted - sum(map(mul, counts, step_costs))
     changed = True
     while changed:
         changed = False
         for by, turn in ((1, order), (-1, order[::-1])):
-            for ffn in turn:
-                nearer = 2 * missing * by > costs[ffn]
-                if nearer and 1 <= units[ffn] + by <= room[ffn]:
-                    units[ffn] += by
-                    missing -= by * costs[ffn]
+            for part in turn:
+                nearer = 2 * missing * by > step_costs[part]
+                if nearer and least[part] <= counts[part] + by <= most[part]:
+                    counts[part] += by
+                    missing -= by * step_costs[part]
                     changed = True
-    return tuple(count * multiple for count in units)
+    return tuple(count * own.multiple for count, own in zip(counts, steps, strict=True))

@@ -28,7 +28,7 @@ from ..common.results import check_work, write_result
 def random_plan(opened: Any, sparsity: float) -> Any:
     """A plan that keeps random channels of every block."""
     from cfsp import Recipe
-    from cfsp.models.ffns.channels import ChannelGroup
+    from cfsp.models.parts.channels import Units
     from cfsp.pruning.plan import BlockPlan, PruningPlan
 
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +36,7 @@ def random_plan(opened: Any, sparsity: float) -> Any:
     for size in opened.layout.intermediate_sizes(opened.model):
         order = torch.randperm(size, generator=generator)
         kept = order[: round(size * (1 - sparsity))].sort().values
-        blocks.append(BlockPlan((kept[None],), 1.0, (ChannelGroup(size),)))
+        blocks.append(BlockPlan((kept[None],), 1.0, (Units(size),)))
     recipe = Recipe(sparsity=sparsity, scorer="cfsp")
     return PruningPlan(tuple(blocks), opened.blocks.fingerprint(), recipe)
 

@@ -17,10 +17,10 @@ from ..distributed import ALONE, Ranks
 from ..errors import CfspError, Stopped
 from ..models.blocks import Blocks, LiveBlocks
 from ..models.blockwise import default_micro_batch, record_block_calls, run_block
-from ..models.ffns.channels import ChannelGroup, Routing, sizes_of
 from ..models.fingerprints import tokens_fingerprint, versions
 from ..models.layouts import Layout
 from ..models.loading import model_device
+from ..models.parts.channels import Routing, Units, sizes_of
 from .grams import GramSums, Split, check_ranks
 from .statistics import INFLUENCE_METRICS, BlockStatistics, Statistics
 
@@ -49,16 +49,16 @@ class _BlockCollector:
 
     def __init__(
         self,
-        groups: tuple[ChannelGroup, ...],
+        units: tuple[Units, ...],
         split: Split,
         ranks: Ranks,
         device: torch.device,
         gram: bool,
         advance: Callable[[int], object],
     ) -> None:
-        self.groups, self.split, self.ranks = groups, split, ranks
+        self.units, self.split, self.ranks = units, split, ranks
         self.advance = advance
-        sizes = sizes_of(groups)
+        sizes = sizes_of(units)
         self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
         self.sums: dict[int, torch.Tensor] = defaultdict(self.zeros.clone)
         """[2, F] fp64 of each micro-batch, on the first rank of all: sum and sum of squares."""
@@ -70,17 +70,17 @@ class _BlockCollector:
         self.own_influences = self.influences[ranks.share(split.micro_batches)]
         self.seen = 0
         """Micro-batches that are through."""
-        self.grams = GramSums(groups, split, device, ranks) if gram else None
+        self.grams = GramSums(units, split, device, ranks) if gram else None
 
     def observers(self) -> "list[_Observer]":
         """What each FFN hands its activation to."""
-        tokens = self.tokens.split([group.experts for group in self.groups])
+        tokens = self.tokens.split([own.experts for own in self.units])
         return [_Observer(self, ffn, own) for ffn, own in enumerate(tokens)]
 
     def totals(self, ffn: int) -> torch.Tensor:
         """[2, F of the FFN], the sums that the running micro-batch adds to."""
         sums = self.sums[0 if self.ranks.first else self.seen]
-        return sums.split([group.total for group in self.groups], dim=1)[ffn]
+        return sums.split([own.total for own in self.units], dim=1)[ffn]
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """A micro-batch is through, with these hidden states [b, S, D] around the block."""
@@ -102,7 +102,7 @@ class _BlockCollector:
             )
         sums = ranks.ordered_sum(list(self.sums.values()), self.zeros).cpu()
         tokens = ranks.ordered_sum([self.tokens], self.tokens)
-        if self.groups and not tokens.any():
+        if self.units and not tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
         return BlockStatistics(
             tokens=split.windows * split.seqlen,
@@ -110,7 +110,7 @@ class _BlockCollector:
             sum=sums[0].clone(),
             sum_of_squares=sums[1].clone(),
             influence=influences.sum(0),
-            groups=self.groups,
+            units=self.units,
             expert_tokens=tuple(tokens.tolist()),
             grams=self.grams.result() if self.grams is not None else (),
         )
@@ -118,7 +118,7 @@ class _BlockCollector:
 
 @dataclass(frozen=True)
 class _Observer:
-    """The :class:`cfsp.models.ffns.channels.Observer` of one FFN, or of all its experts."""
+    """The :class:`cfsp.models.parts.channels.Observer` of one part, or of all its experts."""
 
     block: _BlockCollector
     ffn: int
@@ -172,12 +172,12 @@ class DensePass:
     def run(self, number: int, advance: Callable[[int], object] = bool) -> BlockStatistics:
         """Take all windows through a block; its statistics over all ranks, on each of them.
         ``advance`` is told the tokens of every call. Raises CfspError for NaN or infinity."""
-        block, ffns = self.blocks[number], self.layout.block_ffns(self.blocks[number])
-        groups = tuple(ffn.group(block) for ffn in ffns)
-        collector = _BlockCollector(groups, self.split, self.ranks, self.device, self.gram, advance)
+        block, parts = self.blocks[number], self.layout.block_parts(self.blocks[number])
+        units = tuple(part.units(block) for part in parts)
+        collector = _BlockCollector(units, self.split, self.ranks, self.device, self.gram, advance)
         with ExitStack() as observed:
-            for ffn, observer in zip(ffns, collector.observers(), strict=True):
-                observed.enter_context(ffn.observed(block, observer, self.fused))
+            for part, observer in zip(parts, collector.observers(), strict=True):
+                observed.enter_context(part.observed(block, observer, self.fused))
             run_block(block, number, self.calls, collector.add_states)
         return collector.result(number)
 

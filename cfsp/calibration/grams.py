@@ -20,7 +20,7 @@ from cfsp_kernels import channel_statistics, gram
 
 from ..distributed import Ranks
 from ..errors import CfspError
-from ..models.ffns.channels import ChannelGroup, Routing, expert_offsets
+from ..models.parts.channels import Routing, Units, expert_offsets
 
 CHUNKS = 8
 PANEL = 1024
@@ -160,15 +160,15 @@ class _Sum:
     """One rank's share of the Gram matrices of an FFN's E experts: on the first rank what was added
     up, on others each of their chunks."""
 
-    def __init__(self, group: ChannelGroup, device: torch.device, ranks: Ranks) -> None:
-        self.group, self.device, self.ranks = group, device, ranks
+    def __init__(self, units: Units, device: torch.device, ranks: Ranks) -> None:
+        self.units, self.device, self.ranks = units, device, ranks
         self.chunk = -1
         self.rows: list[torch.Tensor] = []
         """[T, F] each, of the chunk at work."""
         self.whole = torch.empty(0)
         self.experts: list[torch.Tensor] = []
         """[T] each, the expert of every row, or E where it is of no interest here."""
-        self.tokens = torch.zeros(group.experts, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(units.experts, dtype=torch.int64, device=device)
         self.products: list[torch.Tensor] = []
         """[E, F, F] fp32 each."""
         self.sums: list[torch.Tensor] = []
@@ -183,7 +183,7 @@ class _Sum:
             self.experts.append(experts)
 
     def _start_product(self) -> None:
-        count, size, device = self.group.experts, self.group.channels, self.device
+        count, size, device = self.units.experts, self.units.size, self.device
         self.products.append(torch.zeros(count, size, size, dtype=torch.float32, device=device))
         self.sums.append(torch.zeros(count, 2, size, dtype=torch.float64, device=device))
 
@@ -196,7 +196,7 @@ class _Sum:
         product, total, x = self.products[-1], self.sums[-1], self._in_one_piece()
         if self.experts:
             experts, order = torch.cat(self.experts).sort(stable=True)
-            x, offsets = x[order], expert_offsets(experts, self.group.experts)
+            x, offsets = x[order], expert_offsets(experts, self.units.experts)
         else:
             offsets, product, total = None, product[0], total[0]
         gram(x, offsets=offsets, out=product)
@@ -208,7 +208,7 @@ class _Sum:
         """The rows of the chunk, in memory that the next chunk takes again."""
         count = sum(map(len, self.rows))
         if count > len(self.whole):
-            self.whole = self.rows[0].new_empty(count, self.group.channels)
+            self.whole = self.rows[0].new_empty(count, self.units.size)
         return torch.cat(self.rows, out=self.whole[:count])
 
     def over_all_ranks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -224,7 +224,7 @@ class _Sum:
         total = self.ranks.ordered_sum(sums, self.sums[0][:, 0])
         whole = self.products[0]
         for expert, product in enumerate(whole):
-            for rows in _panels(self.group.channels) if self.ranks.size > 1 else ():
+            for rows in _panels(self.units.size) if self.ranks.size > 1 else ():
                 panel = product[rows, : rows.stop]
                 parts = [chunk[expert, rows, : rows.stop] for chunk in own]
                 panel.copy_(self.ranks.ordered_sum(parts, panel))
@@ -235,13 +235,13 @@ class GramSums:
     """The Gram matrices of one block's FFNs and experts, over this rank's micro-batches."""
 
     def __init__(
-        self, groups: Sequence[ChannelGroup], split: Split, device: torch.device, ranks: Ranks
+        self, units: Sequence[Units], split: Split, device: torch.device, ranks: Ranks
     ) -> None:
-        self.groups, self.split, self.ranks = groups, split, ranks
+        self.units, self.split, self.ranks = units, split, ranks
         self.first = ranks.share(split.micro_batches).start
-        self.sums = [_Sum(group, device, ranks) for group in groups]
+        self.sums = [_Sum(own, device, ranks) for own in units]
         self.held_out: list[list[dict[int, torch.Tensor]]] = [
-            [{} for _ in range(group.experts)] for group in groups
+            [{} for _ in range(own.experts)] for own in units
         ]
         """By FFN and expert, see :attr:`HeldOut.rows`."""
 
@@ -256,7 +256,7 @@ class GramSums:
             if held:
                 self.held_out[ffn][0][index] = x[fitted:].clone()
             return
-        count, seen = self.groups[ffn].experts, routing.tokens < fitted
+        count, seen = self.units[ffn].experts, routing.tokens < fitted
         experts = routing.experts.clamp(max=count)
         if fitted:
             self.sums[ffn].add(chunk, x, experts.where(seen, count))

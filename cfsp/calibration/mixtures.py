@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..apportion import apportion
+from ..apportion import Steps, apportion
 from ..errors import CfspError, shown
 from .text import DATASETS, check_dataset, exists, load_text
 from .tokens import bos_token, tokenize
@@ -98,8 +98,8 @@ def share_out(mixture: Mixture, windows: int, what: str = "samples") -> dict[str
     weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
     weights /= weights.max()
     quotas = weights * (windows / weights.sum())
-    most = [windows] * len(mixture)
-    counts = apportion(quotas, most, windows, 1, torch.zeros_like(quotas))
+    most = [Steps(windows)] * len(mixture)
+    counts = apportion(quotas, most, windows, torch.zeros_like(quotas))
     return dict(zip(mixture, counts, strict=True))
 
 

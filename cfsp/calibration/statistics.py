@@ -15,8 +15,8 @@ from ..io.files import saved_file
 from ..io.memory import memory_of
 from ..io.safetensors import open_header, read_tensors
 from ..models.blocks import Blocks
-from ..models.ffns.channels import ChannelGroup, sizes_of
 from ..models.fingerprints import tokens_fingerprint
+from ..models.parts.channels import Units, sizes_of
 from .curves import Ranking, ranking_of
 from .grams import Gram
 from .statistics_header import (
@@ -31,39 +31,40 @@ from .statistics_header import (
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Sums over the calibration tokens for one block of F channels; all on the CPU, in fp64."""
+    """Sums over the calibration tokens for one block of F columns, the inputs of its down and
+    output projections: channels, and values of heads. All on the CPU, in fp64."""
 
     tokens: int
     windows: int
     sum: torch.Tensor
-    """[F], sum of the FFN activation (the input of the down projection)."""
+    """[F], sum of the input of these projections."""
     sum_of_squares: torch.Tensor
     """[F], sum of its square."""
     influence: torch.Tensor
     """[4], sums of the metrics of INFLUENCE_METRICS over tokens."""
-    groups: tuple[ChannelGroup, ...] = ()
-    """The FFNs whose channels these are, one after the other; when not given, a single one where
-    there are channels."""
+    units: tuple[Units, ...] = ()
+    """The parts whose columns these are, one after the other; when not given, a single FFN where
+    there are columns."""
     expert_tokens: tuple[int, ...] = ()
-    """Tokens that each FFN saw, and each expert of those that have some; () where all saw all."""
+    """Tokens that each part saw, and each expert of those that have some; () where all saw all."""
     grams: tuple[Gram, ...] = ()
-    """Gram matrices of each FFN, and of each expert of those that have some, on the device, while
+    """Gram matrices of each part, and of each expert of those that have some, on the device, while
     their block is at work; () otherwise."""
 
     def __post_init__(self) -> None:
-        if not self.groups and len(self.sum):
-            object.__setattr__(self, "groups", (ChannelGroup(len(self.sum)),))
+        if not self.units and len(self.sum):
+            object.__setattr__(self, "units", (Units(len(self.sum)),))
 
     @property
     def gram(self) -> Gram | None:
-        """The Gram matrix of a block with a single FFN, or of what :meth:`ffns` gives."""
+        """The Gram matrix of a block with a single part, or of what :meth:`parts` gives."""
         return self.grams[0] if len(self.grams) == 1 else None
 
-    def ffns(self) -> tuple["BlockStatistics", ...]:
-        """The statistics of every FFN, and of every expert of those that have some, each alone."""
+    def parts(self) -> tuple["BlockStatistics", ...]:
+        """The statistics of every part, and of every expert of those that have some, each alone."""
         if len(self.expert_tokens) < 2:
-            return (self,) if self.groups else ()
-        sizes = sizes_of(self.groups)
+            return (self,) if self.units else ()
+        sizes = sizes_of(self.units)
         sums, squares = self.sum.split(sizes), self.sum_of_squares.split(sizes)
         return tuple(
             BlockStatistics(
@@ -110,7 +111,7 @@ class Statistics:
 
     @property
     def intermediate_sizes(self) -> tuple[int, ...]:
-        """FFN channels of every block."""
+        """Columns of every block."""
         return tuple(len(block.sum) for block in self.blocks)
 
     def importance(self, metric: str) -> torch.Tensor:
@@ -134,7 +135,7 @@ def _header(statistics: Statistics) -> dict[str, Any]:
         "format": FORMAT,
         "tokens": [block.tokens for block in blocks],
         "windows": [block.windows for block in blocks],
-        "groups": [[[g.channels, g.experts] for g in block.groups] for block in blocks],
+        "units": [[[u.count, u.experts, u.columns] for u in block.units] for block in blocks],
         "expert_tokens": [block.expert_tokens for block in blocks],
         "rankings": [
             [*ranking.made_by[:2], float(ranking.damping)] for ranking in statistics.rankings
@@ -155,13 +156,13 @@ def _tensors(statistics: Statistics) -> dict[str, torch.Tensor]:
 
 
 def check_model(what: str, sizes: tuple[int, ...], made_with: str, model: Blocks) -> None:
-    """Raise CfspError where ``what``, made with FFNs of these sizes and this fingerprint, is of
-    another model."""
-    own = model.layout.intermediate_sizes(model.model)
+    """Raise CfspError where ``what``, made with so many columns in every block and this
+    fingerprint, is of another model, or of other parts of it."""
+    own = model.layout.columns(model.model)
     if sizes != own:
         raise CfspError(
-            f"{what} another model: {len(sizes)} blocks with {sum(sizes)} channels in all, the "
-            f"model has {len(own)} with {sum(own)}"
+            f"{what} another model, or other `units` of it: {len(sizes)} blocks with {sum(sizes)} "
+            f"channels in all, the model has {len(own)} with {sum(own)}"
         )
     if made_with != model.fingerprint():
         raise CfspError(f"{what} another model: same shapes, different weights")
@@ -208,7 +209,7 @@ def _block(
         total,
         squares,
         influence,
-        tuple(ChannelGroup(*group) for group in header.groups[number]),
+        tuple(Units(*own) for own in header.units[number]),
         header.expert_tokens[number],
     )
 

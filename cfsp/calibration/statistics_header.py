@@ -14,18 +14,18 @@ from ..typed import Bound, Count, Natural, decode
 from .curves import CURVE, SCORES
 from .windows import Calibration
 
-FORMAT = "cfsp-statistics-4"
+FORMAT = "cfsp-statistics-5"
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
 SUMS = ("sum", "sum_of_squares", "influence")
 """The tensors of a block in the statistics file."""
 MAX_CHANNELS = 1 << 27
 """Of a block; a model of a trillion parameters has 48 million in all."""
 Whole = Annotated[int, Bound("1 or more", lambda value: value >= 1)]
-Groups = Annotated[
-    tuple[tuple[Count, Count], ...],
+PartUnits = Annotated[
+    tuple[tuple[Count, Count, Count], ...],
     Bound(
         f"FFNs of {MAX_CHANNELS} channels in all at most",
-        lambda groups: sum(size * experts for size, experts in groups) <= MAX_CHANNELS,
+        lambda units: sum(map(math.prod, units)) <= MAX_CHANNELS,
     ),
 ]
 
@@ -37,8 +37,8 @@ class StatisticsHeader:
     format: str
     tokens: Annotated[tuple[Whole, ...], Bound("of 1 or more blocks", len)]
     windows: tuple[Count, ...]
-    groups: Annotated[tuple[Groups, ...], Bound("of 1 or more FFNs", any)]
-    """(channels, experts) of every FFN; () of a block without one."""
+    units: Annotated[tuple[PartUnits, ...], Bound("of 1 or more FFNs", any)]
+    """(count, experts, columns) of every part; () of a block without one."""
     expert_tokens: tuple[tuple[Annotated[int, Bound("0 or more", lambda n: n >= 0)], ...], ...]
     rankings: tuple[tuple[str, str, float], ...]
     influence_metrics: tuple[str, ...]
@@ -74,14 +74,12 @@ def decoded(text: str) -> StatisticsHeader:
     header = decode(StatisticsHeader, document, "bad header")
     if header.influence_metrics != INFLUENCE_METRICS:
         raise CfspError(f"bad header: influence_metrics must be {', '.join(INFLUENCE_METRICS)}")
-    for name in ("windows", "groups", "expert_tokens"):
+    for name in ("windows", "units", "expert_tokens"):
         if len(getattr(header, name)) != len(header.tokens):
             raise CfspError(f"bad header: {name} are not of {len(header.tokens)} blocks")
-    for number, (groups, tokens) in enumerate(
-        zip(header.groups, header.expert_tokens, strict=True)
-    ):
-        if tokens and len(tokens) != sum(experts for _, experts in groups):
-            raise CfspError(f"bad header: expert_tokens[{number}] are not of {groups}")
+    for number, (units, tokens) in enumerate(zip(header.units, header.expert_tokens, strict=True)):
+        if tokens and len(tokens) != sum(experts for _, experts, _ in units):
+            raise CfspError(f"bad header: expert_tokens[{number}] are not of {units}")
     known = {k: header.provenance[k] for k in _Provenance.__match_args__ if k in header.provenance}
     provenance = decode(_Provenance, known, "bad header", "provenance")
     if provenance.windows is None and not {"calibration", "tokens_sha256"}.isdisjoint(known):
@@ -108,21 +106,21 @@ def _expected(
     header: StatisticsHeader, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, torch.dtype, int, Bound]]:
     """Name, dtype, length and values of every vector of a file; an error curve has any length."""
-    for number, groups in enumerate(header.groups):
-        channels = sum(size * experts for size, experts in groups)
+    for number, units in enumerate(header.units):
+        channels = sum(map(math.prod, units))
         sizes, bounds = (channels, channels, len(INFLUENCE_METRICS)), (FINITE, SQUARES, FINITE)
         for name, size, bound in zip(SUMS, sizes, bounds, strict=True):
             yield f"block.{number:04d}.{name}", torch.float64, size, bound
-    ffns = [group for groups in header.groups for group in groups]
+    parts = [own for units in header.units for own in units]
     for number in range(len(header.rankings)):
         prefix = f"ranking.{number:04d}."
         has_curves = prefix + CURVE[0].format(0) in tensors
-        for ffn, (size, experts) in enumerate(ffns):
-            yield prefix + SCORES.format(ffn), torch.float64, size * experts, NUMBERS
+        for part, (count, experts, columns) in enumerate(parts):
+            yield prefix + SCORES.format(part), torch.float64, count * experts * columns, NUMBERS
             if has_curves:
-                widths, errors = (prefix + name.format(ffn) for name in CURVE)
+                widths, errors = (prefix + name.format(part) for name in CURVE)
                 points = math.prod(tensors[widths].shape) if widths in tensors else 0
-                yield widths, torch.int64, max(2, points), _ascending(size)
+                yield widths, torch.int64, max(2, points), _ascending(count)
                 yield errors, torch.float64, max(2, points), FINITE
 
 

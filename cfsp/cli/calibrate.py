@@ -17,7 +17,7 @@ cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors
 cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --dataset wikitext2:3,c4:1
 cfsp calibrate HuggingFaceTB/SmolLM2-135M --out stats.safetensors --scorer obs
 """
-METHOD = ("scorer", "allocator", "compensation", "damping")
+METHOD = ("scorer", "units", "allocator", "compensation", "damping")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

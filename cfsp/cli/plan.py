@@ -47,7 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _planned(arguments: argparse.Namespace, recipe: Recipe) -> PruningPlan:
     statistics = load_statistics(arguments.statistics)
-    opened = open_any(arguments.model, None, recipe.dtype, arguments.device, whole=recipe.searches)
+    opened = open_any(
+        arguments.model,
+        None,
+        recipe.dtype,
+        arguments.device,
+        whole=recipe.searches,
+        attention=recipe.cuts_attention,
+    )
     check_statistics(statistics, opened.blocks)
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)

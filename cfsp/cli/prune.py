@@ -21,7 +21,7 @@ EXAMPLES = """\
 cfsp prune HuggingFaceTB/SmolLM2-135M --out pruned --sparsity 0.3
 cfsp prune meta-llama/Llama-3.1-8B --budget params=6B --dry-run --hardware h100
 """
-AMOUNT = ("width_multiple", "uniform")
+AMOUNT = ("units", "width_multiple", "group_multiple", "uniform")
 METHOD = (
     *("scorer", "allocator", "compensation"),
     *("importance", "error_scale", "importance_exponent"),

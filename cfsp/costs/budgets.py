@@ -1,15 +1,13 @@
 """Budgets and recipes against a model's shapes, before the calibration: what they come to in FFN
 channels, and whether any plan can meet them."""
 
-from operator import mul
-
 import torch
 
-from ..apportion import apportion, check_budget
+from ..apportion import Steps, apportion, check_budget, total_cost
 from ..errors import CfspError
 from ..models.descriptions import Description
-from ..models.ffns.channels import check_expert_width
 from ..models.loading import check_seqlen
+from ..models.parts.channels import check_expert_width
 from ..models.pruned_classes import stock_model
 from ..models.tensors import parameter_shapes
 from ..pruning.allocation import equal_widths
@@ -23,17 +21,17 @@ from .footprint import footprints
 from .latency import LatencyLimit, LatencyTable
 
 
-def _channel_costs(described: Description, costs: ModelCosts, kind: str) -> tuple[int, ...]:
-    """What one channel of width costs in every FFN, in all its experts: "params" with biases, or
-    "flops" of one token, which goes through a few of the experts."""
+def _unit_costs(described: Description, costs: ModelCosts, kind: str) -> tuple[int, ...]:
+    """What one unit costs in every part, in all its experts: "params" with biases, or "flops" of
+    one token, which goes through a few of the experts."""
     found = []
-    for placed in described.ffns:
+    for placed in described.parts:
         block, cost = costs.blocks[placed.block], 0.0
-        for name, axis in placed.ffn.channels.items():
+        for name, axis in placed.part.channels.items():
             if name in block.tensors:
                 info = block.tensors[name]
                 whole = info.numel if kind == "params" else block.matrix_flops.get(name, 0.0)
-                cost += whole / (info.shape[axis.dimension] // axis.copies)
+                cost += whole * sum(axis.sections) / info.shape[axis.dimension]
         found.append(round(cost))
     return tuple(found)
 
@@ -43,54 +41,68 @@ def _added_parameters(described: Description, recipe: Recipe) -> int:
     if not COMPENSATIONS[recipe.resolved_compensation].adds_bias:
         return 0
     added, present = 0, described.parameters
-    for placed in described.ffns:
-        ffn, name = placed.ffn, f"{placed.ffn.down}.weight"
+    for placed in described.parts:
+        ffn, name = placed.part, f"{placed.part.down}.weight"
         if ffn.down_bias is not None and placed.prefix + ffn.down_bias not in present:
             added += present[placed.prefix + name].shape[1 - ffn.channels[name].dimension]
     return added
 
 
+def steps_of(described: Description, recipe: Recipe) -> tuple[Steps, ...]:
+    """The numbers of units that every part may keep."""
+    last = max((placed.block for placed in described.parts), default=0)
+    return tuple(
+        recipe.steps(placed.units, protected=placed.block in (0, last))
+        for placed in described.parts
+    )
+
+
 def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
-    """What a recipe's sparsity or budget comes to in the FFN channels of a model."""
-    groups = [placed.group for placed in described.ffns]
-    budget = recipe.model_budget
+    """What a recipe's sparsity or budget comes to in the units of a model. A sparsity is of their
+    number where all are channels, of their parameters where there are several kinds."""
+    costs = model_costs(described, described.parameters)
+    budget, steps = recipe.model_budget, steps_of(described, recipe)
     if budget is None:
-        return ChannelBudget(recipe.sparsity, tuple(group.experts for group in groups))
-    sizes, multiple = [group.channels for group in groups], recipe.width_multiple
+        units = [placed.units for placed in described.parts]
+        own = tuple(own.experts for own in units)
+        if not all(each.are_channels for each in units):
+            own = _unit_costs(described, costs, "params")
+        return ChannelBudget(recipe.sparsity, own)
     if budget.kind == "latency":
         if table is None:
             text = f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
             raise CfspError(text)
         limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
-        return ChannelBudget(budget.fraction or 0.0, limit.costs(sizes), limit.fitted)
-    costs = model_costs(described, described.parameters)
-    per_channel = _channel_costs(described, costs, budget.kind)
+        return ChannelBudget(
+            budget.fraction or 0.0, limit.costs([own.size for own in steps]), limit.fitted
+        )
+    per_unit = _unit_costs(described, costs, budget.kind)
     if budget.kind == "params":
         added = _added_parameters(described, recipe)
-        return channel_budget(budget, costs.parameters, sizes, per_channel, multiple, added)
+        return channel_budget(budget, costs.parameters, steps, per_unit, added)
     check_seqlen(described.model, budget.length)
-    return channel_budget(budget, costs.flops(budget.length), sizes, per_channel, multiple)
+    return channel_budget(budget, costs.flops(budget.length), steps, per_unit)
 
 
 def even_plan(
     described: Description, recipe: Recipe, table: LatencyTable | None = None
 ) -> PruningPlan:
     """A plan of about equal widths; the output of any other of this sparsity is as large."""
-    sizes = [placed.group.channels for placed in described.ffns]
-    budget, multiple = resolve(described, recipe, table), recipe.width_multiple
-    total, even = sum(map(mul, sizes, budget.costs)), torch.zeros(len(sizes), dtype=torch.float64)
+    budget, steps = resolve(described, recipe, table), steps_of(described, recipe)
+    sizes = torch.tensor([own.size for own in steps], dtype=torch.float64)
+    total = total_cost(steps, budget.costs)
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
         keep = (1 - sparsity) * total
         if recipe.uniform:
-            check_budget(sizes, keep, multiple, budget.costs)
-            return equal_widths(sizes, sparsity, multiple)
-        ideal = (1 - sparsity) * torch.tensor(sizes, dtype=torch.float64)
-        return apportion(ideal, sizes, keep, multiple, even, budget.costs)
+            check_budget(steps, keep, budget.costs)
+            return equal_widths(steps, sparsity)
+        even = torch.zeros_like(sizes)
+        return apportion((1 - sparsity) * sizes, steps, keep, even, budget.costs)
 
-    widths = iter(budget.widths(widths_at, sizes, multiple, equal=recipe.uniform))
+    widths = iter(budget.widths(widths_at, steps, equal=recipe.uniform))
     plans = []
-    for block in described.groups:
+    for block in described.units:
         kept = tuple(torch.arange(next(widths)).expand(g.experts, -1) for g in block)
         plans.append(BlockPlan(kept, 0.0, block))
     plan = PruningPlan(tuple(plans), "", recipe)
@@ -112,8 +124,8 @@ def check_met(described: Description, plan: PruningPlan, table: LatencyTable | N
 def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | None = None) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
     check_biases(described, recipe.resolved_compensation)
-    for placed in described.ffns:
-        check_expert_width(recipe.width_multiple, placed.group.experts)
+    for placed in described.parts:
+        check_expert_width(recipe.width_multiple, placed.units.experts)
     plan = even_plan(described, recipe, table)
     if recipe.uniform:
         _check_stock(described, plan)
@@ -127,11 +139,11 @@ def check_processes(recipe: Recipe, ranks: int) -> None:
 
 def check_biases(described: Description, compensation: str) -> None:
     """Raise CfspError where a compensation adds a bias to a projection that can have none."""
-    for placed in described.ffns if COMPENSATIONS[compensation].adds_bias else ():
-        if placed.ffn.down_bias is None:
+    for placed in described.parts if COMPENSATIONS[compensation].adds_bias else ():
+        if placed.part.down_bias is None:
             other = "least-squares" if COMPENSATIONS[compensation].needs_gram else "none"
             raise CfspError(
-                f"compensation {compensation!r} adds a bias, and {placed.ffn.down} can have none: "
+                f"compensation {compensation!r} adds a bias, and {placed.part.down} can have none: "
                 f"use compensation {other!r}"
             )
 
@@ -139,12 +151,14 @@ def check_biases(described: Description, compensation: str) -> None:
 def _check_stock(described: Description, plan: PruningPlan) -> None:
     """Raise CfspError where the family's own class builds no model of the widths to be."""
     dense = described.tensors
-    widths: list[dict[str, int]] = [{} for _ in plan.blocks]
-    planned = (width for block in plan.blocks for width in block.ffn_widths)
-    for placed, width in zip(described.ffns, planned, strict=True):
-        widths[placed.block][placed.ffn.width] = width
-    built = parameter_shapes(stock_model(described.model, widths))
-    for name, info in planned_tensors(dense, described.ffns, plan).items():
+    sizes: list[dict[str, int]] = [{} for _ in plan.blocks]
+    planned = (count for block in plan.blocks for count in block.counts)
+    for placed, count in zip(described.parts, planned, strict=True):
+        sizes[placed.block] |= placed.part.config_sizes(count)
+    if described.layout is None:
+        raise ValueError("the layout is not known")
+    built = parameter_shapes(stock_model(described.model, described.layout, sizes))
+    for name, info in planned_tensors(dense, described.parts, plan).items():
         if (name in built or name not in dense) and built.get(name) != info.shape:
             stock = list(built[name]) if name in built else "nothing"
             raise CfspError(

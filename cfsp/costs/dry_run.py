@@ -88,7 +88,7 @@ def _pruned(
         return _cut(dense, tensors, described.blocks, recipe.sparsity), None
     plan = request.plan or even_plan(described, recipe, request.table)
     sizes = footprints(described, plan, request.table)
-    return planned_tensors(tensors, described.ffns, plan), sizes
+    return planned_tensors(tensors, described.parts, plan), sizes
 
 
 def _features(described: Description, request: Request, run: Workload) -> list[Feature]:
@@ -97,7 +97,7 @@ def _features(described: Description, request: Request, run: Workload) -> list[F
     if described.layout is None:
         return found
     gram = GramCosts(
-        blocks=described.groups,
+        blocks=described.units,
         hidden_size=run.dense.hidden_size,
         active_experts=run.dense.blocks[-1].active_experts,
         sparsity=recipe.sparsity,
@@ -240,7 +240,9 @@ def estimate(
         raise CfspError(f"ranks must be at least nodes, and nodes 1, got {ranks} and {nodes}")
     check_whole("eval_windows", eval_windows)
     budget = parse_memory(max_memory)
-    described = describe(model, recipe.dtype, whole=recipe.searches)
+    described = describe(
+        model, recipe.dtype, whole=recipe.searches, attention=recipe.cuts_attention
+    )
     skeleton, layout = described.model, described.layout
     if layout is None and recipe.budget is not None:
         raise CfspError(described.refusal)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..calibration.grams import Split, held_out_windows, products_held
-from ..models.ffns.channels import ChannelGroup
+from ..models.parts.channels import Units
 from ..pruning.block_cache import MOST_KEPT
 from ..pruning.least_squares import ROWS
 from .flops import FP32, ModelCosts
@@ -34,8 +34,8 @@ def fitting_bytes(hidden: int, every: int, kept: int) -> int:
 class GramCosts:
     """Gram matrices of the block at work, and what is made of them."""
 
-    blocks: Sequence[Sequence[ChannelGroup]]
-    """The FFNs of every block."""
+    blocks: Sequence[Sequence[Units]]
+    """The parts of every block."""
     hidden_size: int
     active_experts: int
     """Experts that a token goes through."""
@@ -58,8 +58,8 @@ class GramCosts:
     @property
     def _sizes(self) -> list[tuple[int, int, int]]:
         """(experts, channels, kept channels) of every FFN, as if all were cut alike."""
-        groups = (group for block in self.blocks for group in block)
-        return [(g.experts, g.channels, round(g.channels * (1 - self.sparsity))) for g in groups]
+        units = (units for block in self.blocks for units in block)
+        return [(g.experts, g.size, round(g.size * (1 - self.sparsity))) for g in units]
 
     def loads(self, run: Workload) -> Iterator[Load]:
         """Each rank fits every block; all get the same."""
@@ -93,7 +93,7 @@ class GramCosts:
 
     def sum_bytes(self, split: Split, ranks: int) -> int:
         """On the busiest rank's device while a block is at work: its products."""
-        products = max(sum(g.experts * g.channels**2 for g in block) for block in self.blocks)
+        products = max(sum(g.experts * g.size**2 for g in block) for block in self.blocks)
         return max(1, products_held(split, ranks)) * products * FP32
 
     def chunk_bytes(self, split: Split, itemsize: int) -> int:
@@ -101,7 +101,7 @@ class GramCosts:
         are sorted into another where they are of experts."""
         most = 0
         for block in self.blocks:
-            kept = [(g.experts, g.channels * min(g.experts, self.active_experts)) for g in block]
+            kept = [(g.experts, g.size * min(g.experts, self.active_experts)) for g in block]
             copies = (channels * (1 if experts == 1 else 2) for experts, channels in kept)
             whole = max(copies, default=0)
             most = max(most, sum(channels for _, channels in kept) + whole)
@@ -110,7 +110,7 @@ class GramCosts:
     def held_out_bytes(self, windows: int, seqlen: int, itemsize: int) -> int:
         """The activations of the held-out windows."""
         channels = max(
-            sum(g.channels * min(g.experts, self.active_experts) for g in block)
+            sum(g.size * min(g.experts, self.active_experts) for g in block)
             for block in self.blocks
         )
         return held_out_windows(windows) * seqlen * itemsize * channels

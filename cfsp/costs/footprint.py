@@ -73,9 +73,9 @@ def footprints(
         return Footprint(channels, costs.parameters, flops, seconds)
 
     dense = described.parameters
-    pruned = planned_tensors(dense, described.ffns, plan)
+    pruned = planned_tensors(dense, described.parts, plan)
     channels = sum(block.intermediate_size for block in plan.blocks)
-    widths = [width for block in plan.blocks for width in block.ffn_widths]
+    widths = [width for block in plan.blocks for width in block.counts]
     before = footprint(channels, dense, table.dense_seconds if table else None)
     after = footprint(sum(plan.widths), pruned, table.predicted(widths) if table else None)
     return Footprints(before, after, batch, length)

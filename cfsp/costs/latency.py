@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ..apportion import reachable
+from ..apportion import Steps, reachable, total_cost
 from ..errors import CfspError
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
@@ -145,8 +145,7 @@ class LatencyLimit:
     def fitted(
         self,
         widths_at: Callable[[float], Widths],
-        sizes: Sequence[int],
-        multiple: int,
+        allowed: Sequence[Steps],
         equal: bool = False,
     ) -> Widths:
         """The widest widths that the limit allows, by halving what ``widths_at`` is to remove.
@@ -154,12 +153,13 @@ class LatencyLimit:
         A width gives way to a larger one that is no slower. The seconds that remain are filled up,
         first where the allocator would add channels next; ``equal`` widths stay as they are.
         """
-        steps = _Steps(self.table, sizes, multiple, snap=not equal)
-        costs = self.costs(sizes)
-        total = sum(size * cost for size, cost in zip(sizes, costs, strict=True))
-        high, low = (1 - kept * multiple / total for kept in reachable(sizes, multiple, costs))
+        steps = _Seconds(self.table, allowed, snap=not equal)
+        costs = self.costs([own.size for own in allowed])
+        total = total_cost(allowed, costs)
+        high, low = (1 - kept / total for kept in reachable(allowed, costs))
         widest, best = (steps.snapped(widths_at(sparsity)) for sparsity in (low, high))
         if steps.seconds(best) > self.seconds:
+            multiple = max(own.multiple for own in allowed)
             ends = (1 - steps.seconds(widths) / steps.dense for widths in (widest, best))
             shown = [f"{max(0.0, end):.4f}" for end in ends]
             raise CfspError(
@@ -180,31 +180,30 @@ class LatencyLimit:
         return best if equal else steps.filled(best, widest, self.seconds)
 
 
-class _Steps:
+class _Seconds:
     """Seconds of every FFN at every multiple of width."""
 
-    def __init__(
-        self, table: LatencyTable, sizes: Sequence[int], multiple: int, *, snap: bool
-    ) -> None:
-        self.multiple, self.dense = multiple, table.dense_seconds
+    def __init__(self, table: LatencyTable, allowed: Sequence[Steps], *, snap: bool) -> None:
+        self.multiples, self.dense = [own.multiple for own in allowed], table.dense_seconds
 
         @cache
-        def steps(curve: WidthCurve, room: int) -> tuple[np.ndarray, np.ndarray]:
+        def steps(curve: WidthCurve, room: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
             saved = curve.at(np.arange(1, room + 1) * multiple)
             return saved, _no_slower(saved) if snap else np.arange(room)
 
-        pairs = zip(table.curves, sizes, strict=True)
-        found = [steps(curve, size // multiple) for curve, size in pairs]
+        pairs = zip(table.curves, allowed, strict=True)
+        found = [steps(curve, own.size // own.multiple, own.multiple) for curve, own in pairs]
         self.saved = [saved for saved, _ in found]
         """By FFN and the number of multiples less one: seconds against the dense FFN."""
         self.next = [no_slower for _, no_slower in found]
         """By the same: the widest number of multiples, less one, that is no slower."""
 
     def _positions(self, widths: Sequence[int]) -> list[int]:
-        return [width // self.multiple - 1 for width in widths]
+        return [width // own - 1 for width, own in zip(widths, self.multiples, strict=True)]
 
     def _widths(self, positions: Sequence[int]) -> Widths:
-        return tuple((int(position) + 1) * self.multiple for position in positions)
+        pairs = zip(positions, self.multiples, strict=True)
+        return tuple((int(position) + 1) * own for position, own in pairs)
 
     def seconds(self, widths: Sequence[int]) -> float:
         pairs = zip(self.saved, self._positions(widths), strict=True)

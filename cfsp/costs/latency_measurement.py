@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.ffns.channels import EXPERT_WIDTH_MULTIPLE, ChannelGroup, CutDown
 from ..models.fingerprints import device_name, versions
 from ..models.layouts import Layout, as_block_output
 from ..models.loading import check_seqlen, model_device, outer_weights, synchronize
 from ..models.opening import OpenModel
+from ..models.parts.channels import EXPERT_WIDTH_MULTIPLE, CutDown, Units
 from ..models.surgery import forward_instead, set_parameters_
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import DownProjection, none
@@ -179,11 +179,11 @@ def measure_table(
     return LatencyTable(identity, median(outer), curves, tuple(map(kinds.index, names)))
 
 
-def _grid(group: ChannelGroup) -> list[int]:
-    least = EXPERT_WIDTH_MULTIPLE if group.experts > 1 else 1
-    multiple = next((m for m in (FAST_MULTIPLE, 8) if group.channels >= m * POINTS), least)
-    spread = (round(group.channels * k / POINTS / multiple) * multiple for k in range(1, POINTS))
-    return sorted({max(multiple, width) for width in spread} | {group.channels})
+def _grid(units: Units) -> list[int]:
+    least = EXPERT_WIDTH_MULTIPLE if units.experts > 1 else 1
+    multiple = next((m for m in (FAST_MULTIPLE, 8) if units.count >= m * POINTS), least)
+    spread = (round(units.count * k / POINTS / multiple) * multiple for k in range(1, POINTS))
+    return sorted({max(multiple, width) for width in spread} | {units.count})
 
 
 def _curves(
@@ -205,8 +205,8 @@ def _curves(
         block = copy.deepcopy(dense)
         if not width:
             return block
-        ffn = layout.block_ffns(block)[position]
-        kept = torch.arange(width).expand(ffn.group(block).experts, -1)
+        ffn = layout.block_parts(block)[position]
+        kept = torch.arange(width).expand(ffn.units(block).experts, -1)
 
         def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
             return none(DownProjection(down, kept[expert].to(down.device), out=out))[0]
@@ -220,7 +220,7 @@ def _curves(
         return _forward(opened, placed, tokens)
 
     curves, outer = [], []
-    for position, widths in enumerate([*map(_grid, layout.groups(dense))] or [[0]]):
+    for position, widths in enumerate([*map(_grid, layout.units(dense))] or [[0]]):
         cases = [_forward(opened, {}, tokens), *(runs(position, w) for w in widths)]
         rounds = _timed(cases, tokens.device)
         outer.append(median(alone for alone, *_ in rounds))

@@ -10,9 +10,9 @@ from torch import nn
 from ..io.block_reader import read_ahead
 from ..io.safetensors import Readable, check_finite, first_values, read_tensors
 from ..weights.sources import Source
-from .ffns.channels import FFNWeights
 from .fingerprints import SAMPLED_VALUES, model_fingerprint, samples_fingerprint
 from .layouts import Layout
+from .parts.channels import PartWeights
 from .surgery import empty_, set_parameters_
 
 
@@ -35,9 +35,9 @@ class LiveBlocks:
         """Bytes that a block's turn reads from disk."""
         return 0
 
-    def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
+    def part_weights(self, number: int) -> tuple[PartWeights, ...]:
         """The matrices of every FFN of a block; no copy."""
-        return self.layout.ffn_weights(self.layout.find_blocks(self.model)[number])
+        return self.layout.part_weights(self.layout.find_blocks(self.model)[number])
 
     def fingerprint(self) -> str:
         """The same for a model in memory and on disk: see :func:`model_fingerprint`."""
@@ -113,12 +113,12 @@ class StoredBlocks:
         """Bytes that a block's turn reads from disk."""
         return sum(x.nbytes for source in self._sources(number) for x in source.stored)
 
-    def ffn_weights(self, number: int) -> tuple[FFNWeights, ...]:
+    def part_weights(self, number: int) -> tuple[PartWeights, ...]:
         """The matrices of every FFN of a block, read from disk."""
         block = self.layout.find_blocks(self.model)[number]
         sources = self._sources(number, self.layout.weight_names(block))
         values = read_tensors(_reads(sources))
-        return self.layout.ffn_weights(block, self._made(number, sources, values))
+        return self.layout.part_weights(block, self._made(number, sources, values))
 
     def fingerprint(self) -> str:
         """See :func:`model_fingerprint`: a few values of each matrix are read."""

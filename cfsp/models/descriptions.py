@@ -13,24 +13,25 @@ from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors
 from ..weights.schemes import bits_of, method_of
 from ..weights.sources import Source
-from .ffns.channels import ChannelGroup
-from .ffns.ffn import FFN
+from .detected_attention import with_attention
 from .inspection import Inspected, check_folder_files, inspect
 from .layouts import Layout, text_decoder
 from .loading import folder_name, load_config, quiet_loading
+from .parts.channels import Units
+from .parts.part import Part
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
 
 
 @dataclass(frozen=True)
-class PlacedFFN:
-    """An FFN of one block of a model."""
+class PlacedPart:
+    """A part of one block of a model."""
 
     block: int
     prefix: str
     """What the names of the block's parameters begin with in the model."""
-    ffn: FFN
-    group: ChannelGroup
+    part: Part
+    units: Units
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,29 @@ class Description:
         return {name: info for name, info in self.tensors.items() if name in names}
 
     @cached_property
-    def ffns(self) -> tuple[PlacedFFN, ...]:
-        """The FFNs of all blocks in order; () where the layout is not known."""
+    def parts(self) -> tuple[PlacedPart, ...]:
+        """The parts of all blocks in order; () where the layout is not known."""
         layout = self.layout
         if layout is None:
             return ()
         return tuple(
-            PlacedFFN(number, layout.prefix(number), ffn, ffn.group(block))
-            for number, block, ffn in layout.ffns_of(self.model)
+            PlacedPart(number, layout.prefix(number), part, part.units(block))
+            for number, block, part in layout.parts_of(self.model)
         )
 
     @cached_property
-    def groups(self) -> tuple[tuple[ChannelGroup, ...], ...]:
-        """The channels of each FFN of every block; () where the layout is not known."""
+    def units(self) -> tuple[tuple[Units, ...], ...]:
+        """The units of each part of every block; () where the layout is not known."""
         layout = self.layout
-        return tuple(map(layout.groups, layout.find_blocks(self.model))) if layout else ()
+        return tuple(map(layout.units, layout.find_blocks(self.model))) if layout else ()
 
 
-def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> Description:
+def describe(
+    model: str | Path, dtype: str = "auto", *, whole: bool = False, attention: bool = False
+) -> Description:
     """A hub id, folder, config file or GGUF file of any causal LM of transformers; ``whole``: it
-    will be loaded whole, whatever the checkpoint allows. Raises CfspError for what no run accepts.
+    will be loaded whole, whatever the checkpoint allows; ``attention``: KV groups are units too.
+    Raises CfspError for what no run accepts.
     """
     path = Path(model)
     gguf = path.suffix == ".gguf" and not path.is_dir()
@@ -122,6 +126,8 @@ def describe(model: str | Path, dtype: str = "auto", *, whole: bool = False) -> 
         layout = checked_layout(skeleton)
     except CfspError as error:
         refusal = str(error)
+    if layout is not None and attention:
+        layout = with_attention(skeleton, layout)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     if has_weights:

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .ffns.detected_experts import stacked_ffns
-from .ffns.detected_fused import fused_ffn
-from .ffns.experts import ExpertsFFN
-from .ffns.ffn import FFN, FUSED_ACTIVATIONS
 from .layouts import Layout, known_layout, text_decoder, unsupported
 from .modeling_cfsp import set_parameter
+from .parts.detected_experts import stacked_ffns
+from .parts.detected_fused import fused_ffn
+from .parts.experts import ExpertsFFN
+from .parts.ffn import FFN, FUSED_ACTIVATIONS
 from .surgery import on_meta, set_buffers_
 from .width_names import with_width_names
 
@@ -198,7 +198,7 @@ def _computes(module: nn.Module, ffn: FFN) -> bool:
         shape = list(parameter.shape)
         if name in ffn.channels:
             axis = ffn.channels[name]
-            shape[axis.dimension] = axis.copies * TRIAL_CHANNELS
+            shape[axis.dimension] = axis.size(TRIAL_CHANNELS)
         value = random(*shape) / (size**0.5 if shape[-1] == size else 1)
         set_parameter(trial, name, nn.Parameter(value, requires_grad=False))
     set_buffers_(trial, {name: value.cpu().float() for name, value in module.named_buffers()})

@@ -77,6 +77,7 @@ def model_fingerprint(
     return samples_fingerprint(
         (f"{number}.{name}", tuple(weight.shape), sample(number, name, weight))
         for number, block in enumerate(layout.find_blocks(model))
-        for name in layout.weight_names(block)
+        for ffn in layout.block_ffns(block)
+        for name in ffn.weight_names
         for weight in [block.get_parameter(name)]
     )

@@ -9,17 +9,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from .ffns.channels import ChannelGroup, FFNWeights
-from .ffns.experts import ExpertsFFN
-from .ffns.ffn import FFN
+from .parts.attention import Attention
+from .parts.channels import PartWeights, Units
+from .parts.experts import ExpertsFFN
+from .parts.ffn import FFN
+from .parts.part import Part
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of the blocks in a causal LM and of the FFNs that a block may have."""
+    """Paths of the blocks in a causal LM and of the parts that a block may have."""
 
     blocks: str = "model.layers"
     ffns: tuple[FFN, ...] = (FFN(),)
+    attention: Attention | None = None
+    """Where KV groups are units too."""
 
     def find_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The decoder blocks of a model, in order."""
@@ -42,15 +46,23 @@ class Layout:
         place = self.place_of(name)
         return None if place is None else place[0]
 
-    def ffns_of(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, FFN]]:
-        """(number of the block, block, FFN) of every FFN of a model, in order."""
+    def parts_of(self, model: nn.Module) -> Iterator[tuple[int, nn.Module, Part]]:
+        """(number of the block, block, part) of every part of a model, in order."""
         for number, block in enumerate(self.find_blocks(model)):
-            for ffn in self.block_ffns(block):
-                yield number, block, ffn
+            for part in self.block_parts(block):
+                yield number, block, part
+
+    def block_parts(self, block: nn.Module) -> tuple[Part, ...]:
+        """The parts that a block has, perhaps none, the attention last; its columns are theirs, one
+        after the other."""
+        attention = self.attention
+        names = {name for name, _ in block.named_parameters()} if attention is not None else set()
+        found = attention is not None and names.issuperset(attention.weight_names)
+        return (*self.block_ffns(block), *((attention,) if attention and found else ()))
 
     def block_ffns(self, block: nn.Module) -> tuple[FFN, ...]:
-        """The FFNs that a block has, perhaps none; its channels are theirs, one after the other.
-        Raises CfspError where the modules are there and their weights are not."""
+        """The FFNs that a block has, perhaps none. Raises CfspError where the modules are there and
+        their weights are not."""
         names = {name for name, _ in block.named_parameters()}
         found = tuple(ffn for ffn in self.ffns if names.issuperset(ffn.weight_names))
         modules = {name for name, _ in block.named_modules()}
@@ -61,29 +73,36 @@ class Layout:
             )
         return found
 
-    def groups(self, block: nn.Module) -> tuple[ChannelGroup, ...]:
-        """The channels of each FFN of a block, read from the shapes of its weights."""
-        return tuple(ffn.group(block) for ffn in self.block_ffns(block))
+    def units(self, block: nn.Module) -> tuple[Units, ...]:
+        """The units of each part of a block, read from the shapes of its weights."""
+        return tuple(part.units(block) for part in self.block_parts(block))
 
-    def ffn_weights(
+    def part_weights(
         self, block: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[FFNWeights, ...]:
-        """The matrices of every FFN of a block, of every expert of each; ``parameters``: by name,
+    ) -> tuple[PartWeights, ...]:
+        """The matrices of every part of a block, of every expert of each; ``parameters``: by name,
         where the block itself is without values."""
         if parameters is None:
             parameters = dict(block.named_parameters())
         return tuple(
-            weights for ffn in self.block_ffns(block) for weights in ffn.weights(parameters)
+            weights for part in self.block_parts(block) for weights in part.weights(parameters)
         )
 
     def weight_names(self, block: nn.Module) -> tuple[str, ...]:
         """Names of a block's FFN matrices."""
-        return tuple(name for ffn in self.block_ffns(block) for name in ffn.weight_names)
+        return tuple(name for ffn in self.block_parts(block) for name in ffn.weight_names)
 
     def intermediate_sizes(self, model: nn.Module) -> tuple[int, ...]:
         """FFN channels of every block, in all its FFNs and experts."""
         return tuple(
-            sum(group.total for group in self.groups(block)) for block in self.find_blocks(model)
+            sum(ffn.units(block).total for ffn in self.block_ffns(block))
+            for block in self.find_blocks(model)
+        )
+
+    def columns(self, model: nn.Module) -> tuple[int, ...]:
+        """Columns of every block, in all its parts: what statistics are of."""
+        return tuple(
+            sum(own.total for own in self.units(block)) for block in self.find_blocks(model)
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders whose FFN has a width of its own in every block, of any family of transformers.
+"""Decoders whose blocks have sizes of their own, of any family of transformers.
 
 Self-contained: this file lies beside the weights of a pruned model, so that
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``, or for a multimodal model
@@ -7,15 +7,17 @@ Self-contained: this file lies beside the weights of a pruned model, so that
 registers with transformers.
 
 A class is made when it is first asked for: ``CFSPLlamaForCausalLM`` is transformers' own
-``LlamaForCausalLM``, built by it and then given widths of its own per block.
+``LlamaForCausalLM``, built by it and then given an FFN width and heads of its own per block.
 
 In ``config.json``, of a multimodal model in its ``text_config``, are
 
-* ``per_layer_config``: the widths of every block, under the names that the family has for them;
-* ``cfsp_config``: ``blocks``, the path of the blocks in the base model; ``channels``, for each
-  parameter of a block that has FFN channels, the name of its width, the dimension along which
-  they lie and how often they come in turn; ``added_bias``, down projections with a bias that the
-  family lacks.
+* ``per_layer_config``: the widths and heads of every block, under the names that the family has
+  for them, and ``skip``, which of "attention" and "mlp" it lacks;
+* ``cfsp_config``: ``blocks``, the path of the blocks in the base model; ``sizes``, for each
+  parameter of a block whose shape differs, the name of a width or number of heads, the dimension,
+  its size for one of these, and what is added to it; ``added_bias``, down projections with a bias
+  that the family lacks; ``attention`` and ``mlp``, the paths of these in a block; ``heads``, the
+  names of the numbers of heads, and of those with keys, perhaps null.
 """
 
 from contextlib import contextmanager
@@ -33,6 +35,8 @@ from transformers.pytorch_utils import Conv1D
 PREFIX = "CFSP"
 MODEL_TYPE_PREFIX = "cfsp_"
 WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim")
+HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads")
+KEYS_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads")
 AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -78,19 +82,82 @@ def set_width(block, name, width):
             setattr(owner, attribute, width)
 
 
-def resize_ffns(decoder, config):
-    """Give every block of a base model the FFN widths that its config says."""
+def set_heads(attention, heads, keys):
+    """What an attention says of its numbers of heads, and of those with keys, follows."""
+    for names, count in ((HEADS_ATTRIBUTES, heads), (KEYS_ATTRIBUTES, keys)):
+        for name in names:
+            if isinstance(getattr(attention, name, None), int):
+                setattr(attention, name, count)
+    if hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = heads // keys
+    if hasattr(attention, "split_size"):
+        attention.split_size = attention.embed_dim = heads * attention.head_dim
+    if hasattr(attention, "qkv_proj"):  # forward asks the config where its sections end
+        dense = getattr(attention.config, "of_model", attention.config)
+        attention.config = BlockConfig(dense, heads, keys)
+
+
+class BlockConfig:
+    """The config of a model, but for the numbers of heads of one block."""
+
+    def __init__(self, of_model, heads, keys):
+        self.of_model, self.num_attention_heads, self.num_key_value_heads = of_model, heads, keys
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "of_model":
+            raise AttributeError(name)
+        return getattr(self.of_model, name)
+
+
+class NoAttention(nn.Module):
+    """In the place of an attention that is gone: adds nothing. What it caches, one value a token,
+    tells the positions that tokens have to whoever asks the first block's cache."""
+
+    def __init__(self, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, *args, **kwargs):
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, transformers.Cache):
+                value = states.new_zeros(len(states), 1, states.shape[1], 1)
+                cache.update(value, value, self.layer_idx)
+        return torch.zeros_like(states), None
+
+
+class NoFFN(nn.Module):
+    """In the place of an FFN that is gone: adds nothing."""
+
+    def forward(self, hidden_states):
+        return torch.zeros_like(hidden_states)
+
+
+def skip(block, kind, path):
+    """Take the attention or FFN ("mlp") at a path out of a block."""
+    part = block.get_submodule(path)
+    none = NoFFN() if kind == "mlp" else NoAttention(getattr(part, "layer_idx", None))
+    block.set_submodule(path, none)
+
+
+def resize_blocks(decoder, config):
+    """Give every block of a base model the sizes that its config says."""
     settings = config.cfsp_config
     blocks = decoder.get_submodule(settings["blocks"])
-    for block, block_config in zip(blocks, config.per_layer_config, strict=True):
+    for block, own in zip(blocks, config.per_layer_config, strict=True):
+        for kind in getattr(own, "skip", None) or ():
+            skip(block, kind, settings[kind])
         parameters = dict(block.named_parameters())
-        for name, (width_name, dimension, copies) in settings["channels"].items():
+        for name, (count_name, dimension, each, *added) in sizes_of(settings).items():
             if name in parameters:
-                width = getattr(block_config, width_name)
+                count = getattr(own, count_name)
                 shape = list(parameters[name].shape)
-                shape[dimension] = width * copies
+                shape[dimension] = sum(added, count * each)
                 set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
-                set_width(block, name, width)
+                set_width(block, name, count)
+        if settings.get("heads") and settings["attention"] in dict(block.named_modules()):
+            heads, keys = (getattr(own, name) if name else None for name in settings["heads"])
+            set_heads(block.get_submodule(settings["attention"]), heads, keys or heads)
         for path in settings["added_bias"]:
             if f"{path}.weight" in parameters:
                 down = block.get_submodule(path)
@@ -98,12 +165,18 @@ def resize_ffns(decoder, config):
                 set_parameter(block, f"{path}.bias", nn.Parameter(bias))
 
 
+def sizes_of(settings):
+    """Which parameters have other shapes than the family's; of older folders, FFNs alone."""
+    return settings.get("sizes", settings.get("channels", {}))
+
+
 @contextmanager
-def one_width(config):
-    """Have a config say one width for all blocks, as the stock code reads it; in what else its
-    family has blocks differ, they still do."""
+def one_size(config):
+    """Have a config say one width and number of heads for all blocks, as the stock code reads it;
+    in what else its family has blocks differ, they still do."""
     layers = config.to_dict().get("per_layer_config") or {}
-    names = {width for width, *_ in config.cfsp_config["channels"].values()}
+    heads = config.cfsp_config.get("heads") or ()
+    names = {"skip", *heads, *(name for name, *_ in sizes_of(config.cfsp_config).values())}
     rest = {n: {k: v for k, v in layer.items() if k not in names} for n, layer in layers.items()}
     config.per_layer_config = rest if any(rest.values()) else None
     try:
@@ -122,8 +195,8 @@ class PerBlockConfig:
         return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}
 
 
-class PerBlockWidths:
-    """Builds the stock model, then gives every block its own FFN widths."""
+class PerBlockSizes:
+    """Builds the stock model, then gives every block its own sizes."""
 
     @classmethod
     def is_custom_code(cls):
@@ -133,14 +206,14 @@ class PerBlockWidths:
     def __init__(self, config, *args, **kwargs):
         text = config.get_text_config()
         text.allow_global_per_layer_attribute_access = True
-        with one_width(text):
+        with one_size(text):
             super().__init__(config, *args, **kwargs)
         with torch.no_grad():
-            resize_ffns(self.base_model, text)
+            resize_blocks(self.base_model, text)
         self.post_init()
 
     def initialize_weights(self):
-        with one_width(self.config.get_text_config()):
+        with one_size(self.config.get_text_config()):
             super().initialize_weights()
 
 
@@ -161,21 +234,21 @@ def register_conversions(own, stock, with_head):
 
 
 def pruned_class(stock):
-    """The class with per-block widths of a class of transformers."""
+    """The class with per-block sizes of a class of transformers."""
     return globals().get(PREFIX + stock.__name__) or __getattr__(PREFIX + stock.__name__)
 
 
 def __getattr__(name):
-    """The class of transformers of the same name without the prefix, with per-block widths."""
+    """The class of transformers of the same name without the prefix, with per-block sizes."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     if not name.startswith(PREFIX) or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if issubclass(stock, transformers.PreTrainedConfig):
         base, values = PerBlockConfig, {"model_type": MODEL_TYPE_PREFIX + stock.model_type}
     else:
-        base, values = PerBlockWidths, {"config_class": pruned_class(stock.config_class)}
+        base, values = PerBlockSizes, {"config_class": pruned_class(stock.config_class)}
     own = globals()[name] = type(name, (base, stock), {**values, "__module__": __name__})
-    if issubclass(own, PerBlockWidths):
+    if issubclass(own, PerBlockSizes):
         family = family_classes(stock.config_class)
         causal_lm = family.get("AutoModelForCausalLM")
         register_conversions(own, stock, family.get("AutoModelForImageTextToText", causal_lm))

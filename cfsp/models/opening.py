@@ -17,6 +17,7 @@ from ..io.safetensors import check_finite, read_index, read_tensors
 from ..weights.sources import Source
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description, Read
+from .detected_attention import with_attention
 from .inspection import check_config, check_folder_files, check_live, inspect
 from .layouts import Layout
 from .loading import (
@@ -76,15 +77,25 @@ def open_any(
     device: str = "auto",
     *,
     whole: bool = False,
+    attention: bool = False,
 ) -> OpenModel:
     """A live model as it is; one given by name as by :func:`open_model`, but block by block where
-    it can be and is not wanted ``whole``. ``tokenizer``: instead of the model's own."""
+    it can be and is not wanted ``whole``. ``tokenizer``: instead of the model's own; ``attention``:
+    KV groups are units too, CfspError where they cannot be."""
     if isinstance(tokenizer, str | Path):
         raise CfspError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}")
     if isinstance(model, nn.Module):
-        return adopt(model, tokenizer)
-    streamed = None if whole else open_streamed(model, dtype, device, tokenizer)
-    return streamed or open_model(model, dtype, device, tokenizer)
+        opened = adopt(model, tokenizer)
+    else:
+        streamed = None if whole else open_streamed(model, dtype, device, tokenizer)
+        opened = streamed or open_model(model, dtype, device, tokenizer)
+    return with_attention_units(opened) if attention else opened
+
+
+def with_attention_units(opened: OpenModel) -> OpenModel:
+    """The same model, whose KV groups are units too. Raises CfspError where they cannot be."""
+    layout = with_attention(opened.model, opened.layout)
+    return replace(opened, layout=layout, blocks=replace(opened.blocks, layout=layout))
 
 
 def adopt(model: nn.Module, tokenizer: Any) -> OpenModel:

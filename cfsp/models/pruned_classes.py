@@ -1,14 +1,15 @@
-"""What a pruned model is to transformers: its family's own class, or one with per-block widths."""
+"""What a pruned model is to transformers: its family's own class, or one with per-block sizes."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from .layouts import PRUNED_PREFIX, Layout
 from .loading import make_skeleton
-from .modeling_cfsp import pruned_class
+from .modeling_cfsp import BlockConfig, NoAttention, NoFFN, pruned_class, sizes_of
 from .registration import register_family
 from .tensors import parameter_shapes
 
@@ -24,28 +25,32 @@ OF_PRUNED = (
 
 
 def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, Any]) -> None:
-    """Give a model whose FFNs were cut the config and classes that reload it, in place: those of
+    """Give a model whose blocks were cut the config and classes that reload it, in place: those of
     its family where they build exactly these parameters, else those of ``modeling_cfsp``."""
-    widths = [
-        {ffn.width: ffn.group(block).channels for ffn in layout.block_ffns(block)}
-        for block in layout.find_blocks(model)
-    ]
-    rest = _family_layers(model.config, widths)
-    stock = stock_model(model, widths, cfsp_config=summary)
+    blocks = layout.find_blocks(model)
+    sizes = [block_sizes(layout, block) for block in blocks]
+    rest = _family_layers(model.config, sizes)
+    skipped = [skipped_parts(block) for block in blocks]
+    stock = stock_model(model, layout, sizes, cfsp_config=summary)
     config, stock_type = stock.config, type(stock.config)
     own, stock_own = (parameter_shapes(m) for m in (model, stock))
     classes: tuple[type, type] = (type(stock), type(stock.base_model))
-    if own != stock_own:
+    if own != stock_own or any(skipped):
         stock_type = _family_of(stock)
         register_family(stock_type.model_type)
         classes = (pruned_class(classes[0]), pruned_class(classes[1]))
         config = pruned_class(stock_type)(
             **_values(
                 model.config,
-                **_largest(widths),
+                **_dense_heads(model, layout, _largest(sizes)),
                 allow_global_per_layer_attribute_access=True,
                 per_layer_config={
-                    number: {**rest.get(number, {}), **own} for number, own in enumerate(widths)
+                    number: {
+                        **rest.get(number, {}),
+                        **own,
+                        **({"skip": sorted(skipped[number])} if skipped[number] else {}),
+                    }
+                    for number, own in enumerate(sizes)
                 },
                 cfsp_config={
                     **summary,
@@ -60,8 +65,11 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
         for choice in ("_attn_implementation", "_experts_implementation"):
             setattr(successors[id(was)], choice, getattr(was, choice))
     for module in model.modules():
-        if id(getattr(module, "config", None)) in successors:
-            module.config = successors[id(module.config)]
+        config = getattr(module, "config", None)
+        if isinstance(config, BlockConfig):
+            config.of_model = successors[id(config.of_model)]
+        elif id(config) in successors:
+            module.config = successors[id(config)]
     model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
 
@@ -74,16 +82,30 @@ def _family_of(stock: PreTrainedModel) -> type[PreTrainedConfig]:
     return others
 
 
+def block_sizes(layout: Layout, block: nn.Module) -> dict[str, int]:
+    """The widths and numbers of heads of a block, under the names of the config."""
+    parts = ((part, part.units(block).count) for part in layout.block_parts(block))
+    return {k: v for part, count in parts for k, v in part.config_sizes(count).items()}
+
+
+def skipped_parts(block: nn.Module) -> dict[str, str]:
+    """Which of "attention" and "mlp" was taken out of a block, with its path."""
+    kinds = {NoAttention: "attention", NoFFN: "mlp"}
+    return {kinds[type(m)]: path for path, m in block.named_modules() if type(m) in kinds}
+
+
 def stock_model(
-    model: PreTrainedModel, widths: list[dict[str, int]], **more: Any
+    model: PreTrainedModel, layout: Layout, sizes: Sequence[dict[str, int]], **more: Any
 ) -> PreTrainedModel:
-    """What a model's family builds, on meta, where every width is the largest of the blocks' (under
+    """What a model's family builds, on meta, where every size is the largest of the blocks' (under
     the names of the config); ``more``: values of the config."""
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = type(model.config.get_text_config())()
     # A width that the family has no value for follows from others there.
-    known = {k: v if hasattr(default, k) else None for k, v in _largest(widths).items()}
-    layers = _family_layers(model.config, widths) or None
+    known = {k: v if hasattr(default, k) else None for k, v in _largest(sizes).items()}
+    if layout.attention is not None and hasattr(default, "head_dim"):
+        known["head_dim"] = layout.attention.head_size
+    layers = _family_layers(model.config, sizes) or None
     values = _values(model.config, **known, per_layer_config=layers, **more)
     return make_skeleton(stock_type(**values), model.dtype)
 
@@ -94,17 +116,28 @@ def _parts(config: Any) -> list[Any]:
     return [config, *(part for part in parts if part is not None)]
 
 
-def _family_layers(config: Any, widths: list[dict[str, int]]) -> dict[int, dict[str, Any]]:
-    """In what else than their widths a family has blocks differ, by the number of the block."""
+def _family_layers(config: Any, sizes: Sequence[dict[str, int]]) -> dict[int, dict[str, Any]]:
+    """In what else than these sizes a family has blocks differ, by the number of the block."""
     layers = config.get_text_config().to_dict().get("per_layer_config") or {}
-    names = _largest(widths)
+    names = _largest(sizes)
     found = {int(n): {k: v for k, v in own.items() if k not in names} for n, own in layers.items()}
     return {number: own for number, own in found.items() if own}
 
 
-def _largest(widths: list[dict[str, int]]) -> dict[str, int]:
-    names = {name for block in widths for name in block}
-    return {name: max(block.get(name, 0) for block in widths) for name in names}
+def _largest(sizes: Sequence[dict[str, int]]) -> dict[str, int]:
+    names = {name for block in sizes for name in block}
+    return {name: max(block.get(name, 0) for block in sizes) for name in names}
+
+
+def _dense_heads(model: PreTrainedModel, layout: Layout, sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, but for numbers of heads as the model had them: what else follows from these does
+    not change."""
+    attention, text = layout.attention, model.config.get_text_config()
+    if attention is None:
+        return sizes
+    names = [n for n in (attention.heads_name, attention.keys_name) if n in sizes]
+    own = {"head_dim": attention.head_size} if hasattr(type(text)(), "head_dim") else {}
+    return {**sizes, **{n: getattr(text, n) for n in names}, **own}
 
 
 def _values(config: Any, **changed: Any) -> dict[str, Any]:
@@ -121,20 +154,29 @@ def _values(config: Any, **changed: Any) -> dict[str, Any]:
 
 def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dict[str, Any]:
     """What :mod:`models.modeling_cfsp` has to know about a family and its ``added`` parameters."""
-    blocks = layout.find_blocks(model)
+    blocks, attention = layout.find_blocks(model), layout.attention
     present = {name for block in blocks for name, _ in block.named_parameters()}
-    ffns = [ffn for ffn in layout.ffns if present.issuperset(ffn.weight_names)]
+    parts = [p for block in blocks for p in layout.block_parts(block)]
+    before = getattr(model.config.get_text_config(), "cfsp_config", None) or {}
+    sizes = {name: own for name, own in sizes_of(before).items() if name in present}
+    for part in dict.fromkeys(parts):
+        for name, axis in part.channels.items():
+            if name in present:
+                fixed = [axis.fixed] if axis.fixed else []
+                sizes[name] = [part.count_name, axis.dimension, sum(axis.sections), *fixed]
+    heads = [attention.heads_name, attention.keys_name] if attention else before.get("heads")
+    skipped = {kind: path for block in blocks for kind, path in skipped_parts(block).items()}
+    paths = {"attention": attention.path} if attention else {}
     return {
         "blocks": layout.blocks.removeprefix(f"{model.base_model_prefix}."),
-        "channels": {
-            name: [ffn.width, axis.dimension, axis.copies]
-            for ffn in ffns
-            for name, axis in ffn.channels.items()
-            if name in present
-        },
+        "sizes": sizes,
         "added_bias": sorted(
-            ffn.down for ffn in ffns if any(name.endswith(f".{ffn.down}.bias") for name in added)
+            {p.down for p in parts if any(name.endswith(f".{p.down}.bias") for name in added)}
         ),
+        **{k: before[k] for k in ("attention", "mlp") if k in before},
+        **paths,
+        **skipped,
+        **({"heads": heads} if heads else {}),
     }
 
 

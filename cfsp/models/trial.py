@@ -6,7 +6,7 @@ widths. Both would otherwise be found after the work.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError, reason
 from .detection import layout_of
-from .ffns.experts import ExpertsFFN
 from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
 from .loading import make_skeleton, model_device, quiet_loading
-from .modeling_cfsp import set_parameter, set_width
+from .modeling_cfsp import set_parameter
+from .parts.experts import ExpertsFFN
 from .pruned_classes import become_pruned_
 from .surgery import forward_instead, headless, on_meta, set_buffers_, set_parameters_
 from .tensors import parameter_shapes
@@ -80,10 +80,7 @@ def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:
 def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
     """Record what the blocks are called with, as a calibration does, and run each on it."""
     blocks = layout.find_blocks(skeleton)
-    outer = {name: p for name, p in skeleton.named_parameters() if layout.place_of(name) is None}
-    zeros = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in outer.items()}
-    set_parameters_(skeleton, zeros)  # of no size in memory
-    given, others = (_calls(skeleton, blocks, added) for added in (0, 1))
+    given, others = (block_calls(skeleton, layout, added) for added in (0, 1))
     for block, call, (_, *other) in zip(blocks, given, others, strict=True):
         if not _equal(call[1:], tuple(other)):
             raise ValueError("they are given more of each other than the hidden states")
@@ -92,10 +89,15 @@ def _run_blocks(skeleton: PreTrainedModel, layout: Layout) -> None:
         _check_shape(output, hidden, "giving")
 
 
-def _calls(
-    skeleton: PreTrainedModel, blocks: Sequence[nn.Module], added: int
+def block_calls(
+    skeleton: PreTrainedModel, layout: Layout, added: int = 0
 ) -> list[tuple[torch.Tensor, Any, Any]]:
-    """What each block is called with where all of them only add a number to the hidden states."""
+    """What each block of a skeleton is called with, where all of them only add a number to the
+    hidden states; its parameters outside of blocks become zeros."""
+    blocks = layout.find_blocks(skeleton)
+    outer = {name: p for name, p in skeleton.named_parameters() if layout.place_of(name) is None}
+    zeros = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in outer.items()}
+    set_parameters_(skeleton, zeros)  # of no size in memory
     given: list[tuple[torch.Tensor, Any, Any]] = []
 
     def stand_in(number: int, block: nn.Module) -> Callable[..., Any]:
@@ -140,14 +142,14 @@ def _rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:
     model = on_meta(skeleton)
     for number, block in enumerate(layout.find_blocks(model)):
         parameters = dict(block.named_parameters())
-        for ffn in layout.block_ffns(block):
-            width = max(1, ffn.group(block).channels // (2 + number % 2))
+        for ffn in layout.block_parts(block):
+            width = max(1, ffn.units(block).count // (2 + number % 2))
             for name, axis in ffn.channels.items():
                 if name in parameters:
                     shape = list(parameters[name].shape)
-                    shape[axis.dimension] = width * axis.copies
+                    shape[axis.dimension] = axis.size(width)
                     set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
-                    set_width(block, name, width)
+            ffn.set_count(block, width)
     become_pruned_(model, layout, {})
     if parameter_shapes(make_skeleton(model.config, skeleton.dtype)) != parameter_shapes(model):
         raise ValueError("a reloaded model has other shapes")

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from .ffns.channels import ChannelAxis
-from .ffns.ffn import FFN
 from .layouts import Layout
 from .loading import make_skeleton, quiet_loading
+from .parts.channels import UnitAxis
+from .parts.ffn import FFN
 from .tensors import parameter_shapes
 
 FEW_CHANNELS = 8
@@ -39,7 +39,7 @@ def with_width_names(model: PreTrainedModel, layout: Layout) -> Layout:
 def width_name(
     model: PreTrainedModel,
     name: str,
-    axis: ChannelAxis,
+    axis: UnitAxis,
     default: str = "intermediate_size",
     taken: Container[str] = (),
 ) -> str:
@@ -50,7 +50,7 @@ def width_name(
     for path, (known, *_) in pruned.items():
         if name.endswith(f".{path}"):
             return known
-    width = model.get_parameter(name).shape[axis.dimension] // axis.copies
+    width = axis.count(model.get_parameter(name).shape[axis.dimension])
     values = model.config.get_text_config().to_dict()
     # Where it is null, a width follows from the hidden size.
     candidates = [key for value in (width, None) for key in values if values[key] == value]
@@ -62,11 +62,11 @@ def width_name(
     return ""
 
 
-def _decides(model: PreTrainedModel, key: str, name: str, axis: ChannelAxis, width: int) -> bool:
+def _decides(model: PreTrainedModel, key: str, name: str, axis: UnitAxis, width: int) -> bool:
     """Whether a new model has this width, and nothing else of the parameter is changed, where its
     config has it under this key."""
     shape = list(model.get_parameter(name).shape)
-    shape[axis.dimension] = width * axis.copies
+    shape[axis.dimension] = axis.size(width)
     config = copy.deepcopy(model.config)
     try:
         setattr(config.get_text_config(), key, width)

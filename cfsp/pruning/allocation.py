@@ -1,13 +1,14 @@
 """How many channels every block keeps: pure functions under one total budget."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ..apportion import apportion, check_budget
+from ..apportion import Steps, apportion, check_budget
 from ..calibration.curves import ErrorCurve, curve_widths
 from ..errors import CfspError
+from ..models.parts.channels import Units
 from .knapsack import least_error_choices
 
 REFERENCE_TOKENS = 131072
@@ -19,49 +20,51 @@ SIGMOID_SCALE = 1e4
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """What an allocator may look at."""
+    """What an allocator may look at; a part is an FFN, or the attention of a block."""
 
     importance: torch.Tensor
-    """[L] fp64, coarse importance of every FFN, that of its block: mean influence per token."""
+    """[L] fp64, coarse importance of every part, that of its block: mean influence per token."""
     scores: tuple[torch.Tensor, ...]
-    """Channel scores [F_l] of every FFN, one expert after the other."""
+    """Scores of the columns [F_l] of every part, one expert after the other."""
     sparsity: float
-    """Fraction to remove of what all channels cost."""
-    experts: tuple[int, ...] = ()
-    """Experts of every FFN, which share one width; () where no FFN has any."""
+    """Fraction to remove of what all units cost."""
+    units: tuple[Units, ...] = ()
+    """Those of every part; (): a column is a unit everywhere, and there are no experts."""
     costs: tuple[int, ...] = ()
-    """Cost of one channel of width in every FFN, in all its experts, in any unit; (): one per
-    channel, so that channels themselves are the budget."""
-    width_multiple: int = 1
+    """Cost of one unit in every part, in all its experts; (): one per column, so that channels
+    themselves are the budget."""
+    steps: tuple[Steps, ...] = ()
+    """Units that every part may keep; (): any number but none."""
     curves: tuple[ErrorCurve, ...] = ()
-    """Error curves of every FFN, to be added up; () where no allocator asks for them."""
+    """Error curves of every part, to be added up; () where no allocator asks for them."""
+
+    def __post_init__(self) -> None:
+        units = self.units or tuple(Units(len(score)) for score in self.scores)
+        object.__setattr__(self, "units", units)
+        costs = self.costs or tuple(own.experts for own in units)
+        object.__setattr__(self, "costs", costs)
+        steps = self.steps or tuple(Steps(own.count) for own in units)
+        object.__setattr__(self, "steps", steps)
 
     @property
-    def expert_counts(self) -> tuple[int, ...]:
-        return self.experts or (1,) * len(self.scores)
+    def experts(self) -> torch.Tensor:
+        """[L] int64, experts of every part, which share one number of units."""
+        return torch.tensor([own.experts for own in self.units])
 
     @property
-    def width_costs(self) -> tuple[int, ...]:
-        return self.costs or self.expert_counts
+    def sizes(self) -> torch.Tensor:
+        """[L] int64, units of every part, of all its experts."""
+        return torch.tensor([own.count * own.experts for own in self.units])
 
     @property
-    def intermediate_sizes(self) -> torch.Tensor:
-        """[L] int64, channels of every FFN, of all its experts."""
-        return torch.tensor([len(score) for score in self.scores])
-
-    @property
-    def expert_sizes(self) -> list[int]:
-        return [len(s) // count for s, count in zip(self.scores, self.expert_counts, strict=True)]
-
-    @property
-    def channel_costs(self) -> torch.Tensor:
-        """[L] fp64, cost of one channel of one expert of every FFN."""
-        return torch.tensor(self.width_costs) / torch.tensor(self.expert_counts).double()
+    def unit_costs(self) -> torch.Tensor:
+        """[L] fp64, cost of one unit of one expert of every part."""
+        return torch.tensor(self.costs) / self.experts.double()
 
     @property
     def budget(self) -> float:
         """Cost to keep in all, before rounding."""
-        return (1 - self.sparsity) * float((self.channel_costs * self.intermediate_sizes).sum())
+        return (1 - self.sparsity) * float((self.unit_costs * self.sizes).sum())
 
 
 def importance_shares(importance_sum: torch.Tensor) -> torch.Tensor:
@@ -88,16 +91,16 @@ def cfsp_keep_fractions(importance_sum: torch.Tensor, sparsity: float) -> torch.
 def cfsp(problem: AllocationProblem) -> torch.Tensor:
     """Wider where the block turns its hidden states further; see :func:`cfsp_keep_fractions`."""
     keep = cfsp_keep_fractions(problem.importance * REFERENCE_TOKENS, problem.sparsity)
-    widths = keep * problem.intermediate_sizes
-    return widths * (problem.budget / (problem.channel_costs * widths).sum())
+    widths = keep * problem.sizes
+    return widths * (problem.budget / (problem.unit_costs * widths).sum())
 
 
 def cfsp_filled(problem: AllocationProblem) -> torch.Tensor:
     """CFSP's shares without their contraction: an FFN whose share is more than it has stays whole,
     and the others share what is left of the budget in proportion."""
     share = importance_shares(problem.importance * REFERENCE_TOKENS)
-    sizes = problem.intermediate_sizes.double()
-    costs = problem.channel_costs * sizes
+    sizes = problem.sizes.double()
+    costs = problem.unit_costs * sizes
     whole = torch.zeros(len(share), dtype=torch.bool)
     while True:
         left = problem.budget - costs[whole].sum()
@@ -109,45 +112,50 @@ def cfsp_filled(problem: AllocationProblem) -> torch.Tensor:
 
 def uniform(problem: AllocationProblem) -> torch.Tensor:
     """The same fraction of every block."""
-    return (1 - problem.sparsity) * problem.intermediate_sizes.double()
+    return (1 - problem.sparsity) * problem.sizes.double()
 
 
 def global_threshold(problem: AllocationProblem) -> torch.Tensor:
-    """One threshold on the scores of all blocks, each standardised within its block.
+    """One threshold on the scores of all parts, each standardised over the columns of its part;
+    that of a unit is the mean over its columns.
 
     Source: FLAP, arXiv 2312.11983. Equal scores go to the earlier block and channel.
     """
     standardised = []
-    for score in problem.scores:
+    for score, own in zip(problem.scores, problem.units, strict=True):
         deviation = score.double().std() if len(score) > 1 else torch.tensor(0.0)
         centred = score.double() - score.double().mean()
-        standardised.append(centred / deviation if deviation > 0 else torch.zeros_like(centred))
+        scaled = centred / deviation if deviation > 0 else torch.zeros_like(centred)
+        standardised.append(own.scores(scaled))
     order = torch.sort(torch.cat(standardised), descending=True, stable=True).indices
     count = len(problem.scores)
-    block_of = torch.arange(count).repeat_interleave(problem.intermediate_sizes)[order]
-    costs = problem.channel_costs[block_of]
+    block_of = torch.arange(count).repeat_interleave(problem.sizes)[order]
+    costs = problem.unit_costs[block_of]
     kept = int((costs.cumsum(0) - costs / 2 < problem.budget).sum())
     return torch.bincount(block_of[:kept], minlength=count).double()
 
 
 def knapsack(problem: AllocationProblem) -> torch.Tensor:
-    """Least sum of errors over all FFNs under the budget, at multiples of the width multiple.
+    """Least sum of errors over all parts under the budget, at the steps of each.
 
     Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance.
     Sources: SPDY (arXiv 2201.13096), ZipLM (arXiv 2302.04089).
     """
     if not problem.curves:
         raise CfspError("allocator 'knapsack' needs error curves")
-    costs, multiple, sizes = problem.width_costs, problem.width_multiple, problem.expert_sizes
-    capacity = check_budget(sizes, problem.budget, multiple, costs) * multiple
-    widths = [curve_widths(size // multiple).clamp(min=1).unique() * multiple for size in sizes]
+    capacity = check_budget(problem.steps, problem.budget, problem.costs)
+    choices = [
+        curve_widths(own.size // own.multiple).clamp(min=own.least // own.multiple).unique()
+        * own.multiple
+        for own in problem.steps
+    ]
     chosen = least_error_choices(
-        [curve.at(of_ffn).numpy() for curve, of_ffn in zip(problem.curves, widths, strict=True)],
-        [(of_ffn * cost).numpy() for of_ffn, cost in zip(widths, costs, strict=True)],
+        [curve.at(own).numpy() for curve, own in zip(problem.curves, choices, strict=True)],
+        [(own * cost).numpy() for own, cost in zip(choices, problem.costs, strict=True)],
         capacity,
     )
-    found = [float(of_ffn[index]) for of_ffn, index in zip(widths, chosen, strict=True)]
-    return torch.tensor(found, dtype=torch.float64) * torch.tensor(problem.expert_counts)
+    found = [float(own[index]) for own, index in zip(choices, chosen, strict=True)]
+    return torch.tensor(found, dtype=torch.float64) * problem.experts
 
 
 def search_start(problem: AllocationProblem) -> torch.Tensor:
@@ -185,27 +193,24 @@ SEARCH = "search"
 """Its widths are only where a search on the model begins; see :mod:`cfsp.pruning.search`."""
 
 
-def equal_widths(sizes: Sequence[int], sparsity: float, multiple: int) -> tuple[int, ...]:
+def equal_widths(steps: Sequence[Steps], sparsity: float) -> tuple[int, ...]:
     """The same fraction of every FFN, to the nearest multiple. One that is a number of times as
     large as the smallest keeps as many times its width, as configs with shared experts have it."""
 
-    def nearest(size: int) -> int:
-        units = max(round((1 - sparsity) * size / multiple), 1)
-        return min(units, size // multiple) * multiple
+    def nearest(own: Steps) -> int:
+        count = max(round((1 - sparsity) * own.size / own.multiple), 1)
+        return min(count * own.multiple, own.most)
 
-    least = min(sizes)
+    least = min(steps, key=lambda own: own.size)
     kept = nearest(least)
-    return tuple(nearest(size) if size % least else size // least * kept for size in sizes)
+    return tuple(
+        nearest(own) if own.size % least.size else own.size // least.size * kept for own in steps
+    )
 
 
-def allocate_widths(problem: AllocationProblem, allocator: str, multiple: int) -> tuple[int, ...]:
-    """Width of every FFN, of each expert where it has several, by the named allocator."""
-    ideal = ALLOCATORS[allocator].widths(replace(problem, width_multiple=multiple))
+def allocate_widths(problem: AllocationProblem, allocator: str) -> tuple[int, ...]:
+    """Units that every part keeps, of each expert where it has several, by the named allocator."""
+    ideal = ALLOCATORS[allocator].widths(problem)
     return apportion(
-        ideal / torch.tensor(problem.expert_counts),
-        problem.expert_sizes,
-        problem.budget,
-        multiple,
-        problem.importance,
-        problem.width_costs,
+        ideal / problem.experts, problem.steps, problem.budget, problem.importance, problem.costs
     )

@@ -4,9 +4,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import mul
 
-from ..apportion import reachable
+from ..apportion import Steps, reachable, total_cost
 from ..errors import CfspError, shown
 
 KINDS = ("params", "flops", "latency")
@@ -88,7 +87,7 @@ def parse_model_budget(text: str) -> ModelBudget:
 
 
 Widths = tuple[int, ...]
-WidthFit = Callable[[Callable[[float], Widths], Sequence[int], int, bool], Widths]
+WidthFit = Callable[[Callable[[float], Widths], Sequence[Steps], bool], Widths]
 """The widest widths that a limit allows, see :meth:`cfsp.costs.latency.LatencyLimit.fitted`."""
 
 
@@ -98,37 +97,36 @@ class ChannelBudget:
 
     sparsity: float
     costs: tuple[int, ...]
-    """Cost of one channel of width in every FFN, in all its experts."""
+    """Cost of one unit in every part, in all its experts."""
     fit: WidthFit | None = None
     """Of a latency: ``sparsity`` is then what it would be if channels were all that counted."""
 
     def widths(
-        self, widths_at: Callable[[float], Widths], sizes: Sequence[int], multiple: int, equal: bool
+        self, widths_at: Callable[[float], Widths], steps: Sequence[Steps], equal: bool
     ) -> Widths:
         """Widths under the budget, from what an allocator gives for a sparsity."""
         if self.fit is None:
             return widths_at(self.sparsity)
-        return self.fit(widths_at, sizes, multiple, equal)
+        return self.fit(widths_at, steps, equal)
 
 
 def channel_budget(
     budget: ModelBudget,
     total: float,
-    sizes: Sequence[int],
+    steps: Sequence[Steps],
     costs: Sequence[int],
-    multiple: int,
     added: int = 0,
 ) -> ChannelBudget:
     """The fraction of the channels' cost that has to go, so that the whole model meets its budget;
     raises CfspError where no widths do.
 
-    ``total``, of the dense model, and ``costs``, of one channel of width in all experts of every
-    FFN, are in one unit; ``sizes`` are of one expert; ``added`` is what pruning adds: biases.
+    ``total``, of the dense model, and ``costs``, of one unit in all experts of every part, are in
+    one unit; ``steps`` are of one expert; ``added`` is what pruning adds: biases.
     """
-    channels = sum(map(mul, sizes, costs))
+    channels, multiple = total_cost(steps, costs), max(own.multiple for own in steps)
     fixed = total - channels + added
     wanted = budget.kept(total)
-    least, most = (multiple * units + fixed for units in reachable(sizes, multiple, costs))
+    least, most = (kept + fixed for kept in reachable(steps, costs))
     slack = TOLERANCES[budget.kind] * wanted
     if not least - slack <= wanted <= most + slack:
         low, high = (budget.written(kept, total) for kept in (most, least))

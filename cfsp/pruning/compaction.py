@@ -14,9 +14,9 @@ from ..calibration.statistics import BlockStatistics, Statistics, check_model
 from ..io.memory import Room
 from ..io.safetensors import TensorInfo, Tensors
 from ..models.blocks import Blocks
-from ..models.descriptions import PlacedFFN
-from ..models.ffns.channels import ChannelGroup, CutDown, check_expert_width, sizes_of
+from ..models.descriptions import PlacedPart
 from ..models.layouts import Layout
+from ..models.parts.channels import CutDown, Units, check_expert_width, sizes_of
 from .compensation import COMPENSATIONS, DownProjection, FitRecord
 from .plan import BlockPlan, PruningPlan
 from .recipe import Recipe
@@ -41,7 +41,7 @@ def check_plan(plan: PruningPlan, model: Blocks) -> None:
 
 
 def warn_of_few_tokens(
-    blocks: Sequence[Sequence[ChannelGroup]],
+    blocks: Sequence[Sequence[Units]],
     statistics: Statistics | None,
     windows: int,
     seqlen: int,
@@ -84,23 +84,23 @@ def prune_block_(
     statistics: BlockStatistics | None,
     room: Room | None = None,
 ) -> tuple[FitRecord, ...]:
-    """Cut the FFNs of one block in place, into new memory or what ``room`` gives; the records are
-    those of compensations that fit, one for each FFN and expert."""
-    known = iter(statistics.ffns() if statistics is not None else repeat(None))
+    """Cut the parts of one block in place, into new memory or what ``room`` gives; the records are
+    those of compensations that fit, one for each part and expert."""
+    known = iter(statistics.parts() if statistics is not None else repeat(None))
     records: list[FitRecord] = []
 
     def compensate(
-        kept: torch.Tensor, expert: int, weight: torch.Tensor, out: torch.Tensor | None
+        columns: torch.Tensor, expert: int, weight: torch.Tensor, out: torch.Tensor | None
     ) -> CutDown:
-        stays = kept[expert].to(weight.device)
+        stays = columns[expert].to(weight.device)
         down = DownProjection(weight, stays, next(known), damping, out)
         cut, record = COMPENSATIONS[compensation].cut(down)
         if record is not None:
             records.append(record)
         return cut
 
-    for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):
-        ffn.cut_(block, kept, partial(compensate, kept), room)
+    for part, kept, own in zip(layout.block_parts(block), plan.kept, plan.units, strict=True):
+        part.cut_(block, kept, partial(compensate, own.columns_of(kept)), room)
     return tuple(records)
 
 
@@ -143,19 +143,19 @@ def prune_model_(
 
 
 def planned_tensors(
-    tensors: Tensors, ffns: Sequence[PlacedFFN], plan: PruningPlan
+    tensors: Tensors, ffns: Sequence[PlacedPart], plan: PruningPlan
 ) -> dict[str, TensorInfo]:
     """What is left, in order, of ``tensors`` of the dense model, with the biases that are added."""
     adds_bias = COMPENSATIONS[plan.recipe.resolved_compensation].adds_bias
-    widths = (width for block in plan.blocks for width in block.ffn_widths)
+    widths = (width for block in plan.blocks for width in block.counts)
     cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
     new: dict[str, str] = {}  # the bias that comes after a weight
     for placed, width in zip(ffns, widths, strict=True):
-        prefix, ffn = placed.prefix, placed.ffn
-        for name, axis in ffn.channels.items():
-            cut[prefix + name] = (axis.dimension, axis.copies * width)
-        if adds_bias and ffn.down_bias is not None:
-            new[f"{prefix}{ffn.down}.weight"] = prefix + ffn.down_bias
+        prefix, part = placed.prefix, placed.part
+        for name, axis in part.channels.items():
+            cut[prefix + name] = (axis.dimension, axis.size(width))
+        if adds_bias and part.down_bias is not None:
+            new[f"{prefix}{part.down}.weight"] = prefix + part.down_bias
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         shape = list(info.shape)

@@ -28,10 +28,10 @@ from ..io.shard_writer import (
     write_index,
 )
 from ..models.blocks import StoredBlocks
-from ..models.ffns.channels import in_place
 from ..models.layouts import Layout
 from ..models.loading import model_device
 from ..models.opening import OpenModel
+from ..models.parts.channels import in_place
 from ..models.surgery import on_meta, set_parameters_
 from ..models.tensors import saved_tensors
 from ..weights.mapping import WayBack
@@ -130,7 +130,7 @@ def prune_to_shards_(
     stop after the same one. Raises OSError before a shard for which there is no space.
     """
     layout, model = opened.layout, opened.model
-    planned = planned_tensors(opened.described.tensors, opened.described.ffns, plan)
+    planned = planned_tensors(opened.described.tensors, opened.described.parts, plan)
     way_back = WayBack(_pruned_skeleton(model, planned), blocks.sources, planned, layout.number_of)
     shards = pack_shards(way_back.planned, MAX_SHARD_BYTES)
     finished = ranks.of_first(lambda: finished_shards(folder, shards))

@@ -9,7 +9,7 @@ import torch
 from cfsp_kernels import gather_columns
 
 from ..calibration.statistics import BlockStatistics
-from ..models.ffns.channels import CutDown
+from ..models.parts.channels import CutDown
 from .least_squares import DAMPING, fit_down, output_errors
 
 ROWS_PER_PRODUCT = 1024  # so that no fp64 copy of a whole matrix is made

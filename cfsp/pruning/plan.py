@@ -12,7 +12,7 @@ from rich.table import Table
 from ..calibration.curves import ErrorCurve, Ranking
 from ..calibration.statistics import Statistics
 from ..errors import CfspError
-from ..models.ffns.channels import ChannelGroup, sizes_of
+from ..models.parts.channels import Units, sizes_of
 from .allocation import AllocationProblem, allocate_widths, equal_widths
 from .budget import ChannelBudget
 from .least_squares import removed_channels
@@ -31,41 +31,57 @@ class BlockPlan:
     """What one block keeps."""
 
     kept: tuple[torch.Tensor, ...]
-    """Kept channels of every FFN: [experts, width] int64, ascending, counted in the expert; () of a
+    """Kept units of every part: [experts, count] int64, ascending, counted in the expert; () of a
     block without one."""
     importance: float
-    groups: tuple[ChannelGroup, ...]
-    """The dense channels of every FFN."""
+    units: tuple[Units, ...]
+    """The dense units of every part."""
     score_quantiles: tuple[float, ...] = ()
     """Spread of the scores of all channels, see :func:`score_quantiles`."""
     error_curves: tuple[ErrorCurve, ...] = ()
-    """Error of every FFN, with the recipe's compensation; () where the ranking had none."""
+    """Error of every part, with the recipe's compensation; () where the ranking had none."""
 
     @property
     def intermediate_size(self) -> int:
         """Channels of all FFNs and experts before pruning."""
-        return sum(group.total for group in self.groups)
+        return sum(own.total for own in self._ffn_units)
 
     @property
-    def ffn_widths(self) -> tuple[int, ...]:
-        """Width of every FFN, that of one expert where it has several."""
+    def counts(self) -> tuple[int, ...]:
+        """Units that every part keeps, those of one expert where it has several."""
         return tuple(kept.shape[1] for kept in self.kept)
 
     @property
     def width(self) -> int:
         """Channels kept in all FFNs and experts."""
-        return sum(kept.numel() for kept in self.kept)
+        return sum(kept.numel() for kept in self._ffn_kept)
 
     @property
     def share(self) -> float:
         """Of its channels that stay; all of a block without an FFN."""
-        return self.width / self.intermediate_size if self.groups else 1.0
+        return self.width / self.intermediate_size if self._ffn_units else 1.0
+
+    @property
+    def groups(self) -> tuple[torch.Tensor, int] | None:
+        """KV groups of its attention that stay, [n] int64 ascending, and how many there were; None
+        where they are no units."""
+        pairs = zip(self.kept, self.units, strict=True)
+        return next(((kept[0], own.count) for kept, own in pairs if not own.are_channels), None)
+
+    @property
+    def _ffn_units(self) -> tuple[Units, ...]:
+        return tuple(own for own in self.units if own.are_channels)
+
+    @property
+    def _ffn_kept(self) -> tuple[torch.Tensor, ...]:
+        pairs = zip(self.kept, self.units, strict=True)
+        return tuple(kept for kept, own in pairs if own.are_channels)
 
     @property
     def flat_kept(self) -> torch.Tensor:
         """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
-        experts = (channels for kept in self.kept for channels in kept)
-        starts = accumulate(sizes_of(self.groups), initial=0)
+        experts = (channels for kept in self._ffn_kept for channels in kept)
+        starts = accumulate(sizes_of(self._ffn_units), initial=0)
         counted = [start + channels for channels, start in zip(experts, starts, strict=False)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *counted])
 
@@ -111,12 +127,24 @@ class PruningPlan:
     def table(self) -> Table:
         """The plan as a table for a terminal."""
         table = Table(title=f"{self.recipe.scorer}: {self.sparsity:.2%} of FFN channels removed")
-        for title in ("block", "importance", "channels", "kept", ""):
+        groups = any(block.groups for block in self.blocks)
+        titles = (
+            "block",
+            "importance",
+            *(("KV groups",) if groups else ()),
+            "channels",
+            "kept",
+            "",
+        )
+        for title in titles:
             table.add_column(title, justify="left" if title == "" else "right")
         for number, block in enumerate(self.blocks):
             kept, bar = f"{block.width} ({block.share:.1%})", "█" * round(block.share * 24)
-            sizes = (f"{block.importance:.5f}", str(block.intermediate_size))
-            table.add_row(str(number), *sizes, *((kept, bar) if block.groups else ()))
+            own = f"{len(block.groups[0])} of {block.groups[1]}" if block.groups else ""
+            cells = [f"{block.importance:.5f}", *((own,) if groups else ())]
+            has_ffn = block.intermediate_size > 0
+            cells += [str(block.intermediate_size), *((kept, bar) if has_ffn else ())]
+            table.add_row(str(number), *cells)
         return table
 
 
@@ -139,26 +167,26 @@ def make_plan(
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
-    ffns = [(number, ffn) for number, block in enumerate(statistics.blocks) for ffn in block.groups]
-    sizes, experts = [ffn.channels for _, ffn in ffns], tuple(ffn.experts for _, ffn in ffns)
-    budget = budget or ChannelBudget(recipe.sparsity, experts)
+    parts = [(number, own) for number, block in enumerate(statistics.blocks) for own in block.units]
+    budget = budget or ChannelBudget(recipe.sparsity, tuple(own.experts for _, own in parts))
+    last = len(statistics.blocks) - 1
     problem = AllocationProblem(
-        statistics.importance(recipe.importance)[[number for number, _ in ffns]],
+        statistics.importance(recipe.importance)[[number for number, _ in parts]],
         ranking.scores,
         budget.sparsity,
-        experts,
+        tuple(own for _, own in parts),
         budget.costs,
-        recipe.width_multiple,
+        tuple(recipe.steps(own, protected=number in (0, last)) for number, own in parts),
         () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
     )
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
-        if recipe.uniform:
-            return equal_widths(sizes, sparsity, recipe.width_multiple)
         asked = replace(problem, sparsity=sparsity)
-        return allocate_widths(asked, recipe.resolved_allocator, recipe.width_multiple)
+        if recipe.uniform:
+            return equal_widths(problem.steps, sparsity)
+        return allocate_widths(asked, recipe.resolved_allocator)
 
-    widths = budget.widths(widths_at, sizes, recipe.width_multiple, equal=recipe.uniform)
+    widths = budget.widths(widths_at, problem.steps, equal=recipe.uniform)
     plan_of = _selection(statistics, ranking, recipe)
     return plan_of(search(plan_of, widths, problem) if search is not None else widths)
 
@@ -166,15 +194,15 @@ def make_plan(
 def _selection(
     statistics: Statistics, ranking: Ranking, recipe: Recipe
 ) -> Callable[[Sequence[int]], PruningPlan]:
-    """Gives the plan of a width for every FFN; a block is selected once for the same widths."""
+    """Gives the plan of a count for every part; a block is selected once for the same widths."""
     importance = statistics.importance(recipe.importance).tolist()
-    ends = list(accumulate((len(block.groups) for block in statistics.blocks), initial=0))
+    ends = list(accumulate((len(block.units) for block in statistics.blocks), initial=0))
 
     @cache
     def of_block(number: int, widths: tuple[int, ...]) -> BlockPlan:
-        groups, ffns = statistics.blocks[number].groups, slice(*ends[number : number + 2])
-        empty = BlockPlan((), importance[number], groups, (), ranking.curves[ffns])
-        return with_highest(empty, ranking.scores[ffns], widths)
+        own, parts = statistics.blocks[number].units, slice(*ends[number : number + 2])
+        empty = BlockPlan((), importance[number], own, (), ranking.curves[parts])
+        return with_highest(empty, ranking.scores[parts], widths)
 
     def plan_of(widths: Sequence[int]) -> PruningPlan:
         parts = (tuple(widths[start:end]) for start, end in pairwise(ends))
@@ -185,23 +213,24 @@ def _selection(
 
 
 def with_highest(
-    block: BlockPlan, scores: Sequence[torch.Tensor], widths: Sequence[int]
+    block: BlockPlan, scores: Sequence[torch.Tensor], counts: Sequence[int]
 ) -> BlockPlan:
-    """The block with the channels of the highest scores, [experts * channels] of every FFN."""
-    kept = tuple(
-        torch.stack([select_channels(own, width) for own in of_ffn.chunk(group.experts)])
-        for of_ffn, group, width in zip(scores, block.groups, widths, strict=True)
-    )
-    return replace(
-        block, kept=kept, score_quantiles=score_quantiles(torch.cat([torch.empty(0), *scores]))
-    )
+    """The block with the units of the highest scores, means of those [experts * size] of the
+    columns of every part."""
+    kept, of_channels = [], [torch.empty(0)]
+    for of_part, own, count in zip(scores, block.units, counts, strict=True):
+        of_units = own.scores(of_part)
+        kept.append(torch.stack([select_channels(x, count) for x in of_units.chunk(own.experts)]))
+        of_channels += [of_part] if own.are_channels else []
+    quantiles = score_quantiles(torch.cat(of_channels))
+    return replace(block, kept=tuple(kept), score_quantiles=quantiles)
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Indices of the ``width`` highest scores [F], [width] int64 in ascending order; equal scores
-    go to the lower index. CfspError where a score is NaN, or the width is not in [1, F]."""
-    if not 1 <= width <= len(scores):
-        raise CfspError(f"width must be in [1, {len(scores)}], got {width}")
+    go to the lower index. CfspError where a score is NaN, or the width is not in [0, F]."""
+    if not 0 <= width <= len(scores):
+        raise CfspError(f"width must be in [0, {len(scores)}], got {width}")
     if scores.isnan().any():
         raise CfspError(f"score of channel {int(scores.isnan().nonzero()[0])} is NaN")
     order = torch.sort(scores, descending=True, stable=True).indices

@@ -13,7 +13,7 @@ from ..calibration.curves import ErrorCurve
 from ..errors import CfspError, reason, shown
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
-from ..models.ffns.channels import ChannelGroup, sizes_of
+from ..models.parts.channels import Units, sizes_of
 from ..typed import Bound, Count, Natural, between, decode
 from .plan import QUANTILES, BlockPlan, PruningPlan
 from .recipe import recipe_from_dict
@@ -38,6 +38,15 @@ class _FFN:
 
 
 @dataclass(frozen=True)
+class _Attention:
+    groups: Count
+    columns: Count
+    """Of a group, in the output projection."""
+    kept: str
+    """Groups; empty: the attention goes."""
+
+
+@dataclass(frozen=True)
 class _Block:
     intermediate_size: Annotated[int, between(0, MAX_CHANNELS)]
     """0 of a block without an FFN."""
@@ -46,6 +55,7 @@ class _Block:
     kept: str
     block: int | None = None
     ffns: tuple[_FFN, ...] = ()
+    attention: _Attention | None = None
     score_quantiles: str = ""
     error_curves: tuple[str, ...] = ()
 
@@ -93,6 +103,7 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
 
 def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
     """A single FFN without experts is not described any further."""
+    ffns = [own for own in block.units if own.are_channels]
     entry: dict[str, Any] = {
         "block": number,
         "intermediate_size": block.intermediate_size,
@@ -100,10 +111,12 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
         "importance": block.importance,
         "kept": to_ranges(block.flat_kept),
     }
-    if len(sizes_of(block.groups)) > 1:
-        entry["ffns"] = [
-            {"experts": g.experts, "intermediate_size": g.channels} for g in block.groups
-        ]
+    if len(sizes_of(ffns)) > 1:
+        entry["ffns"] = [{"experts": g.experts, "intermediate_size": g.count} for g in ffns]
+    if block.groups is not None:
+        kept, count = block.groups
+        columns = block.units[-1].columns
+        entry["attention"] = {"groups": count, "columns": columns, "kept": to_ranges(kept)}
     entry["score_quantiles"] = " ".join(f"{value:.5g}" for value in block.score_quantiles)
     if block.error_curves:
         entry["error_curves"] = [to_pairs(curve) for curve in block.error_curves]
@@ -114,41 +127,43 @@ def _block_of(number: int, entry: _Block) -> BlockPlan:
     at, size = f"plan, block {number}:", entry.intermediate_size
     if entry.block not in (None, number):
         raise CfspError(f"{at} it says that it is block {entry.block}")
-    groups = tuple(ChannelGroup(ffn.intermediate_size, ffn.experts) for ffn in entry.ffns)
-    groups = groups or ((ChannelGroup(size),) if size else ())
-    if (channels := sum(group.total for group in groups)) != size:
+    units = tuple(Units(ffn.intermediate_size, ffn.experts) for ffn in entry.ffns)
+    units = units or ((Units(size),) if size else ())
+    if (channels := sum(own.total for own in units)) != size:
         raise CfspError(f"{at} its ffns have {channels} channels in all, not {size}")
     if not size and entry.kept:
         raise CfspError(f"{at} it has no FFN, so kept must be empty, got {shown(entry.kept)}")
-    kept = from_ranges(entry.kept, size, f"{at} kept") if size else torch.arange(0)
-    if len(kept) != entry.width:
-        raise CfspError(f"{at} width is {entry.width} but kept names {len(kept)} channels")
+    flat = from_ranges(entry.kept, size, f"{at} kept")
+    if len(flat) != entry.width:
+        raise CfspError(f"{at} width is {entry.width} but kept names {len(flat)} channels")
     quantiles = _floats(entry.score_quantiles.split(), f"{at} score_quantiles")
     if len(quantiles) not in (0, QUANTILES) or list(quantiles) != sorted(quantiles):
         raise CfspError(f"{at} score_quantiles must be {QUANTILES} ascending numbers, or none")
+    kept = _by_ffn(at, flat, units)
+    if (own := entry.attention) is not None:
+        units = (*units, Units(own.groups, columns=own.columns))
+        kept = (*kept, from_ranges(own.kept, own.groups, f"{at} attention.kept")[None])
     curves = tuple(from_pairs(text, f"{at} error_curves") for text in entry.error_curves)
-    sizes = [group.channels for group in groups]
+    counts = [each.count for each in units]
     ends = [int(curve.widths[-1]) for curve in curves]
-    if ends and ends != sizes:
-        raise CfspError(f"{at} its error curves end at widths {ends}, its FFNs have {sizes}")
-    return BlockPlan(_by_ffn(at, kept, groups), entry.importance, groups, quantiles, curves)
+    if ends and ends != counts:
+        raise CfspError(f"{at} its error curves end at widths {ends}, its parts have {counts}")
+    return BlockPlan(kept, entry.importance, units, quantiles, curves)
 
 
-def _by_ffn(
-    at: str, flat: torch.Tensor, groups: Sequence[ChannelGroup]
-) -> tuple[torch.Tensor, ...]:
-    """What :attr:`BlockPlan.flat_kept` puts together."""
+def _by_ffn(at: str, flat: torch.Tensor, units: Sequence[Units]) -> tuple[torch.Tensor, ...]:
+    """What :attr:`BlockPlan.flat_kept` puts together; an FFN without experts may keep nothing."""
     found, start = [], 0
-    for group in groups:
-        inside = flat[(flat >= start) & (flat < start + group.total)] - start
-        counts = torch.bincount(inside // group.channels, minlength=group.experts)
-        if counts.min() < 1 or counts.min() != counts.max():
+    for own in units:
+        inside = flat[(flat >= start) & (flat < start + own.total)] - start
+        counts = torch.bincount(inside // own.count, minlength=own.experts)
+        if counts.min() != counts.max() or (counts.min() < 1 < own.experts):
             raise CfspError(
                 f"{at} every expert of an FFN must keep the same number of channels, one or more; "
                 f"got {counts.min()} to {counts.max()}"
             )
-        found.append(inside.view(group.experts, -1) % group.channels)
-        start += group.total
+        found.append(inside.view(own.experts, -1) % own.count)
+        start += own.total
     return tuple(found)
 
 
@@ -160,16 +175,17 @@ def to_ranges(kept: torch.Tensor) -> str:
 
 
 def from_ranges(text: str, size: int, what: str = "kept") -> torch.Tensor:
-    """ "0-2,5" -> [0, 1, 2, 5], int64 and ascending; CfspError for what is not distinct channels in
-    [0, size - 1], one or more, before they take memory."""
+    """ "0-2,5" -> [0, 1, 2, 5], int64 and ascending, "" -> none; CfspError for what is not distinct
+    channels in [0, size - 1], before they take memory."""
+    if not text.strip():
+        return torch.arange(0)
     parts = [RANGE.fullmatch(part) for part in text.split(",")]
     ends = sorted((int(found[1]), int(found[2] or found[1])) for found in parts if found)
     after = [low for low, _ in ends[1:]] + [size]
     ascend = all(low <= high < more for (low, high), more in zip(ends, after, strict=False))
     if None in parts or not ascend:
         raise CfspError(
-            f"{what} must be distinct channels in [0, {size - 1}], one or more, such as 0-5,7; "
-            f"got {shown(text)}"
+            f"{what} must be distinct channels in [0, {size - 1}], such as 0-5,7; got {shown(text)}"
         )
     return torch.cat([torch.arange(low, high + 1) for low, high in ends])
 

@@ -18,15 +18,15 @@ from ..calibration.curves import (
 )
 from ..calibration.statistics import BlockStatistics, Statistics
 from ..errors import CfspError
-from ..models.ffns.channels import FFNWeights
 from ..models.layouts import Layout
+from ..models.parts.channels import PartWeights, Units
 from .allocation import ALLOCATORS
 from .compensation import COMPENSATIONS
 from .obs import error_curve, order_of, plain_error_curve
 from .recipe import Recipe
 from .scoring import SCORERS, moments_of
 
-Weights = Callable[[int], Sequence[FFNWeights]]
+Weights = Callable[[int], Sequence[PartWeights]]
 """Block number -> the matrices of its FFNs, of every expert."""
 
 
@@ -93,7 +93,7 @@ class Ranker:
 
     def visit(self, number: int, block: nn.Module, statistics: BlockStatistics) -> None:
         """Score the FFNs of a block; error curves too, where the allocator begins with them."""
-        weights = partial(self.layout.ffn_weights, block)
+        weights = partial(self.layout.part_weights, block)
         try:
             scores, errors = rank_block(statistics, weights, self.recipe, self.recipe.makes_curves)
         except CfspError as error:
@@ -112,32 +112,34 @@ def scaled_curves(
     """The ranking's curves as an allocator may add them up, see :func:`weighted`."""
     if not ranking.curves:
         return ()
-    block_of = [number for number, block in enumerate(statistics.blocks) for _ in block.groups]
+    block_of = [number for number, block in enumerate(statistics.blocks) for _ in block.units]
     mse, cosine = (statistics.importance(metric).tolist() for metric in ("mse", "cosine"))
     return weighted(
         ranking.curves,
         statistics.importance(recipe.importance)[block_of],
         [hidden_energy(mse[number], cosine[number]) for number in block_of],
-        recipe.error_scale,
+        recipe.resolved_error_scale,
         recipe.importance_exponent,
     )
 
 
 def rank_block(
     block: BlockStatistics,
-    weights: Callable[[], Sequence[FFNWeights]],
+    weights: Callable[[], Sequence[PartWeights]],
     recipe: Recipe,
     curves: bool = False,
 ) -> tuple[list[torch.Tensor], list[ErrorCurve]]:
-    """Of every FFN of a block, the scores [experts * channels], and the curve where asked."""
-    weights, parts = cache(weights), block.ffns()
+    """Of every part of a block, the scores [experts * size] of its columns, and the curve where
+    asked."""
+    weights, parts = cache(weights), block.parts()
+    columns = [own.columns for own in block.units for _ in range(own.experts)]
     scores, errors = [], []
     for expert, part in enumerate(parts):
         own = cache(lambda expert=expert: weights()[expert].contiguous())
         scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))
         if curves:
-            errors.append(_curve(part, own().down, scores[-1], recipe))
-    ends = accumulate((group.experts for group in block.groups), initial=0)
+            errors.append(_curve(part, own().down, scores[-1], columns[expert], recipe))
+    ends = accumulate((own.experts for own in block.units), initial=0)
     ranges = [slice(*pair) for pair in pairwise(ends)]
     tokens = [part.tokens for part in parts]
     return (
@@ -148,15 +150,22 @@ def rank_block(
 
 @torch.no_grad()
 def _curve(
-    statistics: BlockStatistics, down: torch.Tensor, scores: torch.Tensor, recipe: Recipe
+    statistics: BlockStatistics,
+    down: torch.Tensor,
+    scores: torch.Tensor,
+    columns: int,
+    recipe: Recipe,
 ) -> ErrorCurve:
-    """The error of one FFN or expert when the lowest scores go, after the recipe's compensation:
-    without the mean where that puts it back."""
+    """The error of one part or expert when the units of the lowest scores go, each so many columns,
+    after the recipe's compensation: without the mean where that puts it back."""
     compensation = COMPENSATIONS[recipe.resolved_compensation]
-    widths, order = curve_widths(len(scores)), order_of(scores)
+    units = Units(len(scores) // columns, columns=columns)
+    counts = curve_widths(units.count)
+    order = units.columns_of(order_of(units.scores(scores)))
+    widths = counts * columns
     gram = moments_of(statistics, "an error curve", centred=compensation.adds_bias)
     if compensation.needs_gram:
         errors = error_curve(down, gram, order, widths, recipe.damping)
     else:
         errors = plain_error_curve(down, gram, order, widths)
-    return ErrorCurve(widths, errors / len(down))
+    return ErrorCurve(counts, errors / len(down))

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..apportion import Steps
 from ..calibration.curves import ERROR_SCALES
 from ..calibration.statistics import INFLUENCE_METRICS
 from ..calibration.windows import Calibration
 from ..errors import CfspError, shown, unknown_name
 from ..io.documents import read_yaml
+from ..models.parts.channels import Units
 from ..settings import FRACTION, NOT_NEGATIVE, at_least, check, positive, setting
 from ..typed import Bound
 from .allocation import ALLOCATORS, SEARCH
@@ -18,6 +20,7 @@ from .compensation import COMPENSATIONS
 from .least_squares import DAMPING
 from .scoring import SCORERS
 
+UNITS = ("channels", "groups", "attention", "ffn")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -75,18 +78,30 @@ class Recipe:
         "pass too, to choose and fit channels.",
         must_be=at_least(1),
     )
+    units: str = setting(
+        "channels",
+        f"What may be removed, of {', '.join(UNITS)}: channels of FFNs, KV groups of attentions "
+        "with their query heads, and both of these whole, but in the first and the last block.",
+        metavar="KIND,KIND",
+    )
+    group_multiple: int = setting(
+        1,
+        "Numbers of KV groups are multiples of this: of the devices that will share a layer.",
+        must_be=at_least(1),
+    )
     importance: str = setting(
         "angular",
         "Metric of the coarse block importance.",
         choices=INFLUENCE_METRICS,
         called="importance metric",
     )
-    error_scale: str = setting(
-        "output",
-        "Unit of the error curves that a knapsack adds up: the energy of the FFN's own output, "
+    error_scale: str | None = setting(
+        None,
+        "Unit of the error curves that a knapsack adds up: the energy of the part's own output, "
         "that of the block's hidden state, or none.",
         choices=ERROR_SCALES,
         called="error scale",
+        unset="output for channels alone, hidden for several kinds of units",
     )
     importance_exponent: float = setting(
         0.0,
@@ -124,6 +139,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+        kinds = self.unit_kinds
+        for kind in kinds - set(UNITS) or ({self.units} if not kinds else ()):
+            raise unknown_name("unit", kind, UNITS)
+        if self.uniform and kinds != {"channels"}:
+            raise CfspError("uniform widths are of channels alone: drop `uniform` or `units`")
         budget = self.model_budget
         if budget is not None and self.sparsity != type(self).sparsity:
             raise CfspError(f"budget {self.budget} and sparsity {self.sparsity} exclude each other")
@@ -143,9 +163,39 @@ class Recipe:
         return parse_model_budget(self.budget) if self.budget is not None else None
 
     @property
+    def unit_kinds(self) -> frozenset[str]:
+        """What may be removed, of :data:`UNITS`."""
+        return frozenset(kind.strip() for kind in self.units.split(",") if kind.strip())
+
+    @property
+    def cuts_attention(self) -> bool:
+        """Whether KV groups are units, some or all at once."""
+        return not self.unit_kinds.isdisjoint(("groups", "attention"))
+
+    @property
+    def adds_kinds(self) -> bool:
+        """Whether errors of several kinds of parts are compared, or whole parts may go."""
+        return self.unit_kinds != {"channels"}
+
+    def steps(self, units: Units, *, protected: bool) -> Steps:
+        """The numbers of these units that may stay; ``protected``: some have to."""
+        some, whole = ("channels", "ffn") if units.are_channels else ("groups", "attention")
+        multiple = self.width_multiple if units.are_channels else self.group_multiple
+        removable = whole in self.unit_kinds and not protected and units.experts == 1
+        return Steps(units.count, multiple if some in self.unit_kinds else units.count, removable)
+
+    @property
     def resolved_allocator(self) -> str:
         """The allocator in force."""
-        return "uniform" if self.uniform else self.allocator or SCORERS[self.scorer].allocator
+        if self.uniform or self.allocator:
+            return self.allocator or "uniform"
+        own = SCORERS[self.scorer].allocator
+        return "knapsack" if self.adds_kinds and own != "global" else own
+
+    @property
+    def resolved_error_scale(self) -> str:
+        """The unit of error curves in force."""
+        return self.error_scale or ("hidden" if self.adds_kinds else "output")
 
     @property
     def resolved_compensation(self) -> str:

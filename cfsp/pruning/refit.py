@@ -28,8 +28,8 @@ from ..calibration.grams import held_out_windows, mirror_
 from ..calibration.statistics import BlockStatistics
 from ..errors import CfspError
 from ..models.blockwise import record_block_calls
-from ..models.ffns.ffn import FFN
 from ..models.layouts import Layout, hidden_states_of
+from ..models.parts.ffn import FFN
 from .block_cache import BlockCache
 from .least_squares import solve_damped
 from .recipe import Recipe
@@ -153,7 +153,7 @@ class Refitting:
     def _regressed(self, number: int, ffn: FFN) -> torch.Tensor | None:
         """[D, width] fp32: what a down projection lacks; None where its input is all zero."""
         block, device = self.blocks[number], self.pruned.device
-        width, down = ffn.group(block).channels, ffn.projection(block, ffn.down)
+        width, down = ffn.units(block).count, ffn.projection(block, ffn.down)
         seen: list[torch.Tensor] = []
         hook = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         product = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -214,7 +214,7 @@ def check_refits(model: nn.Module, layout: Layout, ranks: int) -> None:
     ways = "sequential and blockwise fitting"
     if ranks > 1:
         raise CfspError(f"{ways} run in one process, not {ranks}")
-    if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
+    if any(ffn.units(block).experts > 1 for _, block, ffn in layout.parts_of(model)):
         raise CfspError(f"{ways} know no experts: use compensation 'least-squares' alone")
 
 

@@ -9,10 +9,10 @@ from cfsp_kernels import channel_importance
 
 from ..calibration.statistics import BlockStatistics
 from ..errors import CfspError
-from ..models.ffns.channels import FFNWeights
+from ..models.parts.channels import PartWeights
 from .obs import removal_order
 
-Weights = Callable[[], FFNWeights]
+Weights = Callable[[], PartWeights]
 """Gives the matrices of one FFN. A score that does not call it reads no weights, and nothing loads
 them for it."""
 ScoreFunction = Callable[[BlockStatistics, Weights, float], torch.Tensor]

@@ -157,9 +157,9 @@ def width_search(
             return search_widths(
                 evaluate,
                 start,
-                problem.expert_sizes,
+                [own.size for own in problem.steps],
                 recipe.width_multiple,
-                costs=problem.width_costs,
+                costs=problem.costs,
                 generations=recipe.search_generations,
                 offspring=recipe.search_offspring,
                 seed=recipe.search_seed,
@@ -211,7 +211,7 @@ class CutBlocks:
             self.model.train(training)
 
     def _cut_block(self, number: int, plan: BlockPlan) -> nn.Module:
-        key = (number, plan.ffn_widths)
+        key = (number, plan.counts)
         if key not in self.kept:
             dense = self.dense[number]
             shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}

@@ -56,9 +56,9 @@ class SecondPass:
         windows = self.refitting or self.dense
         known, planned = windows.run(number), self._chosen[number]
         if self.selects:
-            weights = partial(self.dense.layout.ffn_weights, block)
+            weights = partial(self.dense.layout.part_weights, block)
             scores, _ = rank_block(known, weights, self._planned.recipe)
-            self._chosen[number] = with_highest(planned, scores, planned.ffn_widths)
+            self._chosen[number] = with_highest(planned, scores, planned.counts)
         return self._chosen[number], known
 
     @property

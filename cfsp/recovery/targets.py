@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..apportion import apportion
+from ..apportion import Steps, apportion
 from ..costs.flops import is_attention
 from ..errors import CfspError
-from ..models.ffns.experts import ExpertsFFN
 from ..models.layouts import Layout
+from ..models.parts.experts import ExpertsFFN
 from ..pruning.allocation import REFERENCE_TOKENS, importance_shares
 from ..pruning.plan import PruningPlan
 from .settings import Recovery
@@ -54,7 +54,7 @@ def ffn_parameters(model: nn.Module, layout: Layout) -> list[nn.Parameter]:
     """All parameters of all FFNs, of experts and biases too."""
     names = {
         f"{layout.prefix(number)}{name}"
-        for number, _, ffn in layout.ffns_of(model)
+        for number, _, ffn in layout.parts_of(model)
         for name in (*ffn.channels, ffn.down_bias)
     }
     return [value for name, value in model.named_parameters() if name in names]
@@ -129,9 +129,8 @@ def importance_ranks(
     budget = rank * int(cost.sum())
     found = apportion(
         share * (budget / float((share * cost).sum())),
-        [largest[number] for number in blocks],
+        [Steps(largest[number]) for number in blocks],
         budget,
-        1,
         importance[blocks],
         cost.tolist(),
     )

@@ -49,7 +49,7 @@ def widths_figure(plan: PruningPlan) -> Plot:
         )
         text = f"block {position}: {width:,} of {size:,} channels kept ({block.share:.1%})"
         marks.append(mark(text, *shapes))
-    kept = [block.width for block in plan.blocks if block.groups]
+    kept = [block.width for block in plan.blocks if block.units]
     label = (
         f"FFN channels kept in {len(kept)} blocks, from {min(kept):,} to {max(kept):,} "
         f"of {widest:,}"
@@ -80,7 +80,7 @@ def importance_figure(plan: PruningPlan) -> Plot:
 def score_spread(plan: PruningPlan) -> dict[int, tuple[float, ...]]:
     """The scores of every block with an FFN, by its number, at the ranks of SPREAD; {} where one
     does not know them."""
-    known = {n: block.score_quantiles for n, block in enumerate(plan.blocks) if block.groups}
+    known = {n: block.score_quantiles for n, block in enumerate(plan.blocks) if block.units}
     if not all(known.values()):
         return {}
     return {

@@ -81,7 +81,7 @@ def plan_model(
         search = width_search(
             model, layout, statistics, windows, recipe, measure, progress=progress
         )
-    weights = opened.blocks.ffn_weights
+    weights = opened.blocks.part_weights
     plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
     check_met(described, plan, table)
     plan.warn_of_rounding()
@@ -164,8 +164,8 @@ class Run:
         if not (recipe.fits or recipe.refits):
             return SecondPass(plan, statistics)
         if recipe.fits and self.ranks.first:
-            groups = [block.groups for block in plan.blocks]
-            warn_of_few_tokens(groups, statistics, *self.windows.shape)
+            units = [block.units for block in plan.blocks]
+            warn_of_few_tokens(units, statistics, *self.windows.shape)
         dense = DensePass(
             model,
             self.opened.layout,

@@ -89,7 +89,7 @@ def test_each_expert_has_those_of_its_tokens() -> None:
     _, turns = collect(model, micro_batch=5)
     assert [len(block.grams) for block in turns] == [1, 5, 5, 5]
     for number, expert in parts[0]:
-        gram = turns[number].ffns()[expert].gram
+        gram = turns[number].parts()[expert].gram
         assert gram is not None
         assert_is(gram, *(part[number, expert] for part in parts))
 

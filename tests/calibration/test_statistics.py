@@ -20,8 +20,8 @@ from cfsp.calibration.statistics import (
 )
 from cfsp.errors import CfspError
 from cfsp.models.blocks import LiveBlocks
-from cfsp.models.ffns import ffn as ffns
 from cfsp.models.layouts import LAYOUTS
+from cfsp.models.parts import ffn as ffns
 
 from ..conftest import FAMILIES, make_tiny
 
@@ -183,7 +183,7 @@ import sys, torch
 sys.path.insert(0, {root!r})
 from tests.conftest import make_tiny
 from cfsp.models.layouts import LAYOUTS
-from cfsp.models.ffns import ffn as ffns
+from cfsp.models.parts import ffn as ffns
 from cfsp.calibration.collect import collect_statistics
 torch.set_num_threads(1)
 model = make_tiny(hidden_size=256, intermediate_size=32, num_hidden_layers=3)

@@ -74,7 +74,7 @@ def test_everything_comes_back(statistics: Statistics, file: Path) -> None:
     back = load_statistics(file)
     assert statistics_fingerprint(back) == statistics_fingerprint(statistics)
     assert back.provenance == json.loads(json.dumps(statistics.provenance))
-    assert [b.groups for b in back.blocks] == [b.groups for b in statistics.blocks]
+    assert [b.units for b in back.blocks] == [b.units for b in statistics.blocks]
     assert [b.expert_tokens for b in back.blocks] == [b.expert_tokens for b in statistics.blocks]
     (ranking,) = back.rankings
     assert ranking.made_by == statistics.rankings[0].made_by
@@ -124,11 +124,11 @@ HEADERS: list[tuple[str, Any, str]] = [
     ("windows", [0] * 4, r"windows\[0\] must be in \[1, 2147483647\], got 0"),
     ("windows", "4444", "windows must be a list, got '4444'"),
     ("windows", None, "windows must be a list, got None"),
-    ("groups", [[[47, 1]]] * 4, r"tensor block.0000.sum must be torch.float64 \[47\]"),
-    ("groups", [[[48, 10**6]]] * 4, r"expert_tokens\[0\] are not of|of 134217728 channels"),
-    ("groups", [[[48]]] * 4, r"groups\[0\]\[0\] must be a list of 2"),
-    ("groups", [[]] * 4, "groups must be of 1 or more FFNs"),
-    ("groups", [[], *[[[48, 1]]] * 3], r"expert_tokens\[0\] are not of \(\)"),
+    ("units", [[[47, 1]]] * 4, r"tensor block.0000.sum must be torch.float64 \[47\]"),
+    ("units", [[[48, 10**6]]] * 4, r"expert_tokens\[0\] are not of|of 134217728 channels"),
+    ("units", [[[48]]] * 4, r"units\[0\]\[0\] must be a list of 2"),
+    ("units", [[]] * 4, "units must be of 1 or more FFNs"),
+    ("units", [[], *[[[48, 1]]] * 3], r"expert_tokens\[0\] are not of \(\)"),
     ("expert_tokens", [[-1]] * 4, r"expert_tokens\[0\]\[0\] must be 0 or more"),
     ("expert_tokens", [[1, 2]] * 4, r"expert_tokens\[0\] are not of"),
     ("rankings", [["obs", "none"]], r"rankings\[0\] must be a list of 3"),
@@ -165,7 +165,7 @@ def test_a_header_of_other_values_is_refused(
     assert str(caught.value).startswith(f"cannot read statistics {file}: ")
 
 
-@pytest.mark.parametrize("key", ["tokens", "groups", "provenance", "model_fingerprint", "sha256"])
+@pytest.mark.parametrize("key", ["tokens", "units", "provenance", "model_fingerprint", "sha256"])
 def test_a_header_without_a_key_is_refused(key: str, file: Path) -> None:
     header = header_of(file)
     del header[key]

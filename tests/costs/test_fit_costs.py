@@ -19,8 +19,8 @@ from cfsp.costs.hardware import H100, RTX_4090, parse_memory
 from cfsp.costs.workload import Workload
 from cfsp.distributed import ALONE
 from cfsp.errors import CfspError
-from cfsp.models.ffns.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS
+from cfsp.models.parts.channels import Units
 from cfsp.pruning import least_squares
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.least_squares import fit_down, output_errors, solve_damped
@@ -58,8 +58,8 @@ def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
 def grams_of(name: str, **options: object) -> tuple[torch.nn.Module, GramCosts]:
     model = build(name, "eager", **options)
     layout = LAYOUTS[name]
-    groups = [layout.groups(block) for block in layout.find_blocks(model)]
-    return model, GramCosts(groups, 64, MOE.get(name, {}).get("num_experts_per_tok", 1), 0.3)
+    units = [layout.units(block) for block in layout.find_blocks(model)]
+    return model, GramCosts(units, 64, MOE.get(name, {}).get("num_experts_per_tok", 1), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_products_held_by_ranks() -> None:
     split = Split(160, 1024, 8)
     assert [products_held(split, ranks) for ranks in (1, 2, 4, 8)] == [1, 4, 2, 1]
     assert products_held(Split(1, 1024, 8), 1) == 1
-    costs = GramCosts([[ChannelGroup(100)], [ChannelGroup(50, 3)]], 10, 1, 0.3)
+    costs = GramCosts([[Units(100)], [Units(50, 3)]], 10, 1, 0.3)
     by_ranks = [costs.sum_bytes(split, ranks) // 4 for ranks in (1, 2, 4, 8)]
     assert by_ranks == [100**2, 4 * 100**2, 2 * 100**2, 100**2]
 
@@ -138,7 +138,7 @@ def test_flops_of_the_sums_of_a_pass(name: str, monkeypatch: pytest.MonkeyPatch)
                 dense.run(number)
         found.append(counter.get_total_flops())
     fitted = (len(TOKENS) - 2) * TOKENS.shape[1]  # a tenth is held out
-    diagonals = sum(16 * g.channels for block in costs.blocks for g in block if g.experts == 1)
+    diagonals = sum(16 * g.count for block in costs.blocks for g in block if g.experts == 1)
     assert found[1] - found[0] == fitted * (costs.sum_flops() + diagonals)
 
 
@@ -164,7 +164,7 @@ def test_flops_and_memory_of_a_fit(
         monkeypatch.setattr(module, "ROWS", rows)
     x, down, kept, gram = problem(channels, hidden, width, dtype)
     share = 1 - width / channels
-    costs = GramCosts([[ChannelGroup(channels)]], hidden, 1, share, even=True, fits=True)
+    costs = GramCosts([[Units(channels)]], hidden, 1, share, even=True, fits=True)
     windows, seqlen = 20, 35  # of which two are held out
     held_out = HeldOut({0: x[: 2 * seqlen].to(dtype)}, 2 * seqlen, 1, ALONE)
     plain = down[:, kept]
@@ -201,7 +201,7 @@ def test_means_are_taken_off_without_another_matrix(
         monkeypatch.setattr(module, "ROWS", 50)
     monkeypatch.setattr("cfsp.calibration.grams.PANEL", 32)
     _, down, kept, gram = problem(400, 100, 280)
-    costs = GramCosts([[ChannelGroup(400)]], 100, 1, 0.3, even=True)
+    costs = GramCosts([[Units(400)]], 100, 1, 0.3, even=True)
     with Live([down, kept, gram.product, gram.sum]) as live:
         assert fit_down(down, kept, gram, bias=bias) is not None
     assert costs.fit_bytes() == pytest.approx(live.peak, rel=0.1)
@@ -227,7 +227,7 @@ def test_memory_of_solving(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("channels", "hidden"), [(384, 64), (384, 192), (192, 384)])
 def test_flops_and_memory_of_a_ranking(channels: int, hidden: int) -> None:
     _, down, _, gram = problem(channels, hidden, channels)
-    removes = GramCosts([[ChannelGroup(channels)]], hidden, 1, 0.3, removes=True)
+    removes = GramCosts([[Units(channels)]], hidden, 1, 0.3, removes=True)
     curves = replace(removes, removes=False, curves=True, fits=True)
     plain = replace(curves, fits=False)
     both, widths = replace(curves, removes=True), curve_widths(channels)
@@ -269,7 +269,7 @@ def test_memory_of_fitting_a_block_again(
     refits = Refitting(model, dense, recipe)
     refits.run(0)
     for block in refits.blocks:
-        plan = BlockPlan((torch.arange(700)[None],), 0.0, (ChannelGroup(1024),))
+        plan = BlockPlan((torch.arange(700)[None],), 0.0, (Units(1024),))
         prune_block_(block, layout, plan, "none", 0.0, None)
     with Live([list(model.parameters()), refits.pruned, refits.targets]) as live:
         refits.run_pruned(0)

@@ -128,10 +128,10 @@ def what_is_cut(layout: Layout, model: PreTrainedModel) -> str:
     """The kinds of FFN that are cut, and in how many of the blocks where not in all."""
     blocks = layout.find_blocks(model)
     kinds: Counter[str] = Counter()
-    for _, block, ffn in layout.ffns_of(model):
-        beside_experts = any(group.experts > 1 for group in layout.groups(block))
+    for _, block, ffn in layout.parts_of(model):
+        beside_experts = any(units.experts > 1 for units in layout.units(block))
         other = "shared" if beside_experts else "FFN"
-        kinds["experts" if ffn.group(block).experts > 1 else other] += 1
+        kinds["experts" if ffn.units(block).experts > 1 else other] += 1
     counts = {kind: f" ({n}/{len(blocks)})" if n < len(blocks) else "" for kind, n in kinds.items()}
     return ", ".join(f"{kind}{count}" for kind, count in counts.items())
 
@@ -143,7 +143,7 @@ def is_masked_equal(model: PreTrainedModel, layout: Layout, result: cfsp.PruneRe
     whole = model(input_ids=TOKENS, use_cache=False).logits
     blocks = layout.find_blocks(model)
     for block, plan in zip(blocks, result.plan.blocks, strict=True):
-        for ffn, kept in zip(layout.block_ffns(block), plan.kept, strict=True):
+        for ffn, kept in zip(layout.block_parts(block), plan.kept, strict=True):
             (down,) = (name for name in ffn.weight_names if name.startswith(ffn.down))
             parameter = block.get_parameter(down)
             experts = parameter if parameter.dim() == 3 else parameter[None]

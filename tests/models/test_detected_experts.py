@@ -18,11 +18,11 @@ import cfsp
 from cfsp.calibration.collect import collect_statistics
 from cfsp.errors import CfspError
 from cfsp.models.detection import detect_layout
-from cfsp.models.ffns.channels import ChannelGroup, CutDown, Routing
-from cfsp.models.ffns.detected_experts import stacked_ffns
-from cfsp.models.ffns.experts import ExpertsFFN
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
+from cfsp.models.parts.channels import CutDown, Routing, Units
+from cfsp.models.parts.detected_experts import stacked_ffns
+from cfsp.models.parts.experts import ExpertsFFN
 from cfsp.models.trial import checked_layout
 
 from ..conftest import TINY, make_tiny, make_tokenizer
@@ -286,7 +286,7 @@ def test_statistics_are_those_of_each_expert_on_its_own_tokens(
     options = {"progress": False, "micro_batch": 4}
     found = collect_statistics(model, layout, windows, **options)
     for (number, expert), x in expected.items():
-        part = found.blocks[number].ffns()[expert]
+        part = found.blocks[number].parts()[expert]
         assert part.tokens == len(x)
         assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)
         assert torch.allclose(part.variance, x.var(0, correction=0), rtol=1e-4, atol=1e-8)
@@ -313,8 +313,8 @@ def test_an_observed_model_says_what_it_says_unobserved(name: str) -> None:
     layout, expected = detect_layout(model), logits(model)
     with ExitStack() as stack:
         seen = []
-        for _, block, ffn in layout.ffns_of(model):
-            seen.append(Sums(ffn.group(block).total))
+        for _, block, ffn in layout.parts_of(model):
+            seen.append(Sums(ffn.units(block).total))
             stack.enter_context(ffn.observed(block, seen[-1]))
         assert torch.equal(logits(model), expected)
     assert all(observer.sums[1].max() > 0 for observer in seen)
@@ -400,7 +400,7 @@ def test_shapes_alone_are_no_experts(kind: str) -> None:
     assert [ffn.down for ffn in found] == ["more.experts.down_proj", "mlp.down_proj"]
     assert found[0].fused == (kind != "ungated")
     assert found[0].transposed == (kind == "transposed")
-    assert found[0].group(model.model.layers[0]) == ChannelGroup(24, 4)
+    assert found[0].units(model.model.layers[0]) == Units(24, 4)
 
 
 @torch.no_grad()
@@ -428,7 +428,7 @@ def test_experts_of_any_kind_are_cut_and_observed_alone(kind: str) -> None:
         return CutDown(cut if out is None else out.copy_(cut), None)
 
     ffn.cut_(block, kept, compensate, None)
-    assert ffn.group(block) == ChannelGroup(8, 4)
+    assert ffn.units(block) == Units(8, 4)
     ours, theirs = (m.experts(x, chosen, shares) for m in (block, masked))
     assert torch.allclose(ours, theirs, atol=1e-5)
 

@@ -19,9 +19,9 @@ from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
 from cfsp.models.detection import layout_of
-from cfsp.models.ffns.channels import CutDown, Routing, in_place
-from cfsp.models.ffns.experts import ExpertsFFN
 from cfsp.models.layouts import LAYOUTS
+from cfsp.models.parts.channels import CutDown, Routing, in_place
+from cfsp.models.parts.experts import ExpertsFFN
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
 from cfsp.report.figures import curves_figure
@@ -74,7 +74,7 @@ def test_statistics_of_an_expert_are_those_of_its_tokens(
     found = collect(model, windows, micro_batch=4, fused=fused)
     for (number, expert), x in expected.items():
         block = found.blocks[number]
-        part = block.ffns()[expert]
+        part = block.parts()[expert]
         assert part.tokens == len(x)
         assert block.tokens == windows.numel()
         assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)
@@ -87,11 +87,11 @@ def test_shared_and_dense_ffns_beside_experts_have_statistics_of_every_token(
     windows: torch.Tensor,
 ) -> None:
     found = collect(make("deepseek_v3"), windows)
-    assert [len(block.ffns()) for block in found.blocks] == [1, 5, 5, 5]
-    assert [(g.experts, g.channels) for g in found.blocks[1].groups] == [(4, 24), (1, 48)]
+    assert [len(block.parts()) for block in found.blocks] == [1, 5, 5, 5]
+    assert [(g.experts, g.count) for g in found.blocks[1].units] == [(4, 24), (1, 48)]
     for block in found.blocks:
-        assert block.ffns()[-1].tokens == windows.numel()
-        assert block.ffns()[-1].norm.min() > 0
+        assert block.parts()[-1].tokens == windows.numel()
+        assert block.parts()[-1].norm.min() > 0
 
 
 def test_an_expert_without_tokens_has_scores_all_the_same(windows: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ def test_an_expert_without_tokens_has_scores_all_the_same(windows: torch.Tensor)
     found = collect(model, windows)
     for block in found.blocks:
         assert sorted(block.expert_tokens) == [0, 0, windows.numel(), windows.numel()]
-        for part in (part for part in block.ffns() if part.tokens == 0):
+        for part in (part for part in block.parts() if part.tokens == 0):
             for values in (part.norm, part.mean, part.variance):
                 assert torch.equal(values, torch.zeros(48).double())
     plan = cfsp.plan(found, model, replace(RECIPE, scorer="flap", compensation="none"))
@@ -126,7 +126,7 @@ def test_each_expert_keeps_its_own_channels_and_all_of_a_block_as_many(
         assert experts.shape[0] == 4
         assert shared.shape[0] == 1
         assert len({tuple(kept.tolist()) for kept in experts}) > 1
-        for kept, part in zip([*experts, *shared], known.ffns(), strict=True):
+        for kept, part in zip([*experts, *shared], known.parts(), strict=True):
             best = part.norm.sort(descending=True, stable=True).indices[: len(kept)]
             assert torch.equal(kept, best.sort().values)
         assert block.width == experts.numel() + shared.numel()
@@ -162,7 +162,7 @@ def test_a_budget_below_one_multiple_of_every_expert_is_refused() -> None:
 def with_curves(statistics: Statistics) -> Statistics:
     """With an error curve for every FFN, whose error without any channel is their number."""
     ranking = rank(statistics, lambda number: pytest.fail("reads weights"), RECIPE)
-    sizes = [group.channels for block in statistics.blocks for group in block.groups]
+    sizes = [units.count for block in statistics.blocks for units in block.units]
     curves = (ErrorCurve(torch.tensor([0, f]), torch.tensor([float(f), 0.0])) for f in sizes)
     ranking = replace(ranking, curves=tuple(curves))
     return replace(statistics, rankings=(ranking,))
@@ -173,16 +173,14 @@ def test_statistics_and_plan_go_through_their_files(windows: torch.Tensor, tmp_p
     statistics = collect(model, windows)
     save_statistics(statistics, tmp_path / "s")
     back = load_statistics(tmp_path / "s")
-    assert [block.groups for block in back.blocks] == [b.groups for b in statistics.blocks]
+    assert [block.units for block in back.blocks] == [b.units for b in statistics.blocks]
     assert [b.expert_tokens for b in back.blocks] == [b.expert_tokens for b in statistics.blocks]
     plan = cfsp.plan(with_curves(back), model, RECIPE)
     cfsp.save_plan(plan, tmp_path / "p")
     again = cfsp.load_plan(tmp_path / "p")
     for a, b in zip(plan.blocks, again.blocks, strict=True):
         assert all(map(torch.equal, a.kept, b.kept))
-        assert [int(curve.errors[0]) for curve in b.error_curves] == [
-            group.channels for group in b.groups
-        ]
+        assert [int(curve.errors[0]) for curve in b.error_curves] == [own.count for own in b.units]
     assert [len(block.error_curves) for block in again.blocks][:2] == [1, 2]
     figure = str(curves_figure(again))
     assert "block 0: " in figure
@@ -253,16 +251,16 @@ class Seen:
 def test_experts_that_are_observed_give_the_models_own_output(name: str) -> None:
     model = make(name)
     block, layout = model.model.layers[-1], LAYOUTS[name]
-    experts = next(ffn for ffn in layout.block_ffns(block) if ffn.group(block).experts > 1)
-    group, module = experts.group(block), experts.module(block)
+    experts = next(ffn for ffn in layout.block_parts(block) if ffn.units(block).experts > 1)
+    units, module = experts.units(block), experts.module(block)
     states = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
-    logits = torch.randn(37, group.experts, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(37, units.experts, generator=torch.Generator().manual_seed(1))
     shares, chosen = logits.softmax(-1).topk(2)
     expected = module(states, chosen, shares)
-    seen = Seen(group.total)
+    seen = Seen(units.total)
     with experts.observed(block, seen):
         assert torch.equal(module(states, chosen, shares), expected)
-        chosen[3, 0] = group.experts  # on another machine: no expert here adds to it
+        chosen[3, 0] = units.experts  # on another machine: no expert here adds to it
         others = module(states, chosen, shares)
     first, second = seen.routings
     assert int(first.offsets[-1]) == 74
@@ -286,7 +284,7 @@ def test_experts_of_any_width_are_calibrated_where_the_model_runs(
     expected = routed_activations(model, windows)
     found = collect(model, windows, micro_batch=4, fused=fused)
     for (number, expert), x in expected.items():
-        part = found.blocks[number].ffns()[expert]
+        part = found.blocks[number].parts()[expert]
         assert part.tokens == len(x)
         assert torch.allclose(part.mean, x.mean(0), rtol=1e-5, atol=1e-7)
 
@@ -298,10 +296,10 @@ def test_experts_that_are_cut_where_they_lie_are_those_cut_elsewhere(family: str
     layout = layout_of(model)
     generator, blocks = torch.Generator().manual_seed(0), layout.find_blocks(model)
     for block in blocks:
-        for ffn in (ffn for ffn in layout.block_ffns(block) if isinstance(ffn, ExpertsFFN)):
-            group, cut = ffn.group(block), []
-            order = torch.rand(group.experts, group.channels, generator=generator).argsort(1)
-            kept = order[:, : group.channels // 2].sort(1).values
+        for ffn in (ffn for ffn in layout.block_parts(block) if isinstance(ffn, ExpertsFFN)):
+            units, cut = ffn.units(block), []
+            order = torch.rand(units.experts, units.count, generator=generator).argsort(1)
+            kept = order[:, : units.count // 2].sort(1).values
 
             def compensate(
                 expert: int,

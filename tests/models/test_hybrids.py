@@ -97,7 +97,7 @@ def test_a_family_is_pruned_by_what_its_blocks_show(name: str, tmp_path: Path) -
     result = cfsp.prune(model, make_tokenizer(), RECIPE, tmp_path / "live", eval_windows=0)
     assert 0 < sum(result.plan.widths) < sum(layout.intermediate_sizes(dense))
     for block, plan in zip(layout.find_blocks(dense), result.plan.blocks, strict=True):
-        for ffn in layout.block_ffns(block):
+        for ffn in layout.block_parts(block):
             block.get_submodule(ffn.down).weight.data[:, plan.removed] = 0
     pruned = logits(model)
     assert torch.allclose(pruned, logits(dense), atol=1e-5)
@@ -149,7 +149,7 @@ def test_a_block_without_an_ffn_has_statistics_and_no_channels(bare: Path, tmp_p
     recipe = replace(RECIPE, scorer="obs")
     statistics = cfsp.calibrate(bare, recipe=recipe, progress=False)
     assert statistics.intermediate_sizes == (0, 48, 0, 48)
-    assert [block.groups == () for block in statistics.blocks] == [True, False, True, False]
+    assert [block.units == () for block in statistics.blocks] == [True, False, True, False]
     assert all(block.importance("angular") > 0 for block in statistics.blocks)
     (ranking,) = statistics.rankings
     assert [len(scores) for scores in ranking.scores] == [48, 48]
@@ -163,7 +163,7 @@ def test_a_block_without_an_ffn_has_statistics_and_no_channels(bare: Path, tmp_p
     assert [block.share < 1 for block in plans[0].blocks] == [False, True, False, True]
     save_plan(plans[0], tmp_path / "plan.json")
     loaded = load_plan(tmp_path / "plan.json")
-    assert loaded.blocks[0].kept == loaded.blocks[0].groups == ()
+    assert loaded.blocks[0].kept == loaded.blocks[0].units == ()
     assert [torch.equal(*pair) for pair in kept_pairs(plans[0], loaded)] == [True] * 4
     result = cfsp.prune(bare, recipe=recipe, plan=loaded, out=tmp_path / "out", progress=False)
     assert result.plan.widths == loaded.widths
@@ -175,7 +175,7 @@ def test_blocks_without_an_ffn_are_streamed(bare: Path, tmp_path: Path) -> None:
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     opened = open_streamed(folder)
     assert opened is not None
-    assert opened.described.groups[::2] == ((), ())
+    assert opened.described.units[::2] == ((), ())
     cfsp.prune(model, make_tokenizer(), RECIPE, tmp_path / "live", eval_windows=0)
     cfsp.prune(folder, recipe=RECIPE, out=tmp_path / "disk", eval_windows=0)
     pruned, streamed = (cfsp.load(tmp_path / out).state_dict() for out in ("live", "disk"))

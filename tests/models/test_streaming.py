@@ -151,10 +151,10 @@ def test_a_shard_that_vanishes_is_named_at_its_block(tmp_path: Path, windows: to
         collect(opened, windows)
 
 
-def test_ffn_weights_are_read_alone(tmp_path: Path) -> None:
+def test_part_weights_are_read_alone(tmp_path: Path) -> None:
     opened = streamed(saved(tmp_path / "m", shards=True), dtype="bfloat16")
     assert isinstance(opened.blocks, StoredBlocks)
-    (found,) = opened.blocks.ffn_weights(2)
+    (found,) = opened.blocks.part_weights(2)
     mlp = make_tiny().to(torch.bfloat16).model.layers[2].mlp
     for kind in ("gate", "up", "down"):
         assert torch.equal(getattr(found, kind), getattr(mlp, f"{kind}_proj").weight)

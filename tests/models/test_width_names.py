@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from cfsp.models.ffns.channels import ChannelAxis
 from cfsp.models.loading import make_skeleton
+from cfsp.models.parts.channels import UnitAxis
 from cfsp.models.width_names import width_name
 
 from ..conftest import make_tiny
 
-ROWS, COLUMNS = ChannelAxis(0), ChannelAxis(1)
+ROWS, COLUMNS = UnitAxis(0), UnitAxis(1)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ ROWS, COLUMNS = ChannelAxis(0), ChannelAxis(1)
             "phi3",
             {"intermediate_size": 40},
             "model.layers.0.mlp.gate_up_proj.weight",
-            ChannelAxis(0, copies=2),
+            UnitAxis(0, copies=2),
             "intermediate_size",
         ),
         # Its width is rounded up to a multiple, which happens to be the width.
@@ -34,13 +34,13 @@ ROWS, COLUMNS = ChannelAxis(0), ChannelAxis(1)
             "qwen3_moe",
             {"num_experts": 4, "moe_intermediate_size": 48},
             "model.layers.0.mlp.experts.down_proj",
-            ChannelAxis(2),
+            UnitAxis(2),
             "moe_intermediate_size",
         ),
     ],
 )  # fmt: skip
 def test_the_value_that_decides_a_width_is_found(
-    family: str, config: dict[str, object], name: str, axis: ChannelAxis, expected: str
+    family: str, config: dict[str, object], name: str, axis: UnitAxis, expected: str
 ) -> None:
     model = make_tiny(family, **config)
     assert width_name(model, name, axis, "another") == expected

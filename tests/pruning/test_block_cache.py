@@ -32,7 +32,7 @@ def runs_of(name: str) -> tuple[nn.Module, list[str], list[Callable[[], torch.Te
         args, kwargs = calls.arguments[BLOCK][index]
         return hidden_states_of(block(calls.hidden[index : index + 1], *args, **kwargs))
 
-    names = [name for ffn in layout.block_ffns(block) for name in ffn.channels]
+    names = [name for ffn in layout.block_parts(block) for name in ffn.channels]
     return block, names, [partial(run, index) for index in range(2)]
 
 
@@ -131,7 +131,7 @@ def test_fitting_gives_the_bits_that_whole_blocks_give(
         for number in range(2):
             refits.run(number)
             with torch.no_grad():
-                for ffn in layout.block_ffns(refits.blocks[number]):
+                for ffn in layout.block_parts(refits.blocks[number]):
                     down = refits.blocks[number].get_parameter(f"{ffn.down}.weight")
                     down[::2] *= 0.5  # as if something had been cut
             refits.run_pruned(number)

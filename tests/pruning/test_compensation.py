@@ -17,8 +17,8 @@ from cfsp.calibration.windows import calibration_windows
 from cfsp.checkpoints import folder as checkpoint
 from cfsp.cli.main import main
 from cfsp.errors import Stopped
-from cfsp.models.ffns.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
+from cfsp.models.parts.channels import PartWeights
 from cfsp.pruning import compaction_streamed as second_pass
 from cfsp.pruning import compensation
 from cfsp.pruning.compensation import DownProjection, least_squares
@@ -34,11 +34,11 @@ BIASED = replace(FITTED, compensation="least-squares-bias")
 pytestmark = pytest.mark.filterwarnings("ignore:least squares. 4 of 4 FFNs have fewer")
 
 
-def weights(model: PreTrainedModel) -> list[list[FFNWeights]]:
+def weights(model: PreTrainedModel) -> list[list[PartWeights]]:
     """[block][FFN or expert], copied."""
     layout = LAYOUTS[model.config.model_type.removeprefix("cfsp_")]
     return [
-        [replace(ffn, down=ffn.down.detach().clone()) for ffn in layout.ffn_weights(block)]
+        [replace(ffn, down=ffn.down.detach().clone()) for ffn in layout.part_weights(block)]
         for block in layout.find_blocks(model)
     ]
 
@@ -65,9 +65,9 @@ def test_every_ffn_has_the_fit_of_its_own_activation(name: str, dtype: torch.dty
         known = dense_pass.run(number)
         kept = [own for group in block.kept for own in group]
         fits = result.report.fits[number]
-        assert len(kept) == len(fits) == len(known.ffns())
+        assert len(kept) == len(fits) == len(known.parts())
         for ffn, own in enumerate(kept):
-            down, part = dense[number][ffn].down, known.ffns()[ffn]
+            down, part = dense[number][ffn].down, known.parts()[ffn]
             expected, record = least_squares(DownProjection(down, own, part, 1.0))
             assert torch.equal(weights(model)[number][ffn].down, expected.weight)
             assert fits[ffn] == record

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
-from cfsp.models.ffns.channels import ChannelGroup
+from cfsp.models.parts.channels import Units
 from cfsp.pruning.plan import BlockPlan, PruningPlan, score_quantiles, select_channels
 from cfsp.pruning.plan_file import from_pairs, from_ranges, load_plan, save_plan, to_ranges
 from cfsp.pruning.recipe import Recipe
@@ -66,11 +66,11 @@ def saved(tmp_path: Path) -> Path:
         BlockPlan(
             (torch.tensor([[0, 1, 2, 5]]),),
             0.5,
-            (ChannelGroup(8),),
+            (Units(8),),
             QUANTILES,
             (CURVE,),
         ),
-        BlockPlan((torch.tensor([[7]]),), 0.1, (ChannelGroup(8),)),
+        BlockPlan((torch.tensor([[7]]),), 0.1, (Units(8),)),
     )
     save_plan(PruningPlan(blocks, "abc", Recipe(sparsity=0.6, width_multiple=1)), tmp_path / "p")
     return tmp_path / "p"

@@ -15,9 +15,9 @@ from cfsp.calibration.windows import calibration_windows
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
 from cfsp.evaluation.quality import perplexity
-from cfsp.models.ffns.channels import FFNWeights
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import adopt
+from cfsp.models.parts.channels import PartWeights
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
 from cfsp.pruning.plan import BlockPlan, make_plan, select_channels
@@ -64,12 +64,12 @@ def ranked(
     return replace(statistics, rankings=(ranker.ranking(),))
 
 
-def refuse(number: int) -> Sequence[FFNWeights]:
+def refuse(number: int) -> Sequence[PartWeights]:
     raise AssertionError("weights were read")
 
 
-def weights_of(model: torch.nn.Module) -> Callable[[int], Sequence[FFNWeights]]:
-    return adopt(model, None).blocks.ffn_weights
+def weights_of(model: torch.nn.Module) -> Callable[[int], Sequence[PartWeights]]:
+    return adopt(model, None).blocks.part_weights
 
 
 def output_error(
@@ -79,7 +79,7 @@ def output_error(
     model = make_tiny()
     block = model.model.layers[number]
     dense = block.mlp.down_proj.weight.detach().double()
-    own = BlockPlan((kept[None],), 1.0, known.groups)
+    own = BlockPlan((kept[None],), 1.0, known.units)
     prune_block_(block, LAYOUTS["llama"], own, recipe.resolved_compensation, recipe.damping, known)
     change = -dense
     change[:, kept] += block.mlp.down_proj.weight.detach().double()

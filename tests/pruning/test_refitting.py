@@ -14,8 +14,8 @@ from cfsp.costs.fit_costs import RefitCosts
 from cfsp.costs.flops import ModelCosts, costs_of
 from cfsp.errors import CfspError
 from cfsp.io.safetensors import TensorInfo
-from cfsp.models.ffns.channels import ChannelGroup
 from cfsp.models.layouts import LAYOUTS, hidden_states_of
+from cfsp.models.parts.channels import Units
 from cfsp.pruning.compaction import prune_block_
 from cfsp.pruning.plan import BlockPlan
 from cfsp.pruning.refit import Refitting, check_refits
@@ -202,7 +202,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, float]) -> None:
 def test_its_flops_are_estimated(recipe: cfsp.Recipe) -> None:
     model, layout = make_tiny(attn_implementation="eager"), LAYOUTS["llama"]
     blocks = layout.find_blocks(model)
-    plan = BlockPlan((torch.arange(24)[None],), 0.0, (ChannelGroup(48),))
+    plan = BlockPlan((torch.arange(24)[None],), 0.0, (Units(48),))
     epochs = recipe.epochs if recipe.blockwise else 0
     windows, dense = torch.randint(0, 256, (20, 32)), shapes(model)
     refits = Refitting(model, DensePass(model, layout, windows), recipe)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cfsp.calibration.statistics import BlockStatistics
-from cfsp.models.ffns.channels import FFNWeights
+from cfsp.models.parts.channels import PartWeights
 from cfsp.pruning.least_squares import DAMPING
 from cfsp.pruning.scoring import SCORERS
 
@@ -12,15 +12,15 @@ F, D, TOKENS = 40, 24, 64
 
 
 @pytest.fixture
-def block() -> tuple[BlockStatistics, FFNWeights, torch.Tensor]:
+def block() -> tuple[BlockStatistics, PartWeights, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(TOKENS, F, dtype=torch.float64) * torch.rand(F, dtype=torch.float64) + 0.1
     statistics = BlockStatistics(TOKENS, 4, x.sum(0), x.square().sum(0), torch.zeros(4))
-    weights = FFNWeights(torch.randn(F, D), torch.randn(F, D), torch.randn(D, F))
+    weights = PartWeights(torch.randn(F, D), torch.randn(F, D), torch.randn(D, F))
     return statistics, weights, x
 
 
-def released_score(weights: FFNWeights, norm: torch.Tensor) -> torch.Tensor:
+def released_score(weights: PartWeights, norm: torch.Tensor) -> torch.Tensor:
     """three_w_one_wa of the released code with b = c = 1, as method.md states it."""
     down = weights.down.double().abs() * norm
     up, gate = weights.up.double().abs().T, weights.gate.double().abs().T
@@ -29,12 +29,12 @@ def released_score(weights: FFNWeights, norm: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_released_score_is_the_activation_norm_up_to_a_constant(
-    block: tuple[BlockStatistics, FFNWeights, torch.Tensor],
+    block: tuple[BlockStatistics, PartWeights, torch.Tensor],
 ) -> None:
     statistics, weights, _ = block
     norm = statistics.norm
     for scale in (1.0, 100.0):  # whatever the weights are
-        other = FFNWeights(weights.gate * scale, weights.up.flip(0), weights.down.square())
+        other = PartWeights(weights.gate * scale, weights.up.flip(0), weights.down.square())
         for ffn in (weights, other):
             score = released_score(ffn, norm)
             assert torch.allclose(score / norm, torch.full_like(norm, 3 / D), rtol=1e-12)
@@ -43,9 +43,9 @@ def test_the_released_score_is_the_activation_norm_up_to_a_constant(
 
 
 def test_scores_that_need_no_weights_read_none(
-    block: tuple[BlockStatistics, FFNWeights, torch.Tensor],
+    block: tuple[BlockStatistics, PartWeights, torch.Tensor],
 ) -> None:
-    def refuse() -> FFNWeights:
+    def refuse() -> PartWeights:
         raise AssertionError("weights were read")
 
     for name in ("cfsp", "activation-norm"):
@@ -55,7 +55,7 @@ def test_scores_that_need_no_weights_read_none(
 
 
 def test_scores_match_their_formulas(
-    block: tuple[BlockStatistics, FFNWeights, torch.Tensor],
+    block: tuple[BlockStatistics, PartWeights, torch.Tensor],
 ) -> None:
     statistics, weights, x = block
     gate, up, down = (m.double() for m in (weights.gate, weights.up, weights.down))

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ...errors import CfspError
-from ...models.ffns.channels import ChannelAxis
 from ...models.layouts import Layout
 from ...models.modeling_cfsp import set_parameter, set_width
 from ...models.opening import open_any
+from ...models.parts.channels import UnitAxis
 from ...models.pruned_classes import become_pruned_, is_stock
 from ..folder import write_settings
 from ..verification import ridden_probe
@@ -32,7 +32,7 @@ def check(source: ExportSource, options: ExportOptions) -> None:
     if options.multiple is not None and options.multiple < 1:
         raise CfspError(f"multiple is {options.multiple}, expected 1 or more")
     layout, model, family = source.opened.layout, source.opened.model, source.family
-    if any(ffn.group(block).experts > 1 for _, block, ffn in layout.ffns_of(model)):
+    if any(ffn.units(block).experts > 1 for _, block, ffn in layout.parts_of(model)):
         raise CfspError(
             f"padded holds plain FFNs, not the experts of {family}; prune with `uniform=True`"
         )
@@ -83,9 +83,9 @@ def pad_block_(block: nn.Module, layout: Layout, width: int) -> None:
         set_width(block, f"{ffn.down}.weight", width)
 
 
-def zero_padded(tensor: torch.Tensor, axis: ChannelAxis, width: int) -> torch.Tensor:
+def zero_padded(tensor: torch.Tensor, axis: UnitAxis, width: int) -> torch.Tensor:
     """A vector or matrix with zeros after the channels that it has, ``width`` in all."""
-    parts = tensor.chunk(axis.copies, axis.dimension)
+    parts = tensor.chunk(len(axis.sections), axis.dimension)
     shape = list(parts[0].shape)
     shape[axis.dimension] = width - shape[axis.dimension]
     zeros = tensor.new_zeros(shape)

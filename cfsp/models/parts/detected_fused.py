@@ -34,7 +34,7 @@ def _is_of_channels(module: nn.Module, ffn: FFN) -> bool:
     for name, parameter in module.named_parameters():
         shape, axis = list(parameter.shape), ffn.channels.get(name)
         if axis is not None:
-            shape[axis.dimension] = TRIAL_CHANNELS * axis.copies
+            shape[axis.dimension] = axis.size(TRIAL_CHANNELS)
         value = torch.randn(shape, generator=generator) / (width**0.5 if shape[-1] == width else 1)
         if name == down:
             value *= torch.zeros(TRIAL_CHANNELS).index_fill(0, kept, 1)

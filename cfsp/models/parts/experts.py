@@ -16,12 +16,12 @@ from ...io.memory import Room
 from ..modeling_cfsp import set_parameter, set_width
 from ..surgery import forward_instead, parameter
 from .channels import (
-    ChannelAxis,
-    ChannelGroup,
     Compensate,
-    FFNWeights,
     Observer,
+    PartWeights,
     Routing,
+    UnitAxis,
+    Units,
     expert_offsets,
     in_place,
 )
@@ -58,28 +58,32 @@ class ExpertsFFN(FFN):
         return self.transposed
 
     @property
-    def channels(self) -> dict[str, ChannelAxis]:
-        copies, into, out = (2 if self.fused else 1), 2 - self.transposed, 1 + self.transposed
+    def channels(self) -> dict[str, UnitAxis]:
+        sections = (1,) if not self.fused else (2,) if self.interleaved else (1, 1)
+        into, out = 2 - self.transposed, 1 + self.transposed
         return {
-            self.up: ChannelAxis(out, copies, self.interleaved),
-            f"{self.up}_bias": ChannelAxis(1, copies, self.interleaved),
-            self.down: ChannelAxis(into),
+            self.up: UnitAxis(out, sections),
+            f"{self.up}_bias": UnitAxis(1, sections),
+            self.down: UnitAxis(into),
         }
 
     @property
     def weight_names(self) -> tuple[str, ...]:
         return self.up, self.down
 
+    def set_count(self, block: nn.Module, count: int) -> None:
+        set_width(block, self.down, count)
+
     @property
     def down_bias(self) -> None:
         """None: a compensation adds no bias to experts."""
         return
 
-    def group(self, block: nn.Module) -> ChannelGroup:
+    def units(self, block: nn.Module) -> Units:
         shape = block.get_parameter(self.down).shape
-        return ChannelGroup(shape[self.channels[self.down].dimension], shape[0])
+        return Units(shape[self.channels[self.down].dimension], shape[0])
 
-    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[FFNWeights, ...]:
+    def weights(self, parameters: Mapping[str, torch.Tensor]) -> tuple[PartWeights, ...]:
         both, down = (parameters[name] for name in self.weight_names)
         if self.transposed:
             both, down = both.mT, down.mT
@@ -90,7 +94,7 @@ class ExpertsFFN(FFN):
             gates, ups = both[:, ::2], both[:, 1::2]
         else:
             gates, ups = both.chunk(2, dim=1)
-        return tuple(starmap(FFNWeights, zip(gates, ups, down, strict=True)))
+        return tuple(starmap(PartWeights, zip(gates, ups, down, strict=True)))
 
     def activated(self, module: nn.Module, both: torch.Tensor) -> torch.Tensor:
         """The input [..., F] of down, of what ``up`` gives [..., 2F], as the module has it."""
@@ -162,7 +166,7 @@ class ExpertsFFN(FFN):
             if name not in parameters:
                 continue
             old, shape = parameters[name].data, list(parameters[name].shape)
-            shape[axis.dimension] = axis.copies * width
+            shape[axis.dimension] = axis.size(width)
             if room is in_place:
                 new = old.reshape(-1)[: math.prod(shape)].view(shape)
             elif room is not None and old.dim() == 3:
@@ -177,7 +181,7 @@ class ExpertsFFN(FFN):
                 else:
                     of_one.cut(of_expert, channels, new[expert])
             set_parameter(block, name, parameter(new, parameters[name]))
-        set_width(block, self.down, width)
+        self.set_count(block, width)
 
     def _cut_down(
         self, expert: int, old: torch.Tensor, new: torch.Tensor, compensate: Compensate

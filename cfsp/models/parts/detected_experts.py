@@ -68,7 +68,7 @@ def _computes(module: nn.Module, ffn: ExpertsFFN) -> bool:
         if name in axes or name == f"{ffn.down}_bias":
             shape[0] = min(TRIAL_EXPERTS, shape[0])
         if name in axes:
-            shape[axes[name].dimension] = TRIAL_CHANNELS * axes[name].copies
+            shape[axes[name].dimension] = axes[name].size(TRIAL_CHANNELS)
         value = torch.randn(shape, generator=generator)
         if name == ffn.up:
             value /= shape[1 + (not ffn.transposed)] ** 0.5
@@ -111,7 +111,7 @@ def _same_output(trial: nn.Module, ffn: ExpertsFFN, generator: torch.Generator) 
 def _by_channel(trial: nn.Module, ffn: ExpertsFFN, generator: torch.Generator) -> bool:
     """Whether some channels are activated alone as they are among all."""
     axis, kept = ffn.channels[ffn.up], torch.tensor(KEPT)
-    both = torch.randn(TRIAL_TOKENS, TRIAL_CHANNELS * axis.copies, generator=generator)
+    both = torch.randn(TRIAL_TOKENS, axis.size(TRIAL_CHANNELS), generator=generator)
     alone = ffn.activated(trial, both[:, axis.places(kept, TRIAL_CHANNELS)])
     return torch.allclose(
         alone, ffn.activated(trial, both)[:, kept], rtol=TOLERANCE, atol=TOLERANCE
