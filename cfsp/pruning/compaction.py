@@ -100,7 +100,11 @@ def prune_block_(
         return cut
 
     for part, kept, own in zip(layout.block_parts(block), plan.kept, plan.units, strict=True):
-        part.cut_(block, kept, partial(compensate, own.columns_of(kept)), room)
+        if kept.shape[1]:
+            part.cut_(block, kept, partial(compensate, own.columns_of(kept)), room)
+        else:
+            next(known)
+            part.remove_(block)
     return tuple(records)
 
 
@@ -143,21 +147,26 @@ def prune_model_(
 
 
 def planned_tensors(
-    tensors: Tensors, ffns: Sequence[PlacedPart], plan: PruningPlan
+    tensors: Tensors, parts: Sequence[PlacedPart], plan: PruningPlan
 ) -> dict[str, TensorInfo]:
     """What is left, in order, of ``tensors`` of the dense model, with the biases that are added."""
     adds_bias = COMPENSATIONS[plan.recipe.resolved_compensation].adds_bias
-    widths = (width for block in plan.blocks for width in block.counts)
+    counts = (count for block in plan.blocks for count in block.counts)
     cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
     new: dict[str, str] = {}  # the bias that comes after a weight
-    for placed, width in zip(ffns, widths, strict=True):
+    gone = []
+    for placed, count in zip(parts, counts, strict=True):
         prefix, part = placed.prefix, placed.part
         for name, axis in part.channels.items():
-            cut[prefix + name] = (axis.dimension, axis.size(width))
-        if adds_bias and part.down_bias is not None:
+            cut[prefix + name] = (axis.dimension, axis.size(count))
+        if not count:
+            gone.append(f"{prefix}{part.path}.")
+        elif adds_bias and part.down_bias is not None:
             new[f"{prefix}{part.down}.weight"] = prefix + part.down_bias
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
+        if name.startswith(tuple(gone)):
+            continue
         shape = list(info.shape)
         if name in cut:
             dimension, size = cut[name]

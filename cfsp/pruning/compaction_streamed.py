@@ -98,9 +98,16 @@ def blocks_of(shards: Sequence[Shard], way_back: WayBack) -> set[int]:
     return {place for place in places if place is not None}
 
 
-def _pruned_skeleton(model: PreTrainedModel, planned: Mapping[str, TensorInfo]) -> PreTrainedModel:
+def _pruned_skeleton(
+    opened: OpenModel, plan: PruningPlan, planned: Mapping[str, TensorInfo]
+) -> PreTrainedModel:
     """A copy of a model on meta with what is left of its tensors."""
+    model, layout = opened.model, opened.layout
     pruned = on_meta(model)
+    for block, own in zip(layout.find_blocks(pruned), plan.blocks, strict=True):
+        for part, count in zip(layout.block_parts(block), own.counts, strict=True):
+            if not count:
+                part.remove_(block)
     buffers = {name for name, _ in model.named_buffers()}
     left = {k: torch.empty(x.shape, dtype=x.dtype, device="meta") for k, x in planned.items()}
     set_parameters_(pruned, {name: value for name, value in left.items() if name not in buffers})
@@ -131,7 +138,9 @@ def prune_to_shards_(
     """
     layout, model = opened.layout, opened.model
     planned = planned_tensors(opened.described.tensors, opened.described.parts, plan)
-    way_back = WayBack(_pruned_skeleton(model, planned), blocks.sources, planned, layout.number_of)
+    way_back = WayBack(
+        _pruned_skeleton(opened, plan, planned), blocks.sources, planned, layout.number_of
+    )
     shards = pack_shards(way_back.planned, MAX_SHARD_BYTES)
     finished = ranks.of_first(lambda: finished_shards(folder, shards))
     left = [shard for shard in shards if shard.name not in finished]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -30,6 +31,7 @@ class Attention(Part):
     keys_name: str | None = "num_key_value_heads"
     """What the config calls the numbers of heads; None where it has one number for both."""
     projection_class: str = "Linear"
+    skipped_as: ClassVar[str] = "attention"
 
     @property
     def channels(self) -> Mapping[str, UnitAxis]:

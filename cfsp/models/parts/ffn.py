@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -41,6 +42,11 @@ class FFN(Part):
     projection_class: str = "Linear"
     fused: bool = False
     """Whether gate and up are one projection [2F, D], at ``up``, gate first."""
+    skipped_as: ClassVar[str] = "mlp"
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return self.down.rpartition(".")[0]
 
     @property
     def channels(self) -> dict[str, UnitAxis]:
@@ -70,7 +76,7 @@ class FFN(Part):
 
     def module(self, block: nn.Module) -> nn.Module:
         """The module that holds the projections."""
-        return block.get_submodule(self.down.rpartition(".")[0])
+        return block.get_submodule(self.path)
 
     def gated_activation(self, block: nn.Module) -> str | None:
         """What ``cfsp_kernels.swiglu_statistics`` calls the FFN's activation; None without a gate,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from cfsp_kernels import channel_statistics
 
 from ...errors import CfspError
 from ...io.memory import Room
-from ..modeling_cfsp import set_parameter
+from ..modeling_cfsp import set_parameter, skip
 from ..surgery import forward_instead, parameter
 from .channels import Compensate, Observer, PartWeights, UnitAxis, Units, in_place
 
@@ -21,8 +22,12 @@ class Part:
     All paths are those of modules in a block.
     """
 
+    path: str
+    """The module that is the part."""
     down: str
     projection_class: str
+    skipped_as: ClassVar[str]
+    """What ``skip`` of the config calls the part."""
     """Of transformers' Conv1D, weights are [in, out]."""
 
     @property
@@ -96,6 +101,10 @@ class Part:
             return down_forward(product)
 
         return forward_instead([down], [observing])
+
+    def remove_(self, block: nn.Module) -> None:
+        """Take the part out of a block, in place: what is there instead adds nothing."""
+        skip(block, self.skipped_as, self.path)
 
     def cut_(
         self, block: nn.Module, kept: torch.Tensor, compensate: Compensate, room: Room | None
