@@ -24,17 +24,17 @@ class Steps:
     """Whether it may keep none."""
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether it keeps all."""
+        return self.multiple == self.size and not self.removable
+
+    @property
     def least(self) -> int:
         return 0 if self.removable else self.multiple
 
     @property
     def most(self) -> int:
         return self.size // self.multiple * self.multiple
-
-
-def fixed(size: int) -> Steps:
-    """Of a part that is not cut."""
-    return Steps(size, size)
 
 
 def check_budget(steps: Sequence[Steps], budget: float, costs: Sequence[int]) -> int:

@@ -58,16 +58,17 @@ def steps_of(described: Description, recipe: Recipe) -> tuple[Steps, ...]:
 
 
 def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
-    """What a recipe's sparsity or budget comes to in the units of a model. A sparsity is of their
-    number where all are channels, of their parameters where there are several kinds."""
+    """What a recipe's sparsity or budget comes to in the units of a model. A sparsity is of the
+    number of channels where there are no others, else of the parameters of those that may go."""
     costs = model_costs(described, described.parameters)
     budget, steps = recipe.model_budget, steps_of(described, recipe)
     if budget is None:
-        units = [placed.units for placed in described.parts]
-        own = tuple(own.experts for own in units)
-        if not all(each.are_channels for each in units):
-            own = _unit_costs(described, costs, "params")
-        return ChannelBudget(recipe.sparsity, own)
+        if not recipe.adds_kinds:
+            return ChannelBudget(recipe.sparsity, tuple(x.units.experts for x in described.parts))
+        per_unit = _unit_costs(described, costs, "params")
+        pairs = [pair for pair in zip(steps, per_unit, strict=True) if not pair[0].is_fixed]
+        share = total_cost(*zip(*pairs, strict=True)) / total_cost(steps, per_unit)
+        return ChannelBudget(recipe.sparsity * share, per_unit)
     if budget.kind == "latency":
         if table is None:
             text = f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"

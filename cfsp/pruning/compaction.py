@@ -33,7 +33,7 @@ TOKENS_PER_CHANNEL = 4
 def check_plan(plan: PruningPlan, model: Blocks) -> None:
     """Raise CfspError where the plan is for another model, as :func:`check_statistics` does, or
     has widths at which experts cannot run."""
-    sizes, made_with = tuple(b.intermediate_size for b in plan.blocks), plan.model_fingerprint
+    sizes, made_with = tuple(b.columns for b in plan.blocks), plan.model_fingerprint
     check_model("the plan is for", sizes, made_with, model)
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:

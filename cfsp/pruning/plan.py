@@ -47,6 +47,11 @@ class BlockPlan:
         return sum(own.total for own in self._ffn_units)
 
     @property
+    def columns(self) -> int:
+        """Columns of all parts before pruning."""
+        return sum(own.total for own in self.units)
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Units that every part keeps, those of one expert where it has several."""
         return tuple(kept.shape[1] for kept in self.kept)
@@ -109,15 +114,25 @@ class PruningPlan:
         """Fraction of all FFN channels that goes."""
         return 1 - sum(self.widths) / sum(block.intermediate_size for block in self.blocks)
 
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether all units of all parts stay."""
+        pairs = ((b.counts, [own.count for own in b.units]) for b in self.blocks)
+        return all(list(counts) == sizes for counts, sizes in pairs)
+
     def warn_of_rounding(self) -> None:
         """Warn where nothing goes, or a sparsity is missed by a point of percentage or more."""
         asked, multiple = self.recipe.sparsity, self.recipe.width_multiple
         hint = "" if multiple == 1 else "; a smaller `width_multiple` comes closer"
-        if self.sparsity == 0:
+        if self.removes_nothing:
             warnings.warn(
                 f"the plan removes nothing, in multiples of {multiple}{hint}", stacklevel=2
             )
-        elif self.recipe.budget is None and abs(self.sparsity - asked) >= 0.01:
+        elif (
+            self.recipe.budget is None
+            and not self.recipe.adds_kinds
+            and abs(self.sparsity - asked) >= 0.01
+        ):
             warnings.warn(
                 f"the plan removes {self.sparsity:.2%} of the FFN channels, not {asked:.2%}, in "
                 f"multiples of {multiple}{hint}",
@@ -164,6 +179,8 @@ def make_plan(
     """
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
+    if budget is None and recipe.adds_kinds:
+        raise CfspError(f"units {recipe.units} are counted in parameters: give the model itself")
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)

@@ -147,7 +147,7 @@ class Run:
     def planned(self, statistics: Statistics | None) -> PruningPlan:
         """The plan given, or the one that statistics make."""
         if self.plan is not None:
-            if self.ranks.first and self.plan.sparsity == 0:
+            if self.ranks.first and self.plan.removes_nothing:
                 self.plan.warn_of_rounding()
             return self.plan
         if statistics is None:
