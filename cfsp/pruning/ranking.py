@@ -22,7 +22,7 @@ from ..models.layouts import Layout
 from ..models.parts.channels import PartWeights, Units
 from .allocation import ALLOCATORS
 from .compensation import COMPENSATIONS
-from .obs import error_curve, order_of, plain_error_curve
+from .obs import error_curve, group_removal_order, order_of, plain_error_curve
 from .recipe import Recipe
 from .scoring import SCORERS, moments_of
 
@@ -136,7 +136,7 @@ def rank_block(
     scores, errors = [], []
     for expert, part in enumerate(parts):
         own = cache(lambda expert=expert: weights()[expert].contiguous())
-        scores.append(SCORERS[recipe.scorer].score(part, own, recipe.damping))
+        scores.append(_scores(part, own, columns[expert], recipe))
         if curves:
             errors.append(_curve(part, own().down, scores[-1], columns[expert], recipe))
     ends = accumulate((own.experts for own in block.units), initial=0)
@@ -146,6 +146,18 @@ def rank_block(
         [torch.cat(scores[ffn]) for ffn in ranges],
         [of_experts(errors[ffn], tokens[ffn], block.tokens) for ffn in ranges] if curves else [],
     )
+
+
+def _scores(
+    statistics: BlockStatistics, weights: Callable[[], PartWeights], columns: int, recipe: Recipe
+) -> torch.Tensor:
+    """Those of the recipe's scorer; of KV groups, of which there are few, by what their removal
+    costs after a fit, where one is made and its Gram matrix is at hand."""
+    scorer = SCORERS[recipe.scorer]
+    if columns == 1 or not recipe.fits or statistics.gram is None:
+        return scorer.score(statistics, weights, recipe.damping)
+    down, gram = weights().down, moments_of(statistics, "the score of a KV group")
+    return group_removal_order(down, gram, columns, recipe.damping).scores
 
 
 @torch.no_grad()

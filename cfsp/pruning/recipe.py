@@ -142,6 +142,8 @@ class Recipe:
         kinds = self.unit_kinds
         for kind in kinds - set(UNITS) or ({self.units} if not kinds else ()):
             raise unknown_name("unit", kind, UNITS)
+        if self.cuts_attention and SCORERS[self.scorer].of_ffns:
+            raise CfspError(f"scorer {self.scorer!r} is of FFNs alone: use `units=channels`")
         if self.uniform and kinds != {"channels"}:
             raise CfspError("uniform widths are of channels alone: drop `uniform` or `units`")
         budget = self.model_budget

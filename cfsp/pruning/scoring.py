@@ -29,6 +29,8 @@ class Scorer:
     summary: str
     reads_weights: bool = True
     needs_gram: bool = False
+    of_ffns: bool = False
+    """Whether it reads matrices that only an FFN has."""
 
 
 def activation_norm(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
@@ -71,6 +73,12 @@ def obs(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.
     return removal_order(down, moments_of(statistics, "scorer 'obs'"), damping).scores
 
 
+def flap(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
+    """variance_i ||W[:, i]||^2; squared for attention, as its released code has it."""
+    score = _kernel_score("flap", "variance")(statistics, weights, damping)
+    return score.square() if weights().up is None else score
+
+
 def cfsp_output(statistics: BlockStatistics, weights: Weights, damping: float) -> torch.Tensor:
     """n_i ||W_down[:, i]||^1/2: half way, in logarithms, from the norm of the channel's activation
     to that of what it adds to the output."""
@@ -88,6 +96,7 @@ SCORERS: dict[str, Scorer] = {
         "cfsp",
         "none",
         "Eq. 8 of the paper at second hand: down normalised over channels",
+        of_ffns=True,
     ),
     "cfsp-output": Scorer(
         cfsp_output,
@@ -100,16 +109,18 @@ SCORERS: dict[str, Scorer] = {
         "cfsp",
         "none",
         "gate, up and down all normalised over channels, so that no term is constant",
+        of_ffns=True,
     ),
     "activation-norm": Scorer(activation_norm, "cfsp", "none", "L2 norm of the activation", False),
     "wanda-sp": Scorer(
         _kernel_score("wanda", "norms"), "global", "none", "mean |W_down| times activation norm"
     ),
     "flap": Scorer(
-        _kernel_score("flap", "variance"),
+        flap,
         "global",
         "bias",
-        "activation variance times squared norm of the column of down",
+        "activation variance times squared norm of the column of down; published with units "
+        "channels,groups",
     ),
     "wifn": Scorer(
         _kernel_score("wanda", "norms"), "global", "bias", "wanda-sp with bias compensation"

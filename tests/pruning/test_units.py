@@ -172,6 +172,7 @@ def test_published_flap_has_one_threshold_for_heads_and_channels() -> None:
         ({"units": "heads"}, "unit 'heads'"),
         ({"units": ""}, "unit ''"),
         ({"units": "channels,groups", "uniform": True, "allocator": None}, "uniform"),
+        ({"scorer": "cfsp-balanced"}, "scorer 'cfsp-balanced' is of FFNs alone"),
         ({"group_multiple": 0}, "group_multiple must be 1 or more"),
     ],
 )
