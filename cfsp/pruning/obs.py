@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for channels and KV groups: their order of removal, the error at every width.
+"""Optimal Brain Surgeon for channels and KV groups: order of removal and error at every width.
 
 For one FFN, W [D, F] is its down projection and G = X^T X / T [F, F] the Gram matrix of its input.
 With H = G + damping M, M the mean squares of the channels as least squares damp them (see
