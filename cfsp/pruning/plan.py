@@ -115,6 +115,22 @@ class PruningPlan:
         return 1 - sum(self.widths) / sum(block.intermediate_size for block in self.blocks)
 
     @property
+    def groups(self) -> tuple[int, int] | None:
+        """KV groups that stay in all blocks, and how many there were; None where they are no
+        units."""
+        known = [block.groups for block in self.blocks if block.groups is not None]
+        return (sum(len(kept) for kept, _ in known), sum(of for _, of in known)) if known else None
+
+    @property
+    def removed(self) -> str:
+        """What goes, in words."""
+        found = [f"{self.sparsity:.2%} of FFN channels"]
+        if self.groups is not None:
+            kept, count = self.groups
+            found.append(f"{count - kept} of {count} KV groups")
+        return " and ".join(found)
+
+    @property
     def removes_nothing(self) -> bool:
         """Whether all units of all parts stay."""
         pairs = ((b.counts, [own.count for own in b.units]) for b in self.blocks)
@@ -141,7 +157,7 @@ class PruningPlan:
 
     def table(self) -> Table:
         """The plan as a table for a terminal."""
-        table = Table(title=f"{self.recipe.scorer}: {self.sparsity:.2%} of FFN channels removed")
+        table = Table(title=f"{self.recipe.scorer}: {self.removed} removed")
         groups = any(block.groups for block in self.blocks)
         titles = (
             "block",

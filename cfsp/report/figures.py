@@ -38,22 +38,37 @@ REFIT_MARKS = {
 
 def widths_figure(plan: PruningPlan) -> Plot:
     """Channels of every block, kept and removed."""
-    count, widest = len(plan.blocks), max(block.intermediate_size for block in plan.blocks)
-    axis = Axis(0, widest, HEIGHT)
+    sizes = [(block.width, block.intermediate_size) for block in plan.blocks]
+    return _kept_figure(sizes, "channels", "FFN channels", HEIGHT)
+
+
+def groups_figure(plan: PruningPlan) -> Plot | None:
+    """KV groups of every block, kept and removed; None where they are no units."""
+    known = [block.groups for block in plan.blocks]
+    if not any(known):
+        return None
+    sizes = [(len(own[0]), own[1]) if own else (0, 0) for own in known]
+    return _kept_figure(sizes, "KV groups", "KV groups", HEIGHT // 2)
+
+
+def _kept_figure(sizes: Sequence[tuple[int, int]], units: str, called: str, height: int) -> Plot:
+    """Units of every block, (kept, of how many); (0, 0) of one that has none."""
+    count, most = len(sizes), max(size for _, size in sizes)
+    axis = Axis(0, most, height)
     marks = []
-    for position, block in enumerate(plan.blocks):
-        width, size, across = block.width, block.intermediate_size, band(position, count)
+    for position, (kept, size) in enumerate(sizes):
+        across = band(position, count)
         shapes = (
-            rect(*across, axis.y(size), axis.y(width), "removed"),
-            rect(*across, axis.y(width), axis.y(0), "kept"),
+            rect(*across, axis.y(size), axis.y(kept), "removed"),
+            rect(*across, axis.y(kept), axis.y(0), "kept"),
         )
-        text = f"block {position}: {width:,} of {size:,} channels kept ({block.share:.1%})"
-        marks.append(mark(text, *shapes))
-    kept = [block.width for block in plan.blocks if block.units]
-    label = (
-        f"FFN channels kept in {len(kept)} blocks, from {min(kept):,} to {max(kept):,} "
-        f"of {widest:,}"
-    )
+        share = kept / size if size else 1.0
+        marks.append(
+            mark(f"block {position}: {kept:,} of {size:,} {units} kept ({share:.1%})", *shapes)
+        )
+    known = [kept for kept, size in sizes if size]
+    ends = f"from {min(known):,} to {max(known):,} of {most:,}"
+    label = f"{called} kept in {len(known)} blocks, {ends}"
     entries = [("kept", "kept"), ("removed", "removed")]
     return Plot(axis, marks, label, block_labels(count), entries)
 
@@ -80,7 +95,9 @@ def importance_figure(plan: PruningPlan) -> Plot:
 def score_spread(plan: PruningPlan) -> dict[int, tuple[float, ...]]:
     """The scores of every block with an FFN, by its number, at the ranks of SPREAD; {} where one
     does not know them."""
-    known = {n: block.score_quantiles for n, block in enumerate(plan.blocks) if block.units}
+    known = {
+        n: block.score_quantiles for n, block in enumerate(plan.blocks) if block.intermediate_size
+    }
     if not all(known.values()):
         return {}
     return {
@@ -164,13 +181,13 @@ def widths_compared(plans: Sequence[tuple[str, PruningPlan]]) -> Plot | None:
 
 
 def curves_figure(plan: PruningPlan) -> Plot | None:
-    """Relative error of every FFN's output at each share of its channels, and the width that the
+    """Relative error of every part's output at each share of its units, and the number that the
     plan gives it; None where no curve is known."""
     axis = Axis(0, 1, HEIGHT)
     lines, dots = [], []
     for position, block in enumerate(plan.blocks):
         curves = zip(block.error_curves, block.kept, strict=False)
-        for ffn, (curve, kept) in enumerate(curves):
+        for part, (curve, kept) in enumerate(curves):
             dense, channels, width = float(curve.errors[0]), int(curve.widths[-1]), kept.shape[1]
             if not (dense > 0 and curve.errors.isfinite().all()):
                 continue
@@ -178,14 +195,15 @@ def curves_figure(plan: PruningPlan) -> Plot | None:
             points = zip(shares.tolist(), map(axis.y, errors.tolist()), strict=True)
             lines.append(line(points, HEIGHT + PADDING, "curve"))
             share, error = 100 * width / channels, float(curve.at(torch.tensor([width]))) / dense
-            name = f"block {position}" + (f", FFN {ffn}" if len(block.error_curves) > 1 else "")
+            kind = "FFN" if block.units[part].are_channels else "attention"
+            name = f"block {position}" + (f", {kind} {part}" if len(block.error_curves) > 1 else "")
             shown = f"{name}: {share:.0f}% kept, error {error:.3g}"
             dots.append(mark(shown, dot(share, axis.y(error), "importance", 3.5)))
     if not lines:
         return None
-    label = f"relative error of the outputs of {len(lines)} FFNs by the percent of channels kept"
+    label = f"relative error of the outputs of {len(lines)} parts by the percent of units kept"
     ticks = [(float(percent), f"{percent}%") for percent in (0, 25, 50, 75, 100)]
-    entries = [("quartiles", "an FFN at each width"), ("importance", "the width that it has")]
+    entries = [("quartiles", "a part at each size"), ("importance", "the size that it has")]
     return Plot(axis, [*lines, *dots], label, ticks, entries)
 
 

@@ -63,12 +63,13 @@ def _result(result: Result, label: str, evaluations: Sequence[Values]) -> dict[s
         "label": label,
         "dense": result.dense_name,
         "plan": plan,
-        "sparsity": f"{plan.sparsity:.1%}",
+        "removed": plan.removed,
         "parameters": number_at(result.measured, "parameters_after"),
         "bytes": format_bytes(result.nbytes),
         "tiles": tiles(result, perplexity, evaluations),
         "perplexity": perplexity,
         "widths": figures.widths_figure(plan),
+        "groups": figures.groups_figure(plan),
         "importance": figures.importance_figure(plan),
         "scores": figures.scores_figure(plan),
         "curves": figures.curves_figure(plan),
@@ -90,10 +91,11 @@ def _recipe(result: Result) -> list[tuple[str, str]]:
     choices = recipe.to_dict() | {
         "allocator": recipe.resolved_allocator,
         "compensation": recipe.resolved_compensation,
+        "error_scale": recipe.resolved_error_scale,
         "calibration": f"{calibration.samples} windows of {calibration.seqlen} tokens of "
         f"{calibration.dataset}, seed {calibration.seed}, BOS {calibration.bos}",
     }
-    unread: set[str] = set()
+    unread = set() if recipe.cuts_attention else {"group_multiple"}
     if not recipe.blockwise:
         unread |= {"epochs", "learning_rate"}
     if not recipe.searches:

@@ -22,7 +22,7 @@ def write_pictures(
 ) -> list[Path]:
     """Write the pictures of a result as PNGs named after its folder, whose paths are returned;
     CfspError where matplotlib is not installed, or they cannot be written. See :func:`new_file`."""
-    title = f"{result.name}: {result.plan.sparsity:.0%} of FFN channels removed"
+    title = f"{result.name}: {result.plan.removed} removed"
     pictures = {"widths": plot_widths, "kept": plot_kept}
     if score_spread(result.plan):
         pictures["scores"] = plot_scores
