@@ -41,7 +41,7 @@ from cfsp.io.files import write_json
 from cfsp.models.blockwise import default_micro_batch
 from cfsp.models.fingerprints import tokens_fingerprint
 from cfsp.models.loading import check_seqlen, model_device, quiet_loading
-from cfsp.models.opening import OpenModel
+from cfsp.models.opening import OpenModel, with_attention_units
 from cfsp.pruning.compaction import prune_model_
 from cfsp.pruning.compensation import FitRecord
 from cfsp.pruning.recipe import DTYPES, recipe_from_dict
@@ -219,6 +219,7 @@ def measured(
         **perplexities(model, texts),
         "sparsity": plan.sparsity,
         "widths": list(plan.widths),
+        **({"groups": [block.counts[-1] for block in plan.blocks]} if plan.groups else {}),
         "sizes": footprints(opened.described, plan).to_dict(),
         "fits": {"applied": sum(applied), "of": len(applied)},
         "refits": {"kept": sum(r.kept > 0 for r in refits), "of": len(refits)},
@@ -278,21 +279,22 @@ def run(opened: OpenModel, recipes: Sequence[Recipe], options: argparse.Namespac
     if results.values["dense"] is None:
         results.values["dense"] = perplexities(opened.model, texts)
         results.save()
-    missing: dict[Calibration, list[Recipe]] = {}
+    missing: dict[tuple[Calibration, bool], list[Recipe]] = {}
     for recipe in recipes:
         known = results.cell(recipe, fingerprints[recipe.calibration])
         if known is None or (options.retry and "error" in known):
-            missing.setdefault(recipe.calibration, []).append(recipe)
-    for settings, wanted in missing.items():
+            missing.setdefault((recipe.calibration, recipe.cuts_attention), []).append(recipe)
+    for (settings, attention), wanted in missing.items():
+        own = with_attention_units(opened) if attention else opened
         tokens = fingerprints[settings]
         record = results.values["calibrations"].setdefault(
             tokens, {**public(wanted[0])["calibration"], "seconds": {}}
         )
-        passes = Passes(opened, settings, record["seconds"])
+        passes = Passes(own, settings, record["seconds"])
         for recipe in wanted:
             cell = {"recipe": public(recipe), "calibration": tokens}
             try:
-                cell.update(measured(opened, recipe, passes, texts))
+                cell.update(measured(own, recipe, passes, texts))
             except CfspError as error:
                 cell["error"] = str(error)
             results.add(cell, instead_of=results.cell(recipe, tokens))

@@ -100,6 +100,7 @@ def resolved(recipe: Recipe) -> Recipe:
         recipe,
         allocator=recipe.resolved_allocator,
         compensation=recipe.resolved_compensation,
+        error_scale=recipe.resolved_error_scale,
     )
 
 
@@ -113,6 +114,8 @@ def public(recipe: Recipe) -> dict[str, Any]:
 def calibration_kind(recipe: Recipe) -> str:
     """Names the first pass that a recipe needs, the same for all recipes that one can serve."""
     windows = f"{recipe.statistics_windows} windows"
+    if recipe.cuts_attention:
+        windows += ", with attention"
     if not recipe.sums_grams:
         return windows
     return f"{windows}, {recipe.scorer}, {recipe.resolved_compensation}, {recipe.damping:g}"
