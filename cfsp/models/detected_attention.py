@@ -22,7 +22,7 @@ from .modeling_cfsp import set_parameter
 from .parts.attention import Attention
 from .parts.channels import CutDown, UnitAxis
 from .surgery import forward_instead, on_meta
-from .trial import TOKENS, block_calls
+from .trial import TOKENS, block_calls, rebuild
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 TRIAL_SIZE = 8
@@ -41,16 +41,19 @@ def with_attention(model: PreTrainedModel, layout: Layout) -> Layout:
         for attention in _readings(block, text):
             found.setdefault(attention, number)
     if len(found) != 1:
-        raise refused(family, f"attention of {len(found) or 'no known'} forms")
+        forms = f"attention of {len(found)} forms" if found else "its attention is of no known form"
+        raise refused(family, forms)
     ((attention, number),) = found.items()
     result = replace(layout, attention=attention)
     try:
         with quiet_loading(), torch.no_grad():
             _try(make_skeleton(copy.deepcopy(model.config), torch.float32), result, number)
+            rebuild(make_skeleton(copy.deepcopy(model.config), torch.float32), result)
     except CfspError:
         raise
     except Exception as error:  # of whatever kind a family's own code raises
-        raise refused(family, f"its attention cannot be cut ({reason(error)})") from error
+        why = f"a trial with some of its heads fails ({reason(error)})"
+        raise refused(family, why) from error
     return result
 
 
@@ -78,10 +81,15 @@ def _readings(block: nn.Module, config: Any) -> Iterator[Attention]:
         if reading is None:
             continue
         inputs, per, keys = reading
+        for name, count in shapes.items():
+            if count == heads and name not in (*inputs, "k_proj", "v_proj"):  # a gate of the output
+                inputs[name] = UnitAxis(0, (per * size,))
         axes = {f"{path}.{out}.weight": UnitAxis(int(not conv), (per * size,))}
         for name, axis in inputs.items():
             axes[f"{path}.{name}.weight"] = replace(axis, dimension=int(conv))
             axes[f"{path}.{name}.bias"] = axis
+        if any(_is_of_all_heads(child, heads, heads // per, size) for child in children.values()):
+            raise refused(config.model_type, "its norms span its heads, so none of them can go")
         for name, parameter in module.named_parameters():
             if name == "sinks" or tuple(parameter.shape) == (heads, size):
                 axes[f"{path}.{name}"] = UnitAxis(0, (per,))
@@ -99,6 +107,16 @@ def _readings(block: nn.Module, config: Any) -> Iterator[Attention]:
             names.get(of_keys[0], of_keys[0]) if of_keys else None,
             type(children[out]).__name__,
         )
+
+
+def _is_of_all_heads(child: nn.Module, heads: int, keys: int, size: int) -> bool:
+    """Whether a child is a norm over all heads at once, or a list of one for each."""
+    if isinstance(child, nn.Linear | Conv1D):
+        return False
+    counts = {heads, keys} - {1}
+    shapes = {p.shape for p in child.parameters(recurse=False)}
+    lists = {len(m) for m in child.children() if isinstance(m, nn.ModuleList)}
+    return any((count * size,) in shapes or count in lists for count in counts)
 
 
 def _shape(projection: nn.Module) -> torch.Size:

@@ -147,17 +147,19 @@ def resize_blocks(decoder, config):
     for block, own in zip(blocks, config.per_layer_config, strict=True):
         for kind in getattr(own, "skip", None) or ():
             skip(block, kind, settings[kind])
-        parameters = dict(block.named_parameters())
+        parameters, heads = dict(block.named_parameters()), settings.get("heads") or ()
+        has_heads = False
         for name, (count_name, dimension, each, *added) in sizes_of(settings).items():
             if name in parameters:
+                has_heads |= count_name in heads
                 count = getattr(own, count_name)
                 shape = list(parameters[name].shape)
                 shape[dimension] = sum(added, count * each)
                 set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
                 set_width(block, name, count)
-        if settings.get("heads") and settings["attention"] in dict(block.named_modules()):
-            heads, keys = (getattr(own, name) if name else None for name in settings["heads"])
-            set_heads(block.get_submodule(settings["attention"]), heads, keys or heads)
+        if has_heads:
+            count, keys = (getattr(own, name) if name else None for name in heads)
+            set_heads(block.get_submodule(settings["attention"]), count, keys or count)
         for path in settings["added_bias"]:
             if f"{path}.weight" in parameters:
                 down = block.get_submodule(path)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence, Set
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from ..errors import CfspError
 from .layouts import PRUNED_PREFIX, Layout
 from .loading import make_skeleton
 from .modeling_cfsp import BlockConfig, NoAttention, NoFFN, pruned_class, sizes_of
@@ -42,7 +44,8 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
         config = pruned_class(stock_type)(
             **_values(
                 model.config,
-                **_dense_heads(model, layout, _largest(sizes)),
+                **_own_heads(model, layout, _largest(sizes)),
+                **_head_dim(model, layout),
                 allow_global_per_layer_attribute_access=True,
                 per_layer_config={
                     number: {
@@ -98,16 +101,26 @@ def stock_model(
     model: PreTrainedModel, layout: Layout, sizes: Sequence[dict[str, int]], **more: Any
 ) -> PreTrainedModel:
     """What a model's family builds, on meta, where every size is the largest of the blocks' (under
-    the names of the config); ``more``: values of the config."""
+    the names of the config), with the model's own heads where it takes no such number of them;
+    ``more``: values of the config."""
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = type(model.config.get_text_config())()
-    # A width that the family has no value for follows from others there.
-    known = {k: v if hasattr(default, k) else None for k, v in _largest(sizes).items()}
-    if layout.attention is not None and hasattr(default, "head_dim"):
-        known["head_dim"] = layout.attention.head_size
-    layers = _family_layers(model.config, sizes) or None
-    values = _values(model.config, **known, per_layer_config=layers, **more)
-    return make_skeleton(stock_type(**values), model.dtype)
+    layers, largest = _family_layers(model.config, sizes) or None, _largest(sizes)
+
+    def built(sizes: dict[str, int]) -> PreTrainedModel:
+        # A width that the family has no value for follows from others there.
+        known = {k: v if hasattr(default, k) else None for k, v in sizes.items()}
+        known |= _head_dim(model, layout)
+        values = _values(model.config, **known, per_layer_config=layers, **more)
+        return make_skeleton(stock_type(**values), model.dtype)
+
+    own = _own_heads(model, layout, largest)
+    try:
+        return built(largest)
+    except (CfspError, StrictDataclassError):
+        if own == largest:
+            raise
+        return built(own)
 
 
 def _parts(config: Any) -> list[Any]:
@@ -129,15 +142,19 @@ def _largest(sizes: Sequence[dict[str, int]]) -> dict[str, int]:
     return {name: max(block.get(name, 0) for block in sizes) for name in names}
 
 
-def _dense_heads(model: PreTrainedModel, layout: Layout, sizes: dict[str, int]) -> dict[str, int]:
+def _own_heads(model: PreTrainedModel, layout: Layout, sizes: dict[str, int]) -> dict[str, int]:
     """The sizes, but for numbers of heads as the model had them: what else follows from these does
     not change."""
     attention, text = layout.attention, model.config.get_text_config()
-    if attention is None:
-        return sizes
-    names = [n for n in (attention.heads_name, attention.keys_name) if n in sizes]
-    own = {"head_dim": attention.head_size} if hasattr(type(text)(), "head_dim") else {}
-    return {**sizes, **{n: getattr(text, n) for n in names}, **own}
+    names = (attention.heads_name, attention.keys_name) if attention is not None else ()
+    return {k: getattr(text, k) if k in names else v for k, v in sizes.items()}
+
+
+def _head_dim(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    """The size of a head where numbers of heads may change, which it follows from otherwise."""
+    follows = isinstance(getattr(type(model.config.get_text_config()), "head_dim", None), property)
+    known = layout.attention is not None and not follows
+    return {"head_dim": layout.attention.head_size} if known else {}
 
 
 def _values(config: Any, **changed: Any) -> dict[str, Any]:

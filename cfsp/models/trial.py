@@ -66,7 +66,7 @@ def check_as_configured(model: PreTrainedModel) -> None:
 def _check_family(skeleton: PreTrainedModel, layout: Layout) -> None:
     tries: tuple[tuple[Callable[..., None], str], ...] = (
         (_run_blocks, "its blocks cannot be run one by one"),
-        (_rebuild, "its classes cannot have a width for every block"),
+        (rebuild, "its classes cannot have a width for every block"),
     )
     for attempt, failure in tries:
         try:
@@ -137,8 +137,9 @@ def _check_shape(states: torch.Tensor, others: torch.Tensor, how: str) -> None:
         raise ValueError(f"{how} {list(states.shape)} for {TOKENS} tokens")
 
 
-def _rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:
-    """Cut a copy to uneven widths and build the class that would reload it."""
+def rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:
+    """Cut a copy to uneven widths and build the class that would reload it. Raises ValueError where
+    that has other shapes."""
     model = on_meta(skeleton)
     for number, block in enumerate(layout.find_blocks(model)):
         parameters = dict(block.named_parameters())

@@ -22,6 +22,7 @@ from cfsp.errors import CfspError
 from cfsp.models.blocks import LiveBlocks
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.parts import ffn as ffns
+from cfsp.models.parts import part as parts
 
 from ..conftest import FAMILIES, make_tiny
 
@@ -91,14 +92,14 @@ def test_the_fused_op_and_the_plain_one_give_the_same_numbers(
     family: str, dtype: torch.dtype, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("swiglu_statistics", "channel_statistics"):
-        op = getattr(ffns, name)
+    for module, name in ((ffns, "swiglu_statistics"), (parts, "channel_statistics")):
+        op = getattr(module, name)
 
         def counted(*args: object, name: str = name, op: Callable = op, **more: object) -> object:
             calls.append(name)
             return op(*args, **more)
 
-        monkeypatch.setattr(ffns, name, counted)
+        monkeypatch.setattr(module, name, counted)
     model = make_tiny(family).to(dtype)
     fused, plain = (collect(model, windows, fused=fused) for fused in (True, False))
     assert calls == ["swiglu_statistics"] * 24 + ["channel_statistics"] * 24

@@ -124,11 +124,11 @@ HEADERS: list[tuple[str, Any, str]] = [
     ("windows", [0] * 4, r"windows\[0\] must be in \[1, 2147483647\], got 0"),
     ("windows", "4444", "windows must be a list, got '4444'"),
     ("windows", None, "windows must be a list, got None"),
-    ("units", [[[47, 1]]] * 4, r"tensor block.0000.sum must be torch.float64 \[47\]"),
-    ("units", [[[48, 10**6]]] * 4, r"expert_tokens\[0\] are not of|of 134217728 channels"),
-    ("units", [[[48]]] * 4, r"units\[0\]\[0\] must be a list of 2"),
+    ("units", [[[47, 1, 1]]] * 4, r"tensor block.0000.sum must be torch.float64 \[47\]"),
+    ("units", [[[48, 10**6, 1]]] * 4, r"expert_tokens\[0\] are not of|of 134217728 channels"),
+    ("units", [[[48, 1]]] * 4, r"units\[0\]\[0\] must be a list of 3"),
     ("units", [[]] * 4, "units must be of 1 or more FFNs"),
-    ("units", [[], *[[[48, 1]]] * 3], r"expert_tokens\[0\] are not of \(\)"),
+    ("units", [[], *[[[48, 1, 1]]] * 3], r"expert_tokens\[0\] are not of \(\)"),
     ("expert_tokens", [[-1]] * 4, r"expert_tokens\[0\]\[0\] must be 0 or more"),
     ("expert_tokens", [[1, 2]] * 4, r"expert_tokens\[0\] are not of"),
     ("rankings", [["obs", "none"]], r"rankings\[0\] must be a list of 3"),
@@ -148,9 +148,10 @@ HEADERS: list[tuple[str, Any, str]] = [
     ("provenance", {"windows": "4"}, "provenance.windows must be a whole number"),
     ("sha256", 5, "sha256 must be text, got 5"),
     ("more", 5, "it has the unknown key 'more'"),
+    ("format", "cfsp-statistics-4", r"got 'cfsp-statistics-4'\); calibrate again"),
     ("format", "cfsp-statistics-3", r"got 'cfsp-statistics-3'\); calibrate again"),
     ("format", "cfsp-statistics-2", r"got 'cfsp-statistics-2'\); calibrate again"),
-    ("format", 4, r"not a statistics file of this version \(cfsp-statistics-4, got 4\)"),
+    ("format", 4, r"not a statistics file of this version \(cfsp-statistics-5, got 4\)"),
 ]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
+from cfsp.apportion import Steps
 from cfsp.costs import latency_measurement as latency_measure
 from cfsp.costs.latency import LatencyLimit, LatencyTable, WidthCurve, load_table
 from cfsp.costs.latency_measurement import cached_table, known_table, table_identity
@@ -40,6 +41,10 @@ def even(sizes: list[int], multiple: int):
     return widths_at
 
 
+def steps(sizes: list[int], multiple: int) -> list[Steps]:
+    return [Steps(size, multiple) for size in sizes]
+
+
 def test_seconds_are_those_of_the_table_and_linear_between() -> None:
     known = table(LINEAR, STAIRS, blocks=(0, 1, 0))
     assert known.dense_seconds == 10 + 3 * 65
@@ -68,7 +73,7 @@ def test_the_limit_is_met_as_closely_as_one_step(
     limit = LatencyLimit(known, keep * known.dense_seconds, "latency")
     sizes = [64] * len(blocks)
     try:
-        widths = limit.fitted(even(sizes, multiple), sizes, multiple)
+        widths = limit.fitted(even(sizes, multiple), steps(sizes, multiple))
     except CfspError:
         assert known.predicted([multiple] * len(blocks)) > limit.seconds
         return
@@ -84,18 +89,18 @@ def test_the_limit_is_met_as_closely_as_one_step(
 def test_a_width_gives_way_to_the_next_that_is_no_slower() -> None:
     known = table(STAIRS, blocks=(0,) * 4)
     limit = LatencyLimit(known, known.predicted([48] * 4), "latency")
-    assert limit.fitted(even([64] * 4, 1), [64] * 4, 1) == (48,) * 4
+    assert limit.fitted(even([64] * 4, 1), steps([64] * 4, 1)) == (48,) * 4
     # 40 is a third of a tile above 32, and costs what 48 does
-    assert limit.fitted(lambda _: (40,) * 4, [64] * 4, 1) == (48,) * 4
+    assert limit.fitted(lambda _: (40,) * 4, steps([64] * 4, 1)) == (48,) * 4
     dip = WidthCurve((8, 16, 24, 32), (9.0, 20.0, 12.0, 33.0))
     dipped = LatencyLimit(table(dip, blocks=(0,)), 10 + 20.0, "latency")
-    assert dipped.fitted(lambda _: (16,), [32], 8) == (24,)
+    assert dipped.fitted(lambda _: (16,), steps([32], 8)) == (24,)
 
 
 def test_equal_widths_stay_equal() -> None:
     known = table(LINEAR, STAIRS, blocks=(0, 1, 1))
     limit = LatencyLimit(known, 0.7 * known.dense_seconds, "latency")
-    widths = limit.fitted(even([64] * 3, 4), [64] * 3, 4, equal=True)
+    widths = limit.fitted(even([64] * 3, 4), steps([64] * 3, 4), equal=True)
     assert len(set(widths)) == 1
     assert known.predicted(widths) <= limit.seconds
     assert known.predicted([width + 4 for width in widths]) > limit.seconds
@@ -112,7 +117,7 @@ def test_channels_that_cost_more_seconds_cost_more() -> None:
 def test_what_the_table_cannot_reach_is_told() -> None:
     limit = LatencyLimit(table(LINEAR, blocks=(0, 0)), 20.0, "latency=0.9")
     with pytest.raises(CfspError, match=r"latency=0.9 is out of reach: .* latency=0.0000 to 0.8"):
-        limit.fitted(even([64] * 2, 8), [64] * 2, 8)
+        limit.fitted(even([64] * 2, 8), steps([64] * 2, 8))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ import yaml
 from pyarrow import parquet
 
 import cfsp
+from cfsp.apportion import Steps
 from cfsp.calibration import statistics as statistics_file
 from cfsp.calibration.mixtures import parse_mixture
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
@@ -399,7 +400,9 @@ def _judge_table(found: Any, _: bytes, folder: Path) -> None:
     hold(0 < found.dense_seconds < math.inf, "no time at all")
     if max(sizes) < 10**5 and len(sizes) < 100:
         with contextlib.suppress(CfspError):
-            widths = limit.fitted(lambda s: [max(1, int((1 - s) * n)) for n in sizes], sizes, 1)
+            widths = limit.fitted(
+                lambda s: tuple(max(1, int((1 - s) * n)) for n in sizes), list(map(Steps, sizes))
+            )
             hold(found.predicted(widths) <= limit.seconds * (1 + 1e-9), "too slow")
 
 

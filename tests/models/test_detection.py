@@ -185,7 +185,7 @@ def test_a_checkpoint_of_an_unknown_family_names_its_classes(tmp_path: Path) -> 
     assert config["model_type"] == "cfsp_helium"
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_cfsp.CFSPHeliumForCausalLM"
     assert config["cfsp_config"]["blocks"] == "layers"
-    assert config["cfsp_config"]["channels"]["mlp.down_proj.weight"] == ["intermediate_size", 1, 1]
+    assert config["cfsp_config"]["sizes"]["mlp.down_proj.weight"] == ["intermediate_size", 1, 1]
     assert result.plan.widths == tuple(
         int(config["per_layer_config"].get(str(n), config)["intermediate_size"]) for n in range(4)
     )

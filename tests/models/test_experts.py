@@ -13,14 +13,14 @@ from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 import cfsp
-from cfsp.apportion import apportion
+from cfsp.apportion import Steps, apportion
 from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
 from cfsp.models.detection import layout_of
 from cfsp.models.layouts import LAYOUTS
-from cfsp.models.parts.channels import CutDown, Routing, in_place
+from cfsp.models.parts.channels import CutDown, Routing, Units, in_place
 from cfsp.models.parts.experts import ExpertsFFN
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.ranking import rank
@@ -138,8 +138,10 @@ def test_widths_count_every_expert(allocator: str, sparsity: float) -> None:
     torch.manual_seed(0)
     experts, sizes = (1, 8, 1, 8, 1), (512, 64, 128, 64, 128)
     scores = tuple(torch.rand(e * f).double() for e, f in zip(experts, sizes, strict=True))
-    problem = AllocationProblem(torch.rand(5).double() * 0.3, scores, sparsity, experts)
-    widths = allocate_widths(problem, allocator, 8)
+    units, steps = tuple(map(Units, sizes, experts)), tuple(Steps(size, 8) for size in sizes)
+    importance = torch.rand(5).double() * 0.3
+    problem = AllocationProblem(importance, scores, sparsity, units, steps=steps)
+    widths = allocate_widths(problem, allocator)
     total = sum(e * w for e, w in zip(experts, widths, strict=True))
     assert abs(total - problem.budget) <= 8 * 8 / 2
     assert all(w % 8 == 0 and 8 <= w <= f for w, f in zip(widths, sizes, strict=True))
@@ -151,12 +153,12 @@ def test_a_step_of_experts_is_taken_only_towards_the_budget() -> None:
     importance = torch.tensor([0.5, 0.1])
     ideal = torch.tensor([3.6, 6.6])
     for budget, expected in ((18, (3, 6)), (20, (3, 8)), (21, (4, 5)), (23, (4, 7))):
-        assert apportion(ideal, [8, 8], budget, 1, importance, [4, 1]) == expected
+        assert apportion(ideal, [Steps(8)] * 2, budget, importance, [4, 1]) == expected
 
 
 def test_a_budget_below_one_multiple_of_every_expert_is_refused() -> None:
     with pytest.raises(CfspError, match=r"multiples of 8: 2 FFNs can reach 0 to 0.875"):
-        apportion(torch.ones(2), [64, 64], 16, 8, torch.ones(2), [8, 1])
+        apportion(torch.ones(2), [Steps(64, 8)] * 2, 16, torch.ones(2), [8, 1])
 
 
 def with_curves(statistics: Statistics) -> Statistics:

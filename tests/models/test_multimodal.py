@@ -401,7 +401,7 @@ def test_blocks_are_those_of_the_text(name: str, tmp_path: Path) -> None:
     make(name).config.save_pretrained(tmp_path)
     found = describe(tmp_path / "config.json")
     assert (found.refusal, found.blocks) == ("", "model.language_model.layers")
-    assert len(found.ffns) == (6 if name == "gemma4" else 4)
+    assert len(found.parts) == (6 if name == "gemma4" else 4)
 
 
 def test_the_text_alone_of_blocks_that_differ_goes_all_the_way(tmp_path: Path) -> None:

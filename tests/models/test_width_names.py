@@ -24,7 +24,7 @@ ROWS, COLUMNS = UnitAxis(0), UnitAxis(1)
             "phi3",
             {"intermediate_size": 40},
             "model.layers.0.mlp.gate_up_proj.weight",
-            UnitAxis(0, copies=2),
+            UnitAxis(0, (1, 1)),
             "intermediate_size",
         ),
         # Its width is rounded up to a multiple, which happens to be the width.

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsp.apportion import apportion
+from cfsp.apportion import Steps, apportion
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
+from cfsp.models.parts.channels import Units
 from cfsp.pruning.allocation import (
     ALLOCATORS,
     AllocationProblem,
@@ -23,7 +24,9 @@ from cfsp.pruning.compensation import COMPENSATIONS
 from cfsp.pruning.scoring import SCORERS
 
 
-def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProblem:
+def problem(
+    sizes: list[int], sparsity: float, seed: int = 0, multiple: int = 1
+) -> AllocationProblem:
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 0.5
     scores = tuple(torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes)
@@ -31,7 +34,8 @@ def problem(sizes: list[int], sparsity: float, seed: int = 0) -> AllocationProbl
         ErrorCurve(torch.arange(size + 1), torch.cat([score.cumsum(0).flip(0), torch.zeros(1)]))
         for size, score in zip(sizes, scores, strict=True)
     )
-    return AllocationProblem(importance, scores, sparsity, curves=curves)
+    steps = tuple(Steps(size, multiple) for size in sizes)
+    return AllocationProblem(importance, scores, sparsity, steps=steps, curves=curves)
 
 
 def test_cfsp_fractions_follow_the_formula_where_nothing_is_contracted() -> None:
@@ -82,10 +86,10 @@ def test_filled_widths_meet_the_budget_and_none_is_over_its_size(
     costs = tuple(1 + block % 3 for block in range(len(importance)))
     some = AllocationProblem(torch.tensor(importance).double(), scores, sparsity, costs=costs)
     widths = ALLOCATORS["cfsp-filled"].widths(some)
-    assert bool((widths <= some.intermediate_sizes).all())
+    assert bool((widths <= some.sizes).all())
     assert bool((widths > 0).all())
-    assert float((widths * some.channel_costs).sum()) == pytest.approx(some.budget)
-    order = widths / some.intermediate_sizes
+    assert float((widths * some.unit_costs).sum()) == pytest.approx(some.budget)
+    order = widths / some.sizes
     for one in range(len(importance)):
         for other in range(len(importance)):
             if importance[one] >= importance[other]:
@@ -103,9 +107,9 @@ def test_filled_widths_meet_the_budget_and_none_is_over_its_size(
 def test_the_budget_is_met_to_half_a_multiple(
     sizes: list[int], sparsity: float, multiple: int, allocator: str, seed: int
 ) -> None:
-    given_problem = problem(sizes, sparsity, seed)
+    given_problem = problem(sizes, sparsity, seed, multiple)
     try:
-        widths = allocate_widths(given_problem, allocator, multiple)
+        widths = allocate_widths(given_problem, allocator)
     except CfspError:
         units = round(given_problem.budget / multiple)
         assert not len(sizes) <= units <= sum(size // multiple for size in sizes)
@@ -136,8 +140,9 @@ def test_a_budget_of_unequal_costs_is_met_to_half_a_channel(
 ) -> None:
     sizes, experts, costs = (tuple(column) for column in zip(*ffns, strict=True))
     plain = problem([size * count for size, count in zip(sizes, experts, strict=True)], sparsity)
-    costly = replace(plain, experts=experts, costs=costs)
-    widths = allocate_widths(costly, allocator, 1)
+    units = tuple(map(Units, sizes, experts))
+    costly = replace(plain, units=units, costs=costs, steps=())
+    widths = allocate_widths(costly, allocator)
     spent = sum(width * cost for width, cost in zip(widths, costs, strict=True))
     least, total = sum(costs), sum(size * cost for size, cost in zip(sizes, costs, strict=True))
     assert costly.budget == pytest.approx((1 - sparsity) * total)
@@ -149,9 +154,9 @@ def test_a_budget_of_unequal_costs_is_met_to_half_a_channel(
 def test_dear_channels_go_first_where_the_cost_counts() -> None:
     scores = (torch.arange(40.0), torch.arange(40.0))
     costly = AllocationProblem(torch.ones(2), scores, 0.5, costs=(1, 3))
-    assert costly.channel_costs.tolist() == [1.0, 3.0]
-    assert allocate_widths(costly, "global", 1) == (20, 20)
-    widths = allocate_widths(replace(costly, importance=torch.tensor([0.0, 0.4])), "cfsp", 1)
+    assert costly.unit_costs.tolist() == [1.0, 3.0]
+    assert allocate_widths(costly, "global") == (20, 20)
+    widths = allocate_widths(replace(costly, importance=torch.tensor([0.0, 0.4])), "cfsp")
     assert widths[1] > widths[0]
     assert widths[0] + 3 * widths[1] == 80
 
@@ -159,28 +164,28 @@ def test_dear_channels_go_first_where_the_cost_counts() -> None:
 def test_equal_remainders_go_to_the_more_important_block_then_to_the_earlier() -> None:
     ideal = torch.full((4,), 10.5)
     importance = torch.tensor([1.0, 3.0, 3.0, 2.0])
-    assert apportion(ideal, [20] * 4, 42.0, 1, importance) == (10, 11, 11, 10)
-    assert apportion(ideal, [20] * 4, 41.0, 1, importance) == (10, 11, 10, 10)
+    assert apportion(ideal, [Steps(20)] * 4, 42.0, importance) == (10, 11, 11, 10)
+    assert apportion(ideal, [Steps(20)] * 4, 41.0, importance) == (10, 11, 10, 10)
 
 
 def test_a_multiple_takes_the_nearest_width_first() -> None:
     ideal = torch.tensor([1020.0, 1040.0, 1012.0])
     importance = torch.tensor([1.0, 3.0, 2.0])
-    assert apportion(ideal, [1536] * 3, 3072.0, 128, importance) == (1024, 1024, 1024)
+    assert apportion(ideal, [Steps(1536, 128)] * 3, 3072.0, importance) == (1024, 1024, 1024)
 
 
 def test_uniform_keeps_the_same_fraction_everywhere() -> None:
-    assert allocate_widths(problem([100, 50, 100], 0.3), "uniform", 1) == (70, 35, 70)
+    assert allocate_widths(problem([100, 50, 100], 0.3), "uniform") == (70, 35, 70)
 
 
 def test_global_threshold_standardises_each_block() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0, 10.0], dtype=torch.float64)
     same = AllocationProblem(torch.ones(2), (scores, scores * 1000), 0.5)
-    assert allocate_widths(same, "global", 1) == (2, 2)
+    assert allocate_widths(same, "global") == (2, 2)
     spiked = AllocationProblem(torch.ones(2), (scores, torch.arange(4.0)), 0.5)
     assert (
         ALLOCATORS["global"].widths(spiked).tolist() == [1.0, 3.0]
-        or sum(allocate_widths(spiked, "global", 1)) == 4
+        or sum(allocate_widths(spiked, "global")) == 4
     )
 
 
@@ -189,13 +194,13 @@ def test_global_counts_are_those_of_the_sorted_standardised_scores() -> None:
     z = [(s - s.mean()) / s.std() for s in given_problem.scores]
     threshold = torch.cat(z).sort(descending=True).values[round(given_problem.budget) - 1]
     expected = [int((block >= threshold).sum()) for block in z]
-    assert list(allocate_widths(given_problem, "global", 1)) == expected
+    assert list(allocate_widths(given_problem, "global")) == expected
 
 
 def test_cfsp_allocation_does_not_change_with_the_amount_of_data() -> None:
     mean_angle = torch.tensor([0.5, 0.1, 0.1, 0.2], dtype=torch.float64)
     scores = tuple(torch.rand(1536) for _ in range(4))
-    widths = allocate_widths(AllocationProblem(mean_angle, scores, 0.3), "cfsp", 1)
+    widths = allocate_widths(AllocationProblem(mean_angle, scores, 0.3), "cfsp")
     expected = cfsp_keep_fractions(mean_angle * 131072, 0.3) * 1536
     assert all(abs(w - e) <= 1 for w, e in zip(widths, expected.tolist(), strict=True))
     assert sum(widths) == round(0.7 * 4 * 1536)
@@ -213,11 +218,14 @@ def test_a_budget_that_no_width_meets_is_refused(
     sparsity: float, multiple: int, message: str
 ) -> None:
     with pytest.raises(CfspError, match=message):
-        allocate_widths(problem([48] * 4, sparsity), "uniform", multiple)
+        allocate_widths(problem([48] * 4, sparsity, multiple=multiple), "uniform")
 
 
 def test_equal_widths_are_one_fraction_of_every_size() -> None:
-    assert equal_widths([1536] * 3, 0.3, 128) == (1024,) * 3
-    assert equal_widths([2048, 18432, 4096], 0.3, 128) == (1408, 9 * 1408, 2 * 1408)
-    assert equal_widths([100, 150], 0.99, 8) == (8, 8)
-    assert equal_widths([100, 150], 0.0, 8) == (96, 144)
+    def steps(sizes: list[int], multiple: int) -> list[Steps]:
+        return [Steps(size, multiple) for size in sizes]
+
+    assert equal_widths(steps([1536] * 3, 128), 0.3) == (1024,) * 3
+    assert equal_widths(steps([2048, 18432, 4096], 128), 0.3) == (1408, 9 * 1408, 2 * 1408)
+    assert equal_widths(steps([100, 150], 8), 0.99) == (8, 8)
+    assert equal_widths(steps([100, 150], 8), 0.0) == (96, 144)

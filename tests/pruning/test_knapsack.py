@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cfsp.apportion import Steps
 from cfsp.calibration.curves import ErrorCurve, curve_widths, hidden_energy, of_experts, weighted
 from cfsp.errors import CfspError
+from cfsp.models.parts.channels import Units
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.knapsack import least_error_choices
 
@@ -21,10 +23,13 @@ def convex_curve(size: int, steepness: float, energy: float = 1.0) -> ErrorCurve
     return ErrorCurve(widths, energy * (1 - widths.double() / size) ** steepness)
 
 
-def problem(curves: list[ErrorCurve], sparsity: float) -> AllocationProblem:
+def problem(curves: list[ErrorCurve], sparsity: float, multiple: int = 1) -> AllocationProblem:
     sizes = [int(curve.widths[-1]) for curve in curves]
     scores = tuple(torch.zeros(size) for size in sizes)
-    return AllocationProblem(torch.ones(len(sizes)), scores, sparsity, curves=tuple(curves))
+    steps = tuple(Steps(size, multiple) for size in sizes)
+    return AllocationProblem(
+        torch.ones(len(sizes)), scores, sparsity, steps=steps, curves=tuple(curves)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -69,7 +74,7 @@ def test_costs_without_a_divisor_are_rounded_up() -> None:
 def test_a_large_model_is_allocated_within_seconds() -> None:
     curves = [convex_curve(28672, 1 + block % 7) for block in range(80)]
     started = time.perf_counter()
-    widths = allocate_widths(problem(curves, 0.3), "knapsack", 128)
+    widths = allocate_widths(problem(curves, 0.3, 128), "knapsack")
     assert time.perf_counter() - started < 5
     assert abs(sum(widths) - 0.7 * 80 * 28672) <= 64
 
@@ -77,7 +82,7 @@ def test_a_large_model_is_allocated_within_seconds() -> None:
 @pytest.mark.parametrize("multiple", [4, 8, 32])
 def test_widths_are_those_of_least_error_on_the_grid(multiple: int) -> None:
     curves = [convex_curve(64, p, e) for p, e in ((1, 1.0), (2, 3.0), (6, 0.5))]
-    widths = allocate_widths(problem(curves, 0.5), "knapsack", multiple)
+    widths = allocate_widths(problem(curves, 0.5, multiple), "knapsack")
 
     def error(choice: tuple[int, ...]) -> float:
         return sum(
@@ -100,7 +105,7 @@ def test_a_larger_budget_raises_no_error(powers: list[float], sparsity: float) -
     curves = [convex_curve(128, power) for power in powers]
 
     def result(removed: float) -> tuple[float, int]:
-        widths = allocate_widths(problem(curves, removed), "knapsack", 2)
+        widths = allocate_widths(problem(curves, removed, 2), "knapsack")
         errors = [
             float(curve.at(torch.tensor([width]))[0])
             for curve, width in zip(curves, widths, strict=True)
@@ -116,12 +121,13 @@ def test_a_larger_budget_raises_no_error(powers: list[float], sparsity: float) -
 def test_dear_channels_and_experts_count_as_often_as_they_are() -> None:
     curves = [convex_curve(64, 2), convex_curve(64, 2)]
     scores = (torch.zeros(64), torch.zeros(256))
-    even = AllocationProblem(torch.ones(2), scores, 0.5, (1, 4), curves=tuple(curves))
-    single, expert = allocate_widths(even, "knapsack", 1)
+    units = (Units(64), Units(64, experts=4))
+    even = AllocationProblem(torch.ones(2), scores, 0.5, units, curves=tuple(curves))
+    single, expert = allocate_widths(even, "knapsack")
     assert single > expert
     assert abs(single + 4 * expert - 160) <= 2
     dear = replace(problem(curves, 0.5), costs=(3, 1))
-    first, second = allocate_widths(dear, "knapsack", 1)
+    first, second = allocate_widths(dear, "knapsack")
     assert first < second
     assert abs(3 * first + second - 128) <= 1
 
@@ -129,12 +135,12 @@ def test_dear_channels_and_experts_count_as_often_as_they_are() -> None:
 def test_without_curves_it_is_refused() -> None:
     bare = replace(problem([convex_curve(64, 1)], 0.5), curves=())
     with pytest.raises(CfspError, match="needs error curves"):
-        allocate_widths(bare, "knapsack", 1)
+        allocate_widths(bare, "knapsack")
 
 
 def test_a_multiple_wider_than_an_ffn_is_refused() -> None:
     with pytest.raises(CfspError, match="width_multiple 128 is more than the 64 channels"):
-        allocate_widths(problem([convex_curve(64, 1)], 0.5), "knapsack", 128)
+        allocate_widths(problem([convex_curve(64, 1)], 0.5, 128), "knapsack")
 
 
 def test_errors_are_scaled_as_asked() -> None:

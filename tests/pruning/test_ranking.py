@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cfsp
+from cfsp.apportion import Steps
 from cfsp.calibration.collect import DensePass, collect_statistics
 from cfsp.calibration.statistics import BlockStatistics, Statistics, statistics_fingerprint
 from cfsp.calibration.windows import calibration_windows
@@ -17,7 +18,7 @@ from cfsp.errors import CfspError
 from cfsp.evaluation.quality import perplexity
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import adopt
-from cfsp.models.parts.channels import PartWeights
+from cfsp.models.parts.channels import PartWeights, Units
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
 from cfsp.pruning.plan import BlockPlan, make_plan, select_channels
@@ -210,10 +211,15 @@ def test_experts_of_an_ffn_get_one_width_by_their_summed_errors() -> None:
     assert [len(scores) for scores in ranking.scores] == [3 * 48] * 2
     assert [int(curve.widths[-1]) for curve in ranking.curves] == [48] * 2
     problem = AllocationProblem(
-        torch.ones(2), ranking.scores, 0.3, (3, 3), curves=scaled_curves(ranking, found, recipe)
+        torch.ones(2),
+        ranking.scores,
+        0.3,
+        (Units(48, experts=3),) * 2,
+        steps=(Steps(48, 8),) * 2,
+        curves=scaled_curves(ranking, found, recipe),
     )
     plan = make_plan(found, weights_of(model), recipe)
-    assert plan.blocks[0].kept[0].shape == (3, allocate_widths(problem, "knapsack", 8)[0])
+    assert plan.blocks[0].kept[0].shape == (3, allocate_widths(problem, "knapsack")[0])
 
 
 def test_a_streamed_run_gives_the_plan_and_the_bytes_of_one_in_memory(
