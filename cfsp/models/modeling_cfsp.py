@@ -17,7 +17,8 @@ In ``config.json``, of a multimodal model in its ``text_config``, are
   parameter of a block whose shape differs, the name of a width or number of heads, the dimension,
   its size for one of these, and what is added to it; ``added_bias``, down projections with a bias
   that the family lacks; ``attention`` and ``mlp``, the paths of these in a block; ``heads``, the
-  names of the numbers of heads, and of those with keys, perhaps null.
+  names of the numbers of heads, and of those with keys: null where all have some, 1 where one
+  serves all.
 """
 
 from contextlib import contextmanager
@@ -158,7 +159,7 @@ def resize_blocks(decoder, config):
                 set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
                 set_width(block, name, count)
         if has_heads:
-            count, keys = (getattr(own, name) if name else None for name in heads)
+            count, keys = (getattr(own, n) if isinstance(n, str) else n for n in heads)
             set_heads(block.get_submodule(settings["attention"]), count, keys or count)
         for path in settings["added_bias"]:
             if f"{path}.weight" in parameters:

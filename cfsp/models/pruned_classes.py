@@ -152,9 +152,10 @@ def _own_heads(model: PreTrainedModel, layout: Layout, sizes: dict[str, int]) ->
 
 def _head_dim(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
     """The size of a head where numbers of heads may change, which it follows from otherwise."""
-    follows = isinstance(getattr(type(model.config.get_text_config()), "head_dim", None), property)
-    known = layout.attention is not None and not follows
-    return {"head_dim": layout.attention.head_size} if known else {}
+    own = getattr(type(model.config.get_text_config()), "head_dim", None)
+    if layout.attention is None or isinstance(own, property):
+        return {}
+    return {"head_dim": layout.attention.head_size}
 
 
 def _values(config: Any, **changed: Any) -> dict[str, Any]:
@@ -181,7 +182,9 @@ def _description(model: PreTrainedModel, layout: Layout, added: Set[str]) -> dic
             if name in present:
                 fixed = [axis.fixed] if axis.fixed else []
                 sizes[name] = [part.count_name, axis.dimension, sum(axis.sections), *fixed]
-    heads = [attention.heads_name, attention.keys_name] if attention else before.get("heads")
+    heads = before.get("heads")
+    if attention is not None:
+        heads = [attention.heads_name, attention.keys_name if attention.keys else 1]
     skipped = {kind: path for block in blocks for kind, path in skipped_parts(block).items()}
     paths = {"attention": attention.path} if attention else {}
     return {
