@@ -212,9 +212,9 @@ def _trial_block(block: nn.Module, attention: Attention) -> nn.Module:
     trial, generator = nn.Module(), torch.Generator().manual_seed(1)
     trial.add_module(attention.path, on_meta(block.get_submodule(attention.path)).eval())
     for name, old in list(trial.named_parameters()):
-        shape, axis = list(old.shape), attention.channels.get(name)
-        if axis is not None and old.dim() == 2 and not _is_norm(trial, name):
-            shape[1 - axis.dimension] = TRIAL_SIZE
+        shape, is_down = list(old.shape), name == f"{attention.down}.weight"
+        if old.dim() == 2 and not _is_norm(trial, name):
+            shape[is_down == attention.is_transposed] = TRIAL_SIZE
         elif name == f"{attention.down}.bias":
             shape[0] = TRIAL_SIZE
         scale = TRIAL_SIZE**-0.5 if len(shape) > 1 else 1.0

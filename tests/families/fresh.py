@@ -28,7 +28,8 @@ def said(model: torch.nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "logits": logits, "tokens": generated}
 
 
-def main() -> None:
+def main(*, again: bool = False) -> None:
+    """``again``: save each once more, FOLDER-again, and say what that one answers too."""
     sys.meta_path.insert(0, Refuse())
     import transformers
 
@@ -41,6 +42,12 @@ def main() -> None:
             if made_up := {what: sorted(keys) for what, keys in info.items() if keys}:
                 raise ValueError(f"{made_up}")
             answer = said(model.eval())
+            if again:
+                model.save_pretrained(f"{folder}-again")
+                torch.save(
+                    said(kind.from_pretrained(f"{folder}-again", trust_remote_code=True).eval()),
+                    f"{folder}-again.answer",
+                )
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         torch.save(answer, f"{folder}.answer")
