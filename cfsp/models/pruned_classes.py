@@ -31,7 +31,7 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
     its family where they build exactly these parameters, else those of ``modeling_cfsp``."""
     blocks = layout.find_blocks(model)
     sizes = [block_sizes(layout, block) for block in blocks]
-    rest = _family_layers(model.config, sizes)
+    rest = _layers(model.config, {"skip", *_largest(sizes)})
     skipped = [skipped_parts(block) for block in blocks]
     stock = stock_model(model, layout, sizes, cfsp_config=summary)
     config, stock_type = stock.config, type(stock.config)
@@ -105,7 +105,8 @@ def stock_model(
     ``more``: values of the config."""
     stock_type = CONFIG_MAPPING[model.config.model_type.removeprefix(PRUNED_PREFIX)]
     default = type(model.config.get_text_config())()
-    layers, largest = _family_layers(model.config, sizes) or None, _largest(sizes)
+    largest = _largest(sizes)
+    layers = _layers(model.config, largest.keys() | _pruned_names(model.config)) or None
 
     def built(sizes: dict[str, int]) -> PreTrainedModel:
         # A width that the family has no value for follows from others there.
@@ -129,10 +130,15 @@ def _parts(config: Any) -> list[Any]:
     return [config, *(part for part in parts if part is not None)]
 
 
-def _family_layers(config: Any, sizes: Sequence[dict[str, int]]) -> dict[int, dict[str, Any]]:
-    """In what else than these sizes a family has blocks differ, by the number of the block."""
+def _pruned_names(config: Any) -> set[str]:
+    """In what the blocks of a pruned model may differ that those of its family do not."""
+    settings = getattr(config.get_text_config(), "cfsp_config", None) or {}
+    return {"skip", *settings.get("heads", ()), *(n for n, *_ in sizes_of(settings).values())}
+
+
+def _layers(config: Any, names: Set[str]) -> dict[int, dict[str, Any]]:
+    """In what else than these values blocks differ, by the number of the block."""
     layers = config.get_text_config().to_dict().get("per_layer_config") or {}
-    names = _largest(sizes)
     found = {int(n): {k: v for k, v in own.items() if k not in names} for n, own in layers.items()}
     return {number: own for number, own in found.items() if own}
 

@@ -143,14 +143,14 @@ def is_masked_equal(model: PreTrainedModel, layout: Layout, result: cfsp.PruneRe
     whole = model(input_ids=TOKENS, use_cache=False).logits
     blocks = layout.find_blocks(model)
     for block, plan in zip(blocks, result.plan.blocks, strict=True):
-        for ffn, kept in zip(layout.block_parts(block), plan.kept, strict=True):
+        for ffn, kept, units in zip(layout.block_parts(block), plan.kept, plan.units, strict=True):
             (down,) = (name for name in ffn.weight_names if name.startswith(ffn.down))
             parameter = block.get_parameter(down)
             experts = parameter if parameter.dim() == 3 else parameter[None]
             dimension = ffn.channels[down].dimension - (parameter.dim() == 3)
-            for expert, channels in zip(experts, kept, strict=True):
+            for expert, own in zip(experts, kept, strict=True):
                 gone = torch.ones(expert.shape[dimension], dtype=torch.bool)
-                gone[channels] = False
+                gone[units.columns_of(own)] = False
                 expert.index_fill_(dimension, gone.nonzero()[:, 0], 0)
     masked = model(input_ids=TOKENS, use_cache=False).logits
     pruned = result.model(input_ids=TOKENS, use_cache=False).logits

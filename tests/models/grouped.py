@@ -39,8 +39,8 @@ FOUR = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 WIDE, WIDE_EXPERTS = {**FFN, **FOUR}, {**EXPERTS, **FOUR}
 LINEAR = alternating("linear_attention", "full_attention")
 ALIKE = """llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text vaultgemma
-    granite smollm3 cohere2 helium ernie4_5 glm4 starcoder2 hunyuan_v1_dense exaone4 seed_oss phi3 stablelm
-    gpt_neox nemotron internlm3"""
+    granite smollm3 cohere2 helium ernie4_5 glm4 starcoder2 hunyuan_v1_dense exaone4 seed_oss phi3
+    stablelm gpt_neox nemotron internlm3"""
 CASES: dict[str, Family] = dict(
     (
         *(family("", name, WIDE) for name in ALIKE.split()),

@@ -1,4 +1,4 @@
-"""Channels and KV groups pruned together: the masked model, the bytes of both ways, and once more."""
+"""Channels and KV groups in one plan: the masked model, the bytes of both ways, and once more."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ CHOSEN = (
     "qwen3_moe",
     "mixtral",
     "gpt_oss",
-    "qwen3_next",
+    "qwen3_5_text",
     "nemotron_h",
 )
 
@@ -49,7 +49,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pruned]:
     root = tmp_path_factory.mktemp("units")
 
     @cache
-    def prune(case: str, dtype: torch.dtype = torch.float32) -> Pruned:
+    def prune(case: str, dtype: torch.dtype) -> Pruned:
         dense = root / f"{case}-{dtype}"
         make(case).to(dtype).save_pretrained(dense)
         make_tokenizer().save_pretrained(dense)
@@ -70,7 +70,7 @@ def kept_groups(result: cfsp.PruneResult) -> list[int]:
 
 @pytest.mark.parametrize("case", CHOSEN)
 def test_what_stays_is_the_masked_model(case: str, pruned: Callable[..., Pruned]) -> None:
-    result = pruned(case).in_memory
+    result = pruned(case, torch.float32).in_memory
     counts = kept_groups(result)
     dense = make(case)
     layout = with_attention(dense, checked_layout(dense))
@@ -106,7 +106,7 @@ def test_from_disk_to_disk_gives_the_bytes_of_memory(
 def test_what_was_pruned_by_groups_is_pruned_again(
     case: str, units: str, pruned: Callable[..., Pruned], tmp_path: Path
 ) -> None:
-    first = pruned(case).streamed
+    first = pruned(case, torch.float32).streamed
     recipe = replace(GROUPS, units=units, sparsity=0.2)
     disk = cfsp.prune(first.out, None, recipe, tmp_path / "disk", **OPTIONS)
     live = cfsp.load(first.out)
