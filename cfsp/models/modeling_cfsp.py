@@ -206,6 +206,15 @@ class PerBlockSizes:
         """False: the family's own code initialises it, buffers that no file holds among them."""
         return False
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """As of the family's class: transformers looks for its attention in the class's file."""
+        return cls.__bases__[-1]._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls.__bases__[-1]._can_set_experts_implementation()
+
     def __init__(self, config, *args, **kwargs):
         text = config.get_text_config()
         text.allow_global_per_layer_attribute_access = True

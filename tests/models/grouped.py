@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from cfsp.checkpoints.folder import write_model
 from cfsp.models.blocks import LiveBlocks
@@ -43,7 +43,7 @@ ALIKE = """llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_te
     stablelm gpt_neox nemotron internlm3"""
 CASES: dict[str, Family] = dict(
     (
-        *(family("", name, WIDE) for name in ALIKE.split()),
+        *(family("", name, WIDE) for name in ALIKE.split() if name in CONFIG_MAPPING),
         family("", "cohere", WIDE, use_qk_norm=True),
         family("", "opt", WIDE, ffn_dim=48, word_embed_proj_dim=64),
         family("", "gpt2", WIDE, n_inner=48),

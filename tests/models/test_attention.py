@@ -66,6 +66,7 @@ def test_other_groups_in_every_block_equal_the_masked_model(
     for kind in ("sdpa", "eager")[not expected._supports_sdpa :]:
         for model in (small, expected):
             model.set_attn_implementation(kind)
+        assert small.config._attn_implementation == expected.config._attn_implementation
         of_masked = logits(expected)
         assert torch.allclose(logits(small), of_masked, rtol=1e-5, atol=2e-5), kind
         assert not torch.allclose(whole, of_masked, atol=1e-2)
