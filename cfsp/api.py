@@ -65,7 +65,12 @@ def calibrate(
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
     opened = open_any(
-        model, tokenizer, recipe.dtype, ranks.device(device), attention=recipe.cuts_attention
+        model,
+        tokenizer,
+        recipe.dtype,
+        ranks.device(device),
+        attention=recipe.cuts_attention,
+        experts=recipe.experts,
     )
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     request = Request(recipe, len(windows), prunes=False, ranks=ranks.size)
@@ -133,7 +138,9 @@ def plan(
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        opened = open_any(weights, tokenizer, attention=recipe.cuts_attention)
+        opened = open_any(
+            weights, tokenizer, attention=recipe.cuts_attention, experts=recipe.experts
+        )
         return plan_model(opened, statistics, recipe, progress=progress)
     return make_plan(statistics, weights, recipe, progress=progress)
 
@@ -223,6 +230,7 @@ def prune(
             ranks.device(device),
             whole=whole,
             attention=recipe.cuts_attention,
+            experts=recipe.experts,
         )
         wanted = recipe.model_budget if plan is None else None
         table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))

@@ -58,10 +58,12 @@ class _BlockCollector:
     ) -> None:
         self.units, self.split, self.ranks = units, split, ranks
         self.advance = advance
-        sizes = sizes_of(units)
-        self.zeros = torch.zeros(2, sum(sizes), dtype=torch.float64, device=device)
+        sizes, outputs = sizes_of(units), [2 * own.experts for own in units if own.experts > 1]
+        self.columns = [*(own.total for own in units), *outputs]
+        self.zeros = torch.zeros(2, sum(self.columns), dtype=torch.float64, device=device)
         self.sums: dict[int, torch.Tensor] = defaultdict(self.zeros.clone)
-        """[2, F] fp64 of each micro-batch, on the first rank of all: sum and sum of squares."""
+        """[2, F] fp64 of each micro-batch, on the first rank of all: sum and sum of squares, at the
+        end those of the outputs of experts."""
         self.tokens = torch.zeros(len(sizes), dtype=torch.int64, device=device)
         """Tokens so far of each FFN, and of each expert of those that have some."""
         self.influences = torch.zeros(
@@ -77,10 +79,11 @@ class _BlockCollector:
         tokens = self.tokens.split([own.experts for own in self.units])
         return [_Observer(self, ffn, own) for ffn, own in enumerate(tokens)]
 
-    def totals(self, ffn: int) -> torch.Tensor:
-        """[2, F of the FFN], the sums that the running micro-batch adds to."""
+    def totals(self) -> Sequence[torch.Tensor]:
+        """[2, F of the FFN], the sums that the running micro-batch adds to, then [2, 2 * E] of the
+        experts."""
         sums = self.sums[0 if self.ranks.first else self.seen]
-        return sums.split([own.total for own in self.units], dim=1)[ffn]
+        return sums.split(self.columns, dim=1)
 
     def add_states(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """A micro-batch is through, with these hidden states [b, S, D] around the block."""
@@ -100,7 +103,8 @@ class _BlockCollector:
                 f"block {number} gave NaN or infinite activations in calibration {where}: "
                 "check the weights of this block, or use another dtype"
             )
-        sums = ranks.ordered_sum(list(self.sums.values()), self.zeros).cpu()
+        every = ranks.ordered_sum(list(self.sums.values()), self.zeros).cpu()
+        sums, outputs = every.tensor_split([sum(own.total for own in self.units)], dim=1)
         tokens = ranks.ordered_sum([self.tokens], self.tokens)
         if self.units and not tokens.any():
             raise CfspError(f"block {number} ran without its FFN: it is not called as a module")
@@ -110,6 +114,8 @@ class _BlockCollector:
             sum=sums[0].clone(),
             sum_of_squares=sums[1].clone(),
             influence=influences.sum(0),
+            expert_energy=outputs[1, ::2].clone(),
+            expert_gated=outputs[0, 1::2].clone(),
             units=self.units,
             expert_tokens=tuple(tokens.tolist()),
             grams=self.grams.result() if self.grams is not None else (),
@@ -126,7 +132,12 @@ class _Observer:
     """[E] int64, those of every expert so far."""
 
     def totals(self) -> torch.Tensor:
-        return self.block.totals(self.ffn)
+        return self.block.totals()[self.ffn]
+
+    def outputs(self) -> torch.Tensor:
+        units = self.block.units
+        before = sum(own.experts > 1 for own in units[: self.ffn])
+        return self.block.totals()[len(units) + before]
 
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         rows = x.flatten(0, -2)

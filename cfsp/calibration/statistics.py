@@ -20,6 +20,7 @@ from ..models.parts.channels import Units, sizes_of
 from .curves import Ranking, ranking_of
 from .grams import Gram
 from .statistics_header import (
+    EXPERT_SUMS,
     FORMAT,
     INFLUENCE_METRICS,
     SUMS,
@@ -47,6 +48,11 @@ class BlockStatistics:
     there are columns."""
     expert_tokens: tuple[int, ...] = ()
     """Tokens that each part saw, and each expert of those that have some; () where all saw all."""
+    expert_energy: torch.Tensor = torch.empty(0, dtype=torch.float64)  # noqa: RUF009 - not changed
+    """[E], of every expert of a part that has several: sum over its tokens of the squared norm of
+    its output."""
+    expert_gated: torch.Tensor = torch.empty(0, dtype=torch.float64)  # noqa: RUF009 - not changed
+    """[E], sum over its tokens of the norm of its output times the token's share."""
     grams: tuple[Gram, ...] = ()
     """Gram matrices of each part, and of each expert of those that have some, on the device, while
     their block is at work; () otherwise."""
@@ -54,6 +60,10 @@ class BlockStatistics:
     def __post_init__(self) -> None:
         if not self.units and len(self.sum):
             object.__setattr__(self, "units", (Units(len(self.sum)),))
+        routed = sum(own.experts for own in self.units if own.experts > 1)
+        for name in EXPERT_SUMS if routed else ():
+            if not len(getattr(self, name)):  # not known
+                object.__setattr__(self, name, torch.zeros(routed, dtype=torch.float64))
 
     @property
     def gram(self) -> Gram | None:
@@ -149,7 +159,8 @@ def _header(statistics: Statistics) -> dict[str, Any]:
 def _tensors(statistics: Statistics) -> dict[str, torch.Tensor]:
     tensors = {}
     for number, block in enumerate(statistics.blocks):
-        tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in SUMS})
+        names = (*SUMS, *(EXPERT_SUMS if len(block.expert_energy) else ()))
+        tensors.update({f"block.{number:04d}.{name}": getattr(block, name) for name in names})
     for number, ranking in enumerate(statistics.rankings):
         tensors.update({f"ranking.{number:04d}.{k}": t for k, t in ranking.tensors().items()})
     return tensors
@@ -202,7 +213,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
 def _block(
     header: StatisticsHeader, number: int, tensors: Mapping[str, torch.Tensor]
 ) -> BlockStatistics:
-    total, squares, influence = (tensors[f"block.{number:04d}.{name}"] for name in SUMS)
+    prefix, none = f"block.{number:04d}.", torch.empty(0, dtype=torch.float64)
+    total, squares, influence = (tensors[prefix + name] for name in SUMS)
+    energy, gated = (tensors.get(prefix + name, none) for name in EXPERT_SUMS)
     return BlockStatistics(
         header.tokens[number],
         header.windows[number],
@@ -211,6 +224,8 @@ def _block(
         influence,
         tuple(Units(*own) for own in header.units[number]),
         header.expert_tokens[number],
+        expert_energy=energy,
+        expert_gated=gated,
     )
 
 

@@ -17,7 +17,8 @@ from .windows import Calibration
 FORMAT = "cfsp-statistics-5"
 INFLUENCE_METRICS = ("angular", "cosine", "mse", "mae")
 SUMS = ("sum", "sum_of_squares", "influence")
-"""The tensors of a block in the statistics file."""
+EXPERT_SUMS = ("expert_energy", "expert_gated")
+"""The tensors of a block in the statistics file; the latter where it has experts."""
 MAX_CHANNELS = 1 << 27
 """Of a block; a model of a trillion parameters has 48 million in all."""
 Whole = Annotated[int, Bound("1 or more", lambda value: value >= 1)]
@@ -111,6 +112,9 @@ def _expected(
         sizes, bounds = (channels, channels, len(INFLUENCE_METRICS)), (FINITE, SQUARES, FINITE)
         for name, size, bound in zip(SUMS, sizes, bounds, strict=True):
             yield f"block.{number:04d}.{name}", torch.float64, size, bound
+        routed = sum(experts for _, experts, _ in units if experts > 1)
+        for name in EXPERT_SUMS if routed else ():
+            yield f"block.{number:04d}.{name}", torch.float64, routed, SQUARES
     parts = [own for units in header.units for own in units]
     for number in range(len(header.rankings)):
         prefix = f"ranking.{number:04d}."

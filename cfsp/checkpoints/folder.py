@@ -99,6 +99,10 @@ def write_settings(opened: OpenModel, folder: Path) -> None:
         classes = {"AutoConfig": stock, **modeling_cfsp.family_classes(stock)}
         module = f"{MODELING_FILE.stem}.{modeling_cfsp.PREFIX}"
         config["auto_map"] = {auto: module + kind.__name__ for auto, kind in classes.items()}
+    if (fewer := opened.layout.fewer_experts) is not None:  # older readers know it as these
+        text = config.get("text_config", config)
+        names = type(model.config.get_text_config()).attribute_map.items()
+        text.update({alias: fewer.count for alias, name in names if name == fewer.name})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_companions(opened, folder)
 

@@ -54,6 +54,7 @@ def _planned(arguments: argparse.Namespace, recipe: Recipe) -> PruningPlan:
         arguments.device,
         whole=recipe.searches,
         attention=recipe.cuts_attention,
+        experts=recipe.experts,
     )
     check_statistics(statistics, opened.blocks)
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)

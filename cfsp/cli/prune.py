@@ -21,9 +21,9 @@ EXAMPLES = """\
 cfsp prune HuggingFaceTB/SmolLM2-135M --out pruned --sparsity 0.3
 cfsp prune meta-llama/Llama-3.1-8B --budget params=6B --dry-run --hardware h100
 """
-AMOUNT = ("units", "width_multiple", "group_multiple", "uniform")
+AMOUNT = ("units", "experts", "width_multiple", "group_multiple", "uniform")
 METHOD = (
-    *("scorer", "allocator", "compensation"),
+    *("scorer", "allocator", "compensation", "expert_score"),
     *("importance", "error_scale", "importance_exponent"),
 )
 FIT = ("damping", "width_windows", "sequential", "epochs", "learning_rate")
@@ -79,9 +79,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         options.refuse(arguments, fixed, "--statistics fixes the calibration; drop {}")
     calibration = options.given(arguments, CALIBRATION_OPTIONS)
     choices = options.given(arguments, RECIPE_OPTIONS)
+    if not path:  # a default of its own beside what else is asked for
+        choices.setdefault("sparsity", Recipe.sparsity)
     if "budget" in choices:  # what the file says of the other gives way
         choices["sparsity"] = Recipe.sparsity
-    elif "sparsity" in choices:
+    elif choices.get("sparsity") is not None:
         choices["budget"] = None
     choices["calibration"] = dataclasses.replace(recipe.calibration, **calibration)
     return dataclasses.replace(recipe, **choices)

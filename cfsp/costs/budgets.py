@@ -12,7 +12,7 @@ from ..models.pruned_classes import stock_model
 from ..models.tensors import parameter_shapes
 from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
-from ..pruning.compaction import planned_tensors
+from ..pruning.compaction import left_tensors, planned_tensors
 from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import BlockPlan, PruningPlan
 from ..pruning.recipe import Recipe
@@ -60,15 +60,18 @@ def steps_of(described: Description, recipe: Recipe) -> tuple[Steps, ...]:
 def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
     """What a recipe's sparsity or budget comes to in the units of a model. A sparsity is of the
     number of channels where there are no others, else of the parameters of those that may go."""
-    costs = model_costs(described, described.parameters)
+    dense = model_costs(described, described.parameters)
+    costs = model_costs(described, left_tensors(described.parameters, described.parts))
     budget, steps = recipe.model_budget, steps_of(described, recipe)
     if budget is None:
-        if not recipe.adds_kinds:
-            return ChannelBudget(recipe.sparsity, tuple(x.units.experts for x in described.parts))
+        if not (recipe.adds_kinds and recipe.cuts_channels):
+            return ChannelBudget(recipe.sparsity, tuple(x.experts for x in described.parts))
         per_unit = _unit_costs(described, costs, "params")
         pairs = [pair for pair in zip(steps, per_unit, strict=True) if not pair[0].is_fixed]
         share = total_cost(*zip(*pairs, strict=True)) / total_cost(steps, per_unit)
         return ChannelBudget(recipe.sparsity * share, per_unit)
+    if budget.kind == "latency" and recipe.experts is not None:
+        raise CfspError(f"{recipe.budget}: latency is measured with all experts: drop `experts`")
     if budget.kind == "latency":
         if table is None:
             text = f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
@@ -79,10 +82,11 @@ def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) 
         )
     per_unit = _unit_costs(described, costs, budget.kind)
     if budget.kind == "params":
-        added = _added_parameters(described, recipe)
-        return channel_budget(budget, costs.parameters, steps, per_unit, added)
+        added = _added_parameters(described, recipe) + costs.parameters - dense.parameters
+        return channel_budget(budget, dense.parameters, steps, per_unit, added)
     check_seqlen(described.model, budget.length)
-    return channel_budget(budget, costs.flops(budget.length), steps, per_unit)
+    total, left = dense.flops(budget.length), costs.flops(budget.length)
+    return channel_budget(budget, total, steps, per_unit, left - total)
 
 
 def even_plan(
@@ -103,9 +107,11 @@ def even_plan(
 
     widths = iter(budget.widths(widths_at, steps, equal=recipe.uniform))
     plans = []
-    for block in described.units:
-        kept = tuple(torch.arange(next(widths)).expand(g.experts, -1) for g in block)
-        plans.append(BlockPlan(kept, 0.0, block))
+    for number, block in enumerate(described.units):
+        own = [placed for placed in described.parts if placed.block == number]
+        kept = tuple(torch.arange(next(widths)).expand(placed.experts, -1) for placed in own)
+        cut = [torch.arange(placed.experts) for placed in own if placed.fewer is not None]
+        plans.append(BlockPlan(kept, 0.0, block, experts=next(iter(cut), None)))
     plan = PruningPlan(tuple(plans), "", recipe)
     check_met(described, plan, table)
     return plan

@@ -241,7 +241,11 @@ def estimate(
     check_whole("eval_windows", eval_windows)
     budget = parse_memory(max_memory)
     described = describe(
-        model, recipe.dtype, whole=recipe.searches, attention=recipe.cuts_attention
+        model,
+        recipe.dtype,
+        whole=recipe.searches,
+        attention=recipe.cuts_attention,
+        experts=recipe.experts,
     )
     skeleton, layout = described.model, described.layout
     if layout is None and recipe.budget is not None:

@@ -14,9 +14,9 @@ from ..errors import CfspError, reason
 from ..io.safetensors import TensorInfo, Tensors
 from ..models.descriptions import Description
 from ..models.layouts import Layout
+from ..models.parts.expert_removal import TOP_K
 
 ATTENTION = ("attn", "attention")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
 COMPOSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 """Activations made of several operations, each with a result of its own."""
 FP32 = 4

@@ -18,6 +18,8 @@ class Footprint:
 
     channels: int
     """Channels of all FFNs and experts."""
+    experts: int
+    """Routed experts of all blocks."""
     parameters: int
     """Parameters, tied ones once."""
     flops: float
@@ -43,8 +45,10 @@ class Footprints:
         """(title, before, after with what is left of it) for tables."""
         shape = f"{self.batch} x {self.length} tokens"
         before, after = self.before, self.after
+        fewer = before.experts > after.experts
         rows = [
             _row("FFN channels", before.channels, after.channels, "{:,}"),
+            *([_row("experts", before.experts, after.experts, "{:,}")] if fewer else []),
             _row("parameters", before.parameters, after.parameters, "{:,}"),
             _row(f"FLOPs, {shape}", before.flops, after.flops, "{:.4g}"),
         ]
@@ -67,15 +71,19 @@ def footprints(
     shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
 
-    def footprint(channels: int, held: Tensors, seconds: float | None) -> Footprint:
+    def footprint(channels: int, experts: int, held: Tensors, seconds: float | None) -> Footprint:
         costs = model_costs(described, held)
         flops = costs.flops(length) * batch * length
-        return Footprint(channels, costs.parameters, flops, seconds)
+        return Footprint(channels, experts, costs.parameters, flops, seconds)
 
     dense = described.parameters
     pruned = planned_tensors(dense, described.parts, plan)
     channels = sum(block.intermediate_size for block in plan.blocks)
     widths = [width for block in plan.blocks for width in block.counts]
-    before = footprint(channels, dense, table.dense_seconds if table else None)
-    after = footprint(sum(plan.widths), pruned, table.predicted(widths) if table else None)
+    routed = [placed for placed in described.parts if placed.units.experts > 1]
+    experts = [sum(own.units.experts for own in routed), sum(own.experts for own in routed)]
+    # A table is of all experts.
+    seconds = table.predicted(widths) if table and plan.recipe.experts is None else None
+    before = footprint(channels, experts[0], dense, table.dense_seconds if table else None)
+    after = footprint(sum(plan.widths), experts[1], pruned, seconds)
     return Footprints(before, after, batch, length)

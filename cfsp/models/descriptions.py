@@ -14,10 +14,13 @@ from ..io.safetensors import TensorInfo, Tensors
 from ..weights.schemes import bits_of, method_of
 from ..weights.sources import Source
 from .detected_attention import with_attention
+from .detected_removal import with_fewer_experts
 from .inspection import Inspected, check_folder_files, inspect
 from .layouts import Layout, text_decoder
 from .loading import folder_name, load_config, quiet_loading
 from .parts.channels import Units
+from .parts.expert_removal import FewerExperts
+from .parts.experts import ExpertsFFN
 from .parts.part import Part
 from .tensors import saved_tensors, tensor_infos
 from .trial import checked_layout
@@ -32,6 +35,17 @@ class PlacedPart:
     """What the names of the block's parameters begin with in the model."""
     part: Part
     units: Units
+    """Of the dense part."""
+
+    @property
+    def fewer(self) -> FewerExperts | None:
+        """Of a part some of whose experts stay."""
+        return self.part.fewer if isinstance(self.part, ExpertsFFN) else None
+
+    @property
+    def experts(self) -> int:
+        """How many stay."""
+        return self.fewer.count if self.fewer is not None else self.units.experts
 
 
 @dataclass(frozen=True)
@@ -105,11 +119,16 @@ class Description:
 
 
 def describe(
-    model: str | Path, dtype: str = "auto", *, whole: bool = False, attention: bool = False
+    model: str | Path,
+    dtype: str = "auto",
+    *,
+    whole: bool = False,
+    attention: bool = False,
+    experts: int | None = None,
 ) -> Description:
     """A hub id, folder, config file or GGUF file of any causal LM of transformers; ``whole``: it
-    will be loaded whole, whatever the checkpoint allows; ``attention``: KV groups are units too.
-    Raises CfspError for what no run accepts.
+    will be loaded whole, whatever the checkpoint allows; ``attention``: KV groups are units too;
+    ``experts``: how many stay in each block. Raises CfspError for what no run accepts.
     """
     path = Path(model)
     gguf = path.suffix == ".gguf" and not path.is_dir()
@@ -128,6 +147,8 @@ def describe(
         refusal = str(error)
     if layout is not None and attention:
         layout = with_attention(skeleton, layout)
+    if layout is not None and experts is not None:
+        layout = with_fewer_experts(skeleton, layout, experts)
     blocks = layout.blocks if layout is not None else block_path(skeleton)
     own = tensor_infos(saved_tensors(skeleton))
     if has_weights:

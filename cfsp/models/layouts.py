@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import CfspError
 from .parts.attention import Attention
 from .parts.channels import PartWeights, Units
+from .parts.expert_removal import FewerExperts
 from .parts.experts import ExpertsFFN
 from .parts.ffn import FFN
 from .parts.part import Part
@@ -72,6 +73,11 @@ class Layout:
                 "(quantised models and adapters: prune the plain model first)"
             )
         return found
+
+    @property
+    def fewer_experts(self) -> FewerExperts | None:
+        """What the routed experts of every block are cut to; None where they all stay."""
+        return next((ffn.fewer for ffn in self.ffns if isinstance(ffn, ExpertsFFN)), None)
 
     def units(self, block: nn.Module) -> tuple[Units, ...]:
         """The units of each part of a block, read from the shapes of its weights."""

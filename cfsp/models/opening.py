@@ -18,6 +18,7 @@ from ..weights.sources import Source
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description, Read
 from .detected_attention import with_attention
+from .detected_removal import with_fewer_experts
 from .inspection import check_config, check_folder_files, check_live, inspect
 from .layouts import Layout
 from .loading import (
@@ -78,10 +79,12 @@ def open_any(
     *,
     whole: bool = False,
     attention: bool = False,
+    experts: int | None = None,
 ) -> OpenModel:
     """A live model as it is; one given by name as by :func:`open_model`, but block by block where
     it can be and is not wanted ``whole``. ``tokenizer``: instead of the model's own; ``attention``:
-    KV groups are units too, CfspError where they cannot be."""
+    KV groups are units too; ``experts``: how many stay in each block; CfspError where they cannot.
+    """
     if isinstance(tokenizer, str | Path):
         raise CfspError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}")
     if isinstance(model, nn.Module):
@@ -89,12 +92,9 @@ def open_any(
     else:
         streamed = None if whole else open_streamed(model, dtype, device, tokenizer)
         opened = streamed or open_model(model, dtype, device, tokenizer)
-    return with_attention_units(opened) if attention else opened
-
-
-def with_attention_units(opened: OpenModel) -> OpenModel:
-    """The same model, whose KV groups are units too. Raises CfspError where they cannot be."""
-    layout = with_attention(opened.model, opened.layout)
+    layout = with_attention(opened.model, opened.layout) if attention else opened.layout
+    if experts is not None:
+        layout = with_fewer_experts(opened.model, layout, experts)
     return replace(opened, layout=layout, blocks=replace(opened.blocks, layout=layout))
 
 

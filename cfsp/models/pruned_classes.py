@@ -46,6 +46,7 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
                 model.config,
                 **_own_heads(model, layout, _largest(sizes)),
                 **_head_dim(model, layout),
+                **_experts(layout),
                 allow_global_per_layer_attribute_access=True,
                 per_layer_config={
                     number: {
@@ -75,6 +76,8 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
             module.config = successors[id(config)]
     model.__class__ = classes[0]
     model.base_model.__class__ = classes[1]
+    if layout.fewer_experts is not None and hasattr(model, "num_experts"):
+        model.num_experts = layout.fewer_experts.count
 
 
 def _family_of(stock: PreTrainedModel) -> type[PreTrainedConfig]:
@@ -111,7 +114,7 @@ def stock_model(
     def built(sizes: dict[str, int]) -> PreTrainedModel:
         # A width that the family has no value for follows from others there.
         known = {k: v if hasattr(default, k) else None for k, v in sizes.items()}
-        known |= _head_dim(model, layout)
+        known |= _head_dim(model, layout) | _experts(layout)
         values = _values(model.config, **known, per_layer_config=layers, **more)
         return make_skeleton(stock_type(**values), model.dtype)
 
@@ -122,6 +125,12 @@ def stock_model(
         if own == largest:
             raise
         return built(own)
+
+
+def _experts(layout: Layout) -> dict[str, int]:
+    """What the config says of experts, where only some of them stay."""
+    fewer = layout.fewer_experts
+    return {fewer.name: fewer.count} if fewer is not None else {}
 
 
 def _parts(config: Any) -> list[Any]:

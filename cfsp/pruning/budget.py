@@ -115,13 +115,14 @@ def channel_budget(
     total: float,
     steps: Sequence[Steps],
     costs: Sequence[int],
-    added: int = 0,
+    added: float = 0,
 ) -> ChannelBudget:
     """The fraction of the channels' cost that has to go, so that the whole model meets its budget;
     raises CfspError where no widths do.
 
     ``total``, of the dense model, and ``costs``, of one unit in all experts of every part, are in
-    one unit; ``steps`` are of one expert; ``added`` is what pruning adds: biases.
+    one unit; ``steps`` are of one expert; ``added`` is what else changes the total: biases that are
+    added, experts that go.
     """
     channels, multiple = total_cost(steps, costs), max(own.multiple for own in steps)
     fixed = total - channels + added

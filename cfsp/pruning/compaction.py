@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 from torch import nn
@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from ..calibration.grams import held_out_windows
 from ..calibration.statistics import BlockStatistics, Statistics, check_model
+from ..errors import CfspError
 from ..io.memory import Room
 from ..io.safetensors import TensorInfo, Tensors
 from ..models.blocks import Blocks
 from ..models.descriptions import PlacedPart
 from ..models.layouts import Layout
-from ..models.parts.channels import CutDown, Units, check_expert_width, sizes_of
+from ..models.parts.channels import CutDown, check_expert_width, sizes_of
+from ..models.parts.expert_removal import keep_experts_, with_fewer
 from .compensation import COMPENSATIONS, DownProjection, FitRecord
 from .plan import BlockPlan, PruningPlan
 from .recipe import Recipe
@@ -35,13 +37,29 @@ def check_plan(plan: PruningPlan, model: Blocks) -> None:
     has widths at which experts cannot run."""
     sizes, made_with = tuple(b.columns for b in plan.blocks), plan.model_fingerprint
     check_model("the plan is for", sizes, made_with, model)
+    asked = model.layout.fewer_experts
     for number, block in enumerate(plan.blocks):
         for kept in block.kept:
             check_expert_width(kept.shape[1], len(kept), f"plan, block {number}: width")
+        routed = any(own.experts > 1 for own in block.units)
+        wanted = asked.count if asked is not None and routed else None
+        found = len(block.experts) if block.experts is not None else None
+        if wanted != found:
+            raise CfspError(
+                f"plan, block {number}: keeps {found or 'all'} experts, its recipe's `experts` "
+                f"says {wanted or 'all'}"
+            )
+        if asked is not None and block.experts is not None:
+            own = torch.zeros(block.dense_experts).index_fill(0, block.experts, 1)
+            if not torch.equal(asked.choose(own), block.experts):
+                raise CfspError(
+                    f"plan, block {number}: its experts must be as many of each of "
+                    f"{asked.groups} groups"
+                )
 
 
 def warn_of_few_tokens(
-    blocks: Sequence[Sequence[Units]],
+    blocks: Sequence[BlockPlan],
     statistics: Statistics | None,
     windows: int,
     seqlen: int,
@@ -51,10 +69,11 @@ def warn_of_few_tokens(
     fitted, few, total = (windows - held_out_windows(windows)) * seqlen, [], 0
     for number, block in enumerate(blocks):
         known = statistics.blocks[number] if statistics is not None else None
-        sizes = sizes_of(block)
+        sizes = sizes_of(block.left_units)
         shares = [1.0] * len(sizes)
         if known is not None and known.expert_tokens:
-            shares = [tokens / known.tokens for tokens in known.expert_tokens]
+            left = chain.from_iterable(block.left(known.expert_tokens))
+            shares = [tokens / known.tokens for tokens in left]
         total += len(sizes)
         for size, share in zip(sizes, shares, strict=True):
             if (tokens := round(share * fitted)) < TOKENS_PER_CHANNEL * size:
@@ -86,24 +105,31 @@ def prune_block_(
 ) -> tuple[FitRecord, ...]:
     """Cut the parts of one block in place, into new memory or what ``room`` gives; the records are
     those of compensations that fit, one for each part and expert."""
-    known = iter(statistics.parts() if statistics is not None else repeat(None))
+    of_parts = plan.left(statistics.parts() if statistics is not None else repeat(None))
+    fewer = layout.fewer_experts
+    if plan.experts is not None and fewer is not None:
+        keep_experts_(block, fewer, plan.experts, room)
     records: list[FitRecord] = []
 
     def compensate(
-        columns: torch.Tensor, expert: int, weight: torch.Tensor, out: torch.Tensor | None
+        columns: torch.Tensor,
+        known: Sequence[BlockStatistics | None],
+        expert: int,
+        weight: torch.Tensor,
+        out: torch.Tensor | None,
     ) -> CutDown:
         stays = columns[expert].to(weight.device)
-        down = DownProjection(weight, stays, next(known), damping, out)
+        down = DownProjection(weight, stays, known[expert], damping, out)
         cut, record = COMPENSATIONS[compensation].cut(down)
         if record is not None:
             records.append(record)
         return cut
 
-    for part, kept, own in zip(layout.block_parts(block), plan.kept, plan.units, strict=True):
+    parts = layout.block_parts(block)
+    for part, kept, own, known in zip(parts, plan.kept, plan.units, of_parts, strict=True):
         if kept.shape[1]:
-            part.cut_(block, kept, partial(compensate, own.columns_of(kept)), room)
+            part.cut_(block, kept, partial(compensate, own.columns_of(kept), known), room)
         else:
-            next(known)
             part.remove_(block)
     return tuple(records)
 
@@ -146,6 +172,12 @@ def prune_model_(
     return tuple(records for _, _, records in cut)
 
 
+def left_tensors(tensors: Tensors, parts: Sequence[PlacedPart]) -> Tensors:
+    """``tensors`` of the dense model without the experts that are removed."""
+    cuts = [(placed.prefix, placed.fewer) for placed in parts if placed.fewer is not None]
+    return with_fewer(tensors, cuts)
+
+
 def planned_tensors(
     tensors: Tensors, parts: Sequence[PlacedPart], plan: PruningPlan
 ) -> dict[str, TensorInfo]:
@@ -155,6 +187,7 @@ def planned_tensors(
     cut: dict[str, tuple[int, int]] = {}  # dimension and its new size
     new: dict[str, str] = {}  # the bias that comes after a weight
     gone = []
+    left = left_tensors(tensors, parts)
     for placed, count in zip(parts, counts, strict=True):
         prefix, part = placed.prefix, placed.part
         for name, axis in part.channels.items():
@@ -164,7 +197,7 @@ def planned_tensors(
         elif adds_bias and part.down_bias is not None:
             new[f"{prefix}{part.down}.weight"] = prefix + part.down_bias
     found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
+    for name, info in left.items():
         if name.startswith(tuple(gone)):
             continue
         shape = list(info.shape)

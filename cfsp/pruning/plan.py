@@ -1,10 +1,11 @@
 """The pruning plan: which channels of which block stay. Small, printable, editable."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
+from typing import TypeVar
 
 import torch
 from rich.table import Table
@@ -20,6 +21,7 @@ from .ranking import Weights, rank, scaled_curves
 from .recipe import Recipe
 
 QUANTILES = 33
+T = TypeVar("T")
 WidthSearch = Callable[
     [Callable[[Sequence[int]], "PruningPlan"], tuple[int, ...], AllocationProblem], tuple[int, ...]
 ]
@@ -40,6 +42,8 @@ class BlockPlan:
     """Spread of the scores of all channels, see :func:`score_quantiles`."""
     error_curves: tuple[ErrorCurve, ...] = ()
     """Error of every part, with the recipe's compensation; () where the ranking had none."""
+    experts: torch.Tensor | None = None
+    """The routed experts that stay, [n] int64, ascending; None: all. ``kept`` has these alone."""
 
     @property
     def intermediate_size(self) -> int:
@@ -50,6 +54,26 @@ class BlockPlan:
     def columns(self) -> int:
         """Columns of all parts before pruning."""
         return sum(own.total for own in self.units)
+
+    @property
+    def dense_experts(self) -> int:
+        """Routed experts before pruning."""
+        return max((own.experts for own in self.units), default=1)
+
+    @property
+    def left_units(self) -> tuple[Units, ...]:
+        """The units of every part without the experts that go."""
+        pairs = zip(self.units, self.kept, strict=True)
+        return tuple(replace(own, experts=len(kept)) for own, kept in pairs)
+
+    def left(self, of_each: Iterable[T]) -> Iterator[list[T]]:
+        """Of what there is for each part, and each expert of those that have some, by part what is
+        of those that stay."""
+        each = iter(of_each)
+        for own in self.units:
+            found = list(islice(each, own.experts))
+            cut = self.experts is not None and own.experts > 1
+            yield [found[expert] for expert in self.experts] if cut else found  # type: ignore[union-attr]
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -84,10 +108,14 @@ class BlockPlan:
 
     @property
     def flat_kept(self) -> torch.Tensor:
-        """[width] int64, ascending: kept channels, counted through all FFNs and experts."""
-        experts = (channels for kept in self._ffn_kept for channels in kept)
-        starts = accumulate(sizes_of(self._ffn_units), initial=0)
-        counted = [start + channels for channels, start in zip(experts, starts, strict=False)]
+        """[width] int64, ascending: kept channels, counted through all dense FFNs and experts."""
+        starts = self.left(accumulate(sizes_of(self.units), initial=0))
+        counted = [
+            channels + start
+            for kept, own, of_part in zip(self.kept, self.units, starts, strict=True)
+            if own.are_channels
+            for channels, start in zip(kept, of_part, strict=True)
+        ]
         return torch.cat([torch.empty(0, dtype=torch.int64), *counted])
 
     @property
@@ -132,12 +160,15 @@ class PruningPlan:
 
     @property
     def removes_nothing(self) -> bool:
-        """Whether all units of all parts stay."""
+        """Whether all units of all parts stay, and all experts."""
         pairs = ((b.counts, [own.count for own in b.units]) for b in self.blocks)
-        return all(list(counts) == sizes for counts, sizes in pairs)
+        same = all(list(counts) == sizes for counts, sizes in pairs)
+        return same and all(block.experts is None for block in self.blocks)
 
     def warn_of_rounding(self) -> None:
         """Warn where nothing goes, or a sparsity is missed by a point of percentage or more."""
+        left = sum(u.total for b in self.blocks for u in b.left_units if u.are_channels)
+        of_left = 1 - sum(self.widths) / left
         asked, multiple = self.recipe.sparsity, self.recipe.width_multiple
         hint = "" if multiple == 1 else "; a smaller `width_multiple` comes closer"
         if self.removes_nothing:
@@ -147,10 +178,10 @@ class PruningPlan:
         elif (
             self.recipe.budget is None
             and not self.recipe.adds_kinds
-            and abs(self.sparsity - asked) >= 0.01
+            and abs(of_left - asked) >= 0.01
         ):
             warnings.warn(
-                f"the plan removes {self.sparsity:.2%} of the FFN channels, not {asked:.2%}, in "
+                f"the plan removes {of_left:.2%} of the FFN channels, not {asked:.2%}, in "
                 f"multiples of {multiple}{hint}",
                 stacklevel=2,
             )
@@ -159,10 +190,12 @@ class PruningPlan:
         """The plan as a table for a terminal."""
         table = Table(title=f"{self.recipe.scorer}: {self.removed} removed")
         groups = any(block.groups for block in self.blocks)
+        routed = any(block.experts is not None for block in self.blocks)
         titles = (
             "block",
             "importance",
             *(("KV groups",) if groups else ()),
+            *(("experts",) if routed else ()),
             "channels",
             "kept",
             "",
@@ -172,7 +205,10 @@ class PruningPlan:
         for number, block in enumerate(self.blocks):
             kept, bar = f"{block.width} ({block.share:.1%})", "█" * round(block.share * 24)
             own = f"{len(block.groups[0])} of {block.groups[1]}" if block.groups else ""
+            few = block.experts
+            experts = f"{len(few)} of {block.dense_experts}" if few is not None else ""
             cells = [f"{block.importance:.5f}", *((own,) if groups else ())]
+            cells += [experts] if routed else []
             has_ffn = block.intermediate_size > 0
             cells += [str(block.intermediate_size), *((kept, bar) if has_ffn else ())]
             table.add_row(str(number), *cells)
@@ -185,14 +221,18 @@ def make_plan(
     recipe: Recipe,
     budget: ChannelBudget | None = None,
     *,
+    experts: Sequence[torch.Tensor | None] = (),
     search: WidthSearch | None = None,
     progress: bool = False,
 ) -> PruningPlan:
     """Score, allocate, select; raises CfspError where no widths meet the budget.
 
     ``weights`` as for :func:`rank`. ``budget`` is what the recipe's comes to in this model; None:
-    the recipe has a sparsity. ``search`` is for allocator ``search``.
+    the recipe has a sparsity. ``experts``: those of every block that stay; (): all. ``search`` is
+    for allocator ``search``.
     """
+    if recipe.experts is not None and not experts:
+        raise CfspError("`experts` is of a whole model: give the model itself")
     if budget is None and recipe.budget is not None:
         raise CfspError(f"budget {recipe.budget} is of a whole model: give the model itself")
     if budget is None and recipe.adds_kinds:
@@ -200,12 +240,20 @@ def make_plan(
     if recipe.searches and search is None:
         raise CfspError("allocator 'search' measures pruned models: give the model itself")
     ranking = rank(statistics, weights, recipe, progress=progress)
-    parts = [(number, own) for number, block in enumerate(statistics.blocks) for own in block.units]
+    kept = experts or [None] * len(statistics.blocks)
+    dense = [(number, own) for number, block in enumerate(statistics.blocks) for own in block.units]
+    parts = [
+        (n, own if own.experts == 1 or (few := kept[n]) is None else replace(own, experts=len(few)))
+        for n, own in dense
+    ]
     budget = budget or ChannelBudget(recipe.sparsity, tuple(own.experts for _, own in parts))
     last = len(statistics.blocks) - 1
     problem = AllocationProblem(
         statistics.importance(recipe.importance)[[number for number, _ in parts]],
-        ranking.scores,
+        tuple(
+            of_left(scores, own, kept[number])
+            for scores, (number, own) in zip(ranking.scores, dense, strict=True)
+        ),
         budget.sparsity,
         tuple(own for _, own in parts),
         budget.costs,
@@ -220,12 +268,15 @@ def make_plan(
         return allocate_widths(asked, recipe.resolved_allocator)
 
     widths = budget.widths(widths_at, problem.steps, equal=recipe.uniform)
-    plan_of = _selection(statistics, ranking, recipe)
+    plan_of = _selection(statistics, ranking, recipe, kept)
     return plan_of(search(plan_of, widths, problem) if search is not None else widths)
 
 
 def _selection(
-    statistics: Statistics, ranking: Ranking, recipe: Recipe
+    statistics: Statistics,
+    ranking: Ranking,
+    recipe: Recipe,
+    experts: Sequence[torch.Tensor | None],
 ) -> Callable[[Sequence[int]], PruningPlan]:
     """Gives the plan of a count for every part; a block is selected once for the same widths."""
     importance = statistics.importance(recipe.importance).tolist()
@@ -234,7 +285,8 @@ def _selection(
     @cache
     def of_block(number: int, widths: tuple[int, ...]) -> BlockPlan:
         own, parts = statistics.blocks[number].units, slice(*ends[number : number + 2])
-        empty = BlockPlan((), importance[number], own, (), ranking.curves[parts])
+        few, curves = experts[number], ranking.curves[parts]
+        empty = BlockPlan((), importance[number], own, (), curves, few)
         return with_highest(empty, ranking.scores[parts], widths)
 
     def plan_of(widths: Sequence[int]) -> PruningPlan:
@@ -249,14 +301,22 @@ def with_highest(
     block: BlockPlan, scores: Sequence[torch.Tensor], counts: Sequence[int]
 ) -> BlockPlan:
     """The block with the units of the highest scores, means of those [experts * size] of the
-    columns of every part."""
+    columns of every part, of the experts that stay."""
     kept, of_channels = [], [torch.empty(0)]
-    for of_part, own, count in zip(scores, block.units, counts, strict=True):
-        of_units = own.scores(of_part)
-        kept.append(torch.stack([select_channels(x, count) for x in of_units.chunk(own.experts)]))
+    for dense, own, count in zip(scores, block.units, counts, strict=True):
+        of_part = of_left(dense, own, block.experts)
+        of_units = own.scores(of_part).unflatten(0, (-1, own.count))
+        kept.append(torch.stack([select_channels(x, count) for x in of_units]))
         of_channels += [of_part] if own.are_channels else []
     quantiles = score_quantiles(torch.cat(of_channels))
     return replace(block, kept=tuple(kept), score_quantiles=quantiles)
+
+
+def of_left(scores: torch.Tensor, units: Units, experts: torch.Tensor | None) -> torch.Tensor:
+    """Of the scores [E * size] of a part's columns, those of the ``experts`` that stay."""
+    if experts is None or units.experts == 1:
+        return scores
+    return scores.unflatten(0, (units.experts, -1))[experts].flatten()
 
 
 def select_channels(scores: torch.Tensor, width: int) -> torch.Tensor:

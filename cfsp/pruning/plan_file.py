@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +55,8 @@ class _Block:
     kept: str
     block: int | None = None
     ffns: tuple[_FFN, ...] = ()
+    experts: str | None = None
+    """Those that stay; ``kept`` counts through them. Absent: all."""
     attention: _Attention | None = None
     score_quantiles: str = ""
     error_curves: tuple[str, ...] = ()
@@ -109,8 +111,10 @@ def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:
         "intermediate_size": block.intermediate_size,
         "width": block.width,
         "importance": block.importance,
-        "kept": to_ranges(block.flat_kept),
+        "kept": to_ranges(replace(block, units=block.left_units, experts=None).flat_kept),
     }
+    if block.experts is not None:
+        entry["experts"] = to_ranges(block.experts)
     if len(sizes_of(ffns)) > 1:
         entry["ffns"] = [{"experts": g.experts, "intermediate_size": g.count} for g in ffns]
     if block.groups is not None:
@@ -133,13 +137,22 @@ def _block_of(number: int, entry: _Block) -> BlockPlan:
         raise CfspError(f"{at} its ffns have {channels} channels in all, not {size}")
     if not size and entry.kept:
         raise CfspError(f"{at} it has no FFN, so kept must be empty, got {shown(entry.kept)}")
-    flat = from_ranges(entry.kept, size, f"{at} kept")
+    experts, left = None, units
+    if entry.experts is not None:
+        most = max((own.experts for own in units), default=1)
+        experts = from_ranges(entry.experts, most, f"{at} experts")
+        if most == 1 or not len(experts):
+            raise CfspError(f"{at} experts must name some of several, got {shown(entry.experts)}")
+        left = tuple(
+            replace(own, experts=len(experts)) if own.experts > 1 else own for own in units
+        )
+    flat = from_ranges(entry.kept, sum(own.total for own in left), f"{at} kept")
     if len(flat) != entry.width:
         raise CfspError(f"{at} width is {entry.width} but kept names {len(flat)} channels")
     quantiles = _floats(entry.score_quantiles.split(), f"{at} score_quantiles")
     if len(quantiles) not in (0, QUANTILES) or list(quantiles) != sorted(quantiles):
         raise CfspError(f"{at} score_quantiles must be {QUANTILES} ascending numbers, or none")
-    kept = _by_ffn(at, flat, units)
+    kept = _by_ffn(at, flat, left)
     if (own := entry.attention) is not None:
         units = (*units, Units(own.groups, columns=own.columns))
         kept = (*kept, from_ranges(own.kept, own.groups, f"{at} attention.kept")[None])
@@ -148,7 +161,7 @@ def _block_of(number: int, entry: _Block) -> BlockPlan:
     ends = [int(curve.widths[-1]) for curve in curves]
     if ends and ends != counts:
         raise CfspError(f"{at} its error curves end at widths {ends}, its parts have {counts}")
-    return BlockPlan(kept, entry.importance, units, quantiles, curves)
+    return BlockPlan(kept, entry.importance, units, quantiles, curves, experts)
 
 
 def _by_ffn(at: str, flat: torch.Tensor, units: Sequence[Units]) -> tuple[torch.Tensor, ...]:

@@ -17,10 +17,12 @@ from ..typed import Bound
 from .allocation import ALLOCATORS, SEARCH
 from .budget import FORM, ModelBudget, parse_model_budget
 from .compensation import COMPENSATIONS
+from .expert_scores import EXPERT_SCORES
 from .least_squares import DAMPING
 from .scoring import SCORERS
 
 UNITS = ("channels", "groups", "attention", "ffn")
+SPARSITY = 0.3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,8 +30,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Recipe:
     """How to prune. Two runs of one recipe on the same model and machine give the same bits."""
 
-    sparsity: float = setting(
-        0.3, "Fraction of all FFN channels to remove, in [0, 1).", must_be=FRACTION
+    sparsity: float = setting(  # type: ignore[assignment] # None is replaced by a number
+        None,
+        "Fraction of all FFN channels to remove, in [0, 1), of the experts that stay.",
+        must_be=FRACTION,
+        unset=f"{SPARSITY}, or 0 where experts are removed",
     )
     budget: str | None = setting(
         None, f"Budget of the whole model, instead of a sparsity: {FORM}.", metavar="KIND=AMOUNT"
@@ -83,6 +88,18 @@ class Recipe:
         f"What may be removed, of {', '.join(UNITS)}: channels of FFNs, KV groups of attentions "
         "with their query heads, and both of these whole, but in the first and the last block.",
         metavar="KIND,KIND",
+    )
+    experts: int | None = setting(
+        None,
+        "How many routed experts of each block stay; they are chosen before channels are.",
+        must_be=at_least(1),
+        unset="all",
+    )
+    expert_score: str = setting(
+        "msan",
+        "How experts are scored.",
+        choices={name: known.summary for name, known in EXPERT_SCORES.items()},
+        called="expert score",
     )
     group_multiple: int = setting(
         1,
@@ -147,7 +164,10 @@ class Recipe:
         if self.uniform and kinds != {"channels"}:
             raise CfspError("uniform widths are of channels alone: drop `uniform` or `units`")
         budget = self.model_budget
-        if budget is not None and self.sparsity != type(self).sparsity:
+        if self.sparsity is None:
+            alone = self.experts is not None and budget is None
+            object.__setattr__(self, "sparsity", 0.0 if alone else SPARSITY)
+        if budget is not None and self.sparsity != SPARSITY:
             raise CfspError(f"budget {self.budget} and sparsity {self.sparsity} exclude each other")
         if self.uniform and self.allocator not in (None, "uniform"):
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
@@ -158,6 +178,11 @@ class Recipe:
                 f"search_windows {self.search_windows} is more than the calibration's "
                 f"{self.calibration.samples} windows"
             )
+
+    @property
+    def cuts_channels(self) -> bool:
+        """Whether more than experts goes."""
+        return self.experts is None or self.budget is not None or self.sparsity > 0
 
     @property
     def model_budget(self) -> ModelBudget | None:
@@ -182,6 +207,8 @@ class Recipe:
     def steps(self, units: Units, *, protected: bool) -> Steps:
         """The numbers of these units that may stay; ``protected``: some have to."""
         some, whole = ("channels", "ffn") if units.are_channels else ("groups", "attention")
+        if not self.cuts_channels:
+            return Steps(units.count, units.count)
         multiple = self.width_multiple if units.are_channels else self.group_multiple
         removable = whole in self.unit_kinds and not protected and units.experts == 1
         return Steps(units.count, multiple if some in self.unit_kinds else units.count, removable)
@@ -202,6 +229,8 @@ class Recipe:
     @property
     def resolved_compensation(self) -> str:
         """The compensation in force."""
+        if not self.cuts_channels:
+            return "none"
         return self.compensation or SCORERS[self.scorer].compensation
 
     @property

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..calibration.statistics import BlockStatistics, Statistics
 from ..models.layouts import Layout
+from .expert_scores import chosen_experts
 from .plan import BlockPlan, PruningPlan, with_highest
 from .ranking import rank_block
 from .refit import Refitting
@@ -57,8 +58,10 @@ class SecondPass:
         known, planned = windows.run(number), self._chosen[number]
         if self.selects:
             weights = partial(self.dense.layout.part_weights, block)
-            scores, _ = rank_block(known, weights, self._planned.recipe)
-            self._chosen[number] = with_highest(planned, scores, planned.counts)
+            recipe, parts = self._planned.recipe, self.dense.layout.block_parts(block)
+            scores, _ = rank_block(known, weights, recipe)
+            again = replace(planned, experts=chosen_experts(known, parts, recipe.expert_score))
+            self._chosen[number] = with_highest(again, scores, planned.counts)
         return self._chosen[number], known
 
     @property

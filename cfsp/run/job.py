@@ -24,6 +24,7 @@ from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
 from ..pruning.compaction import warn_of_few_tokens
 from ..pruning.compensation import FitRecord
+from ..pruning.expert_scores import chosen_experts
 from ..pruning.plan import PruningPlan, make_plan
 from ..pruning.plan_file import plan_to_dict
 from ..pruning.ranking import Ranker
@@ -82,7 +83,18 @@ def plan_model(
             model, layout, statistics, windows, recipe, measure, progress=progress
         )
     weights = opened.blocks.part_weights
-    plan = make_plan(statistics, weights, recipe, budget, search=search, progress=progress)
+    blocks = layout.find_blocks(model)
+    experts = (
+        ()
+        if recipe.experts is None
+        else tuple(
+            chosen_experts(known, layout.block_parts(block), recipe.expert_score)
+            for known, block in zip(statistics.blocks, blocks, strict=True)
+        )
+    )
+    plan = make_plan(
+        statistics, weights, recipe, budget, experts=experts, search=search, progress=progress
+    )
     check_met(described, plan, table)
     plan.warn_of_rounding()
     return plan
@@ -164,8 +176,7 @@ class Run:
         if not (recipe.fits or recipe.refits):
             return SecondPass(plan, statistics)
         if recipe.fits and self.ranks.first:
-            units = [block.units for block in plan.blocks]
-            warn_of_few_tokens(units, statistics, *self.windows.shape)
+            warn_of_few_tokens(plan.blocks, statistics, *self.windows.shape)
         dense = DensePass(
             model,
             self.opened.layout,

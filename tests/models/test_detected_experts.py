@@ -296,11 +296,15 @@ def test_statistics_are_those_of_each_expert_on_its_own_tokens(
 class Sums:
     """An observer of the statistics alone."""
 
-    def __init__(self, channels: int) -> None:
-        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+    def __init__(self, units: Units) -> None:
+        self.sums = torch.zeros(2, units.total, dtype=torch.float64)
+        self.norms = torch.zeros(2, 2 * units.experts, dtype=torch.float64)
 
     def totals(self) -> torch.Tensor:
         return self.sums
+
+    def outputs(self) -> torch.Tensor:
+        return self.norms
 
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         pass
@@ -314,7 +318,7 @@ def test_an_observed_model_says_what_it_says_unobserved(name: str) -> None:
     with ExitStack() as stack:
         seen = []
         for _, block, ffn in layout.parts_of(model):
-            seen.append(Sums(ffn.units(block).total))
+            seen.append(Sums(ffn.units(block)))
             stack.enter_context(ffn.observed(block, seen[-1]))
         assert torch.equal(logits(model), expected)
     assert all(observer.sums[1].max() > 0 for observer in seen)

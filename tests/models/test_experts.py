@@ -236,12 +236,16 @@ def test_the_checkpoint_has_the_names_and_shapes_of_the_familys(
 class Seen:
     """An observer that counts."""
 
-    def __init__(self, channels: int) -> None:
-        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+    def __init__(self, units: Units) -> None:
+        self.sums = torch.zeros(2, units.total, dtype=torch.float64)
+        self.norms = torch.zeros(2, 2 * units.experts, dtype=torch.float64)
         self.routings: list[Routing] = []
 
     def totals(self) -> torch.Tensor:
         return self.sums
+
+    def outputs(self) -> torch.Tensor:
+        return self.norms
 
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         assert routing is not None
@@ -259,7 +263,7 @@ def test_experts_that_are_observed_give_the_models_own_output(name: str) -> None
     logits = torch.randn(37, units.experts, generator=torch.Generator().manual_seed(1))
     shares, chosen = logits.softmax(-1).topk(2)
     expected = module(states, chosen, shares)
-    seen = Seen(units.total)
+    seen = Seen(units)
     with experts.observed(block, seen):
         assert torch.equal(module(states, chosen, shares), expected)
         chosen[3, 0] = units.experts  # on another machine: no expert here adds to it

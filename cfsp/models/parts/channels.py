@@ -35,6 +35,10 @@ class Observer(Protocol):
     def totals(self) -> torch.Tensor:
         """[2, F], or [2, E * F] for E experts, fp64: what statistics of this run are added to."""
 
+    def outputs(self) -> torch.Tensor:
+        """[2, E * 2] fp64, of E experts: what the sums and sums of squares are added to of the norm
+        of an expert's output, and of that times the token's share."""
+
     def add(self, x: torch.Tensor, routing: Routing | None = None) -> None:
         """``x``: the activation [..., F], whose statistics were added; ``routing``: of experts."""
 

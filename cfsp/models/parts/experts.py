@@ -25,6 +25,7 @@ from .channels import (
     expert_offsets,
     in_place,
 )
+from .expert_removal import FewerExperts
 from .ffn import FFN
 
 
@@ -52,6 +53,8 @@ class ExpertsFFN(FFN):
     routed: bool = True
     """False: the module is called with the hidden states [E * T, D] of every expert in turn, which
     are scaled by the shares, and zero where a token does not go to that expert."""
+    fewer: FewerExperts | None = None
+    """Where only some of the experts are to stay."""
 
     @property
     def is_transposed(self) -> bool:
@@ -137,6 +140,14 @@ class ExpertsFFN(FFN):
             observer.add(product, routing)
             return product
 
+        def observe_output(output: torch.Tensor, shares: torch.Tensor, routing: Routing) -> None:
+            if experts == 1:
+                return
+            norms = torch.linalg.vector_norm(output, dim=1, keepdim=True, dtype=torch.float32)
+            totals = observer.outputs().unflatten(1, (experts, 2)).transpose(0, 1)
+            both = torch.cat([norms, norms * shares.float()], dim=1)
+            channel_statistics(both, offsets=routing.offsets, totals=totals)
+
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
         ) -> torch.Tensor:
@@ -144,7 +155,9 @@ class ExpertsFFN(FFN):
             tokens = order // top_k_index.shape[1]
             routing = Routing(expert_offsets(chosen, experts), chosen, tokens)
             output = project(observe(hidden_states[tokens], routing), self.down, routing)
-            output = output * top_k_weights.flatten()[order, None]
+            shares = top_k_weights.flatten()[order, None]
+            observe_output(output, shares, routing)
+            output = output * shares
             output = output.masked_fill((chosen >= experts)[:, None], 0)  # of no expert here
             places = order.argsort()
             return output[places].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
@@ -152,8 +165,11 @@ class ExpertsFFN(FFN):
         def forward_scaled(hidden_states: torch.Tensor) -> torch.Tensor:
             rows, count = hidden_states.any(-1).nonzero().flatten(), len(hidden_states) // experts
             offsets = expert_offsets(rows // count, experts)
-            observe(hidden_states[rows], Routing(offsets, rows // count, rows % count))
-            return own_forward(hidden_states)
+            routing = Routing(offsets, rows // count, rows % count)
+            observe(hidden_states[rows], routing)
+            output = own_forward(hidden_states)
+            observe_output(output[rows], output.new_ones(1), routing)  # shares are in their input
+            return output
 
         return forward_instead([module], [forward if self.routed else forward_scaled])
 
