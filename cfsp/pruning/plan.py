@@ -150,12 +150,18 @@ class PruningPlan:
         return (sum(len(kept) for kept, _ in known), sum(of for _, of in known)) if known else None
 
     @property
+    def experts(self) -> tuple[int, int] | None:
+        """Routed experts that stay in all blocks, and how many there were; None where all do."""
+        known = [(len(b.experts), b.dense_experts) for b in self.blocks if b.experts is not None]
+        return (sum(kept for kept, _ in known), sum(of for _, of in known)) if known else None
+
+    @property
     def removed(self) -> str:
         """What goes, in words."""
         found = [f"{self.sparsity:.2%} of FFN channels"]
-        if self.groups is not None:
-            kept, count = self.groups
-            found.append(f"{count - kept} of {count} KV groups")
+        for name, of in (("KV groups", self.groups), ("experts", self.experts)):
+            if of is not None:
+                found.append(f"{of[1] - of[0]} of {of[1]} {name}")
         return " and ".join(found)
 
     @property
@@ -190,7 +196,7 @@ class PruningPlan:
         """The plan as a table for a terminal."""
         table = Table(title=f"{self.recipe.scorer}: {self.removed} removed")
         groups = any(block.groups for block in self.blocks)
-        routed = any(block.experts is not None for block in self.blocks)
+        routed = self.experts is not None
         titles = (
             "block",
             "importance",

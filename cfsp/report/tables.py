@@ -76,6 +76,7 @@ def tiles(
         ("parameters", "{:,.0f}", was, now),
         ("FFN channels", "{:,.0f}", channels, sum(result.plan.widths)),
         ("KV groups", "{:,.0f}", *(result.plan.groups or (None, None))[::-1]),
+        ("experts", "{:,.0f}", *(result.plan.experts or (None, None))[::-1]),
         ("perplexity", "{:,.2f}", pair.get("before"), pair.get("after")),
         *((t, "{:,.1f}", number_at(dense, *at), number_at(own, *at)) for t, at in SPEEDS.items()),
     ]

@@ -417,10 +417,11 @@ def test_experts_of_any_kind_are_cut_and_observed_alone(kind: str) -> None:
     ((_, ffn),) = stacked_ffns(block)
     x, shares = torch.randn(9, 32), torch.rand(9, 2)
     chosen = torch.arange(18).view(9, 2) % 4
-    expected, sums = block.experts(x, chosen, shares), Sums(4 * 24)
+    expected, sums = block.experts(x, chosen, shares), Sums(Units(24, 4))
     with ffn.observed(block, sums):
         assert torch.allclose(block.experts(x, chosen, shares), expected, atol=1e-5)
     assert sums.sums[1].min() > 0
+    assert sums.norms[:, ::2].min() > 0
     kept = torch.stack([torch.randperm(24)[:8].sort().values for _ in range(4)])
     masked = copy.deepcopy(block)
     down = masked.experts.down_proj.mT if kind == "transposed" else masked.experts.down_proj

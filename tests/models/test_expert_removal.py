@@ -437,6 +437,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "experts: 24 -> 18 (75.0%)" in printed
     assert "6 of 8" in printed
+    assert "23.08% of FFN channels and 6 of 24 experts removed" in " ".join(printed.split())
     assert "| experts | 24 | 18 (75.0%) |" in (out / "README.md").read_text()
     recipe = load_plan(out / "plan.json").recipe
     assert (recipe.experts, recipe.expert_score, recipe.sparsity) == (6, "reap", 0)
