@@ -93,6 +93,8 @@ class Description:
     streamed: bool
     refusal: str = ""
     """Why it cannot be pruned."""
+    dense: "Description | None" = None
+    """The model that it was before blocks were taken out; None where all are there."""
 
     @cached_property
     def parameters(self) -> Tensors:

@@ -59,6 +59,10 @@ class OpenModel:
     """Where its files are, with the terms that it comes with; None where that is not known."""
     files: Stamps = field(default_factory=dict)
     """What these files were when it was opened; none of a live model."""
+    dense: Description | None = None
+    """The model that it was before blocks were taken out; None where all are there."""
+    kept: tuple[int, ...] = ()
+    """Which blocks of ``dense`` these are."""
 
     @cached_property
     def described(self) -> Description:
@@ -67,7 +71,14 @@ class OpenModel:
         sources = self.blocks.sources if isinstance(self.blocks, StoredBlocks) else {}
         read = Read.of(tensors, sources)
         return Description(
-            self.name, self.model, layout, layout.blocks, tensors, read, bool(sources)
+            self.name,
+            self.model,
+            layout,
+            layout.blocks,
+            tensors,
+            read,
+            bool(sources),
+            dense=self.dense,
         )
 
 

@@ -63,21 +63,27 @@ def become_pruned_(model: PreTrainedModel, layout: Layout, summary: dict[str, An
             )
         )
     config.architectures = [classes[0].__name__]
+    set_config_(model, config)
+    model.__class__ = classes[0]
+    model.base_model.__class__ = classes[1]
+    if layout.fewer_experts is not None and hasattr(model, "num_experts"):
+        model.num_experts = layout.fewer_experts.count
+
+
+def set_config_(model: PreTrainedModel, config: Any) -> None:
+    """Give a model, and all in it that reads its config or a part of that, another config of the
+    same parts; how it computes stays."""
     before = _parts(model.config)
     successors = {id(was): now for was, now in zip(before, _parts(config), strict=True)}
     for was in before:
         for choice in ("_attn_implementation", "_experts_implementation"):
             setattr(successors[id(was)], choice, getattr(was, choice))
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, BlockConfig):
-            config.of_model = successors[id(config.of_model)]
-        elif id(config) in successors:
-            module.config = successors[id(config)]
-    model.__class__ = classes[0]
-    model.base_model.__class__ = classes[1]
-    if layout.fewer_experts is not None and hasattr(model, "num_experts"):
-        model.num_experts = layout.fewer_experts.count
+        own = getattr(module, "config", None)
+        if isinstance(own, BlockConfig):
+            own.of_model = successors[id(own.of_model)]
+        elif id(own) in successors:
+            module.config = successors[id(own)]
 
 
 def _family_of(stock: PreTrainedModel) -> type[PreTrainedConfig]:
