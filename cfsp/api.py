@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from .models.parts.channels import PartWeights
 from .pruning.budget import BATCH, LENGTH
 from .pruning.compaction import check_plan
 from .pruning.compensation import COMPENSATIONS
-from .pruning.plan import PruningPlan, make_plan
+from .pruning.plan import PruningPlan, make_plan, plan_of_all
 from .pruning.ranking import check_ranked
 from .pruning.recipe import Recipe
 from .pruning.refit import check_refits
 from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory, shared_output
-from .run.job import as_calibrated, check_reach, plan_model
+from .run.depth import DepthCut, depth_of, known_depth
+from .run.job import NOT_MEASURED, as_calibrated, check_reach, plan_model
 from .typed import check_whole
 
 
@@ -53,8 +55,8 @@ def calibrate(
     Args:
         model: hub id, folder, .gguf file or a live causal LM of transformers.
         tokenizer: needed for a live model.
-        recipe: what the statistics are for. They serve any budget, and any other recipe whose
-            scorer and allocator read sums alone.
+        recipe: what the statistics are for, and how many blocks stay. They serve any budget of
+            these, and any other recipe whose scorer and allocator read sums alone.
         device: for a model given by name; a live model stays where it is.
         max_memory: see :func:`prune`.
         progress: show an estimate and a bar on stderr.
@@ -64,27 +66,35 @@ def calibrate(
         CfspError: bad input, in one line.
     """
     budget, progress = parse_memory(max_memory), progress and ranks.first
+    if recipe.blocks is not None and isinstance(model, nn.Module):
+        raise CfspError("blocks: a live model would lose its own; give it by name")
     opened = open_any(
         model,
         tokenizer,
         recipe.dtype,
         ranks.device(device),
+        whole=recipe.chooses_by_loss,
         attention=recipe.cuts_attention,
         experts=recipe.experts,
     )
+    depth = DepthCut.of(opened, recipe, None)
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
-    request = Request(recipe, len(windows), prunes=False, ranks=ranks.size)
-    run = Run(
-        opened=opened,
-        recipe=recipe,
-        windows=windows,
-        first_windows=len(windows),
-        micro_batch=_announced(opened, request, budget, progress, ranks),
-        progress=progress,
-        ranks=ranks,
-    )
+    chosen_by = depth.windows if depth is not None else 0
+    request = Request(recipe, len(windows), prunes=False, ranks=ranks.size, depth_windows=chosen_by)
+    micro_batch = _announced(opened, depth, request, budget, progress, ranks)
     with device_capped(model_device(opened.model), budget.device):
-        return run.calibrated()
+        if depth is not None:
+            how: dict[str, Any] = {"stop": bool, "progress": progress, "ranks": ranks}
+            opened, _ = depth.cut_(opened, windows, NOT_MEASURED, micro_batch, **how)
+        return Run(
+            opened=opened,
+            recipe=recipe,
+            windows=windows,
+            first_windows=len(windows),
+            micro_batch=micro_batch,
+            progress=progress,
+            ranks=ranks,
+        ).calibrated()
 
 
 def latency_table(
@@ -218,11 +228,15 @@ def prune(
         if verify and source is not None:
             _check_files(source, progress, ranks)
         searches = recipe.searches and plan is None
-        if searches:
+        known = known_depth(plan, statistics, recipe)
+        by_loss = recipe.chooses_by_loss and plan is None and known is None
+        if searches or by_loss:
             check_processes(recipe, ranks.size)
+        if latency_table is not None and (recipe.blocks is not None or known is not None):
+            raise CfspError("a latency table is of all blocks: drop blocks or latency_table")
 
         # Open, resolve the budget, check.
-        whole = target is None or searches
+        whole = target is None or searches or by_loss
         opened = open_any(
             model,
             tokenizer,
@@ -234,40 +248,51 @@ def prune(
         )
         wanted = recipe.model_budget if plan is None else None
         table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
-        _check(opened, recipe, plan, statistics, table, ranks)
+        depth = DepthCut.of(opened, recipe, known)
+        _check(opened, depth, recipe, plan, statistics, table, ranks)
 
         # Estimate, with the texts at hand.
         held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
         reads_sums = (
             COMPENSATIONS[recipe.resolved_compensation].needs_statistics and not recipe.fits
         )
-        calibrates = statistics is None and (plan is None or reads_sums)
-        windows = torch.empty(0, 0)
-        if calibrates or recipe.fits or recipe.refits or searches:
+        planned = plan is not None or recipe.only_blocks
+        calibrates = statistics is None and (not planned or reads_sums)
+        windows, chooses = torch.empty(0, 0), depth is not None and depth.kept is None
+        if calibrates or recipe.fits or recipe.refits or searches or chooses:
             windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
             if statistics is not None:
                 check_text(statistics, windows)
         counts = recipe.statistics_windows if calibrates else 0, len(held_out.tokens)
         request = Request(recipe, *counts, plan=plan, ranks=ranks.size, table=table)
+        if depth is not None:
+            request = replace(request, depth_windows=depth.windows)
+        micro_batch = _announced(opened, depth, request, budget, progress, ranks)
 
-        # Calibrate, plan, cut, document, verify, publish.
-        run = Run(
-            opened=opened,
-            recipe=recipe,
-            plan=plan,
-            statistics=statistics,
-            windows=windows,
-            first_windows=recipe.statistics_windows,
-            calibrates=calibrates,
-            held_out=held_out,
-            table=table,
-            micro_batch=_announced(opened, request, budget, progress, ranks),
-            verify=verify,
-            stop=stop,
-            progress=progress,
-            ranks=ranks,
-        )
+        # Take blocks out, calibrate, plan, cut, document, verify, publish.
+        how: dict[str, Any] = {"stop": stop, "progress": progress, "ranks": ranks}
         with device_capped(model_device(opened.model), budget.device):
+            before = None
+            if depth is not None:
+                opened, before = depth.cut_(opened, windows, held_out, micro_batch, **how)
+            if plan is None and recipe.only_blocks:
+                units, fingerprint = opened.described.units, opened.blocks.fingerprint()
+                plan = replace(plan_of_all(units, recipe, fingerprint), depth=depth_of(opened))
+            run = Run(
+                opened=opened,
+                recipe=recipe,
+                plan=plan,
+                statistics=statistics,
+                windows=windows,
+                first_windows=recipe.statistics_windows,
+                calibrates=calibrates,
+                held_out=held_out,
+                before=before,
+                table=table,
+                micro_batch=micro_batch,
+                verify=verify,
+                **how,
+            )
             if target is not None and isinstance(opened.blocks, StoredBlocks):
                 return prune_from_disk_to_disk(run, opened.blocks, target)
             return prune_in_memory(run, target, given=source is None)
@@ -286,21 +311,25 @@ def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
 
 def _check(
     opened: OpenModel,
+    depth: DepthCut | None,
     recipe: Recipe,
     plan: PruningPlan | None,
     statistics: Statistics | None,
     table: LatencyTable | None,
     ranks: Ranks,
 ) -> None:
-    """Raise CfspError where recipe, plan or statistics do not fit the model or each other."""
+    """Raise CfspError where recipe, plan or statistics do not fit the model, without the blocks
+    that will go, or each other."""
+    described = depth.shallower if depth is not None else opened.described
+    blocks = opened.blocks if depth is None else depth.blocks or opened.blocks
     if plan is None:
-        check_recipe(opened.described, recipe, table)
+        check_recipe(described, recipe, table)
     else:
-        check_biases(opened.described, recipe.resolved_compensation)
-        check_plan(plan, opened.blocks)
+        check_biases(described, recipe.resolved_compensation)
+        check_plan(plan, blocks)
     if statistics is not None:
-        check_statistics(statistics, opened.blocks)
-        if plan is None:
+        check_statistics(statistics, blocks)
+        if plan is None and not recipe.only_blocks:
             check_ranked(statistics, recipe)
             check_reach(statistics, recipe)
     if recipe.refits:
@@ -308,10 +337,16 @@ def _check(
 
 
 def _announced(
-    opened: OpenModel, request: Request, budget: MemoryBudget, progress: bool, ranks: Ranks
+    opened: OpenModel,
+    depth: DepthCut | None,
+    request: Request,
+    budget: MemoryBudget,
+    progress: bool,
+    ranks: Ranks,
 ) -> int:
     """Windows per call, the same on every rank, of an estimate printed and found to fit."""
-    estimate = estimate_opened(opened, request, budget, measure=progress)
+    shallower = depth.shallower if depth is not None else None
+    estimate = estimate_opened(opened, request, budget, shallower=shallower, measure=progress)
     if progress:
         print(estimate.summary(), file=sys.stderr)
     estimate.check(budget)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="STATS.safetensors", help="The new file")
     add_device(parser)
     group = parser.add_argument_group("method", "What the statistics are for, at any budget.")
-    add_fields(group, Recipe, METHOD)
+    add_fields(group, Recipe, (*METHOD, "blocks", "block_choice"))
     group.add_argument("--recipe", metavar="FILE.yaml", help="Start from this recipe's settings")
     add_calibration(parser)
     add_output(parser)

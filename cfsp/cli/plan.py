@@ -9,12 +9,14 @@ from ..calibration.statistics import check_statistics, load_statistics
 from ..costs.latency_measurement import table_for
 from ..errors import CfspError
 from ..io.outputs import new_file
+from ..models.depth import shallower
 from ..models.opening import open_any
 from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import save_plan
 from ..pruning.recipe import Recipe
+from ..run.depth import known_depth
 from ..run.job import as_calibrated, plan_model
-from .options import MODEL, add_device, add_output, show
+from .options import MODEL, add_device, add_output, refuse, show
 from .prune import add_recipe, recipe_of
 
 EXAMPLES = """\
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.statistics:
         raise CfspError("cfsp plan needs --statistics FILE; `cfsp calibrate` makes it")
+    refuse(arguments, ("blocks", "block_choice"), "{} is for `cfsp calibrate`: its statistics tell")
     recipe = recipe_of(arguments)
     inputs = [getattr(arguments, name) for name in ("model", "statistics", "recipe")]
     inputs += [arguments.latency_table, *dataset_paths(recipe.calibration.dataset)]
@@ -56,6 +59,9 @@ def _planned(arguments: argparse.Namespace, recipe: Recipe) -> PruningPlan:
         attention=recipe.cuts_attention,
         experts=recipe.experts,
     )
+    known = known_depth(None, statistics, recipe)
+    if known is not None:
+        opened = shallower(opened, known.kept)
     check_statistics(statistics, opened.blocks)
     table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
     recipe = as_calibrated(recipe, statistics)

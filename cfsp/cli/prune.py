@@ -21,7 +21,8 @@ EXAMPLES = """\
 cfsp prune HuggingFaceTB/SmolLM2-135M --out pruned --sparsity 0.3
 cfsp prune meta-llama/Llama-3.1-8B --budget params=6B --dry-run --hardware h100
 """
-AMOUNT = ("units", "experts", "width_multiple", "group_multiple", "uniform")
+AMOUNT = ("blocks", "block_choice", "units", "experts")
+SIZES = ("width_multiple", "group_multiple", "uniform")
 METHOD = (
     *("scorer", "allocator", "compensation", "expert_score"),
     *("importance", "error_scale", "importance_exponent"),
@@ -56,7 +57,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> Any:
         help="Written by `cfsp latency`, perhaps on another machine, for --budget latency=0.25 "
         "(default: measured on --device, once)",
     )
-    options.add_fields(group, Recipe, AMOUNT)
+    options.add_fields(group, Recipe, (*AMOUNT, *SIZES))
     text = "How channels are chosen, and what makes up for them."
     options.add_fields(parser.add_argument_group("method", text), Recipe, METHOD)
     text = "How the weights that stay are fitted."

@@ -14,7 +14,7 @@ from ..pruning.allocation import equal_widths
 from ..pruning.budget import ChannelBudget, channel_budget
 from ..pruning.compaction import left_tensors, planned_tensors
 from ..pruning.compensation import COMPENSATIONS
-from ..pruning.plan import BlockPlan, PruningPlan
+from ..pruning.plan import BlockPlan, PruningPlan, plan_of_all
 from ..pruning.recipe import Recipe
 from .flops import ModelCosts, model_costs
 from .footprint import footprints
@@ -60,7 +60,6 @@ def steps_of(described: Description, recipe: Recipe) -> tuple[Steps, ...]:
 def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:
     """What a recipe's sparsity or budget comes to in the units of a model. A sparsity is of the
     number of channels where there are no others, else of the parameters of those that may go."""
-    dense = model_costs(described, described.parameters)
     costs = model_costs(described, left_tensors(described.parameters, described.parts))
     budget, steps = recipe.model_budget, steps_of(described, recipe)
     if budget is None:
@@ -81,6 +80,8 @@ def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) 
             budget.fraction or 0.0, limit.costs([own.size for own in steps]), limit.fitted
         )
     per_unit = _unit_costs(described, costs, budget.kind)
+    whole = described.dense or described
+    dense = model_costs(whole, whole.parameters)
     if budget.kind == "params":
         added = _added_parameters(described, recipe) + costs.parameters - dense.parameters
         return channel_budget(budget, dense.parameters, steps, per_unit, added)
@@ -93,6 +94,8 @@ def even_plan(
     described: Description, recipe: Recipe, table: LatencyTable | None = None
 ) -> PruningPlan:
     """A plan of about equal widths; the output of any other of this sparsity is as large."""
+    if recipe.only_blocks:
+        return plan_of_all(described.units, recipe)
     budget, steps = resolve(described, recipe, table), steps_of(described, recipe)
     sizes = torch.tensor([own.size for own in steps], dtype=torch.float64)
     total = total_cost(steps, budget.costs)
@@ -131,7 +134,7 @@ def check_met(described: Description, plan: PruningPlan, table: LatencyTable | N
 def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | None = None) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
     check_biases(described, recipe.resolved_compensation)
-    for placed in described.parts:
+    for placed in () if recipe.only_blocks else described.parts:
         check_expert_width(recipe.width_multiple, placed.units.experts)
     plan = even_plan(described, recipe, table)
     if recipe.uniform:
@@ -142,6 +145,8 @@ def check_processes(recipe: Recipe, ranks: int) -> None:
     """Raise CfspError where a plan takes the whole model, and there are several processes."""
     if recipe.searches and ranks > 1:
         raise CfspError("allocator 'search' is for one process: make a plan with `cfsp plan`")
+    if recipe.chooses_by_loss and ranks > 1:
+        raise CfspError("block_choice 'loss' is for one process: take 'angle'")
 
 
 def check_biases(described: Description, compensation: str) -> None:

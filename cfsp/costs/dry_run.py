@@ -13,16 +13,19 @@ from ..evaluation.quality import EVALUATION_WINDOWS
 from ..io.safetensors import TensorInfo, Tensors
 from ..io.shard_writer import MAX_SHARD_BYTES, pack_shards
 from ..models.blockwise import default_micro_batch
+from ..models.depth import shallower_description
 from ..models.descriptions import Description, describe
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
 from ..pruning.compaction import planned_tensors
+from ..pruning.depth import any_stretch, blocks_left
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.refit import check_refits
 from ..pruning.scoring import SCORERS
 from ..typed import check_whole
 from .budgets import check_processes, check_recipe, even_plan
+from .depth_costs import DepthCosts, depth_windows_of
 from .estimates import Estimate
 from .fit_costs import GramCosts, RefitCosts, SearchCosts
 from .flops import ModelCosts, model_costs
@@ -61,6 +64,8 @@ class Request:
     ranks: int = 1
     nodes: int = 1
     table: LatencyTable | None = None
+    depth_windows: int = 0
+    """Windows that the blocks to take out are chosen by, in a pass over all."""
 
 
 def _cut(costs: ModelCosts, tensors: Tensors, blocks: str, sparsity: float) -> Tensors:
@@ -94,6 +99,10 @@ def _pruned(
 def _features(described: Description, request: Request, run: Workload) -> list[Feature]:
     recipe, scores = request.recipe, request.plan is None
     found: list[Feature] = [passes]
+    if described.dense is not None:
+        whole, read = described.dense, described.dense.read.tensors
+        costs = model_costs(whole, whole.parameters), model_costs(whole, read)
+        found.append(DepthCosts(*costs, request.depth_windows).loads)
     if described.layout is None:
         return found
     gram = GramCosts(
@@ -134,7 +143,9 @@ def _estimate(
     described: Description, request: Request, hardware: Hardware, budget: MemoryBudget
 ) -> Estimate:
     model, recipe = described.model, request.recipe
-    dense = model_costs(described, described.parameters)
+    dense = before = model_costs(described, described.parameters)
+    if described.dense is not None:
+        before = model_costs(described.dense, described.dense.parameters)
     left, sizes = _pruned(described, request, dense) if request.prunes else (None, None)
     shards = pack_shards(left, MAX_SHARD_BYTES) if left is not None else ()
     seqlen, where = recipe.calibration.seqlen, torch.device(hardware.device)
@@ -173,7 +184,7 @@ def _estimate(
         architecture=model.config.model_type,
         refusal=described.refusal,
         streamed=described.streamed,
-        parameters=dense.parameters,
+        parameters=before.parameters,
         parameters_after=(run.pruned or dense).parameters,
         sizes=sizes,
         blocks=len(dense.blocks),
@@ -195,12 +206,18 @@ def _estimate(
 
 
 def estimate_opened(
-    opened: OpenModel, request: Request, budget: MemoryBudget, *, measure: bool = True
+    opened: OpenModel,
+    request: Request,
+    budget: MemoryBudget,
+    *,
+    shallower: Description | None = None,
+    measure: bool = True,
 ) -> Estimate:
     """The estimate for an opened model on this machine, with the largest micro-batch up to the
-    default that the budget allows; unless ``measure``, compute takes no time."""
+    default that the budget allows; unless ``measure``, compute takes no time. ``shallower``: what
+    it will be without some of its blocks."""
     hardware = this_machine(model_device(opened.model), opened.model.dtype, measure=measure)
-    return _estimate(opened.described, request, hardware, budget)
+    return _estimate(shallower or opened.described, request, hardware, budget)
 
 
 def estimate(
@@ -243,14 +260,20 @@ def estimate(
     described = describe(
         model,
         recipe.dtype,
-        whole=recipe.searches,
+        whole=recipe.searches or recipe.chooses_by_loss,
         attention=recipe.cuts_attention,
         experts=recipe.experts,
     )
     skeleton, layout = described.model, described.layout
-    if layout is None and recipe.budget is not None:
+    if layout is None and (recipe.budget is not None or recipe.blocks is not None):
         raise CfspError(described.refusal)
     check_seqlen(skeleton, recipe.calibration.seqlen)
+    depth_windows = 0
+    if recipe.blocks is not None:
+        left = blocks_left(described, recipe.blocks)
+        depth_windows = depth_windows_of(described, left, recipe)
+        described = shallower_description(described, any_stretch(described, left))
+        skeleton, layout = described.model, described.layout
     machine = choose_hardware(hardware, device, skeleton.dtype, tflops, disk_gbps)
     where = pick_device(device if hardware is None else "cpu")
     table = None
@@ -260,6 +283,14 @@ def estimate(
         check_processes(recipe, ranks)
         if recipe.refits:
             check_refits(skeleton, layout, ranks)
-    windows = recipe.statistics_windows, eval_windows
-    request = Request(recipe, *windows, ranks=ranks, nodes=nodes, table=table)
+    windows = 0 if recipe.only_blocks else recipe.statistics_windows
+    request = Request(
+        recipe,
+        windows,
+        eval_windows,
+        ranks=ranks,
+        nodes=nodes,
+        table=table,
+        depth_windows=depth_windows,
+    )
     return _estimate(described, request, machine, budget)

@@ -24,6 +24,8 @@ class Footprint:
     """Parameters, tied ones once."""
     flops: float
     """FLOPs of a forward call; a multiplication and an addition are two."""
+    blocks: int
+    """Decoder blocks."""
     seconds: float | None = None
     """Seconds of a forward call by a measured table; None: there was none."""
 
@@ -47,6 +49,11 @@ class Footprints:
         before, after = self.before, self.after
         fewer = before.experts > after.experts
         rows = [
+            *(
+                [_row("blocks", before.blocks, after.blocks)]
+                if before.blocks > after.blocks
+                else []
+            ),
             _row("FFN channels", before.channels, after.channels, "{:,}"),
             *([_row("experts", before.experts, after.experts, "{:,}")] if fewer else []),
             _row("parameters", before.parameters, after.parameters, "{:,}"),
@@ -57,7 +64,7 @@ class Footprints:
         return [*rows, _row(f"latency, {shape}", before.seconds, after.seconds, "{:.4g} s")]
 
 
-def _row(title: str, before: float, after: float, form: str) -> tuple[str, str, str]:
+def _row(title: str, before: float, after: float, form: str = "{:,}") -> tuple[str, str, str]:
     return title, form.format(before), f"{form.format(after)} ({after / before:.1%})"
 
 
@@ -71,19 +78,27 @@ def footprints(
     shaped = table or plan.recipe.model_budget
     batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
 
-    def footprint(channels: int, experts: int, held: Tensors, seconds: float | None) -> Footprint:
-        costs = model_costs(described, held)
+    def footprint(
+        of: Description, channels: int, experts: int, held: Tensors, seconds: float | None
+    ) -> Footprint:
+        costs = model_costs(of, held)
         flops = costs.flops(length) * batch * length
-        return Footprint(channels, experts, costs.parameters, flops, seconds)
+        return Footprint(channels, experts, costs.parameters, flops, len(of.units), seconds)
 
-    dense = described.parameters
-    pruned = planned_tensors(dense, described.parts, plan)
-    channels = sum(block.intermediate_size for block in plan.blocks)
+    dense = described.dense or described
+    pruned = planned_tensors(described.parameters, described.parts, plan)
+    channels = sum(own.total for block in dense.units for own in block if own.are_channels)
     widths = [width for block in plan.blocks for width in block.counts]
-    routed = [placed for placed in described.parts if placed.units.experts > 1]
-    experts = [sum(own.units.experts for own in routed), sum(own.experts for own in routed)]
+    routed = [placed for placed in dense.parts if placed.units.experts > 1]
+    left = sum(placed.experts for placed in described.parts if placed.units.experts > 1)
     # A table is of all experts.
     seconds = table.predicted(widths) if table and plan.recipe.experts is None else None
-    before = footprint(channels, experts[0], dense, table.dense_seconds if table else None)
-    after = footprint(sum(plan.widths), experts[1], pruned, seconds)
+    before = footprint(
+        dense,
+        channels,
+        sum(placed.units.experts for placed in routed),
+        dense.parameters,
+        table.dense_seconds if table else None,
+    )
+    after = footprint(described, sum(plan.widths), left, pruned, seconds)
     return Footprints(before, after, batch, length)

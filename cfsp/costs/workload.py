@@ -19,7 +19,7 @@ SLACK = 0.05
 """Share of a GPU's memory that its allocator loses between tensors."""
 WORKSPACE_BYTES = 256 << 20
 """Memory of a GPU's libraries."""
-STAGES = ("open", "calibrate", "score", "search", "prune", "verify")
+STAGES = ("open", "depth", "calibrate", "score", "search", "prune", "verify")
 EMBEDDING, REFITTING, EVALUATION, HOST = "embed", "refit", "evaluate", "host"
 """Loads of memory alone: of the embedding that begins the stage prune, of blocks that are fitted
 again in it, of the evaluation that ends it; of the host, at any time."""

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import CfspError, first_of, shown
+from ..errors import CfspError, shown
 from ..io.safetensors import Tensors
 from ..weights.sources import Convert, Source
 from .blocks import LiveBlocks, StoredBlocks
-from .descriptions import Description, Read
+from .descriptions import Description
 from .layouts import Layout
 from .loading import make_skeleton, quiet_loading
 from .opening import OpenModel
@@ -78,6 +78,20 @@ def shallower_description(described: Description, kept: Sequence[int]) -> Descri
         read=read,
         dense=described,
     )
+
+
+def blocks_alone(opened: OpenModel, kept: Sequence[int]) -> LiveBlocks | StoredBlocks:
+    """The blocks that :func:`shallower` would leave, to look at: the model stays as it is."""
+    layout, blocks = opened.layout, opened.layout.find_blocks(opened.model)
+    holder: nn.Module = nn.ModuleList(blocks[number] for number in kept)
+    for name in reversed(layout.blocks.split(".")):
+        outer = nn.Module()
+        outer.add_module(name, holder)
+        holder = outer
+    if isinstance(opened.blocks, LiveBlocks):
+        return LiveBlocks(holder, layout)
+    sources = _renumbered_sources(opened.blocks.sources, layout, kept)
+    return replace(opened.blocks, model=holder, sources=sources)
 
 
 def check_kept(kept: Sequence[int], total: int, first: int) -> None:
@@ -149,7 +163,7 @@ def _checked(
             if (a, b) != (old, number) or not ("layer" in name or "block" in name):
                 raise CfspError(f"{at} {name} {shown(b)} of {path or 'itself'}, not {shown(a)}")
             renumbered[(f"{layout.prefix(number)}{path}".rstrip("."), name)] = (a, b)
-    outer = [_without_blocks(m, layout) for m in (was, now)]
+    outer = _without_blocks(was, layout), _without_blocks(now, layout)
     at = f"{kind}: outside of the blocks it would have"
     for (path, name), (a, b) in _differences(*outer, at).items():
         listed = isinstance(a, list) and len(a) == total and b == [a[n] for n in kept]

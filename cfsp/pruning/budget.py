@@ -122,7 +122,7 @@ def channel_budget(
 
     ``total``, of the dense model, and ``costs``, of one unit in all experts of every part, are in
     one unit; ``steps`` are of one expert; ``added`` is what else changes the total: biases that are
-    added, experts that go.
+    added, experts and blocks that go.
     """
     channels, multiple = total_cost(steps, costs), max(own.multiple for own in steps)
     fixed = total - channels + added

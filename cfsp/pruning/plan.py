@@ -125,12 +125,29 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """Which blocks of a model are left."""
+
+    kept: tuple[int, ...]
+    """Their numbers, ascending."""
+    total: int
+    """How many there were."""
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The numbers of the others."""
+        return tuple(number for number in range(self.total) if number not in self.kept)
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """Kept channels of every block, with the recipe and the model they are for."""
 
     blocks: tuple[BlockPlan, ...]
     model_fingerprint: str
     recipe: Recipe
+    depth: Depth | None = None
+    """Which blocks of the model these are; None: all."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -162,6 +179,8 @@ class PruningPlan:
         for name, of in (("KV groups", self.groups), ("experts", self.experts)):
             if of is not None:
                 found.append(f"{of[1] - of[0]} of {of[1]} {name}")
+        if self.depth is not None:
+            found.append(f"{self.depth.total - len(self.blocks)} of {self.depth.total} blocks")
         return " and ".join(found)
 
     @property
@@ -177,6 +196,8 @@ class PruningPlan:
         of_left = 1 - sum(self.widths) / left
         asked, multiple = self.recipe.sparsity, self.recipe.width_multiple
         hint = "" if multiple == 1 else "; a smaller `width_multiple` comes closer"
+        if self.recipe.only_blocks:
+            return
         if self.removes_nothing:
             warnings.warn(
                 f"the plan removes nothing, in multiples of {multiple}{hint}", stacklevel=2
@@ -217,8 +238,20 @@ class PruningPlan:
             cells += [experts] if routed else []
             has_ffn = block.intermediate_size > 0
             cells += [str(block.intermediate_size), *((kept, bar) if has_ffn else ())]
-            table.add_row(str(number), *cells)
+            own_number = self.depth.kept[number] if self.depth is not None else number
+            table.add_row(str(own_number), *cells)
         return table
+
+
+def plan_of_all(
+    blocks: Sequence[tuple[Units, ...]], recipe: Recipe, fingerprint: str = ""
+) -> PruningPlan:
+    """The plan that keeps every unit of these blocks, of a model of this fingerprint."""
+    found = []
+    for units in blocks:
+        kept = tuple(torch.arange(own.count).expand(own.experts, -1) for own in units)
+        found.append(BlockPlan(kept, 0.0, units))
+    return PruningPlan(tuple(found), fingerprint, recipe)
 
 
 def make_plan(

@@ -15,7 +15,7 @@ from ..io.documents import read_as
 from ..io.files import json_text, saved_file
 from ..models.parts.channels import Units, sizes_of
 from ..typed import Bound, Count, Natural, between, decode
-from .plan import QUANTILES, BlockPlan, PruningPlan
+from .plan import QUANTILES, BlockPlan, Depth, PruningPlan
 from .recipe import recipe_from_dict
 
 FORMAT = "cfsp-plan-1"
@@ -63,6 +63,13 @@ class _Block:
 
 
 @dataclass(frozen=True)
+class _Depth:
+    kept: str
+    """Numbers of blocks."""
+    of: Annotated[int, between(1, MAX_BLOCKS)]
+
+
+@dataclass(frozen=True)
 class _Document:
     model_fingerprint: str
     recipe: dict[str, Any]
@@ -76,6 +83,7 @@ class _Document:
             ),
         ),
     ]
+    depth: _Depth | None = None
 
 
 def load_plan(path: str | Path) -> PruningPlan:
@@ -88,7 +96,11 @@ def load_plan(path: str | Path) -> PruningPlan:
     document = read_as(_Document, path, "plan", FORMAT)
     try:
         blocks = tuple(starmap(_block_of, enumerate(document.blocks)))
-        return PruningPlan(blocks, document.model_fingerprint, recipe_from_dict(document.recipe))
+        depth = _depth_of(document.depth, "plan") if document.depth is not None else None
+        if depth is not None and len(depth.kept) != len(blocks):
+            raise CfspError(f"plan: depth.kept names {len(depth.kept)} blocks, not {len(blocks)}")
+        recipe = recipe_from_dict(document.recipe)
+        return PruningPlan(blocks, document.model_fingerprint, recipe, depth)
     except CfspError as error:
         raise CfspError(f"{path}: {error}") from None
 
@@ -99,8 +111,23 @@ def plan_to_dict(plan: PruningPlan) -> dict[str, Any]:
         "format": FORMAT,
         "model_fingerprint": plan.model_fingerprint,
         "recipe": plan.recipe.to_dict(),
+        **({"depth": depth_to_dict(plan.depth)} if plan.depth is not None else {}),
         "blocks": list(starmap(_block_to_dict, enumerate(plan.blocks))),
     }
+
+
+def depth_to_dict(depth: Depth) -> dict[str, Any]:
+    """Plain values: kept blocks as ranges, of how many."""
+    return {"kept": to_ranges(torch.tensor(depth.kept)), "of": depth.total}
+
+
+def depth_from_dict(values: Any, what: str) -> Depth:
+    """What :func:`depth_to_dict` gave; CfspError for anything else."""
+    return _depth_of(decode(_Depth, values, what, "depth"), what)
+
+
+def _depth_of(found: _Depth, what: str) -> Depth:
+    return Depth(tuple(from_ranges(found.kept, found.of, f"{what}: depth.kept").tolist()), found.of)
 
 
 def _block_to_dict(number: int, block: BlockPlan) -> dict[str, Any]:

@@ -23,6 +23,10 @@ from .scoring import SCORERS
 
 UNITS = ("channels", "groups", "attention", "ffn")
 SPARSITY = 0.3
+BLOCK_CHOICES = {
+    "angle": "the stretch that turns the hidden states least, by a pass over a few windows",
+    "loss": "the stretch without which the loss is least, of all that were tried; in memory",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,7 +38,7 @@ class Recipe:
         None,
         "Fraction of all FFN channels to remove, in [0, 1), of the experts that stay.",
         must_be=FRACTION,
-        unset=f"{SPARSITY}, or 0 where experts are removed",
+        unset=f"{SPARSITY}, or 0 where experts or blocks are removed",
     )
     budget: str | None = setting(
         None, f"Budget of the whole model, instead of a sparsity: {FORM}.", metavar="KIND=AMOUNT"
@@ -140,6 +144,16 @@ class Recipe:
         "Keep the same width in all blocks: the result is of a class of transformers itself and "
         "needs no modeling file.",
     )
+    blocks: int | None = setting(
+        None,
+        "How many blocks stay, or, if negative, go: one stretch, taken out before anything else, "
+        "never the first or the last block.",
+        must_be=Bound("2 or more, or below 0", lambda value: value >= 2 or value < 0),
+        unset="all",
+    )
+    block_choice: str = setting(
+        "angle", "Which blocks go.", choices=BLOCK_CHOICES, called="block choice"
+    )
     width_multiple: int = setting(
         128, "Widths are multiples of this; 1 for exact widths.", must_be=at_least(1)
     )
@@ -165,7 +179,7 @@ class Recipe:
             raise CfspError("uniform widths are of channels alone: drop `uniform` or `units`")
         budget = self.model_budget
         if self.sparsity is None:
-            alone = self.experts is not None and budget is None
+            alone = (self.experts or self.blocks) is not None and budget is None
             object.__setattr__(self, "sparsity", 0.0 if alone else SPARSITY)
         if budget is not None and self.sparsity != SPARSITY:
             raise CfspError(f"budget {self.budget} and sparsity {self.sparsity} exclude each other")
@@ -173,7 +187,10 @@ class Recipe:
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
         if self.searches and budget is not None and budget.kind == "latency":
             raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
-        if self.searches and self.search_windows > self.calibration.samples:
+        if self.blocks is not None and budget is not None and budget.kind == "latency":
+            raise CfspError("a latency table is of all blocks: prune the result of `blocks` by it")
+        measures = self.searches or self.chooses_by_loss
+        if measures and self.search_windows > self.calibration.samples:
             raise CfspError(
                 f"search_windows {self.search_windows} is more than the calibration's "
                 f"{self.calibration.samples} windows"
@@ -181,13 +198,24 @@ class Recipe:
 
     @property
     def cuts_channels(self) -> bool:
-        """Whether more than experts goes."""
-        return self.experts is None or self.budget is not None or self.sparsity > 0
+        """Whether more than experts and blocks goes."""
+        whole = self.experts is not None or self.blocks is not None
+        return not whole or self.budget is not None or self.sparsity > 0
 
     @property
     def model_budget(self) -> ModelBudget | None:
         """The budget, read."""
         return parse_model_budget(self.budget) if self.budget is not None else None
+
+    @property
+    def only_blocks(self) -> bool:
+        """Whether blocks go and nothing else."""
+        return self.experts is None and not self.cuts_channels
+
+    @property
+    def chooses_by_loss(self) -> bool:
+        """Whether blocks that go are chosen by measuring the model without them."""
+        return self.blocks is not None and self.block_choice == "loss"
 
     @property
     def unit_kinds(self) -> frozenset[str]:
@@ -241,7 +269,7 @@ class Recipe:
     @property
     def searches(self) -> bool:
         """Whether widths are searched for by measuring pruned models."""
-        return self.resolved_allocator == SEARCH
+        return self.resolved_allocator == SEARCH and not self.only_blocks
 
     @property
     def search_candidates(self) -> int:
@@ -261,7 +289,7 @@ class Recipe:
     @property
     def refits(self) -> bool:
         """Whether pruned blocks are fitted again to what the dense ones give."""
-        return self.sequential or self.blockwise
+        return (self.sequential or self.blockwise) and not self.only_blocks
 
     @property
     def makes_curves(self) -> bool:

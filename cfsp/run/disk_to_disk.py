@@ -93,7 +93,7 @@ def _cut(
             plan,
             cut.turn,
             folder,
-            before=[w.ride for w in [dense] if len(w.windows)],
+            before=[w.ride for w in [dense] if len(w.windows) and opened.dense is None],
             after=[*cut.visits, *(w.ride for w in (pruned, probe) if len(w.windows))],
             stop=run.stop,
             finished_shard=state.keep_shard,
@@ -108,6 +108,11 @@ def _cut(
     stopped = ranks.any(fits is None)
     if fits is None or stopped:
         raise Stopped
-    measured = [held_out.of_logits(w.logits(), ranks, w.seconds) for w in (dense, pruned)]
+    measured = [
+        run.before
+        if ridden is dense and opened.dense is not None
+        else held_out.of_logits(ridden.logits(), ranks, ridden.seconds)
+        for ridden in (dense, pruned)
+    ]
     logits = next(probe.logits(), torch.empty(0)).cpu()
     return partial(run.finish_, cut, sizes, fits, *measured), logits

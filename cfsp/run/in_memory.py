@@ -28,7 +28,8 @@ def prune_in_memory(run: Run, out: Path | None, *, given: bool) -> PruneResult:
     training, device = model.training, model_device(model)
     model.eval()
     measure = partial(run.held_out.measure, model, progress=run.progress, ranks=ranks)
-    sizes, before = footprints(opened.described, plan, run.table), measure()
+    sizes = footprints(opened.described, plan, run.table)
+    before = run.before if opened.dense is not None else measure()
     if ranks.any(run.stop()):
         raise Stopped
     cut = run.second_pass(plan, statistics)

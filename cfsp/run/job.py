@@ -26,13 +26,14 @@ from ..pruning.compaction import warn_of_few_tokens
 from ..pruning.compensation import FitRecord
 from ..pruning.expert_scores import chosen_experts
 from ..pruning.plan import PruningPlan, make_plan
-from ..pruning.plan_file import plan_to_dict
+from ..pruning.plan_file import depth_to_dict, plan_to_dict
 from ..pruning.ranking import Ranker
 from ..pruning.recipe import Recipe
 from ..pruning.refit import Refitting
 from ..pruning.scoring import SCORERS
 from ..pruning.search import width_search
 from ..pruning.second_pass import SecondPass
+from .depth import depth_of
 from .result import PruneReport
 
 
@@ -97,7 +98,7 @@ def plan_model(
     )
     check_met(described, plan, table)
     plan.warn_of_rounding()
-    return plan
+    return dataclasses.replace(plan, depth=depth_of(opened))
 
 
 NOT_MEASURED = HeldOut(torch.empty(0, 0))
@@ -121,6 +122,8 @@ class Run:
     held_out: HeldOut = NOT_MEASURED
     table: LatencyTable | None = None
     """Latency of the model on the device that the result is for."""
+    before: Perplexity | None = None
+    """Of the model with all of its blocks, where some were taken out."""
     micro_batch: int
     """Windows per forward call of calibration."""
     verify: bool = False
@@ -135,6 +138,7 @@ class Run:
         ranker = Ranker(opened.layout, recipe)
         reads_more = SCORERS[recipe.scorer].reads_weights or recipe.sums_grams
         ranked = self.plan is None and reads_more
+        depth = depth_of(opened)
         found = collect_statistics(
             opened.model,
             opened.layout,
@@ -143,6 +147,7 @@ class Run:
             provenance={
                 "model": opened.name,
                 "calibration": dataclasses.asdict(recipe.calibration),
+                **({"depth": depth_to_dict(depth)} if depth is not None else {}),
             },
             progress=self.progress,
             weights=opened.blocks,
@@ -207,6 +212,7 @@ class Run:
             "allocator": recipe.resolved_allocator,
             "compensation": recipe.resolved_compensation,
             "sparsity": round(plan.sparsity, 6),
+            **({"depth": depth_to_dict(plan.depth)} if plan.depth is not None else {}),
         }
         become_pruned_(model, self.opened.layout, summary)
         return PruneReport(

@@ -18,6 +18,7 @@ from ..evaluation.quality import Perplexity
 from ..models.loading import quiet_loading
 from ..pruning.compensation import FitRecord
 from ..pruning.plan import PruningPlan
+from ..pruning.plan_file import depth_to_dict
 from ..pruning.refit import BlockRefit
 
 
@@ -60,6 +61,7 @@ class PruneReport:
         before, after = self.perplexity_before, self.perplexity_after
         return {
             "sparsity": self.plan.sparsity,
+            **({"depth": depth_to_dict(depth)} if (depth := self.plan.depth) is not None else {}),
             "widths": list(self.plan.widths),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
