@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CfspError, shown
 from ..io.safetensors import Tensors
-from ..weights.sources import Convert, Source
+from ..weights.mapping import retargeted
+from ..weights.sources import Source
 from .blocks import LiveBlocks, StoredBlocks
 from .descriptions import Description
 from .layouts import Layout
@@ -251,10 +251,10 @@ def _renumbered_sources(
 
 def _renumbered(source: Source, layout: Layout, old: int, new: int) -> Source:
     before, after = layout.prefix(old), layout.prefix(new)
-    targets = {name: after + name.removeprefix(before) for name in source.targets}
-    infos = {targets[name]: info for name, info in source.targets.items()}
+    infos = {after + name.removeprefix(before): info for name, info in source.targets.items()}
     if source.convert is not None:  # which knows its weights by their stored names
-        return replace(source, targets=infos, convert=partial(_convert, source.convert, targets))
+        convert = retargeted(source.convert, lambda name: after + name.removeprefix(before))
+        return replace(source, targets=infos, convert=convert)
     _, _, blocks = layout.blocks.rpartition(".")
     stored = re.compile(rf"(^|\.){re.escape(blocks)}\.{old}\.")
     weights = {}
@@ -262,9 +262,3 @@ def _renumbered(source: Source, layout: Layout, old: int, new: int) -> Source:
         renamed, count = stored.subn(rf"\g<1>{blocks}.{new}.", name, count=1)
         weights[renamed if count else f"block {new}: {name}"] = weight
     return replace(source, targets=infos, weights=weights)
-
-
-def _convert(
-    convert: Convert, names: Mapping[str, str], tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    return {names[name]: value for name, value in convert(tensors).items()}

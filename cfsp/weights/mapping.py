@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 
 from ..errors import CfspError, first_of, reason
 from ..io.safetensors import TensorInfo, Tensors
-from .sources import Source, Weight
+from .sources import Convert, Source, Weight
 
 REMADE = re.compile(r"\b(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 """Buffers that older checkpoints hold and every model makes itself."""
@@ -161,6 +161,14 @@ def _convert(
             own.add_tensor(target, name, pattern, tensors[name])
     made = own.convert(target, model=model, config=model.config)
     return {k: value[0] if isinstance(value, list) else value for k, value in made.items()}
+
+
+def retargeted(convert: Convert, renamed: Callable[[str], str]) -> Convert:
+    """The same conversion, for a tensor of another name in the model."""
+    if not isinstance(convert, partial):
+        raise TypeError(f"a conversion of another kind: {convert}")
+    converter, target, *others = convert.args
+    return partial(convert.func, converter, renamed(target), *others)
 
 
 def _check_floats(where: str | Path, weights: Mapping[str, Weight]) -> None:
