@@ -67,13 +67,14 @@ def tiles(
     result: Result, perplexity: Values | None, evaluations: Sequence[Values]
 ) -> list[dict[str, str]]:
     """The figures that matter most, each with what it was before."""
-    blocks, pair = result.plan.blocks, perplexity or {}
+    blocks, depth, pair = result.plan.blocks, result.plan.depth, perplexity or {}
     evaluated = {_last_part(e): e for e in reversed(evaluations)}  # wherever they lay; first wins
     dense, own = (evaluated.get(Path(name).name) for name in (result.dense_name, result.name))
     was, now = (number_at(result.measured, f"parameters_{when}") for when in ("before", "after"))
     channels = sum(block.intermediate_size for block in blocks)
     measures: list[tuple[str, str, float | None, float | None]] = [
         ("parameters", "{:,.0f}", was, now),
+        ("blocks", "{:,.0f}", depth.total if depth else None, len(blocks)),
         ("FFN channels", "{:,.0f}", channels, sum(result.plan.widths)),
         ("KV groups", "{:,.0f}", *(result.plan.groups or (None, None))[::-1]),
         ("experts", "{:,.0f}", *(result.plan.experts or (None, None))[::-1]),
