@@ -8,8 +8,10 @@ NATIVE_FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-"""A family, and module of vLLM -> its class, which :mod:`cfsp.models.vllm` gives widths per block;
+"""A family, and module of vLLM -> its class, which :mod:`cfsp.models.vllm` gives sizes per block;
 vLLM runs others through transformers."""
+NO_HEADS_PER_BLOCK = ("phi3",)
+"""Families that vLLM's transformers backend cannot run with other heads in every block."""
 
 
 def register() -> None:

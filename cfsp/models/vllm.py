@@ -1,103 +1,111 @@
-"""vLLM's own decoders with an FFN width per block. Only vLLM imports this."""
+"""vLLM's own decoders with blocks of different sizes. Only vLLM imports this."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from ..vllm_plugin import NATIVE_FAMILIES
-from .modeling_cfsp import PREFIX
+from .modeling_cfsp import PREFIX, sizes_of
 
-WIDTHS = ("intermediate_size", "moe_intermediate_size")
-"""What configs call the width of an FFN, and of an expert."""
+MAKERS = {"mistral": "llama", "qwen3": "qwen2", "qwen3_vl": "qwen2"}
+"""The module of vLLM that makes a family's blocks, where it is not the family's own."""
+
+
+class Nothing(nn.Module):
+    """In the place of an attention or FFN that is gone: adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 @contextmanager
-def of_all_blocks(config: Any, widths: dict[str, int]) -> Iterator[None]:
-    """Have a config say these widths, whatever the block."""
-    before = {name: getattr(config, name) for name in widths}
+def temporarily(thing: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Have a config or module say these values."""
+    before = {name: getattr(thing, name) for name in values}
     try:
-        for name, width in widths.items():
-            setattr(config, name, width)
+        for name, value in values.items():
+            setattr(thing, name, value)
         yield
     finally:
-        for name, width in before.items():
-            setattr(config, name, width)
+        for name, value in before.items():
+            setattr(thing, name, value)
 
 
-def rebuild_ffns(decoder: Any, vllm_config: Any) -> None:
-    """Make the FFN of every block on this rank anew, of its own class, at its own width."""
+def make_blocks(
+    stock: Callable[..., Any],
+    vllm_config: Any,
+    count: int,
+    make_block: Callable[..., nn.Module],
+    prefix: str,
+) -> Any:
+    """vLLM's ``make_layers``, but while a block is made the config says that block's sizes."""
     config = vllm_config.model_config.hf_text_config
-    for number in range(decoder.start_layer, decoder.end_layer):
-        layer, sizes = decoder.layers[number], config.per_layer_config[number]
-        linear = next(part for part in layer.mlp.modules() if isinstance(part, LinearBase))
-        prefix = linear.prefix.rpartition(".")[0]
-        if hasattr(layer.mlp, "experts"):
-            forget(f"{prefix}.experts", vllm_config)
-            with of_all_blocks(config, {WIDTHS[1]: sizes.moe_intermediate_size}):
-                layer.mlp = type(layer.mlp)(vllm_config=vllm_config, prefix=prefix)
-        else:
-            layer.mlp = dense_ffn(type(layer.mlp), sizes.intermediate_size, prefix, vllm_config)
+    settings = config.cfsp_config
+    names = {name for name, *_ in sizes_of(settings).values()}
+    names |= {name for name in settings.get("heads", ()) if name}
+
+    def make_own(prefix: str) -> nn.Module:
+        own = config.per_layer_config[int(prefix.rpartition(".")[2])]
+        with temporarily(config, {name: getattr(own, name) for name in names}):
+            block = make_block(prefix=prefix)
+        for path in settings["added_bias"]:
+            if path in dict(block.named_modules()):
+                block.set_submodule(path, with_bias(block.get_submodule(path)))
+        for kind in getattr(own, "skip", None) or ():
+            forget(f"{prefix}.{settings[kind]}.", vllm_config.compilation_config)
+            block.set_submodule(settings[kind], Nothing())
+        return block
+
+    return stock(count, make_own, prefix)
 
 
-def forget(prefix: str, vllm_config: Any) -> None:
-    """Have vLLM know no experts of this name, which it does not let be made twice."""
-    known = vllm_config.compilation_config
-    del known.static_forward_context[prefix]
-    known.static_all_moe_layers.remove(prefix)
-
-
-def dense_ffn(kind: Any, width: int, prefix: str, vllm_config: Any) -> Any:
-    """An FFN of a class of vLLM, with a bias on its down projection where pruning added one."""
-    config, quantization = vllm_config.model_config.hf_text_config, vllm_config.quant_config
-    mlp = kind(
-        hidden_size=config.hidden_size,
-        intermediate_size=width,
-        hidden_act=config.hidden_act,
-        quant_config=quantization,
-        prefix=prefix,
-        **({"bias": True} if getattr(config, "mlp_bias", False) else {}),
+def with_bias(linear: Any) -> nn.Module:
+    """The same projection, with a bias that its class has no argument for."""
+    return RowParallelLinear(
+        linear.input_size,
+        linear.output_size,
+        bias=True,
+        quant_config=linear.quant_config,
+        prefix=linear.prefix,
     )
-    if config.cfsp_config["added_bias"]:
-        mlp.down_proj = RowParallelLinear(
-            width,
-            config.hidden_size,
-            bias=True,
-            quant_config=quantization,
-            prefix=f"{prefix}.down_proj",
-        )
-    return mlp
 
 
-class PerBlockWidths(nn.Module):
-    """Builds the stock model at the smallest widths, then gives every block its own."""
+def forget(prefix: str, known: Any) -> None:
+    """Have vLLM keep no KV cache, and know no experts, of modules whose names begin so."""
+    for name in [name for name in known.static_forward_context if name.startswith(prefix)]:
+        del known.static_forward_context[name]
+        if name in known.static_all_moe_layers:
+            known.static_all_moe_layers.remove(name)
+
+
+class PerBlockSizes(nn.Module):
+    """Builds the stock model, each block at its own sizes."""
+
+    makes_blocks: Any
+    """The module of vLLM that does."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_text_config
-        smallest = {
-            name: min(getattr(layer, name) for layer in config.per_layer_config)
-            for name in WIDTHS
-            if hasattr(config, name)
-        }
-        with of_all_blocks(config, smallest):  # no room is taken for channels that will go
+        maker = self.makes_blocks
+        own = partial(make_blocks, maker.make_layers, vllm_config)
+        with temporarily(maker, {"make_layers": own}):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        decoder: Any = getattr(self, "language_model", self).model
-        rebuild_ffns(decoder, vllm_config)
-        if hasattr(self, "moe_layers"):
-            blocks = decoder.layers[decoder.start_layer : decoder.end_layer]
-            self.moe_layers = [b.mlp.experts for b in blocks if hasattr(b.mlp, "experts")]
 
 
 def __getattr__(name: str) -> type:
-    """The class of vLLM of the same name without the prefix, with per-block widths. Made when vLLM
+    """The class of vLLM of the same name without the prefix, with per-block sizes. Made when vLLM
     asks for it: the modules of some need packages that others do without."""
     families = {f"{PREFIX}{stock}": (family, stock) for family, stock in NATIVE_FAMILIES.items()}
     if name not in families:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     family, stock = families[name]
-    base = getattr(import_module(f"vllm.model_executor.models.{family}"), stock)
-    own = globals()[name] = type(name, (PerBlockWidths, base), {"__module__": __name__})
+    names = (family, MAKERS.get(family, family))
+    module, maker = (import_module(f"vllm.model_executor.models.{of}") for of in names)
+    values = {"__module__": __name__, "makes_blocks": maker}
+    own = globals()[name] = type(name, (PerBlockSizes, getattr(module, stock)), values)
     return own

@@ -466,7 +466,11 @@ def test_what_llama_cpp_cannot_run_is_refused_before_any_work(
     out = tmp_path / "model.gguf"
     for source, options, message in (
         (pruned("gemma"), {}, "gguf holds llama, mistral, qwen2, qwen3 exactly, not 'gemma'"),
-        (pruned("qwen3"), {}, "llama.cpp has no qwen3 with a width per block; export it as padded"),
+        (
+            pruned("qwen3"),
+            {},
+            "has no qwen3 with sizes per block and embeddings that are not tied; ex",
+        ),
         (pruned(), {"type": "Q4_K"}, "unknown type 'Q4_K'; valid: F32, F16, BF16, Q8_0"),
         (tiny_folder, {}, "llama.cpp reads no BPE tokenizer without merges"),
     ):

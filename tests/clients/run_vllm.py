@@ -1,7 +1,7 @@
 """Greedy tokens of a model folder, by vLLM: run in an environment that holds it.
 
 Arguments: a folder, a job (JSON: prompts, new_tokens), where the answer goes (JSON: tokens,
-model_class, widths). With CFSP_TRUST=1 code in the folder is run.
+cache_bytes, model_class, widths). With CFSP_TRUST=1 code in the folder is run.
 """
 
 import json
@@ -16,16 +16,28 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 def inspect(model: object) -> dict:
     """Class of the model that runs, and the FFN channels of its blocks: of one expert where a block
-    has several."""
+    has several, 0 where there are none."""
     inner = getattr(model, "language_model", model).model  # type: ignore[attr-defined]
     inner = getattr(inner, "model", inner)  # one deeper behind vLLM's transformers classes
+    ffns = [getattr(layer, "mlp", None) for layer in inner.layers]
     widths = [
-        layer.mlp.experts.moe_config.intermediate_size
-        if hasattr(layer.mlp, "experts")
-        else layer.mlp.down_proj.input_size
-        for layer in inner.layers
+        mlp.experts.moe_config.intermediate_size
+        if hasattr(mlp, "experts")
+        else mlp.down_proj.input_size
+        if hasattr(mlp, "down_proj")
+        else 0
+        for mlp in ffns
     ]
     return {"model_class": type(model).__name__, "widths": widths}
+
+
+def cache_bytes(llm: object) -> float:
+    """What vLLM sets aside for the keys and values of a token."""
+    core = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    cache = core.scheduler.kv_cache_config
+    (group,) = cache.kv_cache_groups
+    (size,) = {tensor.size for tensor in cache.kv_cache_tensors}  # of what they all lie in
+    return size / cache.num_blocks / group.kv_cache_spec.block_size
 
 
 def main() -> None:
@@ -49,6 +61,7 @@ def main() -> None:
     )
     answer = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cache_bytes": cache_bytes(llm),
         **llm.apply_model(inspect)[0],
     }
     Path(answer_file).write_text(json.dumps(answer))

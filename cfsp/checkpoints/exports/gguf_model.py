@@ -1,7 +1,8 @@
 """``gguf``: one file for llama.cpp, with the tokenizer, written tensor by tensor.
 
-llama.cpp's arch ``llama`` has one FFN width for all blocks; ``deci``, the same decoder, has a width
-per block. Both rotate neighbouring pairs of q and k, so their rows are put in that order.
+llama.cpp's arch ``llama`` has one FFN width and number of heads for all blocks; ``deci``, the same
+decoder, has them per block. Both rotate neighbouring pairs of q and k, so their rows are put in
+that order. ``openelm`` is Qwen3 with sizes per block, its embeddings tied, q, k and v in one.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,14 +18,14 @@ from .gguf_tensors import GGUF_TYPES, STORED, GgufTensor, check_gguf_tensor, ggu
 from .gguf_tokenizer import check_tokenizer, write_tokenizer
 from .source import Details, ExportOptions, ExportSource, check_family, progress_bar
 
-ARCHITECTURES: dict[str, tuple[str, str | None]] = {
+ARCHITECTURES: dict[str, tuple[str, str]] = {
     "llama": ("llama", "deci"),
     "mistral": ("llama", "deci"),
     "qwen2": ("qwen2", "deci"),
-    "qwen3": ("qwen3", None),
+    "qwen3": ("qwen3", "openelm"),
 }
-"""Family -> llama.cpp's arch for one width, and the one that computes the same with a width per
-block."""
+"""Family -> llama.cpp's arch where blocks are alike, and the one that computes the same with widths
+and heads per block."""
 LLAMA_ARCHS = ("llama", "deci")
 """They rotate neighbouring pairs of q and k, not halves, and may have a bias on down_proj."""
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -39,25 +40,46 @@ SAMPLING = {
 }
 """A setting of the generation config -> llama.cpp's name for it."""
 PADDED_FIRST = "export it as padded first, and convert that folder"
+NO_CHANNELS = 32
+"""Zero channels in the place of an FFN that is gone: llama.cpp takes the attention for gone too if
+there are none. As many as a block of Q8_0 holds."""
 
 
 def architecture(source: ExportSource) -> str:
     """llama.cpp's arch for a model; CfspError where there is none."""
-    one_width, per_block = ARCHITECTURES[source.family]
-    if len(set(source.widths)) == 1 and (not source.added_bias or one_width in LLAMA_ARCHS):
-        return one_width
-    if per_block is None:
-        what = "a bias on down_proj" if source.added_bias else "a width per block"
-        raise CfspError(f"llama.cpp has no {source.family} with {what}; {PADDED_FIRST}")
+    alike, per_block = ARCHITECTURES[source.family]
+    sizes = {*zip(source.widths, source.heads, strict=True)}
+    if len(sizes) == 1 and (not source.added_bias or alike in LLAMA_ARCHS):
+        return alike
+    gone, why = source.without("attention"), None
+    if per_block == "openelm":
+        if source.added_bias:
+            why = f"a bias on {source.added_bias[0].rpartition('.')[2]}"
+        elif not source.config.tie_word_embeddings:
+            why = "sizes per block and embeddings that are not tied"
+        elif source.config.rope_parameters["rope_type"] != "default":
+            why = "sizes per block and scaled RoPE"
+        elif gone:
+            why = f"no attention in block {gone[0]}"
+    elif 0 in gone:
+        why = "no attention in block 0"
+    if why:
+        raise CfspError(f"llama.cpp has no {source.family} with {why}; {instead(source)}")
     return per_block
+
+
+def instead(source: ExportSource) -> str:
+    """What to do with a model that no arch holds."""
+    takes_out = source.without("attention") or source.without("mlp")
+    return source.runs if takes_out else PADDED_FIRST
 
 
 def check(source: ExportSource, options: ExportOptions) -> None:
     """Raise CfspError for what llama.cpp does not compute, or has no pre-tokenizer for."""
     if find_spec("gguf") is None:
         raise CfspError("the gguf export needs the package 'gguf': pip install 'cfsp[gguf]'")
-    instead = f"{PADDED_FIRST} with llama.cpp's convert_hf_to_gguf.py"
-    check_family(source, ARCHITECTURES, "gguf", instead)
+    convert = f"{PADDED_FIRST} with llama.cpp's convert_hf_to_gguf.py"
+    check_family(source, ARCHITECTURES, "gguf", convert)
     architecture(source)
     if source.config.hidden_act != "silu":
         raise CfspError(f"gguf holds models that compute silu, not {source.config.hidden_act!r}")
@@ -124,13 +146,27 @@ def _tensors(
     source: ExportSource, arch: str, held: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors as an arch wants them, by the model's names; last its rotary factors."""
-    config = source.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    layout, config, heads = source.opened.layout, source.config, source.heads
+    joined: list[torch.Tensor] = []
     for name, values in held:
-        projection = name.split(".")[-2]
-        if arch in LLAMA_ARCHS and projection in heads:
-            values = neighbour_pairs(values, heads[projection])
+        number, projection = layout.number_of(name), name.split(".")[-2]
+        query, keys = heads[number] if number is not None else (0, 0)
+        if projection == "input_layernorm" and not query:
+            continue  # of an attention that is gone
+        if arch == "openelm" and projection in ("q_proj", "k_proj", "v_proj"):
+            joined.append(values)
+            if len(joined) < 3:
+                continue
+            name, values = name.replace("v_proj", "qkv_proj"), torch.cat(joined)
+            joined.clear()
+        elif arch in LLAMA_ARCHS and projection in ("q_proj", "k_proj"):
+            values = neighbour_pairs(values, query if projection == "q_proj" else keys)
         yield name, values
+    for number in source.without("mlp"):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            zeros = torch.zeros(NO_CHANNELS, config.hidden_size, dtype=source.opened.model.dtype)
+            name = f"{layout.prefix(number)}mlp.{projection}.weight"
+            yield name, zeros.T if projection == "down_proj" else zeros
     if config.rope_parameters["rope_type"] != "default":
         yield ROPE_FACTORS, rope_factors(source)
 
@@ -155,8 +191,7 @@ def neighbour_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) -> None:
     """The model's shape and numbers, and how it generates."""
-    config, blocks, per_block = source.config, len(source.widths), arch == "deci"
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    config, per_block = source.config, arch in ("deci", "openelm")
     head_dim = _head_dim(config)
     writer.add_string("cfsp.format", "cfsp-gguf-1")  # by which it is known as ours
     writer.add_type("model")
@@ -164,12 +199,14 @@ def write_parameters(writer: Any, source: ExportSource, arch: str, chosen: str) 
     writer.add_file_type(GGUF_TYPES[chosen])
     if chosen == "Q8_0":
         writer.add_quantization_version(2)
-    writer.add_block_count(blocks)
+    writer.add_block_count(len(source.widths))
     writer.add_context_length(source.context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(list(source.widths) if per_block else source.widths[0])
-    writer.add_head_count([heads] * blocks if per_block else heads)
-    writer.add_head_count_kv([kv_heads] * blocks if per_block else kv_heads)
+    widths = [width or NO_CHANNELS for width in source.widths]
+    heads, kv_heads = map(list, zip(*source.heads, strict=True))
+    writer.add_feed_forward_length(widths if per_block else widths[0])
+    writer.add_head_count(heads if per_block else heads[0])
+    writer.add_head_count_kv(kv_heads if per_block else kv_heads[0])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)

@@ -1,6 +1,6 @@
 """The model that is exported: opened, its tensors in turn, and what formats ask about it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from ...models.layouts import PRUNED_PREFIX
 from ...models.loading import load_config
 from ...models.opening import OpenModel, open_any
 from ...models.tensors import saved_tensors, tensor_infos
+from ...vllm_plugin import NATIVE_FAMILIES, NO_HEADS_PER_BLOCK
 from ...weights.mapping import converted
 from ..folder import write_tensors
 
@@ -53,9 +54,40 @@ class ExportSource:
         return self.config.model_type.removeprefix(PRUNED_PREFIX)
 
     @property
-    def added_bias(self) -> bool:
-        """Whether a compensation gave the down projections a bias that the architecture lacks."""
-        return bool((getattr(self.config, "cfsp_config", None) or {}).get("added_bias"))
+    def settings(self) -> dict[str, Any]:
+        """``cfsp_config`` of its config.json, see :mod:`models.modeling_cfsp`."""
+        return getattr(self.config, "cfsp_config", None) or {}
+
+    @property
+    def added_bias(self) -> Sequence[str]:
+        """Projections that a compensation gave a bias that the architecture lacks."""
+        return self.settings.get("added_bias", ())
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """Query heads and KV heads of every block; (0, 0) where the attention is gone."""
+        names = self.settings.get("heads") or ("num_attention_heads", "num_key_value_heads")
+        layers = [self.config.per_layer_config[number] for number in range(len(self.widths))]
+        query, keys = ([getattr(own, n, 0) if n else 0 for own in layers] for n in names)
+        gone = self.without("attention")
+        found = zip(query, keys, strict=True)
+        return tuple((0, 0) if n in gone else (q, k or q) for n, (q, k) in enumerate(found))
+
+    def without(self, kind: str) -> list[int]:
+        """The blocks whose "attention" or FFN ("mlp") was taken out."""
+        layers = (self.config.per_layer_config[number] for number in range(len(self.widths)))
+        return [n for n, own in enumerate(layers) if kind in (getattr(own, "skip", None) or ())]
+
+    @property
+    def runs(self) -> str:
+        """The runtime of the folder itself, for the error of a format that cannot hold it."""
+        if self.family in NATIVE_FAMILIES:
+            runtime = "vLLM with cfsp installed"
+        elif self.without("attention") or self.family in NO_HEADS_PER_BLOCK:
+            runtime = "transformers"
+        else:
+            runtime = "vLLM's transformers backend"
+        return f"the folder itself runs in {runtime}"
 
     @property
     def context(self) -> int:
