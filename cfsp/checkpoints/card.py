@@ -41,9 +41,18 @@ def model_card(
         fits=result.get("fits"),
         refits=result.get("refits"),
         stock=stock,
+        no_attention=[
+            n for n, own in enumerate(plan.blocks) if own.groups and not len(own.groups[0])
+        ],
         auto=auto,
         task="text-generation" if auto == "AutoModelForCausalLM" else "image-text-to-text",
     )
+
+
+def _without_attention(plan: PruningPlan) -> list[int]:
+    """The blocks whose attention goes whole."""
+    groups = [block.groups for block in plan.blocks]
+    return [n for n, own in enumerate(groups) if own is not None and not len(own[0])]
 
 
 def recovery_section(entry: Mapping[str, Any]) -> str:

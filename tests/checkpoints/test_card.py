@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import cfsp
 
-from ..conftest import TEXT
+from ..conftest import TEXT, make_tiny, make_tokenizer
 
 RECIPE = cfsp.Recipe(
     scorer="cfsp",
@@ -65,3 +65,20 @@ def test_a_name_is_no_markup(tiny_folder: Path, tmp_path: Path, name: str, title
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
     assert row.count("``") == (2 if "`" in name else 0)
     assert yaml.safe_load((out / "recipe.yaml").read_text())["provenance"]["model"] == name
+
+
+@pytest.mark.parametrize(("units", "gone"), [("channels,groups", False), ("attention", True)])
+def test_the_card_says_what_runs_blocks_without_attention(
+    tmp_path: Path, units: str, gone: bool
+) -> None:
+    recipe = replace(RECIPE, units=units, sparsity=0.3, allocator="knapsack", compensation="none")
+    options = {"recipe": recipe, "out": tmp_path / "out", "eval_windows": 0, "progress": False}
+    result = cfsp.prune(make_tiny(num_hidden_layers=5), make_tokenizer(), **options)
+    without = [n for n, block in enumerate(result.plan.blocks) if not len(block.groups[0])]
+    assert bool(without) is gone
+    numbers = ", ".join(map(str, without))
+    says = re.search(
+        r"Without an attention: blocks? (.*)\. vLLM runs such a model with cfsp",
+        (tmp_path / "out" / "README.md").read_text(),
+    )
+    assert (says[1] if says else "") == numbers

@@ -52,7 +52,7 @@ def pruned(name: str, recipe: cfsp.Recipe, root: Path) -> Reference:
     make_tokenizer().save_pretrained(root / "dense")
     options = {"eval_windows": 0, "progress": False}
     result = cfsp.prune(root / "dense", recipe=recipe, out=root / "pruned", **options)
-    return reference_of(root / "pruned", [b.part_widths[0] for b in result.plan.blocks])
+    return reference_of(root / "pruned", [b.counts[0] for b in result.plan.blocks])
 
 
 @pytest.mark.parametrize(
