@@ -102,17 +102,22 @@ def latency_table(
     *,
     batch: int = BATCH,
     length: int = LENGTH,
+    context: int = 0,
+    units: str = Recipe.units,
     dtype: str = "auto",
     device: str = "auto",
     again: bool = False,
     progress: bool = True,
 ) -> LatencyTable:
-    """Seconds of a forward call of a model by the widths of its FFNs, measured on a device.
+    """Seconds of a forward call of a model by the units of its parts, measured on a device.
 
     Args:
         model: hub id, folder, .gguf file or a live causal LM of transformers, dense.
         batch: windows of the call.
         length: tokens of each; 1 for a step of generation.
+        context: tokens of each that are in the cache before it.
+        units: what a recipe will remove, see :class:`cfsp.Recipe`: KV groups are measured where
+            they are among them.
         dtype, device: for a model given by name.
         again: measure even where a table of the same is kept in ~/.cache/cfsp, or $CFSP_CACHE.
         progress: show a bar on stderr.
@@ -122,8 +127,11 @@ def latency_table(
     """
     check_whole("batch", batch, 1)
     check_whole("length", length, 1)
-    opened = open_any(model, None, dtype, device)
-    return table_of(opened, batch, length, again=again, progress=progress)
+    check_whole("context", context)
+    recipe = Recipe(units=units)
+    opened = open_any(model, None, dtype, device, attention=recipe.cuts_attention)
+    whole_ffns, shape = recipe.removes_ffns, (batch, length, context)
+    return table_of(opened, *shape, whole_ffns=whole_ffns, again=again, progress=progress)
 
 
 def plan(
@@ -247,7 +255,10 @@ def prune(
             experts=recipe.experts,
         )
         wanted = recipe.model_budget if plan is None else None
-        table = ranks.of_first(lambda: table_for(opened, wanted, latency_table, progress))
+        whole_ffns = recipe.removes_ffns
+        table = ranks.of_first(
+            lambda: table_for(opened, wanted, latency_table, progress, whole_ffns=whole_ffns)
+        )
         depth = DepthCut.of(opened, recipe, known)
         _check(opened, depth, recipe, plan, statistics, table, ranks)
 

@@ -1,7 +1,8 @@
 """Whole numbers under one budget: the largest-remainder method.
 
 Of an FFN with several experts, numbers are those of one expert. ``costs`` are what one unit costs
-in every part: its experts, where channels are the budget; None: 1.
+in every part: its experts, where channels are the budget; None: 1. A part whose units cost nothing
+keeps all that it may.
 """
 
 import math
@@ -94,6 +95,7 @@ def apportion(
         [end // own.multiple for end, own in zip(ends, steps, strict=True)]
         for ends in ([own.least for own in steps], [own.most for own in steps])
     )
+    quotas = [q if cost else high for q, cost, high in zip(quotas, costs, most, strict=True)]
     counts = [min(max(int(q), low), high) for q, low, high in zip(quotas, least, most, strict=True)]
     lost = [round(quota - count, 6) for quota, count in zip(quotas, counts, strict=True)]
     order = sorted(range(len(counts)), key=lambda i: (-lost[i], -float(importance[i]), i))
@@ -104,7 +106,7 @@ def apportion(
         changed = False
         for by, turn in ((1, order), (-1, order[::-1])):
             for part in turn:
-                nearer = 2 * missing * by > step_costs[part]
+                nearer = 2 * missing * by > step_costs[part] > 0
                 if nearer and least[part] <= counts[part] + by <= most[part]:
                     counts[part] += by
                     missing -= by * step_costs[part]

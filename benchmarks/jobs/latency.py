@@ -2,14 +2,21 @@
 
 ``python -m benchmarks.jobs.latency --threads 1 --json RESULT.json``
 
+``python -m benchmarks.jobs.latency --threads 1 --model SMOLLM2 --shapes 1x128 8x1+1024
+--units channels,groups,attention,ffn --fractions 0.25 --mixed 3`` has plans whose parts keep random
+numbers too.
+
 The table is made as ``cfsp latency`` does; then the dense and the pruned models take turns.
 """
 
 import argparse
 import copy
+import dataclasses
 import os
+import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,10 +27,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import cfsp
 from benchmarks.common.environment import describe
 from benchmarks.common.results import write_result
-from cfsp.costs.budgets import even_plan
+from cfsp.costs.budgets import even_plan, steps_of
 from cfsp.costs.latency import LatencyTable
-from cfsp.models.opening import adopt
+from cfsp.costs.placed_blocks import cache_maker
+from cfsp.models.loading import cache_argument
+from cfsp.models.opening import OpenModel, open_any
+from cfsp.pruning.budget import SHAPE as FORM
 from cfsp.pruning.compaction import prune_model_
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 from cfsp.pruning.second_pass import SecondPass
 
 SHAPE = {
@@ -37,64 +48,113 @@ SHAPE = {
 }
 
 
-def build(device: str, dtype: str) -> PreTrainedModel:
-    """A Llama of :data:`SHAPE`, random."""
+def build(device: str, dtype: str, model: Path | None = None) -> PreTrainedModel:
+    """A Llama of :data:`SHAPE`, or a model as the config in a folder says; random."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SHAPE)
+    config = AutoConfig.from_pretrained(model) if model else AutoConfig.for_model("llama", **SHAPE)
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval().to(device)
 
 
-def pruned(model: PreTrainedModel, budget: str, table: LatencyTable) -> tuple[Any, float]:
-    """A copy cut to a budget, and its predicted seconds."""
+def mixed(opened: OpenModel, recipe: cfsp.Recipe, seed: int) -> PruningPlan:
+    """A plan whose parts keep random numbers, of all that the recipe allows."""
+    drawn, described = random.Random(seed), opened.described
+    counts = iter(
+        drawn.randrange(own.least, own.size + 1, own.multiple)
+        for own in steps_of(described, recipe)
+    )
+    blocks = []
+    for units in described.units:
+        kept = tuple(torch.arange(next(counts)).expand(own.experts, -1) for own in units)
+        blocks.append(BlockPlan(kept, 0.0, units))
+    return PruningPlan(tuple(blocks), "", recipe)
+
+
+def pruned(
+    model: PreTrainedModel, recipe: cfsp.Recipe, table: LatencyTable, seed: int | None = None
+) -> tuple[PreTrainedModel, float]:
+    """A copy cut to a budget, or at random, and its predicted seconds."""
     left = copy.deepcopy(model)
-    opened = adopt(left, None)
-    recipe = cfsp.Recipe(scorer="cfsp", budget=budget)
-    plan = even_plan(opened.described, recipe, table)
+    opened = open_any(left, attention=recipe.cuts_attention)
+    even = seed is None
+    plan = even_plan(opened.described, recipe, table) if even else mixed(opened, recipe, seed)
     prune_model_(left, opened.layout, plan.recipe, SecondPass(plan).turn, progress=False)
-    return left, table.predicted(plan.widths)
+    return left, table.predicted([count for block in plan.blocks for count in block.counts])
+
+
+def caller(
+    model: PreTrainedModel, tokens: torch.Tensor, context: int
+) -> Callable[[], Callable[[], Any]]:
+    """Gives, before each call, what calls the model: after a context with its cache filled."""
+    if not context:
+        return lambda: lambda: model(input_ids=tokens, use_cache=False)
+    name, maker = cache_argument(model), cache_maker(model, len(tokens), context)
+    fresh = maker(lambda words, **more: model(input_ids=words, **more))
+
+    def prepared() -> Callable[[], Any]:
+        cache = fresh()
+        return lambda: model(input_ids=tokens, use_cache=True, **{name: cache})
+
+    return prepared
 
 
 @torch.no_grad()
-def seconds(models: list[PreTrainedModel], tokens: torch.Tensor, rounds: int) -> list[float]:
-    """Median of a forward call of each; they take turns, there and back."""
+def seconds(
+    models: list[PreTrainedModel], tokens: torch.Tensor, context: int, rounds: int
+) -> list[list[float]]:
+    """Of a forward call of each in every round; they take turns, there and back."""
     found: list[list[float]] = [[] for _ in models]
+    callers = [caller(model, tokens, context) for model in models]
     for turn in range(rounds + 1):
         order = range(len(models)) if turn % 2 else reversed(range(len(models)))
         for number in order:
+            call = callers[number]()
             started = time.perf_counter()
-            models[number](input_ids=tokens, use_cache=False)
+            call()
             if tokens.is_cuda:
                 torch.cuda.synchronize()
             if turn:
                 found[number].append(time.perf_counter() - started)
-    return [median(times) for times in found]
+    return found
 
 
 def compared(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Predicted and measured seconds of the dense model, and of one for each budget."""
-    batch, length = map(int, shape.split("x"))
-    model = build(options.device, options.dtype)
-    table = cfsp.latency_table(model, batch=batch, length=length, again=True, progress=False)
-    budgets = [f"latency={fraction}@{shape}" for fraction in options.fractions.split(",")]
-    cut = [pruned(model, budget, table) for budget in budgets]
-    tokens = torch.randint(0, SHAPE["vocab_size"], (batch, length), device=options.device)
-    measured = seconds([model, *(left for left, _ in cut)], tokens, options.rounds)
+    """Predicted and measured seconds of the dense model, and of one for each plan."""
+    batch, length, context = (int(x or 0) for x in re.fullmatch(FORM, shape).groups())
+    model = build(options.device, options.dtype, options.model)
+    sizes = {"batch": batch, "length": length, "context": context}
+    table = cfsp.latency_table(model, **sizes, units=options.units, again=True, progress=False)
+    plain = cfsp.Recipe(scorer="cfsp", allocator="uniform", units=options.units)
+    asked = [
+        f"latency={fraction}@{shape}" for fraction in filter(None, options.fractions.split(","))
+    ]
+    cut = [pruned(model, dataclasses.replace(plain, budget=budget), table) for budget in asked]
+    names = [*asked, *(f"mixed {seed}" for seed in range(options.mixed))]
+    cut += [pruned(model, plain, table, seed) for seed in range(options.mixed)]
+    tokens = torch.randint(0, model.config.vocab_size, (batch, length), device=options.device)
+    models = [model, *(left for left, _ in cut)]
+    dense, *measured = seconds(models, tokens, context, options.rounds)
     found: dict[str, Any] = {
         "table": table.to_dict(),
-        "dense": {"predicted": table.dense_seconds, "measured": measured[0]},
+        "dense": {"predicted": table.dense_seconds, "measured": median(dense)},
         "budgets": {},
     }
-    print(f"dense: predicted {table.dense_seconds * 1e3:.2f} ms, measured {measured[0] * 1e3:.2f}")
-    for budget, (_, predicted), own in zip(budgets, cut, measured[1:], strict=True):
-        wanted = 1 - float(budget.partition("@")[0].removeprefix("latency="))
-        row = {"wanted": wanted, "predicted": predicted, "measured": own}
-        row["measured_fraction"] = own / measured[0]
+    clock = median(dense)
+    print(
+        f"{shape}, dense: predicted {table.dense_seconds * 1e3:.2f} ms, measured {clock * 1e3:.2f}"
+    )
+    for name, (_, predicted), own in zip(names, cut, measured, strict=True):
+        wanted = predicted / table.dense_seconds
+        if name in asked:
+            wanted = 1 - float(name.partition("@")[0].removeprefix("latency="))
+        row = {"wanted": wanted, "predicted": predicted, "measured": median(own)}
+        pairs = zip(own, dense, strict=True)  # of one round, so that drift cancels out
+        row["measured_fraction"] = median(mine / theirs for mine, theirs in pairs)
         row["off_request"] = row["measured_fraction"] / wanted - 1
-        found["budgets"][budget] = row
+        found["budgets"][name] = row
         print(
-            f"{budget}: wanted {wanted:.0%} of dense, measured {row['measured_fraction']:.1%} "
+            f"{name}: wanted {wanted:.1%} of dense, measured {row['measured_fraction']:.1%} "
             f"({row['off_request']:+.1%}); predicted {predicted * 1e3:.2f} ms, measured "
-            f"{own * 1e3:.2f} ({own / predicted - 1:+.1%})",
+            f"{row['measured'] * 1e3:.2f} ({row['measured'] / predicted - 1:+.1%})",
             flush=True,
         )
     return found
@@ -106,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.jobs.latency", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--fractions", default="0.1,0.25,0.4")
+    parser.add_argument("--model", type=Path, help="folder of a config; default: a small Llama")
+    parser.add_argument("--units", default="channels")
+    parser.add_argument("--mixed", type=int, default=0, help="plans of random numbers of units")
     parser.add_argument("--shapes", nargs="+", default=["1x128", "1x512"])
     parser.add_argument("--repeat", type=int, default=1, help="times that all is done")
     parser.add_argument("--rounds", type=int, default=15)

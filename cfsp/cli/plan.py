@@ -63,6 +63,12 @@ def _planned(arguments: argparse.Namespace, recipe: Recipe) -> PruningPlan:
     if known is not None:
         opened = shallower(opened, known.kept)
     check_statistics(statistics, opened.blocks)
-    table = table_for(opened, recipe.model_budget, arguments.latency_table, not arguments.quiet)
+    table = table_for(
+        opened,
+        recipe.model_budget,
+        arguments.latency_table,
+        not arguments.quiet,
+        whole_ffns=recipe.removes_ffns,
+    )
     recipe = as_calibrated(recipe, statistics)
     return plan_model(opened, statistics, recipe, table, progress=not arguments.quiet)

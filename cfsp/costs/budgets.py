@@ -1,17 +1,20 @@
 """Budgets and recipes against a model's shapes, before the calibration: what they come to in FFN
 channels, and whether any plan can meet them."""
 
+from dataclasses import replace
+
 import torch
 
-from ..apportion import Steps, apportion, check_budget, total_cost
+from ..apportion import Steps, check_budget, total_cost
 from ..errors import CfspError
 from ..models.descriptions import Description
 from ..models.loading import check_seqlen
+from ..models.parts.attention import Attention
 from ..models.parts.channels import check_expert_width
 from ..models.pruned_classes import stock_model
 from ..models.tensors import parameter_shapes
-from ..pruning.allocation import equal_widths
-from ..pruning.budget import ChannelBudget, channel_budget
+from ..pruning.allocation import equal_widths, even_widths
+from ..pruning.budget import ChannelBudget, channel_budget, kv_limit, step_cost
 from ..pruning.compaction import left_tensors, planned_tensors
 from ..pruning.compensation import COMPENSATIONS
 from ..pruning.plan import BlockPlan, PruningPlan, plan_of_all
@@ -21,12 +24,21 @@ from .footprint import footprints
 from .latency import LatencyLimit, LatencyTable
 
 
-def _unit_costs(described: Description, costs: ModelCosts, kind: str) -> tuple[int, ...]:
-    """What one unit costs in every part, in all its experts: "params" with biases, or "flops" of
-    one token, which goes through a few of the experts."""
+def _unit_costs(
+    described: Description, costs: ModelCosts, kind: str, seqlen: int = 0
+) -> tuple[int, ...]:
+    """What one unit costs in every part, in all its experts: "params" with biases; "flops" of one
+    token among ``seqlen``, which goes through a few of the experts; "kv" bytes of a token."""
     found = []
     for placed in described.parts:
-        block, cost = costs.blocks[placed.block], 0.0
+        block, cost, part = costs.blocks[placed.block], 0.0, placed.part
+        if isinstance(part, Attention) and kind == "flops":
+            cost += block.heads.flops(seqlen) / block.heads.heads * part.heads
+        if kind == "kv":
+            keys = part.keys if isinstance(part, Attention) else 0
+            cached = (block.heads.cached or 0) // block.heads.key_heads
+            found.append(keys * cached * costs.itemsize)
+            continue
         for name, axis in placed.part.channels.items():
             if name in block.tensors:
                 info = block.tensors[name]
@@ -69,25 +81,32 @@ def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) 
         pairs = [pair for pair in zip(steps, per_unit, strict=True) if not pair[0].is_fixed]
         share = total_cost(*zip(*pairs, strict=True)) / total_cost(steps, per_unit)
         return ChannelBudget(recipe.sparsity * share, per_unit)
+    whole = described.dense or described
+    dense, kv = model_costs(whole, whole.parameters), None
+    if (kv_budget := recipe.model_budgets[-1]).kind == "kv":
+        own = _unit_costs(described, costs, "kv")
+        kv = kv_limit(kv_budget, dense.kv_bytes or 0, steps, own)
+    if budget.kind == "kv" and kv is not None:
+        return ChannelBudget(1 - kv.capacity / total_cost(steps, kv.costs), kv.costs)
     if budget.kind == "latency" and recipe.experts is not None:
         raise CfspError(f"{recipe.budget}: latency is measured with all experts: drop `experts`")
     if budget.kind == "latency":
         if table is None:
             text = f"{recipe.budget} needs a latency table: `cfsp latency MODEL` makes one"
             raise CfspError(text)
-        limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text)
-        return ChannelBudget(
-            budget.fraction or 0.0, limit.costs([own.size for own in steps]), limit.fitted
-        )
-    per_unit = _unit_costs(described, costs, budget.kind)
-    whole = described.dense or described
-    dense = model_costs(whole, whole.parameters)
+        limit = LatencyLimit(table, budget.kept(table.dense_seconds), budget.text, kv)
+        own = limit.costs([each.size for each in steps])
+        return ChannelBudget(budget.fraction or 0.0, own, limit.fitted, kv)
+    seqlen = budget.length + budget.context
+    per_unit = _unit_costs(described, costs, budget.kind, seqlen)
     if budget.kind == "params":
         added = _added_parameters(described, recipe) + costs.parameters - dense.parameters
-        return channel_budget(budget, dense.parameters, steps, per_unit, added)
-    check_seqlen(described.model, budget.length)
-    total, left = dense.flops(budget.length), costs.flops(budget.length)
-    return channel_budget(budget, total, steps, per_unit, left - total)
+        found = channel_budget(budget, dense.parameters, steps, per_unit, added)
+    else:
+        check_seqlen(described.model, seqlen)
+        total, left = dense.flops(seqlen), costs.flops(seqlen)
+        found = channel_budget(budget, total, steps, per_unit, left - total)
+    return replace(found, kv=kv)
 
 
 def even_plan(
@@ -97,16 +116,13 @@ def even_plan(
     if recipe.only_blocks:
         return plan_of_all(described.units, recipe)
     budget, steps = resolve(described, recipe, table), steps_of(described, recipe)
-    sizes = torch.tensor([own.size for own in steps], dtype=torch.float64)
-    total = total_cost(steps, budget.costs)
 
     def widths_at(sparsity: float) -> tuple[int, ...]:
-        keep = (1 - sparsity) * total
         if recipe.uniform:
+            keep = (1 - sparsity) * total_cost(steps, budget.costs)
             check_budget(steps, keep, budget.costs)
             return equal_widths(steps, sparsity)
-        even = torch.zeros_like(sizes)
-        return apportion((1 - sparsity) * sizes, steps, keep, even, budget.costs)
+        return even_widths(steps, sparsity, budget)
 
     widths = iter(budget.widths(widths_at, steps, equal=recipe.uniform))
     plans = []
@@ -120,15 +136,28 @@ def even_plan(
     return plan
 
 
+UNITS = {"params": "parameters", "flops": "flops", "latency": "seconds", "kv": "kv_bytes"}
+
+
 def check_met(described: Description, plan: PruningPlan, table: LatencyTable | None) -> None:
-    """Raise CfspError where a plan is not what its recipe's budget asks for."""
-    budget = plan.recipe.model_budget
-    if budget is None:
-        return
-    found = footprints(described, plan, table)
-    unit = {"params": "parameters", "flops": "flops", "latency": "seconds"}[budget.kind]
-    kept, total = (getattr(side, unit) for side in (found.after, found.before))
-    budget.check(kept, total, plan.recipe.width_multiple)
+    """Raise CfspError where a plan is not what its recipe's budget asks for; of two, the one of KV
+    bytes may be more than met."""
+    recipe, steps = plan.recipe, steps_of(described, plan.recipe)
+    for number, budget in enumerate(recipe.model_budgets):
+        found = footprints(described, plan, table)
+        kept, total = (getattr(side, UNITS[budget.kind]) for side in (found.after, found.before))
+        multiple, step = recipe.width_multiple, 0
+        if budget.kind == "kv":
+            costs = model_costs(described, described.parameters)
+            step = step_cost(steps, _unit_costs(described, costs, "kv"))
+            multiple = recipe.group_multiple
+            kept = max(kept, budget.kept(total)) if number else kept
+        elif len(recipe.model_budgets) > 1 and kept < budget.kept(total):
+            counts = (count for block in plan.blocks for count in block.counts)
+            pairs = zip(counts, steps, described.parts, strict=True)
+            if all(count == x.most for count, x, own in pairs if own.units.are_channels):
+                budget.check_beside(recipe.model_budgets[-1], kept, total)
+        budget.check(kept, total, multiple, step)
 
 
 def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | None = None) -> None:

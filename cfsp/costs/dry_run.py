@@ -169,6 +169,7 @@ def _estimate(
         scores=not request.windows
         and request.plan is None
         and SCORERS[recipe.scorer].reads_weights,
+        attention=recipe.cuts_attention,
         ranks=request.ranks,
         device=hardware.device,
         fp32_slower=slower[0],
@@ -278,7 +279,14 @@ def estimate(
     where = pick_device(device if hardware is None else "cpu")
     table = None
     if layout is not None:
-        table = known_table(skeleton, layout, where, recipe.model_budget, latency_table)
+        table = known_table(
+            skeleton,
+            layout,
+            where,
+            recipe.model_budget,
+            latency_table,
+            whole_ffns=recipe.removes_ffns,
+        )
         check_recipe(described, recipe, table)
         check_processes(recipe, ranks)
         if recipe.refits:

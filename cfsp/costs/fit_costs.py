@@ -7,7 +7,8 @@ from ..calibration.grams import Split, held_out_windows, products_held
 from ..models.parts.channels import Units
 from ..pruning.block_cache import MOST_KEPT
 from ..pruning.least_squares import ROWS
-from .flops import FP32, ModelCosts
+from .attention import FP32
+from .flops import ModelCosts
 from .workload import CHUNK, MICRO_BATCH, RANKING, REFITTING, SOLVING, Load, Workload
 
 FP64 = 8
@@ -208,7 +209,7 @@ class SearchCosts:
 
 def widths_of(model: ModelCosts) -> list[int]:
     """Channels of every block."""
-    numels = (min(x.numel for x in block.ffn.values()) for block in model.blocks)
+    numels = (min((x.numel for x in block.ffn.values()), default=0) for block in model.blocks)
     return [numel // model.hidden_size for numel in numels]
 
 
@@ -248,7 +249,7 @@ class RefitCosts:
         for block in self.pruned.blocks:
             own = [block.matrix_flops[name] for name in block.ffn]
             ffn += sum(own)
-            backwards += sum(own) + min(own)
+            backwards += sum(own) + min(own, default=0.0)
         judged = held_out_windows(run.fit_windows)
         fitted = run.fit_windows - judged
         total = run.fit_windows * self.pruned.block_flops(run.seqlen) + 2 * ffn

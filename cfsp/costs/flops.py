@@ -14,12 +14,13 @@ from ..errors import CfspError, reason
 from ..io.safetensors import TensorInfo, Tensors
 from ..models.descriptions import Description
 from ..models.layouts import Layout
+from ..models.parts.attention import Attention as AttentionPart
 from ..models.parts.expert_removal import TOP_K
+from .attention import FP32, Attention, attention_left, attention_of
 
 ATTENTION = ("attn", "attention")
 COMPOSED = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 """Activations made of several operations, each with a result of its own."""
-FP32 = 4
 
 
 def _is_expert(name: str) -> bool:
@@ -32,52 +33,6 @@ def is_attention(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Attention:
-    heads: int
-    key_heads: int
-    key_size: int
-    value_size: int
-    eager: bool
-    """Whether scores [heads, S, S] lie in memory, by transformers' own attention."""
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Values of a token's queries, keys and values."""
-        keys = self.key_heads * self.key_size
-        return self.heads * self.key_size, keys, self.key_heads * self.value_size
-
-    def flops(self, seqlen: int) -> float:
-        """FLOPs per token of scores and weighted values; kernels that skip the mask do half."""
-        return 2.0 * seqlen * self.heads * (self.key_size + self.value_size)
-
-    def working_bytes(self, seqlen: int, itemsize: int, device: str) -> int:
-        """Bytes per token at the peak: while queries or keys are rotated, or with the scores."""
-        q, k, v = self.sizes
-        rotated = max(4 * q + k + v, 2 * q + 4 * k + v) * itemsize
-        if self.eager:
-            copies = itemsize + FP32 + (FP32 if itemsize < FP32 else 0)
-        elif device == "cpu" and self.key_size != self.value_size:  # which cannot be fused there
-            copies = 3 * FP32
-        else:
-            return rotated
-        repeated = (q + 2 * self.heads * max(self.key_size, self.value_size)) * itemsize
-        return max(rotated, repeated + (k + v) * itemsize + self.heads * seqlen * copies)
-
-
-def attention_of(config: Any) -> Attention:
-    # Where blocks differ, the last one's heads are largest.
-    *_, text = config.get_text_config().per_layer_config
-    heads = int(text.num_attention_heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    latent = getattr(text, "kv_lora_rank", None) is not None
-    key_size = int(getattr(text, "qk_head_dim", None) or size) if latent else size
-    value_size = int(getattr(text, "v_head_dim", None) or size) if latent else size
-    key_heads = heads if latent else int(getattr(text, "num_key_value_heads", None) or heads)
-    eager = getattr(config, "_attn_implementation", None) == "eager"
-    return Attention(heads, key_heads, key_size, value_size, eager)
-
-
-@dataclass(frozen=True)
 class BlockCosts:
     tensors: Tensors
     hidden_size: int
@@ -85,6 +40,8 @@ class BlockCosts:
     """Experts that a token goes through."""
     composed: bool
     """Whether the activation is one of :data:`COMPOSED`."""
+    heads: Attention
+    """What its attention has, where it has one."""
 
     @cached_property
     def _experts(self) -> int:
@@ -119,6 +76,11 @@ class BlockCosts:
             if not is_attention(name) and (_is_expert(name) or info.shape[0] != self._experts)
         }
 
+    def scored_bytes(self, attention: bool) -> int:
+        """Of what scorers read: the FFNs', and the ``attention``'s where it is cut too."""
+        of_attention = (x.nbytes for name, x in self._matrices.items() if is_attention(name))
+        return sum(x.nbytes for x in self.ffn.values()) + (sum(of_attention) if attention else 0)
+
     @cached_property
     def matrix_flops(self) -> dict[str, float]:
         """FLOPs per token of the product with each matrix; of an expert the active share."""
@@ -133,9 +95,19 @@ class BlockCosts:
         return sum(self.matrix_flops.values())
 
     @cached_property
-    def has_attention(self) -> bool:
-        """Whether tokens see each other by scores; linear attention has none."""
-        return any(is_attention(name) and "linear_attn" not in name for name in self.tensors)
+    def attention(self) -> Attention | None:
+        """None where nothing is left of it, or there never was one."""
+        return self.heads if any(map(is_attention, self._matrices)) else None
+
+    @cached_property
+    def attends(self) -> Attention | None:
+        """The attention where tokens see each other by scores; linear attention has none."""
+        names = (n for n in self._matrices if is_attention(n) and "linear_attn" not in n)
+        return self.heads if any(names) else None
+
+    def flops(self, seqlen: int) -> float:
+        """FLOPs of one token among ``seqlen``."""
+        return self.linear_flops + (self.attends.flops(seqlen) if self.attends else 0.0)
 
     @cached_property
     def ffn_working_values(self) -> int:
@@ -165,7 +137,6 @@ class ModelCosts:
     outer: Tensors
     """Embeddings, final norm, head: what stays in memory."""
     blocks: Sequence[BlockCosts]
-    attention: Attention
     hidden_size: int
     vocab_size: int
     itemsize: int
@@ -189,9 +160,15 @@ class ModelCosts:
 
     def block_flops(self, seqlen: int) -> float:
         """FLOPs of one token through all blocks."""
-        attending = sum(block.has_attention for block in self.blocks)
-        linear = sum(block.linear_flops for block in self.blocks)
-        return linear + attending * self.attention.flops(seqlen)
+        return sum(block.flops(seqlen) for block in self.blocks)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of a token's keys and values in a cache of all blocks; None: not known, or there
+        are none. States of other kinds, of one size for any number of tokens, are not counted."""
+        cached = [block.attends.cached for block in self.blocks if block.attends]
+        known = [count for count in cached if count is not None]
+        return sum(known) * self.itemsize if known and len(known) == len(cached) else None
 
     def head_flops(self) -> float:
         return 2.0 * self.hidden_size * self.vocab_size
@@ -204,7 +181,9 @@ class ModelCosts:
         """Bytes at the peak of a block's forward call, beside the block and its input: the output
         of the call before, the normalised state and the FFN's residual, or the norm in fp32."""
         state = self.hidden_size * self.itemsize
-        attention = 2 * state + self.attention.working_bytes(seqlen, self.itemsize, device)
+        heads = {block.attention for block in self.blocks if block.attention}
+        own = (each.working_bytes(seqlen, self.itemsize, device) for each in heads)
+        attention = 2 * state + max(own, default=0)
         values = max(block.ffn_working_values for block in self.blocks)
         norm = 2 * state + 2 * self.hidden_size * FP32
         return windows * seqlen * max(attention, 3 * state + values * self.itemsize, norm)
@@ -214,8 +193,15 @@ class ModelCosts:
         return self.vocab_size * (seqlen * self.itemsize + 2 * min(rows, seqlen) * FP32)
 
 
-def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> ModelCosts:
-    """The costs of a model with decoder blocks under a path and tied tensors listed once."""
+def costs_of(
+    config: Any,
+    tensors: Tensors,
+    blocks: str,
+    itemsize: int,
+    attention: AttentionPart | None = None,
+) -> ModelCosts:
+    """The costs of a model with decoder blocks under a path and tied tensors listed once; where its
+    ``attention`` is known, heads are those of the tensors, else those of the config."""
     text = config.get_text_config()
     activation = getattr(text, "hidden_act", getattr(text, "activation_function", None))
     active = next((int(n) for k in TOP_K if (n := getattr(text, k, None))), 1)
@@ -228,20 +214,26 @@ def costs_of(config: Any, tensors: Tensors, blocks: str, itemsize: int) -> Model
             grouped.setdefault(number, {})[within] = info
         else:
             outer[name] = info
+    eager, own = getattr(config, "_attn_implementation", None) == "eager", text.per_layer_config
     try:
         hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
-        attention = attention_of(config)
+        heads = {n: attention_of(own[min(n, len(own) - 1)], eager) for n in sorted(grouped)}
     except AttributeError as error:
         raise CfspError(f"{config.model_type}: cannot estimate: {reason(error)}") from None
+    if attention is not None:
+        heads = {n: attention_left(known, attention, grouped[n]) for n, known in heads.items()}
     composed, parameters = activation in COMPOSED, sum(x.numel for x in tensors.values())
-    parts = [part for _, part in sorted(grouped.items())]
-    costs = [BlockCosts(part, hidden_size, active, composed) for part in parts]
-    return ModelCosts(parameters, outer, costs, attention, hidden_size, vocab_size, itemsize)
+    costs = [
+        BlockCosts(grouped[n], hidden_size, active, composed, known) for n, known in heads.items()
+    ]
+    return ModelCosts(parameters, outer, costs, hidden_size, vocab_size, itemsize)
 
 
 def model_costs(
     described: Description, tensors: Tensors, itemsize: int | None = None
 ) -> ModelCosts:
     """:func:`costs_of` a model that holds these tensors: its own, or what is left of them."""
-    model = described.model
-    return costs_of(model.config, tensors, described.blocks, itemsize or model.dtype.itemsize)
+    model, layout = described.model, described.layout
+    attention = layout.attention if layout is not None else None
+    size = itemsize or model.dtype.itemsize
+    return costs_of(model.config, tensors, described.blocks, size, attention)

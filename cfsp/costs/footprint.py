@@ -1,4 +1,5 @@
-"""What a model takes before and after pruning: channels, parameters, FLOPs and, measured, time."""
+"""What a model takes before and after pruning: channels, parameters, FLOPs, KV bytes and, measured,
+time."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,17 +29,22 @@ class Footprint:
     """Decoder blocks."""
     seconds: float | None = None
     """Seconds of a forward call by a measured table; None: there was none."""
+    kv_bytes: int | None = None
+    """Bytes of a token's keys and values in a cache, in or out of a sliding window; None: not
+    known, as where they are made of a latent, or there are none."""
 
 
 @dataclass(frozen=True)
 class Footprints:
-    """A model before and after, in the four units that budgets have."""
+    """A model before and after, in the units that budgets have."""
 
     before: Footprint
     after: Footprint
     batch: int
     length: int
     """FLOPs and seconds are of a forward call over [batch, length] tokens."""
+    context: int = 0
+    """Tokens that are in the cache before it."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,6 +52,7 @@ class Footprints:
     def rows(self) -> list[tuple[str, str, str]]:
         """(title, before, after with what is left of it) for tables."""
         shape = f"{self.batch} x {self.length} tokens"
+        shape += f" after {self.context}" if self.context else ""
         before, after = self.before, self.after
         fewer = before.experts > after.experts
         rows = [
@@ -59,6 +66,9 @@ class Footprints:
             _row("parameters", before.parameters, after.parameters, "{:,}"),
             _row(f"FLOPs, {shape}", before.flops, after.flops, "{:.4g}"),
         ]
+        if before.kv_bytes:
+            title = "KV cache, bytes per token"
+            rows.append(_row(title, before.kv_bytes, after.kv_bytes or 0, "{:,}"))
         if before.seconds is None or after.seconds is None:
             return [*rows, (f"latency, {shape}", "not measured", "not measured")]
         return [*rows, _row(f"latency, {shape}", before.seconds, after.seconds, "{:.4g} s")]
@@ -76,14 +86,15 @@ def footprints(
         getattr(described.model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     )
     shaped = table or plan.recipe.model_budget
-    batch, length = (shaped.batch, shaped.length) if shaped else (BATCH, min(LENGTH, limit))
+    batch, length, context = shaped.shape if shaped else (BATCH, min(LENGTH, limit), 0)
 
     def footprint(
         of: Description, channels: int, experts: int, held: Tensors, seconds: float | None
     ) -> Footprint:
         costs = model_costs(of, held)
-        flops = costs.flops(length) * batch * length
-        return Footprint(channels, experts, costs.parameters, flops, len(of.units), seconds)
+        flops = costs.flops(length + context) * batch * length
+        sizes = channels, experts, costs.parameters, flops, len(of.units)
+        return Footprint(*sizes, seconds, costs.kv_bytes)
 
     dense = described.dense or described
     pruned = planned_tensors(described.parameters, described.parts, plan)
@@ -101,4 +112,4 @@ def footprints(
         table.dense_seconds if table else None,
     )
     after = footprint(described, sum(plan.widths), left, pruned, seconds)
-    return Footprints(before, after, batch, length)
+    return Footprints(before, after, batch, length, context)

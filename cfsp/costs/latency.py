@@ -1,10 +1,10 @@
-"""Seconds of a model by the widths of its FFNs, by a measured table; widths that meet them."""
+"""Seconds of a model by the units of its parts, by a measured table; numbers that meet them."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from operator import lt
 from pathlib import Path
@@ -16,10 +16,10 @@ from ..apportion import Steps, reachable, total_cost
 from ..errors import CfspError
 from ..io.documents import read_as
 from ..io.files import json_text, saved_file
-from ..pruning.budget import Widths
+from ..pruning.budget import KVLimit, Widths
 from ..typed import Bound, Count, Natural, NotNegative, decode
 
-FORMAT = "cfsp-latency-1"
+FORMAT = "cfsp-latency-2"
 HALVINGS = 14
 CLOSE = 1e-3
 """Share of the seconds asked for: nearer than this, widths are filled up channel by channel."""
@@ -27,34 +27,38 @@ CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class WidthCurve:
-    """Seconds of a block for widths of one of its FFNs, its others being dense."""
+    """Seconds of a block for widths of one of its FFNs, or numbers of the KV groups of its
+    attention, its other parts being dense."""
 
     widths: Annotated[
-        tuple[Natural, ...],
-        Bound("ascending from 1", lambda w: w == (0,) or (w and w[0] and all(map(lt, w, w[1:])))),
+        tuple[Natural, ...], Bound("ascending", lambda w: w and all(map(lt, w, w[1:])))
     ]
-    """The last one is the dense FFN's; 0 alone is that of a block without an FFN."""
+    """The last one is the dense part's; 0 is that of a block without it."""
     seconds: tuple[NotNegative, ...]
+    groups: bool = False
+    """Whether it is of KV groups."""
 
     def at(self, widths: np.ndarray) -> np.ndarray:
-        """Seconds less those of the dense FFN, linear in between; below the least width its own."""
+        """Seconds less the dense part's, linear in between; below the least width its own."""
         return np.interp(widths, self.widths, self.seconds) - self.seconds[-1]
 
 
-Curves = Annotated[tuple[WidthCurve, ...], Bound("of 1 or more FFNs", len)]
+Curves = Annotated[tuple[WidthCurve, ...], Bound("of 1 or more parts", len)]
 Kinds = Annotated[tuple[Natural, ...], Bound("of 1 or more blocks", len)]
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What was measured of a model on a device, for a forward call over [batch, length] tokens."""
+    """What was measured of a model on a device, for a forward call over [batch, length] tokens,
+    perhaps with others in a cache."""
 
     identity: dict[str, Any]
-    """What it was measured of and on: device, dtype, batch, length, versions, model."""
+    """What it was measured of and on: device, dtype, batch, length, context, versions, model."""
     outer_seconds: NotNegative
     """Of embeddings, norm and head."""
     kinds: tuple[Curves, ...]
-    """A curve for every FFN of every kind of block."""
+    """A curve for every part of every kind of block, in their order; of one without any, 0 alone.
+    """
     blocks: Kinds
     """The kind of every block."""
 
@@ -68,9 +72,32 @@ class LatencyTable:
         """Tokens of each."""
         return int(self.identity["length"])
 
+    @property
+    def context(self) -> int:
+        """Tokens of each in the cache before it."""
+        return int(self.identity["context"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Batch, length and context."""
+        return self.batch, self.length, self.context
+
+    @property
+    def knows_groups(self) -> bool:
+        """Whether it has curves of KV groups."""
+        return any(curve.groups for curves in self.kinds for curve in curves)
+
+    def of_channels(self) -> "LatencyTable":
+        """The table without what it says of KV groups."""
+        kinds = []
+        for curves in self.kinds:
+            ffns = tuple(curve for curve in curves if not curve.groups)
+            kinds.append(ffns or (WidthCurve((0,), curves[0].seconds[-1:]),))
+        return replace(self, kinds=tuple(kinds))
+
     @cached_property
     def curves(self) -> tuple[WidthCurve, ...]:
-        """Of every FFN of every block, in order."""
+        """Of every part of every block, in order."""
         own = (curve for kind in self.blocks for curve in self.kinds[kind])
         return tuple(curve for curve in own if curve.widths[-1])
 
@@ -80,7 +107,7 @@ class LatencyTable:
         return self.outer_seconds + sum(self.kinds[kind][0].seconds[-1] for kind in self.blocks)
 
     def predicted(self, widths: Sequence[int]) -> float:
-        """Seconds of the model with these widths, one per FFN of every block."""
+        """Seconds of the model with these numbers of units, one per part of every block."""
         pairs = zip(self.curves, widths, strict=True)
         return self.dense_seconds + sum(float(curve.at(np.array(width))) for curve, width in pairs)
 
@@ -91,7 +118,14 @@ class LatencyTable:
             "identity": self.identity,
             "outer_seconds": self.outer_seconds,
             "kinds": [
-                [{"widths": list(c.widths), "seconds": list(c.seconds)} for c in kind]
+                [
+                    {
+                        "widths": list(c.widths),
+                        "seconds": list(c.seconds),
+                        **({"groups": True} if c.groups else {}),
+                    }
+                    for c in kind
+                ]
                 for kind in self.kinds
             ],
             "blocks": list(self.blocks),
@@ -108,6 +142,7 @@ def load_table(path: str | Path) -> LatencyTable:
     table: LatencyTable = read_as(LatencyTable, path, "latency table", FORMAT)
     for name in ("batch", "length"):
         decode(Count, table.identity.get(name), wrong, f"identity.{name}")
+    decode(Natural, table.identity.get("context"), wrong, "identity.context")
     for kind, curves in enumerate(table.kinds):
         if any(len(curve.widths) != len(curve.seconds) for curve in curves):
             raise CfspError(f"{wrong}: kinds[{kind}] has more or fewer seconds than widths")
@@ -131,15 +166,18 @@ class LatencyLimit:
     seconds: float
     text: str
     """The request, for errors."""
+    kv: KVLimit | None = None
+    """Parts with KV bytes stay as the allocator has them."""
 
     def costs(self, sizes: Sequence[int]) -> Widths:
-        """About what one channel of width costs in every FFN, to a hundredth of the dearest one."""
+        """About what one unit costs in every part, to a hundredth of the dearest one, or of what a
+        part costs where they have unequal numbers of units."""
         slopes = [
             max(0.0, -float(curve.at(np.array(curve.widths[0]))) / (size - curve.widths[0] or 1))
             for curve, size in zip(self.table.curves, sizes, strict=True)
         ]
-        dearest = max(slopes) or 1.0
-        found = [max(1, round(100 * slope / dearest)) for slope in slopes]
+        dearest, fineness = max(slopes) or 1.0, 100 * max(sizes) // min(sizes)
+        found = [max(1, round(fineness * slope / dearest)) for slope in slopes]
         return tuple(cost // math.gcd(*found) for cost in found)
 
     def fitted(
@@ -153,7 +191,8 @@ class LatencyLimit:
         A width gives way to a larger one that is no slower. The seconds that remain are filled up,
         first where the allocator would add channels next; ``equal`` widths stay as they are.
         """
-        steps = _Seconds(self.table, allowed, snap=not equal)
+        still = [bool(cost) for cost in self.kv.costs] if self.kv else [equal] * len(allowed)
+        steps = _Seconds(self.table, allowed, still)
         costs = self.costs([own.size for own in allowed])
         total = total_cost(allowed, costs)
         high, low = (1 - kept / total for kept in reachable(allowed, costs))
@@ -181,29 +220,32 @@ class LatencyLimit:
 
 
 class _Seconds:
-    """Seconds of every FFN at every multiple of width."""
+    """Seconds of every part at every number of units that it may keep."""
 
-    def __init__(self, table: LatencyTable, allowed: Sequence[Steps], *, snap: bool) -> None:
-        self.multiples, self.dense = [own.multiple for own in allowed], table.dense_seconds
+    def __init__(
+        self, table: LatencyTable, allowed: Sequence[Steps], still: Sequence[bool]
+    ) -> None:
+        self.allowed, self.still, self.dense = allowed, still, table.dense_seconds
 
         @cache
-        def steps(curve: WidthCurve, room: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-            saved = curve.at(np.arange(1, room + 1) * multiple)
-            return saved, _no_slower(saved) if snap else np.arange(room)
+        def steps(curve: WidthCurve, own: Steps, still: bool) -> tuple[np.ndarray, np.ndarray]:
+            saved = curve.at(np.arange(own.least, own.size + 1, own.multiple))
+            return saved, np.arange(len(saved)) if still else _no_slower(saved)
 
-        pairs = zip(table.curves, allowed, strict=True)
-        found = [steps(curve, own.size // own.multiple, own.multiple) for curve, own in pairs]
+        found = [steps(*part) for part in zip(table.curves, allowed, still, strict=True)]
         self.saved = [saved for saved, _ in found]
-        """By FFN and the number of multiples less one: seconds against the dense FFN."""
+        """By part and position, the number of steps from the least: seconds against the dense one.
+        """
         self.next = [no_slower for _, no_slower in found]
-        """By the same: the widest number of multiples, less one, that is no slower."""
+        """By the same: the last position that is no slower."""
 
     def _positions(self, widths: Sequence[int]) -> list[int]:
-        return [width // own - 1 for width, own in zip(widths, self.multiples, strict=True)]
+        pairs = zip(widths, self.allowed, strict=True)
+        return [(width - own.least) // own.multiple for width, own in pairs]
 
     def _widths(self, positions: Sequence[int]) -> Widths:
-        pairs = zip(positions, self.multiples, strict=True)
-        return tuple((int(position) + 1) * own for position, own in pairs)
+        pairs = zip(positions, self.allowed, strict=True)
+        return tuple(own.least + int(position) * own.multiple for position, own in pairs)
 
     def seconds(self, widths: Sequence[int]) -> float:
         pairs = zip(self.saved, self._positions(widths), strict=True)
@@ -216,17 +258,19 @@ class _Seconds:
     def filled(self, widths: Widths, wider: Widths, limit: float) -> Widths:
         """``widths`` widened as far as the limit goes, first where ``wider`` adds most."""
         at, spent = self._positions(widths), self.seconds(widths)
-        order = sorted(range(len(at)), key=lambda ffn: (widths[ffn] - wider[ffn], ffn))
+        lacks = [(b - a) / x.size for a, b, x in zip(widths, wider, self.allowed, strict=True)]
+        moving = (part for part, still in enumerate(self.still) if not still)
+        order = sorted(moving, key=lambda part: (-lacks[part], part))
         changed = True
         while changed:
             changed = False
-            for ffn in order:
-                saved = self.saved[ffn]
-                if at[ffn] + 1 < len(saved):
-                    then = int(self.next[ffn][at[ffn] + 1])
-                    more = float(saved[then] - saved[at[ffn]])
+            for part in order:
+                saved = self.saved[part]
+                if at[part] + 1 < len(saved):
+                    then = int(self.next[part][at[part] + 1])
+                    more = float(saved[then] - saved[at[part]])
                     if spent + more <= limit:
-                        at[ffn], spent, changed = then, spent + more, True
+                        at[part], spent, changed = then, spent + more, True
         return self._widths(at)
 
 

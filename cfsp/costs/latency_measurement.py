@@ -1,4 +1,5 @@
-"""Measure how long the blocks of a model take at a grid of FFN widths, and keep it on disk."""
+"""Measure how long the blocks of a model take at a grid of FFN widths and numbers of KV groups, and
+keep it on disk."""
 
 import copy
 import hashlib
@@ -6,10 +7,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -18,17 +18,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.fingerprints import device_name, versions
-from ..models.layouts import Layout, as_block_output
+from ..models.fingerprints import block_kind, device_name, versions
+from ..models.layouts import Layout
 from ..models.loading import check_seqlen, model_device, outer_weights, synchronize
 from ..models.opening import OpenModel
+from ..models.parts.attention import Attention
 from ..models.parts.channels import EXPERT_WIDTH_MULTIPLE, CutDown, Units
-from ..models.surgery import forward_instead, set_parameters_
+from ..models.parts.part import Part
+from ..models.surgery import set_parameters_
 from ..pruning.budget import ModelBudget
 from ..pruning.compensation import DownProjection, none
 from .latency import LatencyTable, WidthCurve, load_table, save_table
+from .placed_blocks import cache_maker, forward_call
 
-MEASURING = 2
+MEASURING = 3
 """Version of the way of measuring: tables of an earlier one are not taken from the cache."""
 POINTS = 8
 """Widths that are measured of every FFN, up to the dense one."""
@@ -48,27 +51,19 @@ def _digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()
 
 
-def _kind(block: nn.Module) -> str:
-    """Tells blocks that take different times apart, by shapes and by plain values of modules such
-    as the attention's window."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
-    settings = {
-        f"{path}.{name}": value
-        for path, module in block.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, int | float | str)
-        and name[:1] != "_"
-        and name not in ("training", "layer_idx", "layer_id")
-    }
-    values = (type(block).__name__, sorted(shapes.items()), sorted(settings.items()))
-    return _digest(repr(values))
-
-
 def table_identity(
-    model: PreTrainedModel, layout: Layout, device: torch.device, batch: int, length: int
+    model: PreTrainedModel,
+    layout: Layout,
+    device: torch.device,
+    batch: int,
+    length: int,
+    context: int = 0,
+    *,
+    whole_ffns: bool = False,
 ) -> dict[str, Any]:
-    """Everything that a table depends on: what is measured, on what, and by which versions."""
-    kinds = [_kind(block) for block in layout.find_blocks(model)]
+    """Everything that a table depends on: what is measured, on what, and by which versions. KV
+    groups are where the layout has the attention; ``whole_ffns``: blocks without their FFNs too."""
+    kinds = [block_kind(block) for block in layout.find_blocks(model)]
     outer = tuple(model.get_input_embeddings().weight.shape)
     attention = getattr(model.config, "_attn_implementation", None)
     experts = getattr(model.config, "_experts_implementation", None)
@@ -79,6 +74,12 @@ def table_identity(
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch": batch,
         "length": length,
+        "context": context,
+        "units": [
+            "channels",
+            *(("groups",) if layout.attention is not None else ()),
+            *(("ffn",) if whole_ffns else ()),
+        ],
         "versions": {name: known[name] for name in ("torch", "transformers")},
         "measuring": MEASURING,
     }
@@ -102,32 +103,48 @@ def known_table(
     device: torch.device,
     budget: ModelBudget | None,
     given: str | Path | LatencyTable | None,
+    *,
+    whole_ffns: bool = False,
 ) -> LatencyTable | None:
-    """The given table, of any device; or the cached one of this device for a latency budget."""
+    """The given table, of any device; or the cached one of this device for a latency budget. Of KV
+    groups where the layout has the attention; ``whole_ffns`` as for :func:`table_identity`."""
     if given is None:
         if budget is None or budget.kind != "latency":
             return None
-        return cached_table(table_identity(model, layout, device, budget.batch, budget.length))
-    table = given if isinstance(given, LatencyTable) else load_table(given)
-    shape = table.batch, table.length
-    if budget is not None and budget.kind != "params" and shape != (budget.batch, budget.length):
-        raise CfspError(
-            f"the latency table is of {table.batch} x {table.length} tokens, budget {budget.text} "
-            f"of {budget.batch} x {budget.length}"
+        return cached_table(
+            table_identity(model, layout, device, *budget.shape, whole_ffns=whole_ffns)
         )
-    identity = table_identity(model, layout, device, *shape)
+    table = given if isinstance(given, LatencyTable) else load_table(given)
+    if budget is not None and budget.kind in ("flops", "latency") and table.shape != budget.shape:
+        own, asked = (
+            f"{x.batch} x {x.length}" + (f" + {x.context}" if x.context else "")
+            for x in (table, budget)
+        )
+        raise CfspError(f"the latency table is of {own} tokens, budget {budget.text} of {asked}")
+    identity = table_identity(model, layout, device, *table.shape)
     if table.identity.get("model") != identity["model"]:
         raise CfspError("the latency table is of another model: `cfsp latency` measures this one")
+    if layout.attention is None:
+        return table.of_channels()
+    if not table.knows_groups:
+        raise CfspError("the latency table is of channels alone: measure it with the same `units`")
     return table
 
 
 def table_of(
-    opened: OpenModel, batch: int, length: int, *, again: bool = False, progress: bool = True
+    opened: OpenModel,
+    batch: int,
+    length: int,
+    context: int = 0,
+    *,
+    whole_ffns: bool = False,
+    again: bool = False,
+    progress: bool = True,
 ) -> LatencyTable:
     """The table of a dense model on its device: from the cache, or measured now and kept there."""
-    check_seqlen(opened.model, length)
-    device = model_device(opened.model)
-    identity = table_identity(opened.model, opened.layout, device, batch, length)
+    check_seqlen(opened.model, length + context)
+    device, shape = model_device(opened.model), (batch, length, context)
+    identity = table_identity(opened.model, opened.layout, device, *shape, whole_ffns=whole_ffns)
     table = None if again else cached_table(identity)
     if table is None:
         table = measure_table(opened, identity, progress=progress)
@@ -140,12 +157,14 @@ def table_for(
     budget: ModelBudget | None,
     given: str | Path | LatencyTable | None,
     progress: bool,
+    *,
+    whole_ffns: bool = False,
 ) -> LatencyTable | None:
     """:func:`known_table`, measured now where a latency budget has none."""
-    device = model_device(opened.model)
-    table = known_table(opened.model, opened.layout, device, budget, given)
+    where, device = (opened.model, opened.layout), model_device(opened.model)
+    table = known_table(*where, device, budget, given, whole_ffns=whole_ffns)
     if table is None and budget is not None and budget.kind == "latency":
-        return table_of(opened, budget.batch, budget.length, progress=progress)
+        return table_of(opened, *budget.shape, whole_ffns=whole_ffns, progress=progress)
     return table
 
 
@@ -153,15 +172,17 @@ def table_for(
 def measure_table(
     opened: OpenModel, identity: dict[str, Any], *, progress: bool = True
 ) -> LatencyTable:
-    """Measure one block of every kind at a grid of widths, and the rest of the model.
+    """Measure one block of every kind at a grid of widths, and of numbers of KV groups where the
+    layout has the attention, and the rest of the model.
 
     What is timed is the model with a few blocks of one width, and with none: a block takes what
-    they add. Alone it would not find the caches and the memory allocator as in the model. Weights
-    are random. All widths are in memory at once and take turns, there and back, so that drift
-    cancels out.
+    they add. Alone it would not find the caches and the memory allocator as in the model. Weights,
+    and the keys and values of a context, are random. All widths are in memory at once and take
+    turns, there and back, so that drift cancels out.
     """
     model, shape = opened.model, (identity["batch"], identity["length"])
-    names = [_kind(block) for block in opened.layout.find_blocks(model)]
+    context, whole_ffns = identity["context"], "ffn" in identity["units"]
+    names = [block_kind(block) for block in opened.layout.find_blocks(model)]
     kinds = sorted(set(names), key=names.index)
     words = model.get_input_embeddings().num_embeddings
     tokens = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
@@ -170,7 +191,8 @@ def measure_table(
         for name in tqdm(kinds, desc="latency", unit="kind of block", disable=not progress):
             places = [place for place, own in enumerate(names) if own == name][:CHAIN]
             with outer_weights(model):
-                measured.append(_curves(opened, places, tokens.to(model_device(model))))
+                on_device = tokens.to(model_device(model))
+                measured.append(_curves(opened, places, on_device, context, whole_ffns))
     except torch.OutOfMemoryError:
         raise CfspError(
             f"no memory to measure blocks at {shape[0]} x {shape[1]} tokens; fewer tokens need less"
@@ -179,18 +201,26 @@ def measure_table(
     return LatencyTable(identity, median(outer), curves, tuple(map(kinds.index, names)))
 
 
-def _grid(units: Units) -> list[int]:
+def _grid(part: Part, units: Units, whole_ffns: bool) -> list[int]:
+    """What is measured of a part."""
+    if isinstance(part, Attention):
+        return sorted({0, 1, -(-units.count // 2), units.count})
     least = EXPERT_WIDTH_MULTIPLE if units.experts > 1 else 1
     multiple = next((m for m in (FAST_MULTIPLE, 8) if units.count >= m * POINTS), least)
     spread = (round(units.count * k / POINTS / multiple) * multiple for k in range(1, POINTS))
-    return sorted({max(multiple, width) for width in spread} | {units.count})
+    none = {0} if whole_ffns and units.experts == 1 else set()
+    return sorted({max(multiple, width) for width in spread} | {units.count} | none)
 
 
 def _curves(
-    opened: OpenModel, places: Sequence[int], tokens: torch.Tensor
+    opened: OpenModel,
+    places: Sequence[int],
+    tokens: torch.Tensor,
+    context: int,
+    whole_ffns: bool,
 ) -> tuple[tuple[WidthCurve, ...], float]:
-    """A curve for every FFN of the block in these places, of width 0 where it has none; the model's
-    seconds without blocks."""
+    """A curve for every part of the block in these places, of width 0 where it has none; the
+    model's seconds without blocks."""
     layout, dtype = opened.layout, opened.model.dtype
     dense = copy.deepcopy(layout.find_blocks(opened.model)[places[0]])
     values = {
@@ -203,49 +233,49 @@ def _curves(
 
     def cut(position: int, width: int) -> nn.Module:
         block = copy.deepcopy(dense)
-        if not width:
+        if not parts:
             return block
-        ffn = layout.block_parts(block)[position]
-        kept = torch.arange(width).expand(ffn.units(block).experts, -1)
+        part = parts[position]
+        if not width:
+            part.remove_(block)
+            return block
+        units = part.units(block)
+        kept = torch.arange(width).expand(units.experts, -1)
 
         def cut_down(expert: int, down: torch.Tensor, out: torch.Tensor | None) -> CutDown:
-            return none(DownProjection(down, kept[expert].to(down.device), out=out))[0]
+            columns = units.columns_of(kept[expert]).to(down.device)
+            return none(DownProjection(down, columns, out=out))[0]
 
-        ffn.cut_(block, kept, cut_down, None)
+        part.cut_(block, kept, cut_down, None)
         return block
 
     def runs(position: int, width: int) -> Callable[[], Any]:
         own = [cut(position, width) for _ in range(copies)]
         placed = {place: own[turn % copies] for turn, place in enumerate(places)}
-        return _forward(opened, placed, tokens)
+        return forward_call(opened, placed, tokens, cached)
 
-    curves, outer = [], []
-    for position, widths in enumerate([*map(_grid, layout.units(dense))] or [[0]]):
-        cases = [_forward(opened, {}, tokens), *(runs(position, w) for w in widths)]
+    parts = layout.block_parts(dense)
+    cached = cache_maker(opened.model, len(tokens), context) if context else None
+    grids = [_grid(part, part.units(dense), whole_ffns) for part in parts] or [[0]]
+    is_attention = [isinstance(part, Attention) for part in parts] or [False]
+    turns = [[position] for position in range(len(grids))]
+    if is_attention[-1] and len(turns) > 1:  # beside the first FFN's: dense blocks are of both
+        turns[0] += turns.pop()
+    found: dict[int, WidthCurve] = {}
+    outer = []
+    for positions in turns:
+        points = [(position, width) for position in positions for width in grids[position]]
+        cases = [forward_call(opened, {}, tokens, cached), *(runs(*point) for point in points)]
         rounds = _timed(cases, tokens.device)
         outer.append(median(alone for alone, *_ in rounds))
         added = (median(x[number] - x[0] for x in rounds) for number in range(1, len(cases)))
-        seconds = tuple(max(0.0, more) / len(places) for more in added)
-        curves.append(WidthCurve(tuple(widths), seconds))
-    return tuple(curves), median(outer)
-
-
-def _skip(block: nn.Module, states: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return as_block_output(block, states)
-
-
-def _forward(
-    opened: OpenModel, placed: Mapping[int, nn.Module], tokens: torch.Tensor
-) -> Callable[[], Any]:
-    """A forward call with other blocks in some places; those in all others do nothing."""
-    blocks = opened.layout.find_blocks(opened.model)
-    forwards = [partial(placed.get(at, partial(_skip, own))) for at, own in enumerate(blocks)]
-
-    def run() -> Any:
-        with forward_instead(blocks, forwards):
-            return opened.model(input_ids=tokens, use_cache=False)
-
-    return run
+        seconds = {p: max(0.0, more) / len(places) for p, more in zip(points, added, strict=True)}
+        whole = mean(seconds[position, grids[position][-1]] for position in positions)
+        for position in positions:
+            *cut_widths, _ = widths = grids[position]
+            taken = (*(seconds[position, width] for width in cut_widths), whole)
+            found[position] = WidthCurve(tuple(widths), taken, is_attention[position])
+    return tuple(found[position] for position in range(len(grids))), median(outer)
 
 
 def _timed(cases: Sequence[Callable[[], Any]], device: torch.device) -> list[list[float]]:

@@ -94,6 +94,8 @@ class Workload:
     fp32_slower: float = 1.0
     fp64_slower: float = 1.0
     """How much faster a forward pass multiplies than the device does in these."""
+    attention: bool = False
+    """Whether attention is cut too."""
 
     def of_rank(self, windows: int) -> int:
         """Calibration windows of the busiest rank: whole micro-batches are shared out."""
@@ -173,7 +175,8 @@ def passes(run: Workload) -> Iterator[Load]:
     if run.pruned is None:
         return
     if run.scores and run.streamed:
-        yield Load("score", run.stored.ffn_bytes, copied=run.stored.ffn_bytes)
+        read = sum(block.scored_bytes(run.attention) for block in run.stored.blocks)
+        yield Load("score", read, copied=read)
 
     evaluated = math.ceil(run.evaluation_windows / run.ranks)
     per_token = run.dense.flops(run.seqlen) + run.pruned.flops(run.seqlen)

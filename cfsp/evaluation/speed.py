@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import CfspError
-from ..models.loading import check_seqlen, model_device, synchronize
+from ..models.loading import cache_argument, check_seqlen, model_device, synchronize
 from ..typed import check_whole
 
 
@@ -107,7 +107,7 @@ def time_round(model: PreTrainedModel, generation: Generation) -> tuple[float, f
     prompts = random_prompts(model, generation)
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    cache = "cache" if "cache" in known else "past_key_values"  # the name before transformers 5.24
+    cache = cache_argument(model)
     started = _clock(prompts.device)
     output = model(input_ids=prompts, use_cache=True, **last)
     prefilled = _clock(prompts.device)

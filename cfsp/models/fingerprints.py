@@ -81,3 +81,19 @@ def model_fingerprint(
         for name in ffn.weight_names
         for weight in [block.get_parameter(name)]
     )
+
+
+def block_kind(block: nn.Module) -> str:
+    """Tells blocks that take different times apart, by shapes and by plain values of modules such
+    as the attention's window."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    settings = {
+        f"{path}.{name}": value
+        for path, module in block.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str)
+        and name[:1] != "_"
+        and name not in ("training", "layer_idx", "layer_id")
+    }
+    values = (type(block).__name__, sorted(shapes.items()), sorted(settings.items()))
+    return hashlib.sha256(repr(values).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What transformers loads of a model: config, tokenizer, weights, or a skeleton without values."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -63,6 +64,12 @@ def pick_dtype(dtype: str, config: Any, stored: Tensors, *, gguf: bool = False) 
         name = str(found).removeprefix("torch.")
         raise CfspError(f"the model is in {name}: `dtype='float32'` takes it in another type")
     return found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward call takes a cache as, and its output has it as."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"  # the name before transformers 5.24
 
 
 def check_seqlen(model: PreTrainedModel, seqlen: int) -> None:

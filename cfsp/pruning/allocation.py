@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ..apportion import Steps, apportion, check_budget
+from ..apportion import Steps, apportion, check_budget, reachable, total_cost
 from ..calibration.curves import ErrorCurve, curve_widths
 from ..errors import CfspError
 from ..models.parts.channels import Units
-from .knapsack import least_error_choices
+from .budget import ChannelBudget, KVLimit, Widths
+from .knapsack import least_error_choices, least_error_choices_within
 
 REFERENCE_TOKENS = 131072
 """The released CFSP sums its importance over 128 windows of 1024 tokens. Ours is a mean; times
@@ -37,6 +39,8 @@ class AllocationProblem:
     """Units that every part may keep; (): any number but none."""
     curves: tuple[ErrorCurve, ...] = ()
     """Error curves of every part, to be added up; () where no allocator asks for them."""
+    kv: KVLimit | None = None
+    """What may stay of the KV bytes beside that."""
 
     def __post_init__(self) -> None:
         units = self.units or tuple(Units(len(score)) for score in self.scores)
@@ -136,7 +140,8 @@ def global_threshold(problem: AllocationProblem) -> torch.Tensor:
 
 
 def knapsack(problem: AllocationProblem) -> torch.Tensor:
-    """Least sum of errors over all parts under the budget, at the steps of each.
+    """Least sum of errors over all parts under the budget, and the limit of KV bytes if there is
+    one, at the steps of each.
 
     Exact over at most 65 widths of every FFN: one multiple, all, and those at one distance.
     Sources: SPDY (arXiv 2201.13096), ZipLM (arXiv 2302.04089).
@@ -149,11 +154,17 @@ def knapsack(problem: AllocationProblem) -> torch.Tensor:
         * own.multiple
         for own in problem.steps
     ]
-    chosen = least_error_choices(
-        [curve.at(own).numpy() for curve, own in zip(problem.curves, choices, strict=True)],
-        [(own * cost).numpy() for own, cost in zip(choices, problem.costs, strict=True)],
-        capacity,
-    )
+    errors = [curve.at(own).numpy() for curve, own in zip(problem.curves, choices, strict=True)]
+
+    def all_cost(each: Sequence[int]) -> list[np.ndarray]:
+        return [(own * cost).numpy() for own, cost in zip(choices, each, strict=True)]
+
+    costs, kv = all_cost(problem.costs), problem.kv
+    if kv is None:
+        chosen = least_error_choices(errors, costs, capacity)
+    else:
+        others = all_cost(kv.costs)
+        chosen = least_error_choices_within(errors, costs, capacity, others, kv.capacity)
     found = [float(own[index]) for own, index in zip(choices, chosen, strict=True)]
     return torch.tensor(found, dtype=torch.float64) * problem.experts
 
@@ -208,9 +219,49 @@ def equal_widths(steps: Sequence[Steps], sparsity: float) -> tuple[int, ...]:
     )
 
 
-def allocate_widths(problem: AllocationProblem, allocator: str) -> tuple[int, ...]:
+def rounded(
+    ideal: torch.Tensor,
+    steps: Sequence[Steps],
+    budget: float,
+    importance: torch.Tensor,
+    costs: Sequence[int],
+    kv: KVLimit | None = None,
+) -> Widths:
+    """:func:`cfsp.apportion.apportion`. Under a limit of KV bytes, parts that hold some keep their
+    ideal numbers, which are whole, and the others take what is left, as near as they come."""
+    if kv is None:
+        return apportion(ideal, steps, budget, importance, costs)
+    found = [int(count) for count in ideal]
+    free = [part for part, cost in enumerate(kv.costs) if not cost]
+    own, each = [steps[part] for part in free], [costs[part] for part in free]
+    spent = sum(found[part] * costs[part] for part, cost in enumerate(kv.costs) if cost)
+    least, most = reachable(own, each)
+    left = min(max(budget - spent, least), most)
+    for part, count in zip(
+        free, apportion(ideal[free], own, left, importance[free], each), strict=True
+    ):
+        found[part] = count
+    return tuple(found)
+
+
+def even_widths(steps: Sequence[Steps], sparsity: float, budget: ChannelBudget) -> Widths:
+    """About the same fraction of every part; less of those with KV bytes where a limit says so."""
+    sizes = torch.tensor([own.size for own in steps], dtype=torch.float64)
+    keep, even = (1 - sparsity) * total_cost(steps, budget.costs), torch.zeros_like(sizes)
+    ideal, kv = (1 - sparsity) * sizes, budget.kv
+    if kv is not None:
+        share = kv.capacity / total_cost(steps, kv.costs)
+        most = apportion(share * sizes, steps, kv.capacity, even, kv.costs)
+        for part, own in enumerate(steps):
+            if kv.costs[part]:
+                whole = int(ideal[part] / own.multiple) * own.multiple
+                ideal[part] = min(most[part], max(own.least, whole))
+    return rounded(ideal, steps, keep, even, budget.costs, kv)
+
+
+def allocate_widths(problem: AllocationProblem, allocator: str) -> Widths:
     """Units that every part keeps, of each expert where it has several, by the named allocator."""
-    ideal = ALLOCATORS[allocator].widths(problem)
-    return apportion(
-        ideal / problem.experts, problem.steps, problem.budget, problem.importance, problem.costs
+    ideal = ALLOCATORS[allocator].widths(problem) / problem.experts
+    return rounded(
+        ideal, problem.steps, problem.budget, problem.importance, problem.costs, problem.kv
     )

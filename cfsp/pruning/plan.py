@@ -298,6 +298,7 @@ def make_plan(
         budget.costs,
         tuple(recipe.steps(own, protected=number in (0, last)) for number, own in parts),
         () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
+        budget.kv,
     )
 
     def widths_at(sparsity: float) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ..models.parts.channels import Units
 from ..settings import FRACTION, NOT_NEGATIVE, at_least, check, positive, setting
 from ..typed import Bound
 from .allocation import ALLOCATORS, SEARCH
-from .budget import FORM, ModelBudget, parse_model_budget
+from .budget import FORM, ModelBudget, check_budgets, parse_model_budgets
 from .compensation import COMPENSATIONS
 from .expert_scores import EXPERT_SCORES
 from .least_squares import DAMPING
@@ -181,12 +181,11 @@ class Recipe:
         if self.sparsity is None:
             alone = (self.experts or self.blocks) is not None and budget is None
             object.__setattr__(self, "sparsity", 0.0 if alone else SPARSITY)
+        check_budgets(self.model_budgets, self.cuts_attention, self.resolved_allocator)
         if budget is not None and self.sparsity != SPARSITY:
             raise CfspError(f"budget {self.budget} and sparsity {self.sparsity} exclude each other")
         if self.uniform and self.allocator not in (None, "uniform"):
             raise CfspError(f"uniform widths leave nothing to allocator {self.allocator!r}")
-        if self.searches and budget is not None and budget.kind == "latency":
-            raise CfspError("allocator 'search' keeps what channels cost, not seconds: use another")
         if self.blocks is not None and budget is not None and budget.kind == "latency":
             raise CfspError("a latency table is of all blocks: prune the result of `blocks` by it")
         measures = self.searches or self.chooses_by_loss
@@ -203,9 +202,14 @@ class Recipe:
         return not whole or self.budget is not None or self.sparsity > 0
 
     @property
+    def model_budgets(self) -> tuple[ModelBudget, ...]:
+        """The budgets, read; one of KV bytes comes last."""
+        return parse_model_budgets(self.budget) if self.budget is not None else ()
+
+    @property
     def model_budget(self) -> ModelBudget | None:
-        """The budget, read."""
-        return parse_model_budget(self.budget) if self.budget is not None else None
+        """The first of them."""
+        return next(iter(self.model_budgets), None)
 
     @property
     def only_blocks(self) -> bool:
@@ -228,6 +232,11 @@ class Recipe:
         return not self.unit_kinds.isdisjoint(("groups", "attention"))
 
     @property
+    def removes_ffns(self) -> bool:
+        """Whether FFNs may go whole."""
+        return "ffn" in self.unit_kinds
+
+    @property
     def adds_kinds(self) -> bool:
         """Whether errors of several kinds of parts are compared, or whole parts may go."""
         return self.unit_kinds != {"channels"}
@@ -235,7 +244,9 @@ class Recipe:
     def steps(self, units: Units, *, protected: bool) -> Steps:
         """The numbers of these units that may stay; ``protected``: some have to."""
         some, whole = ("channels", "ffn") if units.are_channels else ("groups", "attention")
-        if not self.cuts_channels:
+        budget = self.model_budget
+        no_ffn = units.are_channels and budget is not None and budget.kind == "kv"  # none has keys
+        if not self.cuts_channels or no_ffn:
             return Steps(units.count, units.count)
         multiple = self.width_multiple if units.are_channels else self.group_multiple
         removable = whole in self.unit_kinds and not protected and units.experts == 1

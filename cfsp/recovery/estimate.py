@@ -11,8 +11,9 @@ import torch
 from rich.console import Group
 
 from ..checkpoints.documents import read_pruned
+from ..costs.attention import FP32
 from ..costs.estimates import RunEstimate, format_count, format_seconds, make_table
-from ..costs.flops import FP32, ModelCosts, model_costs
+from ..costs.flops import BlockCosts, ModelCosts, model_costs
 from ..costs.hardware import Hardware, MemoryBudget, choose_hardware, parse_memory, resident_bytes
 from ..costs.workload import TEXT_BYTES, Stage, allocator_bytes
 from ..errors import CfspError
@@ -110,13 +111,16 @@ def _activations(costs: ModelCosts, tokens: int, seqlen: int, checkpointing: boo
     activation; queries, keys, values and what attention makes of them; hidden states beside the
     norms, twice in fp32 in these.
     """
-    attention, size = costs.attention, costs.itemsize
-    q, k, v = attention.sizes
-    scores = 2 * attention.heads * seqlen * attention.eager
-    outside = (2 * costs.hidden_size + 2 * q + k + v + scores) * size
-    norms = 2 * costs.hidden_size * FP32
-    ffns = (math.ceil(4 / 3 * block.ffn_working_values) * size for block in costs.blocks)
-    blocks = [tokens * (ffn + outside + norms) for ffn in ffns]
+    size, norms = costs.itemsize, 2 * costs.hidden_size * FP32
+
+    def of_block(block: BlockCosts) -> int:
+        values = math.ceil(4 / 3 * block.ffn_working_values) + 2 * costs.hidden_size
+        if (attention := block.attention) is not None:
+            q, k, v = attention.sizes
+            values += 2 * q + k + v + 2 * attention.heads * seqlen * attention.eager
+        return tokens * (values * size + norms)
+
+    blocks = [of_block(block) for block in costs.blocks]
     if not checkpointing:
         return sum(blocks)
     return len(blocks) * tokens * costs.hidden_size * size + max(blocks)

@@ -22,7 +22,7 @@ from ..conftest import make_tiny, make_tokenizer
 from ..models.test_hybrids import BARE
 from .test_estimate import build
 
-IDENTITY = {"model": "m", "batch": 1, "length": 16}
+IDENTITY = {"model": "m", "batch": 1, "length": 16, "context": 0}
 LINEAR = WidthCurve((8, 64), (1.0 + 8, 1.0 + 64))
 STAIRS = WidthCurve(
     tuple(range(1, 65)), tuple(1.0 + 16 * -(-width // 16) for width in range(1, 65))
@@ -266,8 +266,8 @@ def test_tables_of_something_else_are_refused(
 
 KIND = {"widths": [8, 64], "seconds": [0.5, 1.0]}
 TABLE = {
-    "format": "cfsp-latency-1",
-    "identity": {"model": "m", "batch": 1, "length": 16},
+    "format": "cfsp-latency-2",
+    "identity": {"model": "m", "batch": 1, "length": 16, "context": 0},
     "outer_seconds": 0.5,
     "kinds": [[KIND]],
     "blocks": [0, 0],
@@ -278,12 +278,15 @@ TABLE = {
     ("changes", "message"),
     [
         ({"kinds": 3}, "kinds must be a list, got 3"),
-        ({"kinds": [[]]}, r"kinds\[0\] must be of 1 or more FFNs"),
+        ({"kinds": [[]]}, r"kinds\[0\] must be of 1 or more parts"),
         ({"kinds": [[{**KIND, "seconds": [-1.0, 1.0]}]]}, r"seconds\[0\] must be 0 or more"),
         ({"kinds": [[{**KIND, "seconds": [1.0]}]]}, "more or fewer seconds than widths"),
         ({"kinds": [[{**KIND, "widths": [64, 8]}]]}, "widths must be ascending"),
         ({"kinds": [[{**KIND, "widths": [8, 8]}]]}, "widths must be ascending"),
-        ({"kinds": [[{**KIND, "widths": [0, 8]}]]}, "widths must be ascending from 1"),
+        (
+            {"identity": {"batch": 1, "length": 1}},
+            "identity.context must be a whole number, got None",
+        ),
         ({"kinds": [[{**KIND, "widths": [-1, 8]}]]}, r"widths\[0\] must be in \[0, "),
         ({"kinds": [[{**KIND, "widths": []}]]}, "widths must be ascending"),
         ({"outer_seconds": -0.1}, "outer_seconds must be 0 or more"),

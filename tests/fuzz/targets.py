@@ -370,8 +370,15 @@ def _statistics(seeds: Path) -> list[Target]:
 # Documents
 
 LATENCY = {
-    "format": "cfsp-latency-1",
-    "identity": {"model": "m", "batch": 1, "length": 16, "device": "cpu", "versions": {"a": "1"}},
+    "format": "cfsp-latency-2",
+    "identity": {
+        "model": "m",
+        "batch": 1,
+        "length": 16,
+        "context": 0,
+        "device": "cpu",
+        "versions": {"a": "1"},
+    },
     "outer_seconds": 0.5,
     "kinds": [[{"widths": [8, 24, 48], "seconds": [0.1, 0.2, 0.4]}]],
     "blocks": [0, 0],
