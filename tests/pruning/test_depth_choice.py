@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import cfsp
 from cfsp.checkpoints.documents import read_result
 from cfsp.costs.dry_run import estimate
-from cfsp.errors import CfspError
+from cfsp.errors import CfspError, Stopped
 from cfsp.evaluation.quality import perplexity
 from cfsp.models.depth import shallower
 from cfsp.models.opening import adopt
@@ -140,3 +140,24 @@ def test_a_dry_run_counts_the_pass_and_the_smaller_model(folder: Path) -> None:
 def test_a_latency_budget_and_blocks_exclude_each_other() -> None:
     with pytest.raises(CfspError, match="a latency table is of all blocks"):
         cfsp.Recipe(blocks=4, budget="latency=0.2")
+
+
+@pytest.mark.parametrize("calls", [3, 9])
+def test_a_run_that_was_stopped_goes_on_with_the_same_choice(
+    folder: Path, tmp_path: Path, calls: int
+) -> None:
+    """In the pass that chooses, or in the one that cuts."""
+    recipe = replace(RECIPE, sparsity=0.5, width_multiple=8)
+    cfsp.prune(folder, recipe=recipe, out=tmp_path / "a", **JOB)
+    left = iter(range(calls))
+    with pytest.raises(Stopped):
+        cfsp.prune(
+            folder, recipe=recipe, out=tmp_path / "b", stop=lambda: next(left, None) is None, **JOB
+        )
+    if calls == 9:
+        other = replace(recipe, blocks=3)
+        with pytest.raises(CfspError, match=r"begun with another .*recipe"):
+            cfsp.prune(folder, recipe=other, out=tmp_path / "b", resume=True, **JOB)
+    cfsp.prune(folder, recipe=recipe, out=tmp_path / "b", resume=True, **JOB)
+    a, b = ((tmp_path / way / "model.safetensors").read_bytes() for way in "ab")
+    assert a == b
