@@ -1,6 +1,5 @@
 """The whole job: calibrate, plan, prune. Each step is also a function of its own."""
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,32 +10,30 @@ import torch
 from torch import nn
 
 from .calibration.mixtures import dataset_paths
-from .calibration.statistics import Statistics, check_statistics, check_text, load_statistics
+from .calibration.statistics import Statistics, check_text, load_statistics
 from .calibration.windows import calibration_windows
-from .costs.budgets import check_biases, check_processes, check_recipe
-from .costs.dry_run import Request, estimate_opened
-from .costs.hardware import MemoryBudget, device_capped, parse_memory
+from .costs.budgets import check_processes
+from .costs.dry_run import Request
+from .costs.hardware import device_capped, parse_memory
 from .costs.latency import LatencyTable
 from .costs.latency_measurement import table_for, table_of
 from .distributed import ALONE, Ranks
 from .errors import CfspError
 from .evaluation.quality import EVALUATION_WINDOWS, held_out_text
-from .io.hashes import check_hashes, known_hashes
 from .io.outputs import new_folder
 from .models.blocks import StoredBlocks
 from .models.loading import model_device
-from .models.opening import OpenModel, open_any, weight_files
+from .models.opening import open_any
 from .models.parts.channels import PartWeights
 from .pruning.budget import BATCH, LENGTH
-from .pruning.compaction import check_plan
 from .pruning.compensation import COMPENSATIONS
-from .pruning.plan import PruningPlan, make_plan, plan_of_all
-from .pruning.ranking import check_ranked
+from .pruning.plan import PruningPlan, plan_of_all
+from .pruning.planning import make_plan
 from .pruning.recipe import Recipe
-from .pruning.refit import check_refits
 from .run import PruneResult, Run, prune_from_disk_to_disk, prune_in_memory, shared_output
+from .run.checks import announced_micro_batch, check_files, check_job
 from .run.depth import DepthCut, depth_of, known_depth
-from .run.job import NOT_MEASURED, as_calibrated, check_reach, plan_model
+from .run.job import NOT_MEASURED, as_calibrated, plan_model
 from .typed import check_whole
 
 
@@ -71,17 +68,15 @@ def calibrate(
     opened = open_any(
         model,
         tokenizer,
-        recipe.dtype,
-        ranks.device(device),
+        device=ranks.device(device),
         whole=recipe.chooses_by_loss,
-        attention=recipe.cuts_attention,
-        experts=recipe.experts,
+        **recipe.opening,
     )
     depth = DepthCut.of(opened, recipe, None)
     windows = calibration_windows(opened.model, opened.tokenizer, recipe.calibration)
     chosen_by = depth.windows if depth is not None else 0
     request = Request(recipe, len(windows), prunes=False, ranks=ranks.size, depth_windows=chosen_by)
-    micro_batch = _announced(opened, depth, request, budget, progress, ranks)
+    micro_batch = announced_micro_batch(opened, depth, request, budget, progress, ranks)
     with device_capped(model_device(opened.model), budget.device):
         if depth is not None:
             how: dict[str, Any] = {"stop": bool, "progress": progress, "ranks": ranks}
@@ -234,7 +229,7 @@ def prune(
             eval_windows = EVALUATION_WINDOWS if target is not None else 0
         check_whole("eval_windows", eval_windows)
         if verify and source is not None:
-            _check_files(source, progress, ranks)
+            check_files(source, progress, ranks)
         searches = recipe.searches and plan is None
         known = known_depth(plan, statistics, recipe)
         by_loss = recipe.chooses_by_loss and plan is None and known is None
@@ -248,11 +243,9 @@ def prune(
         opened = open_any(
             model,
             tokenizer,
-            recipe.dtype,
-            ranks.device(device),
+            device=ranks.device(device),
             whole=whole,
-            attention=recipe.cuts_attention,
-            experts=recipe.experts,
+            **recipe.opening,
         )
         wanted = recipe.model_budget if plan is None else None
         whole_ffns = recipe.removes_ffns
@@ -260,7 +253,7 @@ def prune(
             lambda: table_for(opened, wanted, latency_table, progress, whole_ffns=whole_ffns)
         )
         depth = DepthCut.of(opened, recipe, known)
-        _check(opened, depth, recipe, plan, statistics, table, ranks)
+        check_job(opened, depth, recipe, plan, statistics, table, ranks)
 
         # Estimate, with the texts at hand.
         held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
@@ -278,7 +271,7 @@ def prune(
         request = Request(recipe, *counts, plan=plan, ranks=ranks.size, table=table)
         if depth is not None:
             request = replace(request, depth_windows=depth.windows)
-        micro_batch = _announced(opened, depth, request, budget, progress, ranks)
+        micro_batch = announced_micro_batch(opened, depth, request, budget, progress, ranks)
 
         # Take blocks out, calibrate, plan, cut, document, verify, publish.
         how: dict[str, Any] = {"stop": stop, "progress": progress, "ranks": ranks}
@@ -307,58 +300,3 @@ def prune(
             if target is not None and isinstance(opened.blocks, StoredBlocks):
                 return prune_from_disk_to_disk(run, opened.blocks, target)
             return prune_in_memory(run, target, given=source is None)
-
-
-def _check_files(model: str | Path, progress: bool, ranks: Ranks) -> None:
-    """Raise CfspError on every rank where a weight file is not what it should be."""
-    problem = None
-    try:
-        known = list(known_hashes(weight_files(model)).items())
-        check_hashes(dict(known[ranks.share(len(known))]), progress=progress)
-    except CfspError as error:
-        problem = str(error)
-    ranks.check(problem)
-
-
-def _check(
-    opened: OpenModel,
-    depth: DepthCut | None,
-    recipe: Recipe,
-    plan: PruningPlan | None,
-    statistics: Statistics | None,
-    table: LatencyTable | None,
-    ranks: Ranks,
-) -> None:
-    """Raise CfspError where recipe, plan or statistics do not fit the model, without the blocks
-    that will go, or each other."""
-    described = depth.shallower if depth is not None else opened.described
-    blocks = opened.blocks if depth is None else depth.blocks or opened.blocks
-    if plan is None:
-        check_recipe(described, recipe, table)
-    else:
-        check_biases(described, recipe.resolved_compensation)
-        check_plan(plan, blocks)
-    if statistics is not None:
-        check_statistics(statistics, blocks)
-        if plan is None and not recipe.only_blocks:
-            check_ranked(statistics, recipe)
-            check_reach(statistics, recipe)
-    if recipe.refits:
-        check_refits(opened.model, opened.layout, ranks.size)
-
-
-def _announced(
-    opened: OpenModel,
-    depth: DepthCut | None,
-    request: Request,
-    budget: MemoryBudget,
-    progress: bool,
-    ranks: Ranks,
-) -> int:
-    """Windows per call, the same on every rank, of an estimate printed and found to fit."""
-    shallower = depth.shallower if depth is not None else None
-    estimate = estimate_opened(opened, request, budget, shallower=shallower, measure=progress)
-    if progress:
-        print(estimate.summary(), file=sys.stderr)
-    estimate.check(budget)
-    return -int(ranks.most(-estimate.micro_batch))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..models.opening import TERMS
+from ..models.finding import TERMS
 
 WEIGHTS_AND_CODE = (".safetensors", ".bin", ".gguf", ".json", ".py")
 MAX_BYTES = 1 << 20

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..models.descriptions import Description
-from ..pruning.depth import angle_windows
 from ..pruning.recipe import Recipe
+from ..pruning.whole.blocks import angle_windows
 from .flops import ModelCosts
 from .workload import HOST, MICRO_BATCH, Load, Workload
 

@@ -18,11 +18,11 @@ from ..models.descriptions import Description, describe
 from ..models.loading import check_seqlen, model_device, pick_device
 from ..models.opening import OpenModel
 from ..pruning.compaction import planned_tensors
-from ..pruning.depth import any_stretch, blocks_left
 from ..pruning.plan import PruningPlan
 from ..pruning.recipe import Recipe
 from ..pruning.refit import check_refits
 from ..pruning.scoring import SCORERS
+from ..pruning.whole.blocks import any_stretch, blocks_left
 from ..typed import check_whole
 from .budgets import check_processes, check_recipe, even_plan
 from .depth_costs import DepthCosts, depth_windows_of
@@ -258,13 +258,8 @@ def estimate(
         raise CfspError(f"ranks must be at least nodes, and nodes 1, got {ranks} and {nodes}")
     check_whole("eval_windows", eval_windows)
     budget = parse_memory(max_memory)
-    described = describe(
-        model,
-        recipe.dtype,
-        whole=recipe.searches or recipe.chooses_by_loss,
-        attention=recipe.cuts_attention,
-        experts=recipe.experts,
-    )
+    whole = recipe.searches or recipe.chooses_by_loss
+    described = describe(model, whole=whole, **recipe.opening)
     skeleton, layout = described.model, described.layout
     if layout is None and (recipe.budget is not None or recipe.blocks is not None):
         raise CfspError(described.refusal)

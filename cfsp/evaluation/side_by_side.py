@@ -11,8 +11,9 @@ from ..calibration.tokens import check_tokens
 from ..calibration.windows import Calibration
 from ..distributed import ALONE, Ranks
 from ..errors import CfspError
+from ..models.finding import find_model
 from ..models.loading import check_seqlen, pick_device
-from ..models.opening import find_model, open_model
+from ..models.opening import open_model
 from ..typed import check_whole
 from .quality import evaluation_windows, perplexity
 from .speed import Generation, PeakMemory, measure_speed, time_round

@@ -13,8 +13,9 @@ from ..errors import CfspError
 from ..io.safetensors import TensorInfo, Tensors
 from ..weights.schemes import bits_of, method_of
 from ..weights.sources import Source
-from .detected_attention import with_attention
-from .detected_removal import with_fewer_experts
+from .detection.attention import with_attention
+from .detection.experts import with_fewer_experts
+from .detection.trial import checked_layout
 from .inspection import Inspected, check_folder_files, inspect
 from .layouts import Layout, text_decoder
 from .loading import folder_name, load_config, quiet_loading
@@ -23,7 +24,6 @@ from .parts.expert_removal import FewerExperts
 from .parts.experts import ExpertsFFN
 from .parts.part import Part
 from .tensors import saved_tensors, tensor_infos
-from .trial import checked_layout
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..errors import CfspError, first_of
 from ..io.files import Stamps, stamps_of
-from ..io.safetensors import check_finite, read_index, read_tensors
+from ..io.safetensors import check_finite, read_tensors
 from ..weights.sources import Source
 from .blocks import Blocks, LiveBlocks, StoredBlocks
 from .descriptions import Description, Read
-from .detected_attention import with_attention
-from .detected_removal import with_fewer_experts
-from .inspection import check_config, check_folder_files, check_live, inspect
+from .detection.attention import with_attention
+from .detection.experts import with_fewer_experts
+from .detection.trial import check_as_configured, checked_layout
+from .finding import MODEL_FILES, find_model
+from .inspection import check_config, check_live, inspect
 from .layouts import Layout
 from .loading import (
     DEVICE,
-    check_folder,
     folder_name,
-    hub_folder,
     load_config,
     load_part,
     load_weights,
@@ -35,13 +35,6 @@ from .loading import (
 )
 from .surgery import set_buffers_, set_parameters_
 from .tensors import saved_tensors, tensor_infos
-from .trial import check_as_configured, checked_layout
-
-MODEL_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
-TERMS = ("license", "licence", "notice", "use_policy")
-"""What the names of files with a model's terms begin with, in any case."""
-ANY_CASE = ["".join(f"[{letter.upper()}{letter}]" for letter in name) + "*" for name in TERMS]
-HUB_FILES = [*MODEL_FILES, "README.md", *ANY_CASE]
 
 
 @dataclass(frozen=True)
@@ -210,25 +203,6 @@ def _inspect(model: str | Path, dtype: str) -> _Checkpoint:
     return _Checkpoint(name, path, found.skeleton, layout, found.sources, stamps_of(sorted(read)))
 
 
-def find_model(model: str | Path) -> Path:
-    """The .gguf file or folder of a model, of a hub id its local snapshot; CfspError where there is
-    none with weights that are read."""
-    path = Path(model)
-    if path.suffix == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise CfspError(f"no such file: {path}")
-        return path
-    if not path.exists():
-        name = str(model)
-        local = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/")
-        if local or name.count("/") > 1:  # no hub id either
-            raise CfspError(f"no such model folder: {model}")
-        path = hub_folder(model, HUB_FILES)
-    check_folder(path)
-    check_folder_files(path)
-    return path
-
-
 def _without_gguf(loaded: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that knows nothing of GGUF, and so lets itself be saved."""
     config = copy.deepcopy(loaded.config)
@@ -306,11 +280,3 @@ def _check_missing(where: Path, skeleton: PreTrainedModel, sources: Mapping[str,
     missing = [name for name in skeleton.state_dict() if tied.get(name, name) not in stored]
     if missing:
         raise CfspError(f"{where}: missing keys in the weights: {first_of(sorted(missing))}")
-
-
-def weight_files(model: str | Path) -> list[Path]:
-    """The files that hold a model's weights: a .gguf file, or the safetensors of its folder."""
-    path = find_model(model)
-    if path.suffix == ".gguf":
-        return [path]
-    return sorted({stored.file for stored in read_index(path).values()})

@@ -224,6 +224,6 @@ def plain_error_curve(
 
 
 def order_of(scores: torch.Tensor) -> torch.Tensor:
-    """The order of removal [F] int64 that :func:`cfsp.pruning.plan.select_channels` follows:
+    """The order of removal [F] int64 that :func:`cfsp.pruning.planning.select_channels` follows:
     lowest score first, among equal ones the highest index."""
     return len(scores) - 1 - scores.flip(0).argsort(stable=True)

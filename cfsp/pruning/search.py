@@ -22,7 +22,8 @@ from ..models.layouts import Layout
 from .allocation import AllocationProblem
 from .budget import Widths
 from .compaction import prune_block_
-from .plan import BlockPlan, PruningPlan, WidthSearch
+from .plan import BlockPlan, PruningPlan
+from .planning import WidthSearch
 from .recipe import Recipe
 
 EXCHANGE_FRACTION = 32

@@ -9,10 +9,11 @@ from torch import nn
 
 from ..calibration.statistics import BlockStatistics, Statistics
 from ..models.layouts import Layout
-from .expert_scores import chosen_experts
-from .plan import BlockPlan, PruningPlan, with_highest
+from .plan import BlockPlan, PruningPlan
+from .planning import with_highest
 from .ranking import rank_block
 from .refit import Refitting
+from .whole.experts import chosen_experts
 
 
 class DenseRun(Protocol):

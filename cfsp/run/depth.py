@@ -16,7 +16,10 @@ from ..models.blockwise import RidingWindows
 from ..models.depth import blocks_alone, shallower, shallower_description
 from ..models.descriptions import Description
 from ..models.opening import OpenModel
-from ..pruning.depth import (
+from ..pruning.plan import Depth, PruningPlan
+from ..pruning.plan_file import depth_from_dict
+from ..pruning.recipe import Recipe
+from ..pruning.whole.blocks import (
     StretchAngles,
     any_stretch,
     best_stretch,
@@ -24,9 +27,6 @@ from ..pruning.depth import (
     stretch_losses,
     stretches,
 )
-from ..pruning.plan import Depth, PruningPlan
-from ..pruning.plan_file import depth_from_dict
-from ..pruning.recipe import Recipe
 
 
 def known_depth(

@@ -24,15 +24,16 @@ from ..models.opening import OpenModel
 from ..models.pruned_classes import become_pruned_, is_stock
 from ..pruning.compaction import warn_of_few_tokens
 from ..pruning.compensation import FitRecord
-from ..pruning.expert_scores import chosen_experts
-from ..pruning.plan import PruningPlan, make_plan
+from ..pruning.plan import PruningPlan
 from ..pruning.plan_file import depth_to_dict, plan_to_dict
+from ..pruning.planning import make_plan
 from ..pruning.ranking import Ranker
 from ..pruning.recipe import Recipe
 from ..pruning.refit import Refitting
 from ..pruning.scoring import SCORERS
 from ..pruning.search import width_search
 from ..pruning.second_pass import SecondPass
+from ..pruning.whole.experts import chosen_experts
 from .depth import depth_of
 from .result import PruneReport
 

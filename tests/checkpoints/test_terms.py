@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cfsp
 from cfsp.checkpoints.terms import MAX_BYTES, copy_terms, front_matter_terms
-from cfsp.models.opening import HUB_FILES
+from cfsp.models.finding import HUB_FILES
 
 from ..conftest import TEXT
 

@@ -15,7 +15,7 @@ from cfsp.cli.demo import print_demo, run_demo
 from cfsp.evaluation.quality import Perplexity, evaluation_windows, perplexity
 from cfsp.models.opening import OpenModel, open_model
 from cfsp.pruning.allocation import cfsp_keep_fractions
-from cfsp.pruning.plan import select_channels
+from cfsp.pruning.planning import select_channels
 
 from ..conftest import shared
 from ..models.test_streaming import assert_same_files

@@ -46,8 +46,8 @@ from cfsp.io.shard_writer import ShardWriter, pack_shards, write_index
 from cfsp.models.opening import open_any
 from cfsp.models.tensors import tensor_infos
 from cfsp.pruning.budget import parse_model_budget
-from cfsp.pruning.plan import make_plan
 from cfsp.pruning.plan_file import load_plan, plan_to_dict, save_plan
+from cfsp.pruning.planning import make_plan
 from cfsp.pruning.recipe import load_recipe, recipe_from_dict
 from cfsp.report.page import report_html
 from cfsp.report.tables import evaluation_table

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import cfsp
 from cfsp.errors import CfspError
 from cfsp.io.hashes import known_hashes, sha256_of
-from cfsp.models.opening import weight_files
+from cfsp.models.finding import weight_files
 
 from ..cli.test_cli import EXACT, SMALL, check_refusal, run
 from ..conftest import TEXT, make_tiny, make_tokenizer

@@ -10,13 +10,13 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from cfsp.checkpoints.folder import write_model
 from cfsp.models.blocks import LiveBlocks
-from cfsp.models.detected_attention import with_attention
+from cfsp.models.detection.attention import with_attention
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.layouts import Layout
 from cfsp.models.opening import OpenModel
 from cfsp.models.parts.attention import Attention
 from cfsp.models.parts.channels import CutDown
 from cfsp.models.pruned_classes import become_pruned_
-from cfsp.models.trial import checked_layout
 
 from ..families.tiny import (
     DEEPSTACK,

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsp.errors import CfspError
-from cfsp.models.detected_attention import with_attention
-from cfsp.models.trial import checked_layout
+from cfsp.models.detection.attention import with_attention
+from cfsp.models.detection.trial import checked_layout
 
 from ..conftest import run_fresh
 from ..families import fresh

@@ -17,13 +17,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 import cfsp
 from cfsp.calibration.collect import collect_statistics
 from cfsp.errors import CfspError
-from cfsp.models.detection import detect_layout
+from cfsp.models.detection.ffns import detect_layout
+from cfsp.models.detection.stacked import stacked_ffns
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
 from cfsp.models.parts.channels import CutDown, Routing, Units
-from cfsp.models.parts.detected_experts import stacked_ffns
 from cfsp.models.parts.experts import ExpertsFFN
-from cfsp.models.trial import checked_layout
 
 from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits

@@ -10,12 +10,12 @@ from transformers import AutoConfig
 
 import cfsp
 from cfsp.errors import CfspError
-from cfsp.models.detection import detect_layout
+from cfsp.models.detection.ffns import detect_layout
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.loading import make_skeleton
 from cfsp.models.opening import open_streamed
 from cfsp.models.parts.ffn import FFN
-from cfsp.models.trial import checked_layout
 
 from ..conftest import TINY, make_tiny, make_tokenizer
 from .test_families import RECIPE, logits

@@ -18,13 +18,13 @@ import cfsp
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.cli.main import main
 from cfsp.errors import CfspError
-from cfsp.models.detected_removal import with_fewer_experts
+from cfsp.models.detection.experts import with_fewer_experts
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.parts.channels import in_place
 from cfsp.models.parts.expert_removal import FewerExperts, keep_experts_
 from cfsp.models.parts.experts import ExpertsFFN
-from cfsp.models.trial import checked_layout
-from cfsp.pruning.expert_scores import EXPERT_SCORES, expert_scores
 from cfsp.pruning.plan_file import load_plan, save_plan
+from cfsp.pruning.whole.experts import EXPERT_SCORES, expert_scores
 
 from ..conftest import TEXT, make_tokenizer
 from ..families.tiny import FAMILIES, LATENT, sized

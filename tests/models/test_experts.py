@@ -18,7 +18,7 @@ from cfsp.calibration.collect import collect_statistics
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.calibration.statistics import Statistics, load_statistics, save_statistics
 from cfsp.errors import CfspError
-from cfsp.models.detection import layout_of
+from cfsp.models.detection.ffns import layout_of
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.parts.channels import CutDown, Routing, Units, in_place
 from cfsp.models.parts.experts import ExpertsFFN

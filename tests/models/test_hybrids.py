@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 import cfsp
 from cfsp.calibration.statistics import load_statistics, save_statistics
 from cfsp.checkpoints.documents import read_result
-from cfsp.models.detection import detect_layout
+from cfsp.models.detection.ffns import detect_layout
 from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import open_streamed
 from cfsp.pruning.plan_file import load_plan, save_plan

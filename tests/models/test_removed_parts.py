@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsp.errors import CfspError
-from cfsp.models.detected_attention import with_attention
+from cfsp.models.detection.attention import with_attention
+from cfsp.models.detection.removable import check_removable
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.layouts import Layout
 from cfsp.models.modeling_cfsp import skip
 from cfsp.models.pruned_classes import become_pruned_, skipped_parts
-from cfsp.models.removable import check_removable
-from cfsp.models.trial import checked_layout
 
 from ..conftest import run_fresh
 from ..families import fresh

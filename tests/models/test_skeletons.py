@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from cfsp.models.blockwise import record_block_calls
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.loading import auto_class, make_skeleton, quiet_loading
-from cfsp.models.trial import checked_layout
 
 from ..families.tiny import FAMILIES
 

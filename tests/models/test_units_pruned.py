@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 import cfsp
-from cfsp.models.detected_attention import with_attention
+from cfsp.models.detection.attention import with_attention
+from cfsp.models.detection.trial import checked_layout
 from cfsp.models.opening import open_model
-from cfsp.models.trial import checked_layout
 
 from ..conftest import make_tokenizer
 from ..families.checks import OF_THE_RUN, OPTIONS, RECIPE, is_masked_equal

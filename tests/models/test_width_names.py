@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from cfsp.models.detection.width_names import width_name
 from cfsp.models.loading import make_skeleton
 from cfsp.models.parts.channels import UnitAxis
-from cfsp.models.width_names import width_name
 
 from ..conftest import make_tiny
 

@@ -15,9 +15,9 @@ from cfsp.errors import CfspError, Stopped
 from cfsp.evaluation.quality import perplexity
 from cfsp.models.depth import shallower
 from cfsp.models.opening import adopt
-from cfsp.pruning.depth import without_stretch
 from cfsp.pruning.plan import Depth
 from cfsp.pruning.plan_file import load_plan, save_plan
+from cfsp.pruning.whole.blocks import without_stretch
 
 from ..conftest import TEXT, make_tiny, make_tokenizer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import cfsp.pruning.obs
 from cfsp.errors import CfspError
 from cfsp.pruning.obs import error_curve, order_of, plain_error_curve, removal_order
-from cfsp.pruning.plan import select_channels
+from cfsp.pruning.planning import select_channels
 
 
 def random_case(

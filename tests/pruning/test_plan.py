@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from cfsp.calibration.curves import ErrorCurve
 from cfsp.errors import CfspError
 from cfsp.models.parts.channels import Units
-from cfsp.pruning.plan import BlockPlan, PruningPlan, score_quantiles, select_channels
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 from cfsp.pruning.plan_file import from_pairs, from_ranges, load_plan, save_plan, to_ranges
+from cfsp.pruning.planning import score_quantiles, select_channels
 from cfsp.pruning.recipe import Recipe
 
 

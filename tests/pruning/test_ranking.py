@@ -21,7 +21,8 @@ from cfsp.models.opening import adopt
 from cfsp.models.parts.channels import PartWeights, Units
 from cfsp.pruning.allocation import AllocationProblem, allocate_widths
 from cfsp.pruning.compaction import prune_block_, prune_model_
-from cfsp.pruning.plan import BlockPlan, make_plan, select_channels
+from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.planning import make_plan, select_channels
 from cfsp.pruning.ranking import Ranker, rank, scaled_curves
 from cfsp.pruning.search import CutBlocks
 

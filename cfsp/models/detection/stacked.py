@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..modeling_cfsp import set_parameter
+from ..parts.experts import ExpertsFFN
 from ..surgery import on_meta
-from .experts import ExpertsFFN
 
 TRIAL_TOKENS, TRIAL_EXPERTS, TRIAL_CHANNELS = 5, 3, 8
 KEPT = (1, 2, 6)

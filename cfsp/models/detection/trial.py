@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from ..errors import CfspError, reason
-from .detection import layout_of
-from .layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
-from .loading import make_skeleton, model_device, quiet_loading
-from .modeling_cfsp import set_parameter
-from .parts.experts import ExpertsFFN
-from .pruned_classes import become_pruned_
-from .surgery import forward_instead, headless, on_meta, set_buffers_, set_parameters_
-from .tensors import parameter_shapes
+from ...errors import CfspError, reason
+from ..layouts import Layout, as_block_output, hidden_states_of, known_layout, unsupported
+from ..loading import make_skeleton, model_device, quiet_loading
+from ..modeling_cfsp import set_parameter
+from ..parts.experts import ExpertsFFN
+from ..pruned_classes import become_pruned_
+from ..surgery import forward_instead, headless, on_meta, set_buffers_, set_parameters_
+from ..tensors import parameter_shapes
+from .ffns import layout_of
 
 TOKENS, PROBE_TOKENS = 2, 16
 

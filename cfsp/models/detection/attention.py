@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CfspError, reason
-from .layouts import Layout, hidden_states_of
-from .loading import make_skeleton, quiet_loading
-from .modeling_cfsp import set_parameter
-from .parts.attention import Attention
-from .parts.channels import CutDown, UnitAxis
-from .surgery import forward_instead, on_meta
+from ...errors import CfspError, reason
+from ..layouts import Layout, hidden_states_of
+from ..loading import make_skeleton, quiet_loading
+from ..modeling_cfsp import set_parameter
+from ..parts.attention import Attention
+from ..parts.channels import CutDown, UnitAxis
+from ..surgery import forward_instead, on_meta
 from .trial import TOKENS, block_calls, rebuild
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CfspError, reason
-from .layouts import Layout, hidden_states_of
-from .loading import make_skeleton, quiet_loading
-from .modeling_cfsp import set_parameter
-from .parts.experts import ExpertsFFN
-from .parts.part import Part
-from .pruned_classes import become_pruned_
-from .surgery import forward_instead, on_meta, set_buffers_
-from .tensors import parameter_shapes
+from ...errors import CfspError, reason
+from ..layouts import Layout, hidden_states_of
+from ..loading import make_skeleton, quiet_loading
+from ..modeling_cfsp import set_parameter
+from ..parts.experts import ExpertsFFN
+from ..parts.part import Part
+from ..pruned_classes import become_pruned_
+from ..surgery import forward_instead, on_meta, set_buffers_
+from ..tensors import parameter_shapes
 from .trial import block_calls
 
 UNITS = {"attention": "attention", "mlp": "ffn"}

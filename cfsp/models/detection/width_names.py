@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from .layouts import Layout
-from .loading import make_skeleton, quiet_loading
-from .parts.channels import UnitAxis
-from .parts.ffn import FFN
-from .tensors import parameter_shapes
+from ..layouts import Layout
+from ..loading import make_skeleton, quiet_loading
+from ..parts.channels import UnitAxis
+from ..parts.ffn import FFN
+from ..tensors import parameter_shapes
 
 FEW_CHANNELS = 8
 OWN_NAME = "shared_intermediate_size"

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from cfsp_kernels import block_influence
 
-from ..calibration.grams import Split
-from ..calibration.statistics import INFLUENCE_METRICS
-from ..distributed import Ranks
-from ..errors import CfspError
-from ..models.blockwise import record_block_calls, run_block
-from ..models.depth import first_fixed, shallower_description
-from ..models.descriptions import Description
-from ..models.layouts import Layout, as_block_output
-from ..models.surgery import forward_instead
+from ...calibration.grams import Split
+from ...calibration.statistics import INFLUENCE_METRICS
+from ...distributed import Ranks
+from ...errors import CfspError
+from ...models.blockwise import record_block_calls, run_block
+from ...models.depth import first_fixed, shallower_description
+from ...models.descriptions import Description
+from ...models.layouts import Layout, as_block_output
+from ...models.surgery import forward_instead
 
 MOST_STATES = 2 << 30
 """Bytes of hidden states that wait for the end of their stretches: of fewer windows, where all

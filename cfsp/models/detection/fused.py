@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..modeling_cfsp import set_parameter
+from ..parts.ffn import FFN
 from ..surgery import on_meta
-from .ffn import FFN
 
 TRIAL_CHANNELS, KEPT = 8, (1, 2, 6)
 TOLERANCE = 1e-4

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calibration.statistics import BlockStatistics
-from ..errors import CfspError
-from ..models.parts.experts import ExpertsFFN
-from ..models.parts.part import Part
+from ...calibration.statistics import BlockStatistics
+from ...errors import CfspError
+from ...models.parts.experts import ExpertsFFN
+from ...models.parts.part import Part
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import CfspError, reason
-from .layouts import Layout, hidden_states_of
-from .loading import make_skeleton, quiet_loading
-from .modeling_cfsp import set_parameter
-from .parts.expert_removal import TOP_K, FewerExperts, keep_experts_
-from .parts.experts import ExpertsFFN
-from .surgery import on_meta, set_buffers_
+from ...errors import CfspError, reason
+from ..layouts import Layout, hidden_states_of
+from ..loading import make_skeleton, quiet_loading
+from ..modeling_cfsp import set_parameter
+from ..parts.expert_removal import TOP_K, FewerExperts, keep_experts_
+from ..parts.experts import ExpertsFFN
+from ..surgery import on_meta, set_buffers_
 
 TRIAL_TOKENS, TRIAL_CHANNELS = 16, 2
 NEVER = -1e4

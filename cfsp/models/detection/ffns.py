@@ -9,13 +9,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .layouts import Layout, known_layout, text_decoder, unsupported
-from .modeling_cfsp import set_parameter
-from .parts.detected_experts import stacked_ffns
-from .parts.detected_fused import fused_ffn
-from .parts.experts import ExpertsFFN
-from .parts.ffn import FFN, FUSED_ACTIVATIONS
-from .surgery import on_meta, set_buffers_
+from ..layouts import Layout, known_layout, text_decoder, unsupported
+from ..modeling_cfsp import set_parameter
+from ..parts.experts import ExpertsFFN
+from ..parts.ffn import FFN, FUSED_ACTIVATIONS
+from ..surgery import on_meta, set_buffers_
+from .fused import fused_ffn
+from .stacked import stacked_ffns
 from .width_names import with_width_names
 
 TRIAL_CHANNELS = 8

@@ -1,0 +1,1 @@
+"""What goes whole, and is chosen first: blocks, and experts."""
