@@ -122,6 +122,38 @@ def test_what_was_pruned_by_groups_is_pruned_again(
         assert sum(kept_groups(disk)) <= sum(kept_groups(first))
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "gemma3"])
+def test_whole_parts_go_as_a_plan_says_and_what_is_left_is_pruned_again(
+    case: str, tmp_path: Path
+) -> None:
+    make(case).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    live = open_model(tmp_path / "dense")
+    plan = cfsp.prune(live.model, live.tokenizer, GROUPS, progress=False).plan
+    none, blocks = torch.empty(1, 0, dtype=torch.int64), list(plan.blocks)
+    for number, gone in ((1, 0), (2, 1)):  # its FFN, its attention
+        kept = [own if part != gone else none for part, own in enumerate(blocks[number].kept)]
+        blocks[number] = replace(blocks[number], kept=tuple(kept))
+    as_planned = {"plan": replace(plan, blocks=tuple(blocks))}
+    once_more = {"recipe": replace(GROUPS, sparsity=0.2)}
+    expected = [[], ["mlp"], ["attention"], []]
+    for dense, names, options in (
+        ("dense", ("live", "disk"), as_planned),
+        ("disk", ("again-live", "again-disk"), once_more),
+    ):
+        opened = open_model(tmp_path / dense)
+        for given, name in ((opened.model, names[0]), (tmp_path / dense, names[1])):
+            disk = cfsp.prune(given, make_tokenizer(), out=tmp_path / name, **options, **OPTIONS)
+        for name in ("model.safetensors", "config.json", "plan.json"):
+            live_bytes, disk_bytes = ((tmp_path / way / name).read_bytes() for way in names)
+            assert live_bytes == disk_bytes, name
+        text = disk.model.config.get_text_config()
+        assert [
+            sorted(getattr(own, "skip", None) or []) for own in text.per_layer_config
+        ] == expected
+    assert disk.model.num_parameters() < cfsp.load(tmp_path / "disk").num_parameters()
+
+
 def attention_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters() if "attn" in name}
 
