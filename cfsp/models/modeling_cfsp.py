@@ -198,6 +198,11 @@ class PerBlockConfig:
         return {**super().to_dict(), "num_hidden_layers": self.num_hidden_layers}
 
 
+def _family_class(cls):
+    """The class of transformers that one of ours, or a class derived from that, builds upon."""
+    return cls.__mro__[cls.__mro__.index(PerBlockSizes) + 1]
+
+
 class PerBlockSizes:
     """Builds the stock model, then gives every block its own sizes."""
 
@@ -209,11 +214,11 @@ class PerBlockSizes:
     @classmethod
     def _can_set_attn_implementation(cls):
         """As of the family's class: transformers looks for its attention in the class's file."""
-        return cls.__bases__[-1]._can_set_attn_implementation()
+        return _family_class(cls)._can_set_attn_implementation()
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        return cls.__bases__[-1]._can_set_experts_implementation()
+        return _family_class(cls)._can_set_experts_implementation()
 
     def __init__(self, config, *args, **kwargs):
         text = config.get_text_config()
