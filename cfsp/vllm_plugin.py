@@ -10,8 +10,9 @@ NATIVE_FAMILIES = {
 }
 """A family, and module of vLLM -> its class, which :mod:`cfsp.models.vllm` gives sizes per block;
 vLLM runs others through transformers."""
-NO_HEADS_PER_BLOCK = ("phi3",)
-"""Families that vLLM's transformers backend cannot run with other heads in every block."""
+NO_HEADS_PER_BLOCK = ("phi3", "qwen2")
+"""Families that vLLM cannot run with other heads in every block: it crashes on Phi-3, and takes the
+size of a head of Qwen2 to be the hidden size divided by their number."""
 
 
 def register() -> None:

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from inspect import getclosurevars
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import RowParallelLinear
 
+from ..errors import CfspError
 from ..vllm_plugin import NATIVE_FAMILIES
 from .modeling_cfsp import PREFIX, sizes_of
 
@@ -45,13 +47,18 @@ def make_blocks(
     prefix: str,
 ) -> Any:
     """vLLM's ``make_layers``, but while a block is made the config says that block's sizes."""
-    config = vllm_config.model_config.hf_text_config
+    held = getclosurevars(make_block).nonlocals  # of a multimodal model it is a copy of the text's
+    config = held.get("config", vllm_config.model_config.hf_text_config)
     settings = config.cfsp_config
     names = {name for name, *_ in sizes_of(settings).values()}
     names |= {name for name in settings.get("heads", ()) if name}
 
     def make_own(prefix: str) -> nn.Module:
         own = config.per_layer_config[int(prefix.rpartition(".")[2])]
+        if config.model_type.endswith("qwen2") and (
+            own.num_attention_heads != config.num_attention_heads
+        ):
+            raise CfspError("vLLM's Qwen2 has no heads per block; run the folder in transformers")
         with temporarily(config, {name: getattr(own, name) for name in names}):
             block = make_block(prefix=prefix)
         for path in settings["added_bias"]:

@@ -57,7 +57,7 @@ def cache_bytes(groups: tuple[int, ...]) -> int:
         ("llama", GROUPS, WIDTHS, False),
         ("llama", GONE, NARROW, True),
         ("mistral", GONE, NARROW, False),
-        ("qwen2", GONE, NARROW, False),
+        ("qwen2", (0, 4, 0, 4), NARROW, False),
         ("qwen3", GONE, NARROW, False),
     ],
 )

@@ -81,9 +81,11 @@ class ExportSource:
     @property
     def runs(self) -> str:
         """The runtime of the folder itself, for the error of a format that cannot hold it."""
-        if self.family in NATIVE_FAMILIES:
+        if self.family in NO_HEADS_PER_BLOCK and len(set(self.heads)) > 1:
+            runtime = "transformers"
+        elif self.family in NATIVE_FAMILIES:
             runtime = "vLLM with cfsp installed"
-        elif self.without("attention") or self.family in NO_HEADS_PER_BLOCK:
+        elif self.without("attention"):
             runtime = "transformers"
         else:
             runtime = "vLLM's transformers backend"
