@@ -239,14 +239,8 @@ def prune(
             raise CfspError("a latency table is of all blocks: drop blocks or latency_table")
 
         # Open, resolve the budget, check.
-        whole = target is None or searches or by_loss
-        opened = open_any(
-            model,
-            tokenizer,
-            device=ranks.device(device),
-            whole=whole,
-            **recipe.opening,
-        )
+        whole, device = target is None or searches or by_loss, ranks.device(device)
+        opened = open_any(model, tokenizer, device=device, whole=whole, **recipe.opening)
         wanted = recipe.model_budget if plan is None else None
         whole_ffns = recipe.removes_ffns
         table = ranks.of_first(
@@ -257,9 +251,8 @@ def prune(
 
         # Estimate, with the texts at hand.
         held_out = held_out_text(opened, recipe.calibration, eval_dataset, eval_windows)
-        reads_sums = (
-            COMPENSATIONS[recipe.resolved_compensation].needs_statistics and not recipe.fits
-        )
+        compensation = COMPENSATIONS[recipe.resolved_compensation]
+        reads_sums = compensation.needs_statistics and not recipe.fits
         planned = plan is not None or recipe.only_blocks
         calibrates = statistics is None and (not planned or reads_sums)
         windows, chooses = torch.empty(0, 0), depth is not None and depth.kept is None

@@ -8,6 +8,7 @@ import torch
 from ..apportion import Steps, check_budget, total_cost
 from ..errors import CfspError
 from ..models.descriptions import Description
+from ..models.detection.removable import check_removable
 from ..models.loading import check_seqlen
 from ..models.parts.attention import Attention
 from ..models.parts.channels import check_expert_width
@@ -163,6 +164,8 @@ def check_met(described: Description, plan: PruningPlan, table: LatencyTable | N
 def check_recipe(described: Description, recipe: Recipe, table: LatencyTable | None = None) -> None:
     """Raise CfspError where no plan for this model can be what the recipe asks for."""
     check_biases(described, recipe.resolved_compensation)
+    if described.layout is not None:
+        check_removable(described.model, described.layout, recipe.unit_kinds)
     for placed in () if recipe.only_blocks else described.parts:
         check_expert_width(recipe.width_multiple, placed.units.experts)
     plan = even_plan(described, recipe, table)
