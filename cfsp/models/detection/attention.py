@@ -37,9 +37,13 @@ def with_attention(model: PreTrainedModel, layout: Layout) -> Layout:
     if getattr(text, "num_kv_shared_layers", 0):
         raise refused(family, "blocks share their keys")
     found: dict[Attention, int] = {}
-    for number, block in enumerate(layout.find_blocks(model)):
-        for attention in _readings(block, text):
-            found.setdefault(attention, number)
+    for shares in (True, False):
+        if shares or any(attention.keys for attention in found):
+            found = {
+                attention: number
+                for number, block in enumerate(layout.find_blocks(model))
+                for attention in _readings(block, text, shares)
+            }
     if len(found) != 1:
         forms = f"attention of {len(found)} forms" if found else "its attention is of no known form"
         raise refused(family, forms)
@@ -62,8 +66,9 @@ def refused(family: str, why: str) -> CfspError:
     return CfspError(f"units of attention: {family!r}: {why}; use `units=channels`")
 
 
-def _readings(block: nn.Module, config: Any) -> Iterator[Attention]:
-    """What the children of a block may be, by the names and shapes of their projections."""
+def _readings(block: nn.Module, config: Any, shares: bool) -> Iterator[Attention]:
+    """What the children of a block may be, by the names and shapes of their projections; one head
+    of keys is that of all query heads where it ``shares``, else of a group that was left alone."""
     for path, module in block.named_children():
         children = dict(module.named_children())
         out = next((name for name in OUTPUTS if name in children), None)
@@ -77,7 +82,7 @@ def _readings(block: nn.Module, config: Any) -> Iterator[Attention]:
             for name, child in children.items()
             if name != out and isinstance(child, nn.Linear | Conv1D)
         }
-        reading = _inputs(shapes, heads, size)
+        reading = _inputs(shapes, heads, size, shares)
         if reading is None:
             continue
         inputs, per, keys = reading
@@ -128,7 +133,7 @@ def _has(block: nn.Module, name: str) -> bool:
 
 
 def _inputs(
-    shapes: dict[str, int], heads: int, size: int
+    shapes: dict[str, int], heads: int, size: int, shares: bool
 ) -> tuple[dict[str, UnitAxis], int, int] | None:
     """The axes of the input projections, whose rows are ``shapes`` times the size of a head; query
     heads and KV heads of a unit. None for an unknown form."""
@@ -137,7 +142,7 @@ def _inputs(
         gated = shapes["q_proj"] // heads  # 2 where every query has a gate beside it
         if shapes["v_proj"] != keys or heads % keys:
             return None
-        if keys == 1 < heads:
+        if shares and keys == 1 < heads:
             return {"q_proj": UnitAxis(0, (gated * size,))}, 1, 0
         own, per = UnitAxis(0, (size,)), heads // keys
         return {"q_proj": UnitAxis(0, (gated * per * size,)), "k_proj": own, "v_proj": own}, per, 1
@@ -146,7 +151,7 @@ def _inputs(
         if keys < 1 or heads % keys or shapes[name] != heads + 2 * keys:
             continue
         per = heads // keys
-        if keys == 1 < heads:
+        if shares and keys == 1 < heads:
             return {name: UnitAxis(0, (size,), fixed=2 * size)}, 1, 0
         side_by_side = name == "query_key_value"
         sections = ((per + 2) * size,) if side_by_side else (per * size, size, size)
