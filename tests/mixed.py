@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsp.checkpoints.folder import write_model
-from cfsp.models.opening import adopt, with_attention_units
+from cfsp.models.opening import open_any
 from cfsp.models.parts.attention import Attention
 from cfsp.models.parts.channels import CutDown
 from cfsp.models.pruned_classes import become_pruned_
@@ -24,7 +24,7 @@ def write_mixed(
 ) -> Path:
     """Cut every block of a model to so many KV groups and channels, the last ones; 0 takes the part
     out. Writes the folder."""
-    opened = with_attention_units(adopt(model, tokenizer))
+    opened = open_any(model, tokenizer, attention=True)
     layout, generator = opened.layout, torch.Generator().manual_seed(5)
 
     with torch.no_grad():

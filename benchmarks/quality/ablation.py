@@ -41,7 +41,7 @@ from cfsp.io.files import write_json
 from cfsp.models.blockwise import default_micro_batch
 from cfsp.models.fingerprints import tokens_fingerprint
 from cfsp.models.loading import check_seqlen, model_device, quiet_loading
-from cfsp.models.opening import OpenModel, with_attention_units
+from cfsp.models.opening import OpenModel, open_any
 from cfsp.pruning.compaction import prune_model_
 from cfsp.pruning.compensation import FitRecord
 from cfsp.pruning.recipe import DTYPES, recipe_from_dict
@@ -285,7 +285,7 @@ def run(opened: OpenModel, recipes: Sequence[Recipe], options: argparse.Namespac
         if known is None or (options.retry and "error" in known):
             missing.setdefault((recipe.calibration, recipe.cuts_attention), []).append(recipe)
     for (settings, attention), wanted in missing.items():
-        own = with_attention_units(opened) if attention else opened
+        own = open_any(opened.model, opened.tokenizer, attention=attention)
         tokens = fingerprints[settings]
         record = results.values["calibrations"].setdefault(
             tokens, {**public(wanted[0])["calibration"], "seconds": {}}

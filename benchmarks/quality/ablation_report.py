@@ -81,7 +81,8 @@ def names(cell: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def also(cell: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
     """What else is not the default of recipes, or not the ``calibration`` of the others."""
-    usual = {**Recipe().to_dict(), **SHARED, "calibration": calibration}
+    scale = Recipe().resolved_error_scale
+    usual = {**Recipe().to_dict(), **SHARED, "error_scale": scale, "calibration": calibration}
     apart = {"scorer", "allocator", "compensation", "calibration", *OF_THE_RUN}
     own = {key: value for key, value in cell["recipe"].items() if key not in apart}
     pairs = [(key, value) for key, value in own.items() if value != usual.get(key)]
