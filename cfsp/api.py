@@ -151,9 +151,7 @@ def plan(
         CfspError: no widths meet the sparsity or budget.
     """
     if isinstance(weights, nn.Module):
-        opened = open_any(
-            weights, tokenizer, attention=recipe.cuts_attention, experts=recipe.experts
-        )
+        opened = open_any(weights, tokenizer, **recipe.opening)
         return plan_model(opened, statistics, recipe, progress=progress)
     return make_plan(statistics, weights, recipe, progress=progress)
 

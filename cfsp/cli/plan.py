@@ -50,15 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _planned(arguments: argparse.Namespace, recipe: Recipe) -> PruningPlan:
     statistics = load_statistics(arguments.statistics)
-    opened = open_any(
-        arguments.model,
-        None,
-        recipe.dtype,
-        arguments.device,
-        whole=recipe.searches,
-        attention=recipe.cuts_attention,
-        experts=recipe.experts,
-    )
+    where = {"device": arguments.device, "whole": recipe.searches}
+    opened = open_any(arguments.model, **where, **recipe.opening)
     known = known_depth(None, statistics, recipe)
     if known is not None:
         opened = shallower(opened, known.kept)

@@ -63,11 +63,8 @@ def _added_parameters(described: Description, recipe: Recipe) -> int:
 
 def steps_of(described: Description, recipe: Recipe) -> tuple[Steps, ...]:
     """The numbers of units that every part may keep."""
-    last = max((placed.block for placed in described.parts), default=0)
-    return tuple(
-        recipe.steps(placed.units, protected=placed.block in (0, last))
-        for placed in described.parts
-    )
+    parts = [(placed.block, placed.units) for placed in described.parts]
+    return recipe.steps(parts, len(described.units))
 
 
 def resolve(described: Description, recipe: Recipe, table: LatencyTable | None) -> ChannelBudget:

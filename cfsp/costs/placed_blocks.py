@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import CfspError
-from ..models.layouts import as_block_output
+from ..models.layouts import pass_on
 from ..models.loading import cache_argument
 from ..models.opening import OpenModel
 from ..models.surgery import forward_instead
@@ -81,10 +81,6 @@ def _at(place: int, block: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def _skip(block: nn.Module, states: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return as_block_output(block, states)
-
-
 def forward_call(
     opened: OpenModel,
     placed: Mapping[int, nn.Module],
@@ -95,7 +91,7 @@ def forward_call(
     context where there is a maker of caches."""
     blocks = opened.layout.find_blocks(opened.model)
     forwards = [
-        _at(place, placed[place]) if place in placed else partial(_skip, own)
+        _at(place, placed[place]) if place in placed else partial(pass_on, own)
         for place, own in enumerate(blocks)
     ]
 

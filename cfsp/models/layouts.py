@@ -197,6 +197,11 @@ def as_block_output(block: nn.Module, hidden_states: torch.Tensor) -> Any:
     return (hidden_states, None) if type(block).__name__ in TUPLE_BLOCKS else hidden_states
 
 
+def pass_on(block: nn.Module, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """A run of a block that does nothing."""
+    return as_block_output(block, hidden_states)
+
+
 def hidden_states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returned."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,5 +1,6 @@
 """What follows from the choices of a recipe."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..apportion import Steps
@@ -85,7 +86,13 @@ class Choices:
         """Whether errors of several kinds of parts are compared, or whole parts may go."""
         return self.unit_kinds != {"channels"}
 
-    def steps(self, units: Units, *, protected: bool) -> Steps:
+    def steps(self, parts: Sequence[tuple[int, Units]], blocks: int) -> tuple[Steps, ...]:
+        """The numbers of units that may stay of parts, each with the number of its block, of which
+        there are so many: nothing goes whole in the first and the last."""
+        ends = (0, blocks - 1)
+        return tuple(self._steps(units, protected=number in ends) for number, units in parts)
+
+    def _steps(self, units: Units, *, protected: bool) -> Steps:
         """The numbers of these units that may stay; ``protected``: some have to."""
         some, whole = ("channels", "ffn") if units.are_channels else ("groups", "attention")
         budget = self.model_budget

@@ -55,7 +55,6 @@ def make_plan(
         for n, own in dense
     ]
     budget = budget or ChannelBudget(recipe.sparsity, tuple(own.experts for _, own in parts))
-    last = len(statistics.blocks) - 1
     problem = AllocationProblem(
         statistics.importance(recipe.importance)[[number for number, _ in parts]],
         tuple(
@@ -65,7 +64,7 @@ def make_plan(
         budget.sparsity,
         tuple(own for _, own in parts),
         budget.costs,
-        tuple(recipe.steps(own, protected=number in (0, last)) for number, own in parts),
+        recipe.steps(parts, len(statistics.blocks)),
         () if recipe.uniform else scaled_curves(ranking, statistics, recipe),
         budget.kv,
     )

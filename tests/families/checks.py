@@ -34,6 +34,15 @@ OF_THE_RUN = {"README.md", "recipe.yaml", "tokenizer_config.json"}
 
 
 @dataclass(frozen=True)
+class BothWays:
+    """A family's dense folder and what came of it, in memory and from disk to disk."""
+
+    dense: Path
+    in_memory: cfsp.PruneResult
+    streamed: cfsp.PruneResult
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One row of the table: what was seen, or why a family is refused."""
 

@@ -16,6 +16,7 @@ from cfsp.models.layouts import LAYOUTS
 from cfsp.models.opening import open_model, open_streamed
 
 from ..conftest import make_tiny, make_tokenizer, run_fresh
+from ..families.checks import BothWays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,17 +122,8 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=torch.arange(24)[None] * 11 % 256, use_cache=False).logits
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A family's dense folder and what came of it, in memory and from disk to disk."""
-
-    dense: Path
-    in_memory: cfsp.PruneResult
-    streamed: cfsp.PruneResult
-
-
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pruned]:
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], BothWays]:
     root = tmp_path_factory.mktemp("families")
 
     @cache
@@ -141,12 +133,12 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pru
         return root / name
 
     @cache
-    def prune(name: str, scorer: str) -> Pruned:
+    def prune(name: str, scorer: str) -> BothWays:
         recipe = recipe_for(name, scorer)
         options = {"recipe": recipe, "eval_windows": 0, "progress": False}
         opened = open_model(dense(name))
         out = root / f"{name}-{scorer}"
-        return Pruned(
+        return BothWays(
             dense(name),
             cfsp.prune(opened.model, opened.tokenizer, out=out, **options),
             cfsp.prune(dense(name), out=root / f"{name}-{scorer}-streamed", **options),
@@ -194,7 +186,7 @@ def test_every_layout_is_tested() -> None:
 
 @pytest.mark.parametrize(("name", "scorer"), CASES)
 def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
-    name: str, scorer: str, pruned: Callable[[str, str], Pruned]
+    name: str, scorer: str, pruned: Callable[[str, str], BothWays]
 ) -> None:
     result = pruned(name, scorer).in_memory
     total = sum(block.intermediate_size for block in result.plan.blocks)
@@ -217,7 +209,7 @@ def test_pruned_equals_the_dense_model_with_the_same_channels_masked(
     ("name", "scorer"), [*CASES, *((name, cfsp.Recipe().scorer) for name in ALL)]
 )
 def test_from_disk_to_disk_gives_the_same_bytes(
-    name: str, scorer: str, pruned: Callable[[str, str], Pruned]
+    name: str, scorer: str, pruned: Callable[[str, str], BothWays]
 ) -> None:
     case = pruned(name, scorer)
     opened = open_streamed(case.dense)
@@ -260,7 +252,7 @@ for folder in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def fresh(
-    pruned: Callable[[str, str], Pruned], tmp_path_factory: pytest.TempPathFactory
+    pruned: Callable[[str, str], BothWays], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], torch.Tensor]:
     """Logits of every result as another process without cfsp has them; one process for all."""
     folders = {(n, s): str(pruned(n, s).streamed.out) for n, s in CASES}
@@ -272,7 +264,7 @@ def fresh(
 def test_it_reloads_to_the_last_bit_where_cfsp_is_not_installed(
     name: str,
     scorer: str,
-    pruned: Callable[[str, str], Pruned],
+    pruned: Callable[[str, str], BothWays],
     fresh: Callable[[str, str], torch.Tensor],
 ) -> None:
     assert torch.equal(fresh(name, scorer), logits(pruned(name, scorer).in_memory.model))

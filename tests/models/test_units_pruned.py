@@ -1,7 +1,7 @@
 """Channels and KV groups in one plan: the masked model, the bytes of both ways, and once more."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from cfsp.models.detection.trial import checked_layout
 from cfsp.models.opening import open_model
 
 from ..conftest import make_tokenizer
-from ..families.checks import OF_THE_RUN, OPTIONS, RECIPE, is_masked_equal
+from ..families.checks import OF_THE_RUN, OPTIONS, RECIPE, BothWays, is_masked_equal
 from .grouped import CASES, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,25 +37,18 @@ CHOSEN = (
 )
 
 
-@dataclass(frozen=True)
-class Pruned:
-    dense: Path
-    in_memory: cfsp.PruneResult
-    streamed: cfsp.PruneResult
-
-
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pruned]:
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BothWays]:
     root = tmp_path_factory.mktemp("units")
 
     @cache
-    def prune(case: str, dtype: torch.dtype) -> Pruned:
+    def prune(case: str, dtype: torch.dtype) -> BothWays:
         dense = root / f"{case}-{dtype}"
         make(case).to(dtype).save_pretrained(dense)
         make_tokenizer().save_pretrained(dense)
         live = open_model(dense)
         out = root / f"{case}-{dtype}"
-        return Pruned(
+        return BothWays(
             dense,
             cfsp.prune(live.model, live.tokenizer, GROUPS, f"{out}-live", **OPTIONS),
             cfsp.prune(dense, None, GROUPS, f"{out}-disk", **OPTIONS),
@@ -69,7 +62,7 @@ def kept_groups(result: cfsp.PruneResult) -> list[int]:
 
 
 @pytest.mark.parametrize("case", CHOSEN)
-def test_what_stays_is_the_masked_model(case: str, pruned: Callable[..., Pruned]) -> None:
+def test_what_stays_is_the_masked_model(case: str, pruned: Callable[..., BothWays]) -> None:
     result = pruned(case, torch.float32).in_memory
     counts = kept_groups(result)
     dense = make(case)
@@ -84,7 +77,7 @@ def test_what_stays_is_the_masked_model(case: str, pruned: Callable[..., Pruned]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 @pytest.mark.parametrize("case", CHOSEN)
 def test_from_disk_to_disk_gives_the_bytes_of_memory(
-    case: str, dtype: torch.dtype, pruned: Callable[..., Pruned]
+    case: str, dtype: torch.dtype, pruned: Callable[..., BothWays]
 ) -> None:
     found = pruned(case, dtype)
     live, disk = found.in_memory.out, found.streamed.out
@@ -104,7 +97,7 @@ def test_from_disk_to_disk_gives_the_bytes_of_memory(
 @pytest.mark.parametrize("units", ["channels", "groups", "channels,groups"])
 @pytest.mark.parametrize("case", ["llama", "phi3", "gpt2", "mixtral"])
 def test_what_was_pruned_by_groups_is_pruned_again(
-    case: str, units: str, pruned: Callable[..., Pruned], tmp_path: Path
+    case: str, units: str, pruned: Callable[..., BothWays], tmp_path: Path
 ) -> None:
     first = pruned(case, torch.float32).streamed
     recipe = replace(GROUPS, units=units, sparsity=0.2)

@@ -20,10 +20,8 @@ from ..loading import make_skeleton, quiet_loading
 from ..modeling_cfsp import set_parameter
 from ..parts.experts import ExpertsFFN
 from ..parts.part import Part
-from ..pruned_classes import become_pruned_
 from ..surgery import forward_instead, on_meta, set_buffers_
-from ..tensors import parameter_shapes
-from .trial import block_calls
+from .trial import block_calls, check_reloads_
 
 UNITS = {"attention": "attention", "mlp": "ffn"}
 """What ``skip`` of a config calls a part -> what `units` of a recipe calls it whole."""
@@ -78,9 +76,7 @@ def _try(skeleton: PreTrainedModel, layout: Layout, number: int, part: Part) -> 
         part.remove_(block)
     model = on_meta(skeleton)
     part.remove_(layout.find_blocks(model)[number])
-    become_pruned_(model, layout, {})
-    if parameter_shapes(make_skeleton(model.config, skeleton.dtype)) != parameter_shapes(model):
-        raise ValueError("a reloaded model has other shapes")
+    check_reloads_(model, layout)
 
 
 def _silent(block: nn.Module, part: Part) -> nn.Module:

@@ -151,6 +151,12 @@ def rebuild(skeleton: PreTrainedModel, layout: Layout) -> None:
                     shape[axis.dimension] = axis.size(width)
                     set_parameter(block, name, nn.Parameter(parameters[name].new_empty(shape)))
             ffn.set_count(block, width)
+    check_reloads_(model, layout)
+
+
+def check_reloads_(model: PreTrainedModel, layout: Layout) -> None:
+    """Give a model on meta, whose blocks were cut, the class that reloads it. Raises ValueError
+    where that builds other shapes."""
     become_pruned_(model, layout, {})
-    if parameter_shapes(make_skeleton(model.config, skeleton.dtype)) != parameter_shapes(model):
+    if parameter_shapes(make_skeleton(model.config, model.dtype)) != parameter_shapes(model):
         raise ValueError("a reloaded model has other shapes")

@@ -26,9 +26,9 @@ class Part:
     """The module that is the part."""
     down: str
     projection_class: str
+    """Of transformers' Conv1D, weights are [in, out]."""
     skipped_as: ClassVar[str]
     """What ``skip`` of the config calls the part."""
-    """Of transformers' Conv1D, weights are [in, out]."""
 
     @property
     def is_transposed(self) -> bool:

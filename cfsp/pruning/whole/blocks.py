@@ -23,7 +23,7 @@ from ...errors import CfspError
 from ...models.blockwise import record_block_calls, run_block
 from ...models.depth import first_fixed, shallower_description
 from ...models.descriptions import Description
-from ...models.layouts import Layout, as_block_output
+from ...models.layouts import Layout, pass_on
 from ...models.surgery import forward_instead
 
 MOST_STATES = 2 << 30
@@ -163,11 +163,7 @@ def stretch_losses(
     model.eval()
     for start in tqdm(starts, desc="depth", unit="model", disable=not progress):
         gone = blocks[start : start + count]
-        with forward_instead(gone, [partial(_pass_on, block) for block in gone]):
+        with forward_instead(gone, [partial(pass_on, block) for block in gone]):
             found.append(measure())
     model.train(training)
     return found
-
-
-def _pass_on(block: nn.Module, hidden_states: torch.Tensor, *_: object, **__: object) -> object:
-    return as_block_output(block, hidden_states)
